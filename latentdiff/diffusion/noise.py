@@ -1,0 +1,55 @@
+"""Random numbers that depend on what they are for, never on the batch or the device.
+
+Each image (or training sample) has its own seed and its own CPU generator, so element i of a
+batch is the same bits whatever stands beside it and wherever it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+def mix(seed: int, index: int) -> int:
+    """Hash (seed, index) to 64 well-spread bits: neighbours share no pattern.
+
+    torch's CPU generator keeps the low 32 of them, so among n streams about n²/2³³ pairs coincide.
+    Source:  the finaliser of SplitMix64, Steele et al. 2014, doi:10.1145/2660193.2660195.
+    """
+    bits = _splitmix(seed & _MASK)
+    return _splitmix((bits + index) & _MASK)
+
+
+def image_noise(seed: int, shape: Sequence[int], step: int | None = None) -> Tensor:
+    """Standard normal noise of one image.
+
+    Args:    seed: the image's own seed.  shape: (C, H, W).
+             step: None for the initial x_T, which is `torch.randn` under `manual_seed(seed)`;
+             otherwise the sampler's step number (0, 1, …), whose noise is independent of x_T.
+    Returns: float32 CPU tensor of that shape.
+    """
+    state = seed if step is None else mix(seed, step)
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(state))
+
+
+def batch_noise(seeds: Sequence[int], shape: Sequence[int], step: int | None = None) -> Tensor:
+    """`image_noise` of several images, stacked to (B, C, H, W) on the CPU."""
+    return torch.stack([image_noise(seed, shape, step) for seed in seeds])
+
+
+def step_noise(
+    seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+) -> Callable[[int], Tensor]:
+    """The `noise` argument of a sampler: step number -> (B, C, H, W) on `device`."""
+    return lambda step: batch_noise(seeds, shape, step).to(device)
+
+
+def _splitmix(state: int) -> int:
+    state = (state + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
