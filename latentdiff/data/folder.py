@@ -1,0 +1,173 @@
+"""A person's own pictures: a folder (or .zip) with metadata.jsonl/.csv, or a .txt beside each."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from posixpath import dirname, splitext
+from typing import Any, NamedTuple
+
+from latentdiff.data.captions import choose_caption_column, clean_captions, read_table
+from latentdiff.data.file_tree import open_tree
+from latentdiff.data.images import IMAGE_ENDINGS, UnreadableImage, display_name, open_image
+from latentdiff.data.source import DataConfig, Example, Skipped
+from latentdiff.errors import UserError, did_you_mean
+
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_FORMATS = (
+    "Captions are looked for in (1) metadata.jsonl, lines like "
+    '{"file_name": "cat.png", "text": "a cat"}; (2) metadata.csv with the columns file_name and '
+    "text; (3) a text file beside each image: cat.txt for cat.png."
+)
+
+
+class _Entry(NamedTuple):
+    file: str
+    captions: tuple[str, ...]
+    mark: str
+
+
+class FolderSource:
+    """Captioned images below a folder.
+
+    Attributes: problems: (name, reason) of images without a caption and of captions without an
+        image; they are left out.
+    Raises: UserError: no folder, no images, no captions, unknown caption column, nothing usable.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self._tree = open_tree(config.path or "")
+        self._background = config.background
+        self.problems: list[Skipped] = []
+        names = self._tree.names()
+        images = [n for n in names if n.lower().endswith(IMAGE_ENDINGS)]
+        if not images:
+            raise UserError(_no_images(self._tree.root, names))
+        tables = [n for n in names if n.rsplit("/", 1)[-1] in METADATA_NAMES]
+        if tables:
+            captions = self._from_tables(tables, images, config.caption_column)
+        else:
+            captions = self._from_side_cars(set(names), images)
+        self._entries = list(self._usable(images, captions))
+        if not self._entries:
+            raise UserError(self._nothing_usable(len(images), bool(tables)))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Example:
+        name, data = self.name(index), self._read(index)
+        return Example(open_image(data, name, self._background), self.captions(index), name)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of one image."""
+        return self._entries[index].captions
+
+    def name(self, index: int) -> str:
+        """Return the image's path below the folder."""
+        return display_name(self._entries[index].file)
+
+    def content_key(self, index: int) -> str:
+        """Hash the file's bytes and the background. Raises: UnreadableImage."""
+        digest = hashlib.blake2b(self._read(index), digest_size=16)
+        digest.update(bytes(self._background))
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """Hash names, sizes and modification times of the images; reads none of them."""
+        digest = hashlib.blake2b(bytes(self._background), digest_size=16)
+        for entry in self._entries:
+            digest.update(f"{display_name(entry.file)}\x1f{entry.mark}\x1e".encode())
+        return digest.hexdigest()
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self._tree.read(self._entries[index].file)
+        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise UnreadableImage(self.name(index), f"cannot be read ({error})") from error
+
+    def _usable(self, images: list[str], captions: dict[str, tuple[str, ...]]) -> Iterable[_Entry]:
+        for file in images:
+            if not captions.get(file):
+                self.problems.append((display_name(file), "no caption"))
+                continue
+            try:
+                yield _Entry(file, captions[file], self._tree.mark(file))
+            except OSError as error:
+                self.problems.append((display_name(file), f"cannot be read ({error})"))
+
+    def _from_tables(
+        self, tables: list[str], images: list[str], column: str | None
+    ) -> dict[str, tuple[str, ...]]:
+        by_name = {_normal(image): image for image in images}
+        captions: dict[str, tuple[str, ...]] = {}
+        for table in tables:
+            rows = read_table(self._tree.read(table), display_name(table))
+            if not rows:
+                continue
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            if "file_name" not in columns:
+                raise UserError(
+                    f"{display_name(table)} has no column file_name; it has {', '.join(columns)}."
+                    f"{did_you_mean('file_name', columns)} {_FORMATS}"
+                )
+            chosen = choose_caption_column(columns, column, display_name(table))
+            for number, row in enumerate(rows, start=1):
+                self._add_row(
+                    row, chosen, f"{table} entry {number}", dirname(table), by_name, captions
+                )
+        return captions
+
+    def _add_row(
+        self,
+        row: dict[str, Any],
+        column: str,
+        where: str,
+        folder: str,
+        by_name: dict[str, str],
+        captions: dict[str, tuple[str, ...]],
+    ) -> None:
+        given = str(row.get("file_name") or "")
+        image = by_name.get(_normal(f"{folder}/{given}" if folder else given))
+        if image is None:
+            reason = "not in the folder" if given else "no file_name"
+            self.problems.append((display_name(given or where), f"{reason} (named by {where})"))
+        else:
+            # Several lines for one image are several captions of it.
+            texts = (*captions.get(image, ()), *clean_captions(row.get(column)))
+            captions[image] = tuple(dict.fromkeys(texts))
+
+    def _from_side_cars(self, names: set[str], images: list[str]) -> dict[str, tuple[str, ...]]:
+        captions = {}
+        for image in images:
+            for text_file in (splitext(image)[0] + ".txt", image + ".txt"):
+                if text_file in names:
+                    text = self._tree.read(text_file).decode("utf-8-sig", "replace")
+                    captions[image] = clean_captions(text.splitlines())
+                    break
+        return captions
+
+    def _nothing_usable(self, count: int, has_table: bool) -> str:
+        root = display_name(self._tree.root)
+        if not has_table:
+            return f"{root} has {count} images but no captions. {_FORMATS}"
+        shown = "; ".join(f"{name}: {reason}" for name, reason in self.problems[:5])
+        return f"{root}: 0 usable images, none of {count} has a caption ({shown}). {_FORMATS}"
+
+
+def _normal(path: str) -> str:
+    """Make names comparable: macOS stores é as two characters, Windows writes a\\b for a/b."""
+    return unicodedata.normalize("NFC", path.replace("\\", "/")).removeprefix("./")
+
+
+def _no_images(root: str, names: list[str]) -> str:
+    endings = Counter(splitext(name)[1].lower() or "(no ending)" for name in names)
+    found = ", ".join(f"{n} × {ending}" for ending, n in endings.most_common(5)) or "nothing"
+    return (
+        f"no images in {display_name(root)} or below it (found: {found}). Looked for files ending "
+        f"in {', '.join(IMAGE_ENDINGS)}; convert others, such as .heic, first."
+    )

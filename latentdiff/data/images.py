@@ -1,0 +1,106 @@
+"""Any picture file becomes 8-bit RGB, upright and opaque, or an error with the picture's name."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+RGB = tuple[int, int, int]
+WHITE: RGB = (255, 255, 255)
+#: File name endings that are looked for in folders.
+IMAGE_ENDINGS = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm",
+)  # fmt: skip
+
+
+class UnreadableImage(Exception):  # noqa: N818  (a fact about the data, not a fault of the program)
+    """A picture that cannot be used: its name and the reason."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def display_name(path: str | bytes | os.PathLike[str]) -> str:
+    r"""Write a path as valid UTF-8; bytes that are not become \xNN, so names stay distinct.
+
+    Raw names from a file system may hold anything, and JSON and Arrow refuse what is not UTF-8.
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def open_image(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, background: RGB = WHITE
+) -> Image.Image:
+    """Decode a picture to 8-bit RGB as a viewer would show it.
+
+    EXIF rotation is applied, transparency composited over `background`; grey, palette, CMYK and
+    16-bit pictures are converted; of an animation or a multi-page file the first frame is taken.
+
+    Args:
+        source: a path, or the bytes of a file.
+        name: how messages call it; the path by default.
+    Raises: UnreadableImage: missing, empty, truncated, corrupt, too large, or not a picture.
+    """
+    label = name or ("image" if isinstance(source, bytes) else display_name(source))
+    if source == b"":
+        raise UnreadableImage(label, "the file is empty")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
+            image.load()
+            return to_rgb(_upright(image), background)
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(
+            label,
+            f"too large to decode safely ({error}). Shrink the picture, or if you trust it raise "
+            "PIL.Image.MAX_IMAGE_PIXELS",
+        ) from error
+    except FileNotFoundError as error:
+        raise UnreadableImage(label, "the file does not exist") from error
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableImage(label, "not a picture format that Pillow can read") from error
+    except Exception as error:  # a decoder fed with broken data raises nearly anything
+        raise UnreadableImage(
+            label, f"cannot be decoded ({error or type(error).__name__})"
+        ) from error
+
+
+def to_rgb(image: Image.Image, background: RGB = WHITE) -> Image.Image:
+    """Convert any Pillow mode to RGB, compositing transparency over `background`."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image.copy()
+    if image.has_transparency_data:
+        drawing = image.convert("RGBA")
+        ground = Image.new("RGBA", drawing.size, (*background, 255))
+        return Image.alpha_composite(ground, drawing).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey (0…65535) to 8 bit; floats count as 0…1 when none exceeds 1.
+
+    Pillow's own conversion clips at 255 and turns nearly every 16-bit picture white.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    is_unit = image.mode == "F" and values.max(initial=0.0) <= 1.0
+    is_byte = image.mode == "F" and not is_unit and values.max(initial=0.0) <= 255.0
+    scale = 255.0 if is_unit else 1.0 if is_byte else 255.0 / 65535.0
+    return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF beside good pixels: keep the pixels as they are
+        return image

@@ -1,0 +1,182 @@
+"""What a data set looks like to the rest of the code, and how a configuration opens one.
+
+A source is a map from an index to an RGB picture with its captions. Sources never resize and never
+touch tensors; `transforms` and `latent_cache` do that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
+
+from PIL import Image
+
+from latentdiff.errors import UserError, choice_error
+
+#: A picture that is left out, and why.
+Skipped = tuple[str, str]
+
+
+class Example(NamedTuple):
+    """One picture (RGB), everything that is said about it, and a name for messages."""
+
+    image: Image.Image
+    captions: tuple[str, ...]
+    name: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A map-style data set of captioned pictures.
+
+    Optional, looked up by name: `group(i) -> str`, pictures that must stay on one side of the
+    train/validation split; `content_key(i) -> str`, a hash that changes with the picture and is
+    cheaper than decoding it; `problems: list[(name, reason)]`, entries left out when opening.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Decode one picture. Raises: UnreadableImage: with its name and the reason."""
+        ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions without decoding the picture."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return a name that a person can find the picture by."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a cheap hash of which pictures there are; captions do not enter it."""
+        ...
+
+
+class Captioned(Protocol):
+    """What `split` needs: a source, a latent cache or a latent pack."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Return the name of one picture."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pictures come from and how they become squares."""
+
+    kind: Literal["emoji", "folder", "parquet", "hub"] = "emoji"
+    """emoji: the embedded set; folder: images with metadata.jsonl/.csv or .txt files (or a .zip of
+    that); parquet: a file or folder of files; hub: a `datasets` id or a `save_to_disk` folder."""
+    path: str | None = None
+    """Folder, file or data set id; not used by kind emoji."""
+    image_column: str = "image"
+    """Column of the pictures (parquet and hub)."""
+    caption_column: str | None = None
+    """Column of the captions, text or a list of texts; null looks for text, caption, captions…"""
+    split: str = "train"
+    """Which split of a hub data set."""
+    subset: str | None = None
+    """Which configuration of a hub data set, where it has several."""
+    revision: str | None = None
+    """Which version (branch, tag or commit) of a hub data set."""
+    image_size: int = 64
+    """Side of the training squares in pixels."""
+    crop: Literal["center", "random", "pad"] = "center"
+    """center or random: cut a square out of the longer side; pad: keep all, fill with background.
+    Cached latents are encoded once, so training on them takes center or pad."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour (red, green, blue: 0…255) shown through transparent pixels and used for padding."""
+    validation_share: float = 0.05
+    """Share of the pictures (or groups of them) held out from training: 0 ≤ share < 1."""
+    split_seed: int = 0
+    """Another seed holds out other pictures."""
+
+    def validate(self) -> list[str]:
+        """List what does not fit together."""
+        problems = []
+        if self.kind != "emoji" and not self.path:
+            problems.append(f"path is required for kind {self.kind}: the folder, file or id.")
+        if self.image_size < 8:
+            problems.append(f"image_size must be at least 8; got {self.image_size}.")
+        if not 0 <= self.validation_share < 1:
+            problems.append(
+                f"validation_share must be at least 0 and below 1; got {self.validation_share}."
+            )
+        if not all(0 <= channel <= 255 for channel in self.background):
+            problems.append(f"background channels must be 0…255; got {list(self.background)}.")
+        return problems
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open the data set that a configuration names; nothing is decoded yet.
+
+    Raises: UserError: nothing there, no pictures, no captions, or a column that does not exist.
+    """
+    problems = config.validate()
+    if problems:
+        raise UserError("\n".join(f"data.{text}" for text in problems))
+    if config.kind == "emoji":
+        from latentdiff.data.emoji import EmojiSource
+
+        return cast(Source, EmojiSource(config))
+    if config.kind == "folder":
+        from latentdiff.data.folder import FolderSource
+
+        return FolderSource(config)
+    if config.kind == "parquet":
+        from latentdiff.data.parquet import open_parquet
+
+        return open_parquet(config)
+    if config.kind == "hub":
+        from latentdiff.data.hub import open_hub
+
+        return open_hub(config)
+    raise choice_error("data.kind", config.kind, ("emoji", "folder", "parquet", "hub"))
+
+
+def problems_of(source: object) -> list[Skipped]:
+    """Return the entries that a source left out when it was opened."""
+    return list(getattr(source, "problems", ()))
+
+
+def group_of(source: Captioned, index: int) -> str:
+    """Return the key that decides the side of the split: the source's group, else the name."""
+    group = getattr(source, "group", None)
+    return group(index) if callable(group) else source.name(index)
+
+
+def split(source: Captioned, share: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Divide a source into training and validation indices.
+
+    Each group is placed by a hash of (seed, group) alone, so that adding or removing pictures moves
+    no others. The validation share is therefore met on average, not exactly; a handful of pictures
+    may leave validation empty. Training is never left empty.
+
+    Args:    share: expected share of validation groups, 0 ≤ share < 1.
+    Returns: (training indices, validation indices), each ascending.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"validation_share must be at least 0 and below 1; got {share}.")
+    train: list[int] = []
+    held_out: list[int] = []
+    for index in range(len(source)):
+        digest = hashlib.blake2b(f"{seed}\x1f{group_of(source, index)}".encode(), digest_size=8)
+        place = int.from_bytes(digest.digest(), "big") / 2**64
+        (held_out if place < share else train).append(index)
+    return (train, held_out) if train else (held_out, [])
+
+
+def report_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
+    """Say which pictures are left out and why, or "" when none is."""
+    if not skipped:
+        return ""
+    lines = [f"  {name}: {reason}" for name, reason in skipped[:limit]]
+    if len(skipped) > limit:
+        lines.append(f"  … and {len(skipped) - limit} more")
+    plural = "picture is" if len(skipped) == 1 else "pictures are"
+    return "\n".join([f"{len(skipped)} {plural} left out (no file was changed):", *lines])
