@@ -107,6 +107,7 @@ def check_prediction(prediction: str, schedule: ScheduleConfig) -> None:
         cause = "zero_terminal_snr=true" if schedule.zero_terminal_snr else "schedule kind flow"
         raise UserError(
             f"prediction 'eps' cannot be used with {cause}: the last step is pure noise "
-            "(alpha = 0), so the noise says nothing about the image there. Set prediction to v, flow or x0"
+            "(alpha = 0), so the noise says nothing about the image there. "
+            "Set prediction to v, flow or x0"
             + (", or zero_terminal_snr=false." if schedule.zero_terminal_snr else ".")
         )

@@ -138,7 +138,7 @@ def ddpm(
         raise choice_error("variance", variance, ("fixed_small", "fixed_large"))
     x = x_T
     for step, t, s, last in _pairs(schedule, timesteps, schedule.clean_timestep):
-        x_0 = _clipped(denoiser(x, _batched(t, x, schedule)), clip)
+        x_0 = _clipped(denoiser(x, _batched(t, x)), clip)
         weight_x_0, weight_x_t, spread = map(float, posterior_coefficients(schedule, s, t))
         if variance == "fixed_large":
             spread = float(schedule.transition(s, t)[1])
@@ -173,7 +173,7 @@ def ddim(
     end = schedule.clean_timestep if final_timestep is None else final_timestep
     x = x_T
     for step, t, s, _ in _pairs(schedule, timesteps, end):
-        x_0 = denoiser(x, _batched(t, x, schedule))
+        x_0 = denoiser(x, _batched(t, x))
         eps = (x - float(schedule.alpha(t)) * x_0) / float(schedule.sigma(t))
         x_0 = _clipped(x_0, clip)
         spread = eta**2 * float(posterior_coefficients(schedule, s, t)[2])
@@ -263,7 +263,9 @@ def _pairs(
     schedule: NoiseSchedule, timesteps: Tensor | Sequence[float], end: float
 ) -> Iterator[tuple[int, float, float, bool]]:
     """(step, t, next timestep s, whether this is the last step)."""
-    grid = torch.as_tensor(timesteps).tolist()
+    given = torch.as_tensor(timesteps)
+    # Rounded to what the denoiser will be given, so that both look up the same level.
+    grid = (given.float() if given.is_floating_point() else given).tolist()
     if not grid or any(low >= high for high, low in itertools.pairwise(grid)):
         raise UserError(f"timesteps must decrease strictly and not be empty; got {grid[:8]} …")
     if end > grid[-1]:
@@ -273,9 +275,9 @@ def _pairs(
         yield step, t, s, step == len(grid) - 1
 
 
-def _batched(t: float, x: Tensor, schedule: NoiseSchedule) -> Tensor:
+def _batched(t: float, x: Tensor) -> Tensor:
     """t once per image, on the CPU: the tables are there, and a GPU need not be waited for."""
-    return torch.full((len(x),), t, dtype=torch.float32 if schedule.is_flow else torch.int64)
+    return torch.full((len(x),), t, dtype=torch.int64 if isinstance(t, int) else torch.float32)
 
 
 def _clipped(x_0: Tensor, clip: float | None) -> Tensor:
