@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -84,6 +84,10 @@ class DataConfig:
     """Which configuration of a hub data set, where it has several."""
     revision: str | None = None
     """Which version (branch, tag or commit) of a hub data set."""
+    renderings: int = 12
+    """Most pictures (styles, backgrounds) made of one drawing; kind emoji only."""
+    flags: bool = True
+    """Whether kind emoji shows flags."""
     image_size: int = 64
     """Side of the training squares in pixels."""
     crop: Literal["center", "random", "pad"] = "center"
@@ -95,6 +99,12 @@ class DataConfig:
     """Share of the pictures (or groups of them) held out from training: 0 ≤ share < 1."""
     split_seed: int = 0
     """Another seed holds out other pictures."""
+    emoji_variants: int = 12
+    """Renderings (styles and backgrounds) per concept of the embedded set, 1…36."""
+    emoji_flags: bool = True
+    """Whether the embedded set includes its 262 flags."""
+    emoji_compositions: Literal["train", "held_out"] = "train"
+    """held_out: the style and background pairs of the embedded set that training never sees."""
 
     def validate(self) -> list[str]:
         """List what does not fit together."""
@@ -123,7 +133,7 @@ def open_source(config: DataConfig) -> Source:
     if config.kind == "emoji":
         from latentdiff.data.emoji import EmojiSource
 
-        return cast(Source, EmojiSource(config))
+        return EmojiSource.from_config(config)
     if config.kind == "folder":
         from latentdiff.data.folder import FolderSource
 
@@ -165,10 +175,14 @@ def split(source: Captioned, share: float, seed: int = 0) -> tuple[list[int], li
     train: list[int] = []
     held_out: list[int] = []
     for index in range(len(source)):
-        digest = hashlib.blake2b(f"{seed}\x1f{group_of(source, index)}".encode(), digest_size=8)
+        digest = hashlib.blake2b(_bytes(seed, group_of(source, index)), digest_size=8)
         place = int.from_bytes(digest.digest(), "big") / 2**64
         (held_out if place < share else train).append(index)
     return (train, held_out) if train else (held_out, [])
+
+
+def _bytes(seed: int, group: str) -> bytes:
+    return f"{seed}\x1f{group}".encode("utf-8", "backslashreplace")
 
 
 def report_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
