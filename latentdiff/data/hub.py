@@ -1,0 +1,60 @@
+"""Any data set of the `datasets` library: a hub id, a `save_to_disk` folder, or a local folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latentdiff.data.source import DataConfig
+from latentdiff.data.table import TableSource
+from latentdiff.errors import UserError, did_you_mean
+
+
+def open_hub(config: DataConfig) -> TableSource:
+    """Open a data set by id or folder; a folder never touches the network.
+
+    Raises: UserError: cannot be found or loaded, no such split or subset, or see TableSource.
+    """
+    path = config.path or ""
+    place = Path(path).expanduser()
+    if not place.exists() and path.startswith((".", "/", "~")):
+        raise UserError(f"data.path: the folder {path} does not exist.")
+    try:
+        loaded = _load(place, config) if place.exists() else _download(config)
+    except UserError:
+        raise
+    except Exception as error:  # network, permissions, missing repository, broken files …
+        where = (
+            "in the folder" if place.exists() else "on the Hugging Face hub (no such folder here)"
+        )
+        raise UserError(
+            f"the data set {path} cannot be loaded {where}: {type(error).__name__}: {error}"
+        ) from error
+    return TableSource(_choose_split(loaded, config, path), config, path, place)
+
+
+def _load(place: Path, config: DataConfig) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        return load_from_disk(str(place))
+    return load_dataset(str(place), name=config.subset)
+
+
+def _download(config: DataConfig) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset(config.path or "", name=config.subset, revision=config.revision)
+
+
+def _choose_split(loaded: Any, config: DataConfig, path: str) -> Any:
+    from datasets import DatasetDict
+
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if config.split not in loaded:
+        raise UserError(
+            f"data.split: {path} has no split '{config.split}'; it has {', '.join(loaded)}."
+            f"{did_you_mean(config.split, loaded)}"
+        )
+    return loaded[config.split]

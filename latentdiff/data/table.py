@@ -1,0 +1,143 @@
+"""A table with a picture column and a caption column, held by the `datasets` library."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from latentdiff.data.captions import choose_caption_column, clean_captions
+from latentdiff.data.images import UnreadableImage, display_name, open_image
+from latentdiff.data.source import DataConfig, Example, Skipped
+from latentdiff.errors import UserError, did_you_mean
+
+
+class TableSource:
+    """Rows of a `datasets.Dataset` that have a caption; pictures are decoded here, one at a time.
+
+    Args:
+        dataset: memory-mapped table. The picture column holds `Image` features, file bytes,
+            {bytes, path} structs or paths; the caption column texts, lists of them or class labels.
+        label: what messages call the table.
+        root: folder that relative picture paths start from.
+    Attributes: problems: (row, reason) of rows without a caption; they are left out.
+    Raises: UserError: a column is not there or holds something else; no rows with captions.
+    """
+
+    def __init__(self, dataset: Any, config: DataConfig, label: str, root: Path) -> None:
+        self._root, self._background = root, config.background
+        self._column = _picture_column(dataset, config.image_column, label)
+        caption_column = choose_caption_column(dataset.column_names, config.caption_column, label)
+        self._pictures = _without_decoding(dataset, self._column)
+        self.problems: list[Skipped] = []
+        self._rows: list[int] = []
+        self._captions: list[tuple[str, ...]] = []
+        for row, captions in enumerate(_captions(dataset, caption_column)):
+            if captions:
+                self._rows.append(row)
+                self._captions.append(captions)
+            else:
+                self.problems.append((f"row {row}", "no caption"))
+        if not self._rows:
+            raise UserError(
+                f"{label}: 0 usable images, none of {len(dataset)} rows has text in the column "
+                f"'{caption_column}'. Choose another: data.caption_column=NAME (columns: "
+                f"{', '.join(dataset.column_names)})."
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        name = self.name(index)
+        return Example(
+            open_image(self._bytes(index), name, self._background), self.captions(index), name
+        )
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of one row."""
+        return self._captions[index]
+
+    def name(self, index: int) -> str:
+        """Return the row's number in the table."""
+        return f"row {self._rows[index]}"
+
+    def content_key(self, index: int) -> str:
+        """Hash the file's bytes and the background. Raises: UnreadableImage."""
+        digest = hashlib.blake2b(self._bytes(index), digest_size=16)
+        digest.update(bytes(self._background))
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """Hash the table's own fingerprint and which rows are used."""
+        words = (self._pictures._fingerprint, self._column, self._background, self._rows)
+        return hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
+
+    def _bytes(self, index: int) -> bytes:
+        name, cell = self.name(index), self._pictures[self._rows[index]][self._column]
+        data, path = (
+            (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        )
+        if isinstance(data, str):
+            data, path = None, data
+        if data is not None:
+            return bytes(data)
+        if not path:
+            raise UnreadableImage(name, "the row has no picture")
+        try:
+            return (self._root / path).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(
+                f"{name} ({display_name(path)})", f"cannot be read ({error})"
+            ) from error
+
+
+def _picture_column(dataset: Any, wanted: str, label: str) -> str:
+    """Check that a column holds pictures."""
+    from datasets import Image
+
+    features = dataset.features
+    likely = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if wanted not in features:
+        hint = did_you_mean(wanted, features) or (
+            f" Pictures are in: {', '.join(likely)}." * bool(likely)
+        )
+        raise UserError(
+            f"data.image_column: {label} has no column '{wanted}'; its columns are "
+            f"{', '.join(features)}.{hint}"
+        )
+    feature = features[wanted]
+    is_struct = isinstance(feature, dict) and {"bytes", "path"} & set(feature)
+    is_plain = getattr(feature, "dtype", None) in (
+        "binary",
+        "large_binary",
+        "string",
+        "large_string",
+    )
+    if not (isinstance(feature, Image) or is_struct or is_plain):
+        hint = f" Try: {', '.join(likely)}." if likely else ""
+        raise UserError(
+            f"data.image_column: the column '{wanted}' of {label} holds {feature}, not pictures "
+            f"(file bytes, {{bytes, path}} or a path).{hint}"
+        )
+    return wanted
+
+
+def _without_decoding(dataset: Any, column: str) -> Any:
+    from datasets import Image
+
+    pictures = dataset.with_format(None).select_columns([column])
+    if isinstance(dataset.features[column], Image):
+        return pictures.cast_column(column, Image(decode=False))
+    return pictures
+
+
+def _captions(dataset: Any, column: str) -> list[tuple[str, ...]]:
+    from datasets import ClassLabel
+
+    cells = dataset.with_format(None).select_columns([column])[:][column]
+    feature = dataset.features[column]
+    if isinstance(feature, ClassLabel):
+        names = [name.replace("_", " ") for name in feature.names]
+        cells = [None if cell is None or cell < 0 else names[cell] for cell in cells]
+    return [clean_captions(cell) for cell in cells]
