@@ -1,0 +1,24 @@
+"""Error texts that say what was given, what is allowed and how to fix it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can fix; entry scripts print its text without a traceback."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest allowed word, or "" when none is close."""
+    close = difflib.get_close_matches(str(given), list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def choice_error(name: str, given: object, allowed: Iterable[str]) -> UserError:
+    """Build the error for a value outside a fixed set of words."""
+    words = list(allowed)
+    return UserError(
+        f"{name} must be one of {', '.join(words)}; got {given!r}.{did_you_mean(str(given), words)}"
+    )

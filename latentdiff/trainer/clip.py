@@ -1,0 +1,252 @@
+"""Training a small CLIP: pictures and captions in one space, and the words' own vocabulary.
+
+    L = ½ [CE(s·I Tᵀ, diagonal) + CE(s·T Iᵀ, diagonal)],  I, T unit vectors, s learned
+
+Source: Radford et al. 2021, arXiv:2103.00020, figure 3.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.data.source import DataConfig
+from latentdiff.trainer.stage import StageConfig
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+#: How CLIP cuts text before merging: marks, contractions, letters, single digits, the rest.
+_PIECES = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Shape of the two towers."""
+
+    vocabulary: int = 2048
+    """Entries of the byte-pair vocabulary."""
+    max_tokens: int = 32
+    """Longest caption in tokens, begin and end marks included."""
+    text_width: int = 192
+    """Width of the text tower; the U-Net's cross_attention_dim."""
+    text_layers: int = 4
+    """Transformer layers of the text tower."""
+    text_heads: int = 4
+    """Attention heads of the text tower."""
+    image_width: int = 128
+    """Width of the image tower."""
+    image_layers: int = 4
+    """Transformer layers of the image tower."""
+    image_heads: int = 4
+    """Attention heads of the image tower."""
+    patch_size: int = 8
+    """Side of a patch in pixels."""
+    projection: int = 128
+    """Dimensions of the shared space."""
+
+
+@dataclass(frozen=True)
+class ClipTrainConfig:
+    """Everything that train_clip.py needs."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The captioned pictures."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """The network."""
+    stage: StageConfig = field(default_factory=lambda: StageConfig(output="runs/clip"))
+    """The loop."""
+
+
+def train_tokenizer(captions: Iterable[str], size: int) -> Any:
+    """Learn a byte-pair vocabulary in CLIP's form (lower case, `</w>` ends a word).
+
+    Returns: a `tokenizers.Tokenizer` that puts the begin and end marks around every text.
+    """
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+
+    tokenizer = Tokenizer(BPE(unk_token=EOS, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = ByteLevelDecoder()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The end-of-word form of every byte keeps any text spellable, as in CLIP's own table.
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(alphabet) - 2,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return _complete(tokenizer, alphabet, processors)
+
+
+def _complete(tokenizer: Any, alphabet: Sequence[str], processors: Any) -> Any:
+    """Add the end-of-word bytes and the two marks to a trained vocabulary."""
+    model = json.loads(tokenizer.to_str())["model"]
+    words = list(model["vocab"])
+    words += [a + "</w>" for a in alphabet if a + "</w>" not in model["vocab"]] + [BOS, EOS]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    from tokenizers import AddedToken
+    from tokenizers.models import BPE
+
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    tokenizer.model = BPE(vocabulary, merges, unk_token=EOS, end_of_word_suffix="</w>")
+    tokenizer.add_special_tokens(
+        [AddedToken(w, special=True, normalized=False) for w in (BOS, EOS)]
+    )
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (EOS, vocabulary[EOS]), (BOS, vocabulary[BOS]), trim_offsets=False, add_prefix_space=False
+    )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, max_tokens: int) -> None:
+    """Write the vocabulary in every form that readers of a Stable Diffusion folder look for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))
+    marks = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    config = {
+        **marks,
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": max_tokens,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(marks, indent=2) + "\n")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Read a folder that `save_tokenizer` wrote."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def encode_captions(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tensor:
+    """Return token ids (B, max_tokens), cut to length and padded with the end mark."""
+    end = tokenizer.token_to_id(EOS)
+    rows = []
+    for encoding in tokenizer.encode_batch(list(captions)):
+        ids = encoding.ids
+        if len(ids) > max_tokens:
+            ids = [*ids[: max_tokens - 1], end]
+        rows.append(ids + [end] * (max_tokens - len(ids)))
+    return torch.tensor(rows)
+
+
+def trim_padding(token_ids: Tensor) -> Tensor:
+    """Cut the columns in which every row is padding; the causal tower's output is the same."""
+    end = token_ids[:, -1:]
+    used = int((token_ids != end).sum(1).max()) + 1
+    return token_ids[:, :used]
+
+
+def build_clip(config: ClipConfig, tokenizer: Any, image_size: int) -> Any:
+    """Make an untrained transformers CLIPModel of the given shape."""
+    from transformers.models.clip import CLIPConfig, CLIPModel
+
+    begin, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    text = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": config.text_width,
+        "intermediate_size": 4 * config.text_width,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": config.text_heads,
+        "max_position_embeddings": config.max_tokens,
+        "projection_dim": config.projection,
+        "bos_token_id": begin,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+    image = {
+        "hidden_size": config.image_width,
+        "intermediate_size": 4 * config.image_width,
+        "num_hidden_layers": config.image_layers,
+        "num_attention_heads": config.image_heads,
+        "image_size": image_size,
+        "patch_size": config.patch_size,
+        "projection_dim": config.projection,
+    }
+    return CLIPModel(
+        CLIPConfig(text_config=text, vision_config=image, projection_dim=config.projection)
+    )
+
+
+class ClipFeatures(nn.Module):
+    """One forward pass in training: (pictures, token ids) → unit vectors and their scale."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return image features (B, D), text features (B, D) and s = exp(logit scale) ≤ 100."""
+        output = self.clip(pixel_values=images, input_ids=token_ids)
+        scale = self.clip.logit_scale.exp().clamp(max=100)  # type: ignore[operator, union-attr]
+        return output.image_embeds.float(), output.text_embeds.float(), scale
+
+
+def contrastive_loss(
+    images: Tensor, texts: Tensor, scale: Tensor, all_images: Tensor, all_texts: Tensor, start: int
+) -> Tensor:
+    """Symmetric cross-entropy of finding one's partner among all.
+
+    Args:
+        images, texts: this process's unit vectors, (B, D).
+        scale: inverse temperature.
+        all_images, all_texts: every process's, (N, D), with this process's at start … start+B.
+    """
+    labels = torch.arange(start, start + len(images), device=images.device)
+    by_image = F.cross_entropy(scale * images @ all_texts.T, labels)
+    by_text = F.cross_entropy(scale * texts @ all_images.T, labels)
+    return 0.5 * (by_image + by_text)
+
+
+def retrieval_accuracy(queries: Tensor, gallery: Tensor, top: int) -> float:
+    """Share of queries (N, D) whose partner (same row of gallery) is among the `top` nearest."""
+    scores = queries @ gallery.T
+    own = scores.diagonal()[:, None]
+    return float(((scores > own).sum(1) < top).float().mean())
+
+
+def save_clip(clip: Any, folder: Path) -> None:
+    """Write both towers (FOLDER/clip) and the text tower alone (FOLDER/text_encoder), in fp16.
+
+    The text tower keeps the `text_model.` prefix that readers of Stable Diffusion folders expect;
+    transformers ≥ 5.6 reads both forms but writes none.
+    """
+    from safetensors.torch import save_file
+
+    clip = clip.half()
+    clip.save_pretrained(folder / "clip")
+    text = folder / "text_encoder"
+    text.mkdir(exist_ok=True)
+    config = {**clip.config.text_config.to_dict(), "architectures": ["CLIPTextModel"]}
+    config["dtype"] = "float16"
+    (text / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    state = {
+        f"text_model.{name}": value.contiguous()
+        for name, value in clip.text_model.state_dict().items()
+        if not name.endswith("position_ids")
+    }
+    save_file(state, text / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,206 @@
+"""The small loop behind the trainers of the pretrained parts (autoencoder and CLIP).
+
+One stage is: some modules, one optimizer each, a function that computes the losses of a step.
+The loop owns the learning rate, logging, checkpoints and resume; what a step does is the script's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How long and how fast a stage trains."""
+
+    output: str = "runs/stage"
+    """Folder for checkpoints, log and result."""
+    max_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Pictures per step, over all processes."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; it decays to zero along a cosine."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    clip_norm: float = 1.0
+    """Largest gradient norm."""
+    mixed_precision: str = "bf16"
+    """no, bf16 or fp16."""
+    seed: int = 0
+    """Seed of order, augmentation and initial weights."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints; the newest one is kept."""
+    log_every: int = 20
+    """Steps between lines of the log."""
+
+
+def cosine_rate(step: int, config: StageConfig) -> float:
+    """Learning rate at a step: linear warm-up, then a cosine to zero (arXiv:1608.03983)."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
+
+
+def sample_indices(step: int, count: int, batch_size: int, seed: int) -> Tensor:
+    """Which samples a step uses: a permutation per epoch, a pure function of the inputs."""
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {
+        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
+        for epoch in (positions // count).unique().tolist()
+    }
+    return torch.stack([orders[int(p // count)][p % count] for p in positions])
+
+
+def process_part(config: StageConfig, accelerator: Accelerator) -> slice:
+    """The share of every batch that this process computes.
+
+    Raises: UserError: when the batch cannot be shared evenly.
+    """
+    processes = accelerator.num_processes
+    if config.batch_size % processes:
+        raise UserError(
+            f"stage.batch_size must be a multiple of the {processes} processes; "
+            f"got {config.batch_size}."
+        )
+    return slice(accelerator.process_index, None, processes)
+
+
+def prefetch(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+    """Yield (step, make(step)), preparing the next batch in a thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[Batch] = pool.submit(make, start)
+        for step in range(start, stop):
+            batch = waiting.result()
+            if step + 1 < stop:
+                waiting = pool.submit(make, step + 1)
+            yield step, batch
+
+
+class Stage:
+    """Checkpoints, learning rate and log of one stage.
+
+    Args:
+        modules: the trained modules by name.
+        optimizers: one per module, same names.
+        config: see StageConfig.
+        accelerator: the processes and the precision.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer],
+        config: StageConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        self.modules, self.config, self.accelerator = modules, config, accelerator
+        self.optimizers = {n: accelerator.prepare(o) for n, o in optimizers.items()}
+        self.folder = Path(config.output)
+        self.started = time.monotonic()
+        self.recent: list[dict[str, Tensor]] = []
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / "state.pt"
+
+    def resume(self, wanted: bool) -> int:
+        """Return the first step to run; 0 for a new stage.
+
+        Raises: UserError: when a stage is there and `wanted` is false, or the other way round.
+        """
+        if not self.state_file.exists():
+            if wanted:
+                raise UserError(f"--resume: no checkpoint in {self.folder}. Leave --resume out.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return 0
+        if not wanted:
+            raise UserError(
+                f"{self.folder} already holds a training. Add --resume to go on with it, or choose "
+                "another output folder."
+            )
+        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+            self.optimizers[name].load_state_dict(state["optimizers"][name])
+        return int(state["step"])
+
+    def save(self, step: int) -> None:
+        """Write the state after `step` steps; the old file stays until the new one is whole."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "step": step,
+            "modules": {n: m.state_dict() for n, m in self.modules.items()},
+            "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
+        }
+        temporary = self.state_file.with_suffix(".partial")
+        torch.save(state, temporary)
+        os.replace(temporary, self.state_file)
+
+    def step(self, name: str, loss: Tensor) -> None:
+        """Descend one module's loss: backward, clip, update, clear."""
+        optimizer = self.optimizers[name]
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.modules[name].parameters(), self.config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def set_rate(self, step: int) -> None:
+        """Set every optimizer's learning rate for a step."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = cosine_rate(step, self.config)
+
+    def log(self, step: int, values: dict[str, Tensor]) -> None:
+        """Remember a step's values; every `log_every` steps print and write their means."""
+        self.recent.append({k: v.detach() for k, v in values.items()})
+        if (step + 1) % self.config.log_every and step + 1 < self.config.max_steps:
+            return
+        means = _means(self.recent)
+        self.recent = []
+        if not self.accelerator.is_main_process:
+            return
+        seconds = time.monotonic() - self.started
+        row: dict[str, Any] = {"step": step + 1, "seconds": round(seconds, 1), **means}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        text = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+        print(f"step {step + 1}/{self.config.max_steps}  {seconds:.0f} s  {text}", flush=True)
+
+
+def _means(rows: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    names = rows[-1].keys()
+    found = {n: [float(r[n]) for r in rows if n in r] for n in names}
+    return {n: sum(v) / len(v) for n, v in found.items()}
+
+
+def adamw(module: nn.Module, config: StageConfig, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and kernels only, fused."""
+    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)

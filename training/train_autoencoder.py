@@ -1,0 +1,157 @@
+"""Train the KL autoencoder that turns pictures into latents.
+
+    accelerate launch training/train_autoencoder.py [--config FILE] [--resume] [a.b=value ...]
+
+With no argument it trains the embedded default's. It ends with OUTPUT/vae, a diffusers folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from latentdiff.command_line import command_line
+from latentdiff.data.source import Source, open_source, split
+from latentdiff.data.transforms import to_tensor
+from latentdiff.errors import UserError
+from latentdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from latentdiff.trainer.autoencoder import (
+    AutoencoderPass,
+    AutoencoderTrainConfig,
+    build_autoencoder,
+    fold_statistics,
+    kl_per_dimension,
+    latent_statistics,
+    psnr,
+)
+from latentdiff.trainer.stage import Stage, adamw, prefetch, process_part, sample_indices
+
+CONFIG = Path(__file__).parent / "configs" / "autoencoder.yaml"
+
+
+def batch_maker(
+    source: Source, indices: list[int], config: AutoencoderTrainConfig, part: slice
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Return step → (pictures (B, 3, H, W), ε (B, C, h, w)), a pure function of (seed, step)."""
+    stage, size, shape = config.stage, config.data.image_size, config.autoencoder
+    side = size // 2 ** (len(shape.block_out_channels) - 1)
+
+    def make(step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
+        flips = torch.rand(stage.batch_size, 1, 1, 1, generator=generator)[part] < 0.5
+        eps = torch.randn(stage.batch_size, shape.latent_channels, side, side, generator=generator)[
+            part
+        ]
+        chosen = sample_indices(step, len(indices), stage.batch_size, stage.seed)[part]
+        images = torch.stack([to_tensor(source[indices[i]].image, size) for i in chosen.tolist()])
+        images = torch.where(flips, images.flip(3), images)
+        return images.to(memory_format=torch.channels_last), eps
+
+    return make
+
+
+def pictures(source: Source, indices: list[int], size: int, batch_size: int = 64) -> list[Tensor]:
+    """Read the given pictures in batches."""
+    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    return [torch.stack([to_tensor(source[i].image, size) for i in part]) for part in parts]
+
+
+def train(config: AutoencoderTrainConfig, resume: bool) -> None:
+    """Run the stage: reconstruct, judge, step; then standardise the latents and export."""
+    from accelerate import Accelerator
+
+    stage_config, weights = config.stage, config.loss
+    accelerator = Accelerator(mixed_precision=stage_config.mixed_precision)
+    torch.manual_seed(stage_config.seed)
+    source = open_source(config.data)
+    train_set, held_out = split(source, config.data.validation_share, config.data.split_seed)
+    vae = build_autoencoder(config.autoencoder, config.data.image_size)
+    vae.to(memory_format=torch.channels_last)
+    judge = PatchDiscriminator().to(memory_format=torch.channels_last)
+    model, judge_model = accelerator.prepare(AutoencoderPass(vae), judge)
+    modules = {"vae": vae, "judge": judge}
+    optimizers = {
+        "vae": adamw(vae, stage_config, (0.9, 0.99)),
+        "judge": adamw(judge, stage_config, (0.5, 0.9)),
+    }
+    stage = Stage(modules, optimizers, stage_config, accelerator)
+    first = stage.resume(resume)
+    late = round(weights.late_start * stage_config.max_steps)
+    distance = None
+    if weights.perceptual:
+        from latentdiff.models.perceptual import PerceptualDistance
+
+        distance = PerceptualDistance(stages=weights.perceptual_stages).to(accelerator.device)
+
+    make = batch_maker(source, train_set, config, process_part(stage_config, accelerator))
+    for step, (images, eps) in prefetch(make, first, stage_config.max_steps):
+        images, eps = images.to(accelerator.device), eps.to(accelerator.device)
+        stage.set_rate(step)
+        with accelerator.autocast():
+            reconstruction, mean, logvar = model(images, eps)
+        difference = reconstruction - images
+        losses = {
+            "l1": difference.abs().mean(),
+            "mse": (difference**2).mean(),
+            "kl": kl_per_dimension(mean, logvar),
+        }
+        if step >= late:
+            with accelerator.autocast():
+                if distance is not None:
+                    losses["perceptual"] = distance(reconstruction, images).float().mean()
+                if weights.adversarial:
+                    judge.requires_grad_(False)
+                    losses["adversarial"] = generator_loss(judge_model(reconstruction)).float()
+                    judge.requires_grad_(True)
+        loss = sum((getattr(weights, n) * v for n, v in losses.items()), torch.zeros(()))
+        stage.step("vae", loss)
+        if step >= late and weights.adversarial:
+            with accelerator.autocast():
+                real, fake = judge_model(images), judge_model(reconstruction.detach())
+            losses["judge"] = discriminator_loss(real.float(), fake.float())
+            stage.step("judge", losses["judge"])
+        with torch.no_grad():
+            losses["psnr"] = psnr(reconstruction, images).mean()
+        stage.log(step, losses)
+        if (step + 1) % stage_config.checkpoint_every == 0 or step + 1 == stage_config.max_steps:
+            stage.save(step + 1)
+    if accelerator.is_main_process:
+        export(vae.float().cpu().eval(), source, train_set, held_out, config)
+
+
+def export(
+    vae: torch.nn.Module,
+    source: Source,
+    train_set: list[int],
+    held_out: list[int],
+    config: AutoencoderTrainConfig,
+) -> None:
+    """Fold the latent statistics into the weights, measure held-out PSNR, write OUTPUT/vae."""
+    size = config.data.image_size
+    spread = train_set[:: max(1, len(train_set) // 2048)]
+    mean, std = latent_statistics(vae, pictures(source, spread, size))
+    fold_statistics(vae, mean, std)
+    scores: list[float] = []
+    with torch.no_grad():
+        for images in pictures(source, held_out[:: max(1, len(held_out) // 512)], size):
+            rebuilt = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)  # type: ignore[operator]
+            scores += psnr(rebuilt, images).tolist()
+    folder = Path(config.stage.output) / "vae"
+    vae.half().save_pretrained(folder)  # type: ignore[operator]
+    print(f"latent mean {mean.tolist()} std {std.tolist()} before folding")
+    if scores:
+        print(f"held-out PSNR {sum(scores) / len(scores):.2f} dB over {len(scores)} pictures")
+    print(f"autoencoder written to {folder}")
+
+
+if __name__ == "__main__":
+    try:
+        train(*command_line(AutoencoderTrainConfig, CONFIG, __doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,111 @@
+"""Train a small CLIP on captioned pictures: its vocabulary, its text tower, its image tower.
+
+    accelerate launch training/train_clip.py [--config FILE] [--resume] [a.b=value ...]
+
+With no argument it trains the embedded default's. It ends with OUTPUT/text_encoder,
+OUTPUT/tokenizer (what a text-to-image model needs) and OUTPUT/clip (both towers).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from latentdiff.command_line import command_line
+from latentdiff.data.source import Source, open_source
+from latentdiff.data.transforms import to_tensor
+from latentdiff.errors import UserError
+from latentdiff.trainer.clip import (
+    ClipFeatures,
+    ClipTrainConfig,
+    build_clip,
+    contrastive_loss,
+    encode_captions,
+    load_tokenizer,
+    retrieval_accuracy,
+    save_clip,
+    save_tokenizer,
+    train_tokenizer,
+    trim_padding,
+)
+from latentdiff.trainer.stage import Stage, adamw, prefetch, process_part, sample_indices
+
+CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
+
+
+def batch_maker(
+    source: Source, tokenizer: object, config: ClipTrainConfig, part: slice
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Return step → (pictures, token ids); which of several captions is drawn from (seed, step)."""
+    stage = config.stage
+
+    def make(step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
+        draws = torch.rand(stage.batch_size, generator=generator)[part].tolist()
+        chosen = sample_indices(step, len(source), stage.batch_size, stage.seed)[part].tolist()
+        examples = [source[i] for i in chosen]
+        texts = [e.captions[int(u * len(e.captions))] for e, u in zip(examples, draws, strict=True)]
+        images = torch.stack([to_tensor(e.image, config.data.image_size) for e in examples])
+        return images, trim_padding(encode_captions(tokenizer, texts, config.clip.max_tokens))
+
+    return make
+
+
+def learn_vocabulary(source: Source, config: ClipTrainConfig) -> None:
+    """Train the tokenizer on all captions, unless an earlier start wrote it."""
+    folder = Path(config.stage.output) / "tokenizer"
+    if (folder / "tokenizer.json").exists():
+        return
+    captions = (text for i in range(len(source)) for text in source.captions(i))
+    tokenizer = train_tokenizer(captions, config.clip.vocabulary)
+    save_tokenizer(tokenizer, folder, config.clip.max_tokens)
+
+
+def train(config: ClipTrainConfig, resume: bool) -> None:
+    """Run the stage: embed both sides, contrast, step; then export both towers."""
+    from accelerate import Accelerator
+
+    stage_config, output = config.stage, Path(config.stage.output)
+    accelerator = Accelerator(mixed_precision=stage_config.mixed_precision)
+    torch.manual_seed(stage_config.seed)
+    source = open_source(config.data)
+    if accelerator.is_main_process:
+        learn_vocabulary(source, config)
+    accelerator.wait_for_everyone()
+    tokenizer = load_tokenizer(output / "tokenizer")
+    clip = build_clip(config.clip, tokenizer, config.data.image_size)
+    model = accelerator.prepare(ClipFeatures(clip))
+    optimizers = {"clip": adamw(clip, stage_config, (0.9, 0.98))}
+    stage = Stage({"clip": clip}, optimizers, stage_config, accelerator)
+    first = stage.resume(resume)
+    make = batch_maker(source, tokenizer, config, process_part(stage_config, accelerator))
+    for step, (images, token_ids) in prefetch(make, first, stage_config.max_steps):
+        images, token_ids = images.to(accelerator.device), token_ids.to(accelerator.device)
+        stage.set_rate(step)
+        with accelerator.autocast():
+            image_vectors, text_vectors, scale = model(images, token_ids)
+        everyone = (accelerator.gather(image_vectors), accelerator.gather(text_vectors))
+        start = accelerator.process_index * len(images)
+        loss = contrastive_loss(image_vectors, text_vectors, scale, *everyone, start)
+        stage.step("clip", loss)
+        top_1 = retrieval_accuracy(text_vectors, image_vectors, 1)
+        stage.log(step, {"loss": loss, "batch_top1": torch.tensor(top_1), "scale": scale})
+        if (step + 1) % stage_config.checkpoint_every == 0 or step + 1 == stage_config.max_steps:
+            stage.save(step + 1)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_clip(clip.float().cpu().eval(), output)
+        print(f"text encoder, tokenizer and both towers written to {output}")
+
+
+if __name__ == "__main__":
+    try:
+        train(*command_line(ClipTrainConfig, CONFIG, __doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")
