@@ -1,0 +1,222 @@
+"""Folders as people have them: every caption format, odd names, and the errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import unicodedata
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import picture, png, write_folder
+
+from latentdiff.data.images import UnreadableImage
+from latentdiff.data.source import DataConfig, Source, open_source, report_skipped, split
+from latentdiff.errors import UserError
+
+
+def open_folder(path: Path, **options: Any) -> Any:
+    return open_source(DataConfig(kind="folder", path=str(path), **options))
+
+
+def captions_of(source: Source) -> dict[str, tuple[str, ...]]:
+    return {source.name(i): source.captions(i) for i in range(len(source))}
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    source = open_folder(write_folder(tmp_path / "d", 3))
+    assert isinstance(source, Source)
+    assert captions_of(source) == {f"images/{i}.png": (f"picture {i}",) for i in range(3)}
+    example = source[1]
+    assert np.array_equal(np.asarray(example.image), np.asarray(picture(1)))
+    assert (example.captions, example.name) == (("picture 1",), "images/1.png")
+    assert source.problems == []
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_with_any_usual_delimiter_and_a_byte_order_mark(tmp_path: Path, delimiter: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    rows = [["file_name", "caption"], ["a.png", '"one, two; three"']]
+    text = "\r\n".join(delimiter.join(row) for row in rows)
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8-sig", newline="")
+    assert captions_of(open_folder(tmp_path)) == {"a.png": ("one, two; three",)}
+
+
+def test_text_files_beside_the_images_in_sub_folders(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("a.png", "deep/b.JPG", "deep/er/c.png"):
+        (tmp_path / name).write_bytes(png(0))
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    (tmp_path / "deep" / "b.JPG.txt").write_text("three")
+    source = open_folder(tmp_path)
+    assert captions_of(source) == {"a.png": ("one", "two"), "deep/b.JPG": ("three",)}
+    assert source.problems == [("deep/er/c.png", "no caption")]
+
+
+def test_metadata_in_sub_folders_is_relative_to_them(tmp_path: Path) -> None:
+    write_folder(tmp_path / "x", 1)
+    write_folder(tmp_path / "y", 1)
+    assert set(captions_of(open_folder(tmp_path))) == {"x/images/0.png", "y/images/0.png"}
+
+
+def test_several_captions_as_a_list_and_as_lines(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"file_name": "images/0.png", "captions": ["a", "b", "", None]},
+        {"file_name": "images/1.png", "captions": "c"},
+        {"file_name": "images/1.png", "captions": "d"},
+    ]
+    source = open_folder(write_folder(tmp_path / "d", 2, rows))
+    assert captions_of(source) == {"images/0.png": ("a", "b"), "images/1.png": ("c", "d")}
+
+
+def test_entries_that_cannot_be_used_are_reported_and_left_out(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"file_name": "images/0.png", "text": "fine"},
+        {"file_name": "images/1.png", "text": "  "},
+        {"file_name": "images/gone.png", "text": "no such file"},
+        {"file_name": "../secret.png", "text": "outside"},
+        {"text": "no name"},
+    ]
+    source = open_folder(write_folder(tmp_path / "d", 3, rows))
+    assert captions_of(source) == {"images/0.png": ("fine",)}
+    reasons = dict(source.problems)
+    assert reasons["images/1.png"] == reasons["images/2.png"] == "no caption"
+    assert "not in the folder" in reasons["images/gone.png"]
+    assert "not in the folder" in reasons["../secret.png"]
+    assert reasons["metadata.jsonl entry 5"].startswith("no file_name")
+    text = report_skipped(source.problems, limit=2)
+    assert text.startswith("5 pictures are left out") and text.endswith("… and 3 more")
+    assert report_skipped([]) == ""
+
+
+def test_unreadable_image_raises_by_name_and_stays_on_disk(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "d", 2)
+    (folder / "images" / "1.png").write_bytes(png(1)[:50])
+    source = open_folder(folder)
+    with pytest.raises(UnreadableImage, match=r"images/1\.png"):
+        source[1]
+    assert (folder / "images" / "1.png").exists()
+    (folder / "images" / "0.png").unlink()
+    with pytest.raises(UnreadableImage, match="cannot be read"):
+        source.content_key(0)
+
+
+def test_names_differing_in_unicode_form_or_slashes_still_match(tmp_path: Path) -> None:
+    name = "é.png"
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / unicodedata.normalize("NFD", name)).write_bytes(png(0))
+    row = {"file_name": "s\\" + unicodedata.normalize("NFC", name), "text": "x"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    assert len(open_folder(tmp_path)) == 1
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    root = os.fsencode(tmp_path)
+    try:
+        with open(root + b"/caf\xe9.png", "wb") as file:
+            file.write(png(0))
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    with open(root + b"/caf\xe9.txt", "w") as file:
+        file.write("a café")
+    source = open_folder(tmp_path)
+    assert captions_of(source) == {"caf\\xe9.png": ("a café",)}
+    assert source[0].image.size == (20, 16) and source.fingerprint() and split(source, 0.5)
+
+
+def test_hidden_files_and_archive_litter_are_ignored(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "d", 1)
+    for litter in ("images/._0.png", ".cache/x.png", "__MACOSX/y.png"):
+        (folder / litter).parent.mkdir(exist_ok=True)
+        (folder / litter).write_bytes(b"junk")
+    source = open_folder(folder)
+    assert len(source) == 1 and source.problems == []
+
+
+def test_zip_reads_like_its_folder(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "d", 3)
+    shutil.make_archive(str(tmp_path / "d"), "zip", folder)
+    packed, plain = open_folder(tmp_path / "d.zip"), open_folder(folder)
+    assert captions_of(packed) == captions_of(plain)
+    assert packed.content_key(2) == plain.content_key(2)
+    assert np.array_equal(np.asarray(packed[2].image), np.asarray(plain[2].image))
+    assert packed.fingerprint() == open_folder(tmp_path / "d.zip").fingerprint()
+
+
+def test_damaged_zip_member_is_unreadable_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "d.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", png(0))
+        archive.writestr("a.txt", "x")
+    data = bytearray(path.read_bytes())
+    data[200] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(UnreadableImage, match=r"a\.png"):
+        open_folder(path)[0]
+
+
+def test_fingerprint_follows_pictures_not_captions(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "d", 2)
+    before = open_folder(folder).fingerprint()
+    metadata = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(metadata.replace("picture", "photo"))
+    assert open_folder(folder).fingerprint() == before
+    assert open_folder(folder, background=(0, 0, 0)).fingerprint() != before
+    (folder / "images" / "0.png").write_bytes(png(9))
+    assert open_folder(folder).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "words"),
+    [
+        ({}, {}, ["no images", "found: nothing"]),
+        ({"a.heic": b"x", "b.pdf": b""}, {}, ["no images", "1 × .heic", "convert"]),
+        ({"a.png": b"x"}, {}, ["no captions", "metadata.jsonl", "metadata.csv", "cat.txt"]),
+        ({"a.png": b"x", "a.txt": b" \n"}, {}, ["no captions"]),
+        ({"a.png": b"", "metadata.csv": b"file_name,txet\na.png,x"}, {}, ["txet", "data.caption_"]),
+        (
+            {"a.png": b"", "metadata.csv": b"file_name,title_en\na.png,x"},
+            {"caption_column": "titel_en"},
+            ["data.caption_column", "file_name, title_en", "Did you mean 'title_en'"],
+        ),
+        ({"a.png": b"", "metadata.csv": b"filename,text\na.png,x"}, {}, ["no column file_name"]),
+        ({"a.png": b"", "metadata.csv": b"file_name,text\nb.png,x"}, {}, ["0 usable", "b.png"]),
+        ({"a.png": b"", "metadata.jsonl": b'{"a": 1}\n{'}, {}, ["metadata.jsonl, line 2", "JSON"]),
+        ({"a.png": b"", "metadata.jsonl": b"[1]"}, {}, ["line 1 must be like"]),
+        ({"a.png": b"", "metadata.jsonl": b"\xff\xfe"}, {}, ["not UTF-8"]),
+    ],
+)
+def test_errors_say_what_is_wrong(
+    tmp_path: Path, files: dict[str, bytes], options: dict[str, str], words: list[str]
+) -> None:
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        open_folder(tmp_path, **options)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        open_folder(tmp_path / "none")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="neither"):
+        open_folder(tmp_path / "file")
+    with pytest.raises(UserError, match=r"data\.path is required"):
+        open_source(DataConfig(kind="folder"))
+
+
+@pytest.mark.skipif("LATENTDIFF_ASSETS" not in os.environ, reason="LATENTDIFF_ASSETS is not set")
+def test_a_real_zip() -> None:
+    path = Path(os.environ["LATENTDIFF_ASSETS"]) / "fluent_emoji_3d_128.zip"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    source = open_folder(path)
+    assert len(source) == 1853 and source.problems == []
+    example = source[0]
+    assert example.image.size == (128, 128) and example.captions == ("mahjong red dragon",)
+    assert example.image.getpixel((0, 0)) == (255, 255, 255)

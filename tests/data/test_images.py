@@ -1,0 +1,149 @@
+"""Odd pictures come out as a viewer would show them; broken ones say their name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentdiff.data.images import UnreadableImage, display_name, open_image
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixel(data: bytes, at: tuple[int, int] = (0, 0), **options: Any) -> tuple[int, ...]:
+    image = open_image(data, **options)
+    assert image.mode == "RGB"
+    value = image.getpixel(at)
+    assert isinstance(value, tuple)
+    return value
+
+
+def left_red_right_blue() -> Image.Image:
+    image = Image.new("RGB", (16, 8), (255, 0, 0))
+    image.paste((0, 0, 255), (8, 0, 16, 8))
+    return image
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation: int) -> None:
+    upright = left_red_right_blue()
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shown = open_image(encode(stored, exif=exif))
+    assert np.array_equal(np.asarray(shown), np.asarray(upright))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_composited_over_the_background(mode: str) -> None:
+    clear = encode(Image.new("RGBA", (2, 2), (0, 0, 0, 0)).convert(mode))
+    assert pixel(clear) == (255, 255, 255)
+    assert pixel(clear, background=(0, 128, 7)) == (0, 128, 7)
+    half = encode(Image.new("RGBA", (2, 2), (0, 0, 0, 128)).convert(mode))
+    assert pixel(half) == (127, 127, 127)
+
+
+def test_transparent_palette_and_colour_key() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.putpixel((1, 0), 1)
+    data = encode(palette, transparency=0)
+    assert (pixel(data), pixel(data, (1, 0))) == ((255, 255, 255), (0, 255, 0))
+    keyed = encode(Image.new("RGB", (1, 1), (1, 2, 3)), transparency=(1, 2, 3))
+    assert pixel(keyed) == (255, 255, 255)
+
+
+def test_grey_one_bit_and_cmyk() -> None:
+    assert pixel(encode(Image.new("L", (1, 1), 77))) == (77, 77, 77)
+    assert pixel(encode(Image.new("1", (1, 1), 1))) == (255, 255, 255)
+    red = pixel(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert red[0] > 200 and max(red[1:]) < 60
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_not_clipped(kind: str) -> None:
+    ramp = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    shown = open_image(encode(Image.fromarray(ramp), kind))
+    assert np.asarray(shown)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_32_bit_integer_and_float_grey() -> None:
+    whole = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.int32))
+    assert np.asarray(open_image(encode(whole, "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
+    unit = Image.fromarray(np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32))
+    assert np.asarray(open_image(encode(unit, "TIFF")))[0, :, 0].tolist() == [0, 128, 255, 0]
+    byte = Image.fromarray(np.array([[0.0, 77.0, 255.0]], dtype=np.float32))
+    assert np.asarray(open_image(encode(byte, "TIFF")))[0, :, 0].tolist() == [0, 77, 255]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_first_frame_of_an_animation(kind: str) -> None:
+    first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    data = encode(first, kind, save_all=True, append_images=[second])
+    red, _, blue = pixel(data)
+    assert red > 240 and blue < 15
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_truncated_and_corrupt_files_are_unreadable_by_name(kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), kind)
+    for broken in (data[: len(data) // 2], data[:20]):
+        with pytest.raises(UnreadableImage) as error:
+            open_image(broken, "cat.png")
+        assert error.value.name == "cat.png" and error.value.reason
+
+
+def test_no_damage_ever_escapes_as_another_exception() -> None:
+    rng = np.random.default_rng(1)
+    data = encode(left_red_right_blue())
+    for _ in range(200):
+        broken = bytearray(data)
+        for at in rng.integers(0, len(data), 4):
+            broken[at] = int(rng.integers(256))
+        with contextlib.suppress(UnreadableImage):
+            open_image(bytes(broken))
+
+
+def test_what_is_no_picture(tmp_path: Path) -> None:
+    for data, reason in [(b"", "empty"), (b"hello", "not a picture format")]:
+        with pytest.raises(UnreadableImage, match=reason):
+            open_image(data, "x")
+    with pytest.raises(UnreadableImage, match="does not exist"):
+        open_image(tmp_path / "none.png")
+    with pytest.raises(UnreadableImage, match="cannot be decoded"):
+        open_image(tmp_path)
+
+
+def test_decompression_bomb_says_how_to_proceed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UnreadableImage, match="MAX_IMAGE_PIXELS"):
+        open_image(encode(Image.new("RGB", (100, 100))), "huge.png")
+
+
+def test_broken_exif_does_not_cost_the_picture() -> None:
+    data = encode(left_red_right_blue(), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    assert pixel(data) == (255, 0, 0)
+
+
+def test_names_that_are_not_utf8_become_valid_and_stay_distinct(tmp_path: Path) -> None:
+    raw = [os.path.join(os.fsencode(tmp_path), b"caf\xe9.png"), b"caf\xe8.png"]
+    names = [display_name(os.fsdecode(r)) for r in raw]
+    assert names[0].endswith("caf\\xe9.png") and names[1] == "caf\\xe8.png"
+    assert all(name.encode("utf-8") for name in names)

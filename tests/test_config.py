@@ -1,0 +1,217 @@
+"""The config engine: merging, strictness, and that every mistake is told at once, with its path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from latentdiff.config import describe, dump_config, load_config, to_dict
+from latentdiff.config_yaml import parse_yaml, to_inline, to_yaml
+from latentdiff.data.source import DataConfig
+from latentdiff.errors import UserError
+
+
+@dataclass(frozen=True)
+class Adam:
+    kind: Literal["adam"] = "adam"
+    """The method."""
+    lr: float = 1e-3
+    """Step size."""
+
+
+@dataclass(frozen=True)
+class Lion:
+    kind: Literal["lion"] = "lion"
+    lr: float = 1e-4
+    beta: float = 0.5
+
+
+@dataclass(frozen=True)
+class Loop:
+    steps: int = 10
+    """How many
+    steps."""
+    name: str | None = None
+    prediction: Literal["eps", "v"] = "v"
+    sizes: tuple[int, ...] = (1, 2)
+    warm: bool = False
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    def validate(self) -> list[str]:
+        return ["steps must be above 0."] if self.steps <= 0 else []
+
+
+@dataclass(frozen=True)
+class Run:
+    path: str
+    """Required."""
+    loop: Loop = Loop(steps=99)
+    """The loop."""
+    optimizer: Adam | Lion = Adam(lr=7.0)
+    spare: Loop | None = None
+    loops: list[Loop] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.loop.steps == 13:
+            raise ValueError("13 steps bring bad luck.")
+
+
+def load(*overrides: str, path: Path | None = None) -> Run:
+    return load_config(Run, path, ["path=x", *overrides])
+
+
+def message(*overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load(*overrides)
+    return str(error.value)
+
+
+def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("path: from-file\nloop:\n  name: n\noptimizer:\n  lr: 2\nspare:\n")
+    config = load_config(Run, file, ["loop.steps=5", "--loop.sizes=[7]"])
+    assert config.path == "from-file"
+    assert config.loop == Loop(steps=5, name="n", sizes=(7,))
+    assert config.optimizer == Adam(lr=2.0)
+    assert config.spare is None
+
+
+def test_partly_given_section_keeps_the_rest_of_its_default_instance() -> None:
+    assert load("loop.name=n").loop == Loop(steps=99, name="n")
+    assert load("optimizer.kind=adam").optimizer == Adam(lr=7.0)
+
+
+def test_kind_chooses_the_variant_with_its_own_defaults() -> None:
+    assert load("optimizer.kind=lion", "optimizer.beta=1").optimizer == Lion(beta=1.0)
+    assert "optimizer.beta: unknown key" in message("optimizer.beta=1")
+    text = message("optimizer.kind=lino")
+    assert "optimizer.kind: must be one of adam, lion; got 'lino'. Did you mean 'lion'?" in text
+    assert "optimizer.lr: must be a number" in message("optimizer.kind=lion", "optimizer.lr=x")
+
+
+def test_every_mistake_is_listed_with_its_path() -> None:
+    text = message(
+        "loop.stepz=3", "loop.steps=abc", "loop.prediction=epz", "loop.sizes=[1,a]", "loop.warm=1",
+        "loop.share=2", "spare.steps=x", "loops=[{steps: 1}, {name: 5, zzz: 1}]",
+    )  # fmt: skip
+    assert "9 problems" in text
+    assert "loop.stepz: unknown key (given 3)" in text and "Did you mean 'steps'?" in text
+    assert "loop.steps: must be a whole number; got 'abc'." in text
+    assert "loop.prediction: must be one of eps, v; got 'epz'. Did you mean 'eps'?" in text
+    assert "loop.sizes.1: must be a whole number; got 'a'." in text
+    assert "loop.warm: must be true or false; got 1." in text
+    assert "loop.share: Input should be less than or equal to 1; got 2" in text
+    assert "spare.steps: must be a whole number" in text
+    assert "loops.1.name: must be text" in text and "in quotes" in text
+    assert "loops.1.zzz: unknown key" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "fits"),
+    [
+        ("optimizer.lr=1", True), ("optimizer.lr=1e-4", True), ("optimizer.lr='1'", False),
+        ("loop.steps=1.5", False), ("loop.steps=true", False), ("loop.steps=null", False),
+        ("loop.warm=yes", False), ("loop.warm=true", True), ("loop=3", False),
+        ("loop.sizes=3", False), ("optimizer=3", False), ("loop.steps.x=1", False),
+        ("loop.name=null", True), ("spare=null", True), ("spare={}", True), ("loop.name=[a]", True),
+    ],
+)  # fmt: skip
+def test_strictness(override: str, fits: bool) -> None:
+    if fits:
+        load(override)
+    else:
+        assert override.split("=")[0].removesuffix(".x") in message(override)
+
+
+def test_text_fields_take_overrides_as_they_are_typed() -> None:
+    assert load("loop.name=2024").loop.name == "2024"
+    assert load("loop.name=a: b").loop.name == "a: b"
+    assert load("loop.name=a=b").loop.name == "a=b"
+    assert load("loop.name=[x").loop.name == "[x"
+
+
+def test_required_and_cross_field_checks_name_their_place() -> None:
+    with pytest.raises(UserError, match="path: is required"):
+        load_config(Run)
+    text = message("loop.steps=0", "spare.steps=-1")
+    assert "loop: steps must be above 0." in text and "spare: steps must be above 0." in text
+    assert "13 steps bring bad luck." in message("loop.steps=13")
+
+
+def test_malformed_overrides() -> None:
+    assert "must look like section.key=value; got 'loop'" in message("loop")
+    assert "not a section" in message("loop.steps=1", "loop.steps.more=2")
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("a: [")
+    (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "twice.yaml").write_text("path: a\npath: b")
+    (tmp_path / "circle.yaml").write_text("extends: circle.yaml")
+    for name, text in {
+        "trian.yaml": "Did you mean 'train.yaml'",
+        "train.yaml": "not valid YAML",
+        "list.yaml": "must hold",
+        "twice.yaml": "stands twice",
+        "circle.yaml": "extends itself",
+    }.items():
+        with pytest.raises(UserError, match=text):
+            load_config(Run, tmp_path / name)
+
+
+def test_extends_is_overlaid_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("path: base\nloop: {steps: 3, name: base}\n")
+    (tmp_path / "sub" / "own.yaml").write_text("extends: ../base.yaml\nloop: {name: own}\n")
+    config = load_config(Run, tmp_path / "sub" / "own.yaml")
+    assert (config.path, config.loop.steps, config.loop.name) == ("base", 3, "own")
+
+
+def test_dump_reads_back_equal(tmp_path: Path) -> None:
+    config = load(
+        "loop.name=1e-4", "optimizer.kind=lion", "optimizer.lr=1e-5", "loops=[{steps: 3}]"
+    )
+    dump_config(config, tmp_path / "out.yaml")
+    assert load_config(Run, tmp_path / "out.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "1e-4", "0123", "12:30", "null", "2026-01-01", "", "~", "a: b"]
+)
+def test_text_survives_yaml(text: str) -> None:
+    assert parse_yaml(to_yaml({"a": text})) == {"a": text}
+    assert parse_yaml(to_inline([text])) == [text]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1.5E3", 1500.0), ("-.5", -0.5), (".inf", float("inf")), ("007", 7),
+        ("off", "off"), ("no", "no"), ("12:30", "12:30"), ("2026-01-01", "2026-01-01"), ("", None),
+    ],
+)  # fmt: skip
+def test_yaml_scalars(text: str, value: object) -> None:
+    assert parse_yaml(text) == value
+
+
+def test_describe_lists_every_key_with_default_and_docstring() -> None:
+    text = describe(Run)
+    assert "path  (text; required)\n    Required." in text
+    assert "loop.steps  (whole number; 99)\n    How many steps." in text
+    assert "loop.prediction  (eps|v; v)" in text
+    assert "when optimizer.kind=lion:" in text and "optimizer.beta  (number; 0.5)" in text
+    assert "loop.sizes  (list of whole number; [1, 2])" in text
+
+
+def test_data_config_documents_every_field_and_checks_itself() -> None:
+    assert load_config(DataConfig) == DataConfig()
+    lines = describe(DataConfig).splitlines()
+    assert len(lines) == 2 * len(to_dict(DataConfig()))
+    with pytest.raises(UserError, match="path is required for kind folder"):
+        load_config(DataConfig, None, ["kind=folder"])
+    with pytest.raises(UserError, match="Did you mean 'folder'"):
+        load_config(DataConfig, None, ["kind=foldr"])
