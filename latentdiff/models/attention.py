@@ -1,0 +1,175 @@
+"""Attention and the transformer that stands inside the U-Net's blocks.
+
+    Attention(Q, K, V) = softmax(Q Kᵀ / √d) V          (Vaswani et al. 2017, arXiv:1706.03762)
+
+A spatial transformer treats the H·W positions as tokens: self-attention lets them see each other,
+cross-attention lets them read the context (Rombach et al. 2022, section 3.3, arXiv:2112.10752).
+The context does not change while an image is denoised, so its keys and values are computed outside
+the blocks, once, and handed in as `kv` (see `UNet.project_context`).
+Attribute names are those of diffusers, since they are the keys of the weight files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.models.attention_backend import sdpa
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of one attention, each (B, heads, tokens, head_dim)."""
+ContextKV = tuple[KeyValue, ...]
+"""Keys and values of every cross-attention of a U-Net, in the order of `Attention.index`."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens over themselves or over a context."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        context_width: int | None = None,
+        dropout: float = 0.0,
+        upcast: bool = False,
+    ) -> None:
+        """Build the four projections.
+
+        Args:    width: channels of the tokens, divisible by heads.
+                 context_width: channels of the context; None for self-attention.
+                 upcast: multiply queries and keys in float32 when the network runs in float16,
+                 whose range Stable Diffusion 2's scores exceed.
+        """
+        super().__init__()
+        self.heads, self.upcast = heads, upcast
+        self.index = 0
+        """Place in a ContextKV; set by the U-Net on its cross-attentions."""
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = sdpa
+        source = width if context_width is None else context_width
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(source, width, bias=False)
+        self.to_v = nn.Linear(source, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(dropout)])
+
+    def project(self, context: Tensor) -> KeyValue:
+        """Keys and values of a context (B, tokens, context_width)."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def forward(self, x: Tensor, kv: KeyValue | None = None) -> Tensor:
+        """Attend from x (B, N, width) to kv, or to x itself; returns (B, N, width)."""
+        key, value = self.project(x) if kv is None else kv
+        query = self._split(self.to_q(x))
+        if self.upcast and query.dtype == torch.float16:
+            query, key, value = query.float(), key.float(), value.float()
+        out = self.attend(query, key, value).transpose(1, 2).flatten(2)  # (B, N, width)
+        return self.to_out[1](self.to_out[0](out.to(x.dtype) if self.upcast else out))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
+
+
+class GatedGelu(nn.Module):
+    """h · gelu(g), both halves from one projection (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, width) to (B, N, hidden)."""
+        h, gate = self.proj(x).chunk(2, dim=-1)
+        return h * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """The per-token network of a transformer block, four times as wide inside."""
+
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        hidden = 4 * width
+        self.net = nn.ModuleList(
+            [GatedGelu(width, hidden), nn.Dropout(dropout), nn.Linear(hidden, width)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, width) to (B, N, width)."""
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each after a LayerNorm and residual."""
+
+    def __init__(
+        self, width: int, heads: int, context_width: int, dropout: float, upcast: bool
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads, None, dropout, upcast)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, context_width, dropout, upcast)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width, dropout)
+
+    def forward(self, x: Tensor, kv: ContextKV) -> Tensor:
+        """Map tokens (B, N, width) to (B, N, width)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), kv[self.attn2.index])
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, with a residual around them all."""
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_width: int,
+        *,
+        layers: int = 1,
+        groups: int = 32,
+        linear_projection: bool = False,
+        dropout: float = 0.0,
+        upcast: bool = False,
+    ) -> None:
+        """Args: linear_projection: project tokens (SD 2.x) instead of the feature map (SD 1.x)."""
+        super().__init__()
+        self.linear_projection = linear_projection
+
+        def projection() -> nn.Module:
+            if linear_projection:
+                return nn.Linear(channels, channels)
+            return nn.Conv2d(channels, channels, kernel_size=1)
+
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = projection()
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_width, dropout, upcast) for _ in range(layers)
+        )
+        self.proj_out = projection()
+
+    def forward(self, x: Tensor, kv: ContextKV) -> Tensor:
+        """Map a feature map (B, C, H, W) to (B, C, H, W)."""
+        height, width = x.shape[-2:]
+        h = self.norm(x)
+        linear = self.linear_projection
+        # In channels_last, to tokens and back are views.
+        h = self.proj_in(_to_tokens(h)) if linear else _to_tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            h = block(h, kv)
+        if linear:
+            return x + _to_map(self.proj_out(h), height, width)
+        return x + self.proj_out(_to_map(h, height, width))
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H·W, C)
+
+
+def _to_map(x: Tensor, height: int, width: int) -> Tensor:
+    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (B, C, H, W)

@@ -1,0 +1,202 @@
+"""The U-Net's configuration: the fields of diffusers' UNet2DConditionModel that we support.
+
+Fields that diffusers has and we do not are listed with the one value that leaves them out; any
+other value is refused by name, so that no checkpoint is silently read as something it is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from latentdiff.errors import UserError, choice_error, did_you_mean
+
+CLASS_NAME = "UNet2DConditionModel"
+#: The diffusers release whose layout is written.
+DIFFUSERS_VERSION = "0.42.1"
+DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
+UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+TIME_EMBEDDINGS = ("positional", "fourier")
+
+#: Fields of UNet2DConditionModel that are supported at this value only.
+FIXED_FIELDS: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": None,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+}
+#: Fields without effect on what we compute, accepted at any value.
+_IGNORED_WITH = {"addition_embed_type_num_heads", "addition_time_embed_dim"}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the U-Net; names and defaults are those of diffusers' UNet2DConditionModel."""
+
+    sample_size: int | tuple[int, int] | None = None
+    """Side of the latents that the model was trained on, or (height, width)."""
+    in_channels: int = 4
+    """Channels of the noisy latents."""
+    out_channels: int = 4
+    """Channels of the prediction."""
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    """One per resolution, finest first: CrossAttnDownBlock2D or DownBlock2D."""
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    """UNetMidBlock2DCrossAttn, UNetMidBlock2D (no attention) or null (no middle block)."""
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    """One per resolution, coarsest first: CrossAttnUpBlock2D or UpBlock2D."""
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Channels per resolution, finest first; multiples of norm_num_groups."""
+    layers_per_block: int | tuple[int, ...] = 2
+    """ResNet blocks per down block; up blocks have one more."""
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    """Transformer blocks in each spatial transformer."""
+    attention_head_dim: int | tuple[int, ...] = 8
+    """NUMBER of attention heads, in all or per resolution (a misnomer kept from diffusers)."""
+    cross_attention_dim: int = 1280
+    """Channels of the context: the width of the text encoder."""
+    use_linear_projection: bool = False
+    """Linear layers around the transformers (SD 2.x) instead of 1×1 convolutions (SD 1.x)."""
+    upcast_attention: bool = False
+    """Compute attention in float32 when the weights are float16 (SD 2.1)."""
+    norm_num_groups: int = 32
+    """Groups of every GroupNorm."""
+    norm_eps: float = 1e-5
+    """Epsilon of the ResNet blocks' GroupNorms."""
+    dropout: float = 0.0
+    """Dropout inside the ResNet blocks."""
+    time_embedding_type: str = "positional"
+    """positional (sinusoidal) or fourier (random frequencies)."""
+    time_embedding_dim: int | None = None
+    """Width of the time embedding; null for 4 (positional) or 2 (fourier) times the channels."""
+    flip_sin_to_cos: bool = True
+    """Cosines before sines in the time features."""
+    freq_shift: int = 0
+    """Shift of the sinusoidal frequencies' exponent."""
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types"):
+            _check_length(name, getattr(self, name), levels)
+        for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
+            _check_length(name, per_level(getattr(self, name), levels), levels)
+        _check_choices("down_block_types", self.down_block_types, DOWN_BLOCKS)
+        _check_choices("up_block_types", self.up_block_types, UP_BLOCKS)
+        _check_choices("mid_block_type", (self.mid_block_type,), MID_BLOCKS)
+        _check_choices("time_embedding_type", (self.time_embedding_type,), TIME_EMBEDDINGS)
+        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
+            _check_multiple("block_out_channels", channels, "norm_num_groups", self.norm_num_groups)
+            _check_multiple("block_out_channels", channels, "attention_head_dim", heads)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of attention heads per resolution, finest first."""
+        return per_level(self.attention_head_dim, len(self.block_out_channels))
+
+    @property
+    def downscale(self) -> int:
+        """By how much the lowest resolution is smaller than the input."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def per_level(value: int | Sequence[int], levels: int) -> tuple[int, ...]:
+    """Spell out a setting that may be one number for all resolutions."""
+    return (value,) * levels if isinstance(value, int) else tuple(value)
+
+
+def config_from_dict(data: Mapping[str, Any]) -> UNetConfig:
+    """Read diffusers' config.json of a UNet2DConditionModel.
+
+    Args:    data: the parsed JSON; fields left out have diffusers' defaults.
+    Raises:  UserError: naming every field that is unknown or has an unsupported value.
+    """
+    given_class = data.get("_class_name", CLASS_NAME)
+    if given_class != CLASS_NAME:
+        raise UserError(f"the U-Net's class must be {CLASS_NAME}; got {given_class!r}.")
+    names = [field.name for field in dataclasses.fields(UNetConfig)]
+    known: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in data.items():
+        if name in names:
+            known[name] = _as_tuple(value)
+        elif name in FIXED_FIELDS:
+            if not _is_neutral(name, value):
+                problems.append(f"{name} must be {FIXED_FIELDS[name]!r}; got {value!r}")
+        elif not name.startswith("_") and value not in (None, False):
+            hint = did_you_mean(name, [*names, *FIXED_FIELDS])
+            problems.append(f"{name} is not a known field (given {value!r}).{hint}")
+    if not isinstance(known.get("cross_attention_dim", 0), int):
+        problems.append(
+            f"cross_attention_dim must be one number; got {data['cross_attention_dim']}"
+        )
+    if problems:
+        raise UserError(
+            "this U-Net configuration asks for what is not supported: " + "; ".join(problems)
+        )
+    return UNetConfig(**known)
+
+
+def config_to_dict(config: UNetConfig) -> dict[str, Any]:
+    """Write the configuration as diffusers' config.json, with every field of its class."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    head = {"_class_name": CLASS_NAME, "_diffusers_version": DIFFUSERS_VERSION}
+    return head | dict(sorted((fields | FIXED_FIELDS).items()))
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    synonyms = {"act_fn": ("silu", "swish"), "mid_block_only_cross_attention": (None, False)}
+    neutral = synonyms.get(name, (FIXED_FIELDS[name],))
+    if isinstance(value, list) and name == "only_cross_attention":
+        return not any(value)
+    return name in _IGNORED_WITH or value in neutral
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_length(name: str, value: Sequence[Any], levels: int) -> None:
+    if len(value) != levels:
+        raise UserError(
+            f"{name} must have one entry for each of the {levels} block_out_channels; "
+            f"got {len(value)}: {', '.join(map(str, value))}."
+        )
+
+
+def _check_choices(name: str, values: Sequence[str | None], allowed: Sequence[str | None]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise choice_error(name, value, map(str, allowed))
+
+
+def _check_multiple(name: str, value: int, of_name: str, of: int) -> None:
+    if of < 1 or value < 1 or value % of:
+        raise UserError(f"every one of {name} must be a multiple of {of_name} ({of}); got {value}.")
