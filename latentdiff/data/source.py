@@ -84,10 +84,6 @@ class DataConfig:
     """Which configuration of a hub data set, where it has several."""
     revision: str | None = None
     """Which version (branch, tag or commit) of a hub data set."""
-    renderings: int = 12
-    """Most pictures (styles, backgrounds) made of one drawing; kind emoji only."""
-    flags: bool = True
-    """Whether kind emoji shows flags."""
     image_size: int = 64
     """Side of the training squares in pixels."""
     crop: Literal["center", "random", "pad"] = "center"
@@ -103,6 +99,8 @@ class DataConfig:
     """Renderings (styles and backgrounds) per concept of the embedded set, 1…36."""
     emoji_flags: bool = True
     """Whether the embedded set includes its 262 flags."""
+    emoji_concepts: tuple[str, ...] = ()
+    """Only these concepts of the embedded set, by name ("cat face"); empty takes all."""
     emoji_compositions: Literal["train", "held_out"] = "train"
     """held_out: the style and background pairs of the embedded set that training never sees."""
 
