@@ -163,7 +163,7 @@ class _Encoding:
         device: torch.device,
     ) -> None:
         self._source, self._autoencoder, self._config = source, autoencoder, config
-        self._store, self._device = store, device
+        self._store, self._device, self._dtype = store, device, _dtype(autoencoder)
         self._content_key = getattr(source, "content_key", None)
 
     def run(self, batch_size: int, threads: int, progress: bool) -> _Index:
@@ -207,7 +207,7 @@ class _Encoding:
         )
 
     def _encode(self, queue: dict[str, Tensor]) -> Tensor:
-        images = torch.stack(list(queue.values())).to(self._device)
+        images = torch.stack(list(queue.values())).to(self._device, self._dtype)
         moments = _moments(self._autoencoder, images)
         stored = moments.to(torch.float16)
         if not bool(torch.isfinite(stored).all()):
@@ -221,6 +221,11 @@ class _Encoding:
 def _moments(autoencoder: Any, images: Tensor) -> Tensor:
     with torch.no_grad():
         return autoencoder.encode_moments(images)
+
+
+def _dtype(autoencoder: Any) -> torch.dtype:
+    floats = (t.dtype for t in autoencoder.state_dict().values() if t.is_floating_point())
+    return next(floats, torch.float32)
 
 
 def _writer(store: LatentStore) -> LatentWriter:
@@ -248,7 +253,8 @@ def _prepare(folder: Path, autoencoder: Any, config: DataConfig, device: Any) ->
         return c, h, w
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        blank = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
+        size = config.image_size
+        blank = torch.zeros(1, 3, size, size, device=device, dtype=_dtype(autoencoder))
         _, c, h, w = _moments(autoencoder, blank).shape
         facts = {"moments_shape": [c, h, w], "image_size": config.image_size, "crop": config.crop}
         _write_json(about, facts)
