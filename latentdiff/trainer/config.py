@@ -1,0 +1,230 @@
+"""The configuration of train_latent.py; its defaults train the embedded example from scratch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from latentdiff.config import load_config, to_dict
+from latentdiff.config_yaml import read_yaml
+from latentdiff.data.source import DataConfig
+from latentdiff.diffusion.objective import ObjectiveConfig
+from latentdiff.diffusion.schedule import ScheduleConfig
+from latentdiff.errors import UserError
+from latentdiff.models.unet_config import UNetConfig
+from latentdiff.trainer.loop import LoopConfig
+from latentdiff.trainer.optimizer import OptimizerConfig
+
+
+def _small_unet() -> UNetConfig:
+    return UNetConfig(
+        sample_size=16,
+        block_out_channels=(96, 192, 256),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=8,
+        cross_attention_dim=192,
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network is trained, and the frozen parts around it."""
+
+    pretrained: str | None = None
+    """Folder or hub id of a model to fine-tune; null trains a U-Net from scratch."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    vae: str | None = None
+    """Model folder (or its vae folder) of the autoencoder; null takes the pretrained model's, or
+    the embedded one."""
+    text_encoder: str | None = None
+    """Model folder with text_encoder/ and tokenizer/; null takes the pretrained model's, or the
+    embedded one."""
+    unet: UNetConfig = field(default_factory=_small_unet)
+    """Shape of a U-Net that is trained from scratch."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """How attention is computed: torch's own, or xformers."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third slower."""
+    channels_last: bool = True
+    """Memory layout that convolutions usually like better."""
+
+
+@dataclass(frozen=True)
+class LatentsConfig:
+    """Where the encoded pictures are kept."""
+
+    cache_dir: str | None = None
+    """Folder of the latent cache; null is ~/.cache/latentdiff."""
+    pack: str | None = None
+    """Train on this latent pack (one .safetensors file) in place of the pictures of `data`."""
+    batch_size: int = 32
+    """Pictures encoded at a time."""
+    context_megabytes: int = 1024
+    """Memory for the text states of captions."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """The picture grid and the held-out loss, both with the averaged weights."""
+
+    every: int = 1000
+    """Optimizer steps between validations; 0 validates at the end only."""
+    at_start: bool = False
+    """Validate before the first step too (fine-tuning: what the start was like)."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of the grid; empty takes captions of the held-out pictures."""
+    pictures: int = 16
+    """How many captions are taken when no prompts are given; 0 makes no grid."""
+    steps: int = 25
+    """DDIM steps."""
+    guidance: float = 4.0
+    """Guidance scale; 1 is off."""
+    seed: int = 0
+    """Seed of the first picture; the next one has the next seed."""
+    samples: int = 256
+    """Held-out samples (picture, timestep, noise) in the loss, the same ones every time."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        return [
+            f"{name} must be at least {least}; got {getattr(self, name)}."
+            for name, least in (("every", 0), ("pictures", 0), ("steps", 1), ("samples", 1))
+            if getattr(self, name) < least
+        ]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The finished model folder, OUTPUT/model."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Number format of the weights in the folder."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that train_latent.py needs."""
+
+    output: str = "runs/latent"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, samples/, model/."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network and the frozen parts."""
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(zero_terminal_snr=True))
+    """The noise levels; a pretrained model's own where a key is not given."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What is learnt; `prediction` is a pretrained model's own when it is not given."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The captioned pictures."""
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    """The encoded pictures."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its learning rate."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Length, batches and cadence."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """How progress is looked at."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """What is written at the end."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A configuration, and which dotted keys a person set (in the file or as overrides)."""
+
+    config: TrainConfig
+    """The checked configuration."""
+    keys: frozenset[str]
+    """Dotted keys that were given, not defaulted."""
+
+
+def read_config(path: Path | None, overrides: Sequence[str]) -> Given:
+    """Load and check a TrainConfig. Raises: UserError: everything that is wrong with it."""
+    config = load_config(TrainConfig, path, overrides)
+    in_file = flat(read_yaml(path)) if path is not None else {}
+    on_line = [text.lstrip("-").partition("=")[0].strip() for text in overrides]
+    return Given(config, frozenset([*in_file, *on_line]))
+
+
+def adopt(given: Given, schedule: ScheduleConfig, prediction: str) -> tuple[TrainConfig, list[str]]:
+    """Take schedule and prediction of a pretrained model over, where the person said nothing.
+
+    Returns: the configuration, and a line for every key that was given and differs.
+    """
+    config = given.config
+    found = {f"schedule.{key}": value for key, value in to_dict(schedule).items()}
+    found["objective.prediction"] = prediction
+    now = flat(to_dict(config))
+    differing = {key: value for key, value in found.items() if now[key] != value}
+    taken = {key: value for key, value in differing.items() if key not in given.keys}
+    notes = [
+        f"note: {key} is {now[key]!r} as given; the pretrained model has {value!r}. "
+        "The new value is trained and saved; leave the key out to keep the model's own."
+        for key, value in differing.items()
+        if key in given.keys
+    ]
+    changes = {k.removeprefix("schedule."): v for k, v in taken.items() if k.startswith("schedule")}
+    objective = config.objective
+    if "objective.prediction" in taken:
+        objective = dataclasses.replace(objective, prediction=prediction)  # type: ignore[arg-type]
+    config = dataclasses.replace(
+        config, schedule=dataclasses.replace(config.schedule, **changes), objective=objective
+    )
+    return config, notes
+
+
+#: Keys that change no number of the training, so that a resumed run may differ in them.
+_FREE = (
+    "output",
+    "validation.",
+    "export.",
+    "latents.",
+    "data.path",
+    "loop.max_minutes",
+    "loop.batch_size",
+    "loop.gradient_accumulation",
+    "loop.log_every",
+    "loop.checkpoint_every",
+    "loop.keep_last",
+    "loop.tensorboard",
+)
+
+
+def deciding_facts(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the numbers of a run; a resumed run must have the same ones.
+
+    The batch enters as a whole (see `order.BatchShape`): how it is cut up changes only rounding.
+    """
+    facts = {k: v for k, v in flat(to_dict(config)).items() if not k.startswith(_FREE)}
+    if config.optimizer.decay == "constant":
+        del facts["loop.max_steps"]
+    return facts
+
+
+def flat(data: dict[str, Any]) -> dict[str, Any]:
+    """Turn nested mappings into one with dotted keys."""
+    return dict(_flat(data, ""))
+
+
+def _flat(data: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_given(given: Given) -> None:
+    """Refuse keys that cannot have the effect that their writer expects. Raises: UserError."""
+    shape = sorted(key for key in given.keys if key.startswith("model.unet."))
+    if given.config.model.pretrained is not None and shape:
+        raise UserError(
+            f"model.pretrained={given.config.model.pretrained} brings its own U-Net; "
+            f"{', '.join(shape)} cannot apply. Remove them, or train from scratch with "
+            "model.pretrained=null."
+        )

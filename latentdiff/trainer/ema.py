@@ -1,0 +1,57 @@
+"""A moving average of the weights, which samples better than the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def decay_at(step: int, decay: float) -> float:
+    """Decay after update number `step` (0, 1, …): min(decay, (1 + k)/(10 + k)).
+
+    Without the warm-up the random first weights would stay in the average for 1/(1 − decay) steps.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Ema:
+    """Keeps θ̄ ← d θ̄ + (1 − d) θ of a module's trainable parameters in float32.
+
+    Args:
+        module: the (unwrapped) module; its buffers are not averaged.
+        decay: d in 0 … 1; 0 keeps a plain copy of the newest weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._live = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.average = {n: p.detach().float().clone() for n, p in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the weights after optimizer step `step` (counted from 0)."""
+        live = [p.detach().float() for p in self._live.values()]
+        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay_at(step, self.decay))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the module hold the averaged weights inside a `with` block."""
+        kept = {n: p.detach().clone() for n, p in self._live.items()}
+        self._copy(self.average)
+        try:
+            yield
+        finally:
+            self._copy(kept)
+
+    def load(self, average: dict[str, Tensor]) -> None:
+        """Take over a stored average. Raises: KeyError: a parameter is missing."""
+        for name, value in self.average.items():
+            value.copy_(average[name])
+
+    @torch.no_grad()
+    def _copy(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self._live.items():
+            parameter.copy_(values[name])

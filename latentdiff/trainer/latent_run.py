@@ -1,0 +1,288 @@
+"""The parts of a train_latent.py run and how they are put together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from latentdiff.config import dump_config
+from latentdiff.data.source import open_source, report_skipped, split
+from latentdiff.diffusion.prediction import check_prediction
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import UserError
+from latentdiff.trainer.config import Given, TrainConfig, adopt, check_given
+from latentdiff.trainer.context import ContextCache
+from latentdiff.trainer.ema import Ema
+from latentdiff.trainer.order import BatchShape
+from latentdiff.trainer.output import MODEL, SAMPLES, default_cache
+from latentdiff.trainer.tracking import Tracker
+from latentdiff.trainer.validation import held_out_loss, picture_grid, pictures, write_png
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from latentdiff.formats.diffusers_folder import Components
+
+    from latentdiff.models.unet import UNet
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The encoded pictures and which of them are held out."""
+
+    data: Any
+    """A LatentCache or LatentPack."""
+    train: list[int]
+    """Indices to train on."""
+    held_out: list[int]
+    """Indices never trained on; may be empty."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged."""
+        digest = hashlib.blake2b(digest_size=12)
+        for index in self.train:
+            digest.update("\x1f".join((*self.data.captions(index), "\x1e")).encode())
+        return {
+            "pictures": self.data.fingerprint(),
+            "training pictures": len(self.train),
+            "captions": digest.hexdigest(),
+        }
+
+
+def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
+    """Open or make the U-Net, and open the frozen autoencoder and text encoder.
+
+    Returns: the components, the configuration with what the pretrained model decides, notes.
+    Raises: UserError: a part is missing, or two do not fit together.
+    """
+    from latentdiff.formats.diffusers_folder import Components, load_components
+
+    check_given(given)
+    config, notes, model = given.config, list[str](), given.config.model
+    if model.pretrained is not None:
+        base = load_components(model.pretrained, revision=model.revision)
+        config, notes = adopt(given, base.schedule, base.prediction)
+        unet = base.unet
+    else:
+        from latentdiff.models.unet import UNet
+
+        torch.manual_seed(config.loop.seed)
+        unet, base = UNet(model.unet).init_for_training(), None
+    check_prediction(config.objective.prediction, config.schedule)
+    components = Components(
+        unet=unet,
+        autoencoder=_autoencoder(model.vae, base),
+        text_encoder=_text_encoder(model.text_encoder, base),
+        schedule=config.schedule,
+        prediction=config.objective.prediction,
+    )
+    check_fit(components, config)
+    return components, config, notes
+
+
+def _embedded() -> Path:
+    from latentdiff.embedded import EMBEDDED_MODEL
+
+    return Path(EMBEDDED_MODEL)
+
+
+def _autoencoder(folder: str | None, base: Components | None) -> Any:
+    from latentdiff.formats.diffusers_folder import resolve_folder
+
+    from latentdiff.models.autoencoder import load_autoencoder
+
+    if folder is None and base is not None:
+        return base.autoencoder
+    found = resolve_folder(folder) if folder is not None else _embedded()
+    inner = found / "vae"
+    return load_autoencoder(inner if inner.is_dir() else found, torch.float32)
+
+
+def _text_encoder(folder: str | None, base: Components | None) -> Any:
+    from latentdiff.formats.diffusers_folder import resolve_folder
+
+    from latentdiff.models.text_encoder import load_text_encoder
+
+    if folder is None and base is not None:
+        return base.text_encoder
+    found = resolve_folder(folder) if folder is not None else _embedded()
+    return load_text_encoder(found / "text_encoder", found / "tokenizer")
+
+
+def check_fit(components: Components, config: TrainConfig) -> None:
+    """Compare the sizes of the parts with each other and the picture size. Raises: UserError."""
+    unet, autoencoder = components.unet.config, components.autoencoder
+    channels = autoencoder.latent_channels
+    for name, value in (("in_channels", unet.in_channels), ("out_channels", unet.out_channels)):
+        if value != channels:
+            raise UserError(
+                f"the U-Net's {name} must equal the autoencoder's {channels} latent channels; got "
+                f"{value}. Set model.unet.{name}={channels}, or choose another model.vae."
+            )
+    width = components.text_encoder.width
+    if unet.cross_attention_dim != width:
+        raise UserError(
+            f"the U-Net's cross_attention_dim must equal the text encoder's width {width}; got "
+            f"{unet.cross_attention_dim}. Set model.unet.cross_attention_dim={width}, or choose "
+            "another model.text_encoder."
+        )
+    if config.latents.pack is not None:
+        return
+    size = config.data.image_size
+    autoencoder.check_image_size(size)
+    step = autoencoder.downscale * unet.downscale
+    if size % step:
+        below = max(step, size // step * step)
+        raise UserError(
+            f"data.image_size must be a multiple of {step} (the autoencoder divides it by "
+            f"{autoencoder.downscale}, the U-Net's levels by {step // autoencoder.downscale}); got "
+            f"{size}. Try {below} or {below + step}."
+        )
+
+
+def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Latents:
+    """Open the data; encode what is not in the cache yet, on one process of each machine.
+
+    Raises: UserError: no data, no captions, no usable picture.
+    """
+    if config.latents.pack is not None:
+        from latentdiff.data.latent_pack import LatentPack
+
+        data: Any = LatentPack(config.latents.pack)
+    else:
+        from latentdiff.data.latent_cache import build_latent_cache
+
+        source = open_source(config.data)
+        folder = Path(config.latents.cache_dir or default_cache())
+        with accelerator.local_main_process_first():
+            data = build_latent_cache(
+                source,
+                autoencoder,
+                config.data,
+                folder,
+                batch_size=config.latents.batch_size,
+                device=accelerator.device,
+                progress=accelerator.is_local_main_process,
+            )
+        if accelerator.is_main_process and (text := report_skipped(data.skipped)):
+            print(text, flush=True)
+    return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
+
+
+def prepare_unet(components: Components, config: TrainConfig, device: torch.device) -> UNet:
+    """Put the U-Net on the device in float32, with the configured kernels and memory layout."""
+    unet = components.unet.to(device, torch.float32)
+    if config.model.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    unet.set_attention(config.model.attention)
+    unet.enable_gradient_checkpointing(config.model.gradient_checkpointing)
+    return unet.train().requires_grad_(True)
+
+
+def batch_shape(config: TrainConfig, accelerator: Accelerator) -> BatchShape:
+    """How the global batch is cut up in this launch."""
+    loop = config.loop
+    return BatchShape(
+        loop.batch_size,
+        loop.gradient_accumulation,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+
+
+class Validator:
+    """Writes OUTPUT/samples/step-N.png and the held-out loss; works on the main process only."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        components: Components,
+        latents: Latents,
+        context: ContextCache,
+        ema: Ema,
+        tracker: Tracker,
+        accelerator: Accelerator,
+    ) -> None:
+        self._config, self._parts, self._latents = config, components, latents
+        self._context, self._ema, self._tracker = context, ema, tracker
+        self._accelerator = accelerator
+        self._schedule = NoiseSchedule(config.schedule)
+        self._prompts = config.validation.prompts or self._captions(config.validation.pictures)
+
+    def due(self, step: int) -> bool:
+        """Whether to validate after so many steps (the end comes by itself)."""
+        every = self._config.validation.every
+        return bool(every) and step % every == 0
+
+    def __call__(self, step: int) -> None:
+        """Validate the averaged weights; the other processes wait."""
+        if self._accelerator.is_main_process:
+            unet = self._parts.unet
+            was_training = unet.training
+            with self._ema.applied(), self._accelerator.autocast():
+                unet.eval()
+                self._loss(step)
+                self._grid(step)
+            unet.train(was_training)
+        self._accelerator.wait_for_everyone()
+
+    def _loss(self, step: int) -> None:
+        if not self._latents.held_out:
+            return
+        value = held_out_loss(
+            self._parts.unet,
+            self._parts.autoencoder,
+            self._latents.data,
+            self._latents.held_out,
+            self._context,
+            self._schedule,
+            self._config.objective,
+            self._config.validation.samples,
+            self._config.loop.seed,
+        )
+        self._tracker.write([{"step": step, "validation_loss": value}])
+        self._tracker.say(f"step {step}: validation loss {value:.4f}")
+
+    def _grid(self, step: int) -> None:
+        if not self._prompts:
+            return
+        validation, (channels, height, width) = self._config.validation, self._latents.data.shape
+        images = pictures(
+            self._parts.unet,
+            self._parts.autoencoder,
+            self._context,
+            self._schedule,
+            self._config.objective.prediction,
+            self._prompts,
+            (channels // 2, height, width),
+            steps=validation.steps,
+            guidance=validation.guidance,
+            seed=validation.seed,
+        )
+        grid = picture_grid(images)
+        write_png(grid, Path(self._config.output) / SAMPLES / f"step-{step:08d}.png")
+        self._tracker.image("samples", step, grid)
+
+    def _captions(self, count: int) -> Sequence[str]:
+        rows = self._latents.held_out or self._latents.train
+        chosen = rows[:: max(1, len(rows) // max(1, count))][:count]
+        return [self._latents.data.captions(row)[0] for row in chosen]
+
+
+def export(config: TrainConfig, components: Components, ema: Ema) -> Path:
+    """Write OUTPUT/model with the averaged weights; return the folder."""
+    from latentdiff.formats.diffusers_folder import save_components
+
+    folder = Path(config.output) / MODEL
+    with ema.applied():
+        save_components(folder, components, getattr(torch, config.export.dtype))
+    return folder
+
+
+def save_config(config: TrainConfig) -> None:
+    """Write the resolved configuration to OUTPUT/config.yaml."""
+    dump_config(config, Path(config.output) / "config.yaml")

@@ -1,0 +1,293 @@
+"""The training loop as a generator.
+
+    for step, batch in training_loop(…):
+        loss = …                       # the algorithm is the caller's
+        step.backward(loss)
+        if step.update():              # true after the last micro-batch of an optimizer step
+            ema.update(step.number)
+
+The generator owns accumulation, cadence, resume, logging and stopping; it keeps the losses on the
+device and reads them every `log_every` steps, so a GPU is not waited for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.diffusion.noise import mix
+from latentdiff.errors import UserError
+from latentdiff.trainer.batches import Prefetch
+from latentdiff.trainer.interrupt import Interrupted, StopSignal
+from latentdiff.trainer.optimizer import set_learning_rate, step_if_finite
+from latentdiff.trainer.order import BatchShape
+from latentdiff.trainer.tracking import Tracker
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Batch = TypeVar("Batch")
+#: So many steps in a row without a finite loss end the run.
+MAX_BAD_STEPS = 20
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long the run is, its batches, and what happens how often (in optimizer steps)."""
+
+    max_steps: int = 40_000
+    """Optimizer steps of the whole run."""
+    max_minutes: float | None = None
+    """Stop and export after this wall time, resumed parts included; null is no limit."""
+    batch_size: int = 24
+    """Pictures that one process computes at a time."""
+    gradient_accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    seed: int = 0
+    """Seed of the first weights, the order, the noise and the dropped captions."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the U-Net; weights and averages stay in 32 bit."""
+    ema_decay: float = 0.999
+    """Decay of the weights' moving average, with a warm-up; 0 exports the newest weights."""
+    log_every: int = 20
+    """Steps between updates of the progress bar and the log."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """How many checkpoints are kept."""
+    tensorboard: bool = True
+    """Write TensorBoard files too, if it is installed."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        counts = ("max_steps", "batch_size", "gradient_accumulation", "log_every")
+        problems = [
+            f"{name} must be at least 1; got {getattr(self, name)}."
+            for name in (*counts, "checkpoint_every", "keep_last")
+            if getattr(self, name) < 1
+        ]
+        if not 0 <= self.ema_decay < 1:
+            problems.append(f"ema_decay must be at least 0 and below 1; got {self.ema_decay}.")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            problems.append(f"max_minutes must be above 0; got {self.max_minutes}.")
+        return problems
+
+
+class Descent:
+    """A model on its way down: backward, clip, update, clear.
+
+    Args:
+        accelerator: processes and precision.
+        model, optimizer: as `accelerator.prepare` returned them.
+        rate: optimizer step → learning rate.
+        clip_norm: largest gradient norm, 0 for none.
+        accumulation: micro-batches per optimizer step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        rate: Callable[[int], float],
+        clip_norm: float,
+        accumulation: int,
+    ) -> None:
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.rate, self.clip_norm, self.accumulation = rate, clip_norm, accumulation
+        self.history: list[tuple[int, Tensor, Tensor]] = []
+        self._loss: Tensor | None = None
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's share of the step's gradient."""
+        share = loss / self.accumulation
+        self.accelerator.backward(share)
+        share = share.detach().float()
+        self._loss = share if self._loss is None else self._loss + share
+
+    def update(self, number: int) -> None:
+        """Clip, change the weights (unless the gradient is not finite) and note the loss."""
+        if self._loss is None:
+            raise RuntimeError("step.update() before step.backward(loss)")
+        parameters = list(self.model.parameters())
+        norm = self.accelerator.clip_grad_norm_(parameters, self.clip_norm or math.inf)
+        set_learning_rate(self.optimizer.optimizer, self.rate(number))
+        if self.accelerator.scaler is None:
+            step_if_finite(self.optimizer.optimizer, norm)
+        else:
+            self.optimizer.step()  # the fp16 gradient scaler has the same check
+        self.optimizer.zero_grad()
+        self.history.append((number + 1, self._loss, norm.detach()))
+        self._loss = None
+
+
+class Step:
+    """One micro-batch of an optimizer step, as the loop yields it.
+
+    Attributes:
+        number: the optimizer step, counted from 0.
+        last: whether this micro-batch completes it.
+    """
+
+    def __init__(self, descent: Descent, number: int, last: bool) -> None:
+        self._descent, self.number, self.last = descent, number, last
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of this micro-batch's mean loss."""
+        self._descent.backward(loss)
+
+    def update(self) -> bool:
+        """Change the weights if this was the step's last micro-batch; say whether."""
+        if self.last:
+            self._descent.update(self.number)
+        return self.last
+
+
+def training_loop(
+    descent: Descent,
+    make_batch: Callable[[int, int], Batch],
+    shape: BatchShape,
+    config: LoopConfig,
+    tracker: Tracker,
+    save: Callable[[int, float], None],
+    first_step: int = 0,
+    seconds: float = 0.0,
+) -> Iterator[tuple[Step, Batch]]:
+    """Yield every micro-batch of the run; save and log in between.
+
+    Args:
+        make_batch: (optimizer step, micro-batch) → batch of this process; runs in a thread.
+        save: (steps made, seconds spent) → writes a checkpoint; called on every process.
+        first_step, seconds: steps made and time spent before, when resuming.
+    Raises:
+        Interrupted: after SIGTERM or SIGINT, with the checkpoint written.
+        UserError: after 20 steps in a row without a finite loss.
+    """
+    keys = (
+        (step, micro)
+        for step in range(first_step, config.max_steps)
+        for micro in range(shape.accumulation)
+    )
+    batches = Prefetch(make_batch, keys)
+    log = _Log(descent, shape, config, tracker, batches, seconds)
+    with StopSignal() as signal:
+        for number, micro, batch in batches:
+            last = micro == shape.accumulation - 1
+            # Dropout, if the model has any, must not depend on how often the run was resumed.
+            torch.manual_seed(mix(mix(config.seed, number), micro * shape.processes + shape.rank))
+            accelerator = descent.accelerator
+            with nullcontext() if last else accelerator.no_sync(descent.model):
+                yield Step(descent, number, last), batch
+            if not last:
+                continue
+            done = number + 1
+            stop = log.after(done, signal)
+            if stop or done % config.checkpoint_every == 0 or done == config.max_steps:
+                log.flush(done)
+                save(done, log.seconds)
+            if stop and signal.number:
+                raise Interrupted(signal.number, done)
+            if stop:
+                tracker.say(f"loop.max_minutes={config.max_minutes} is over at step {done}.")
+                return
+
+
+class _Log:
+    """Reads the kept losses from the device now and then, and decides when to stop."""
+
+    def __init__(
+        self,
+        descent: Descent,
+        shape: BatchShape,
+        config: LoopConfig,
+        tracker: Tracker,
+        batches: Prefetch[Any],
+        seconds: float,
+    ) -> None:
+        self._descent, self._shape, self._config = descent, shape, config
+        self._tracker, self._batches = tracker, batches
+        self._began = time.monotonic() - seconds
+        self._window = (time.monotonic(), 0.0)
+        self._bad = 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, earlier parts included."""
+        return time.monotonic() - self._began
+
+    def after(self, done: int, signal: StopSignal) -> bool:
+        """Log if it is time to; say whether the run has to stop now."""
+        due = done % self._config.log_every == 0
+        if due:
+            self.flush(done)
+        accelerator, limit = self._descent.accelerator, self._config.max_minutes
+        stop = bool(signal.number) or (limit is not None and self.seconds > 60 * limit)
+        if accelerator.num_processes == 1:
+            return stop
+        if not due:  # processes agree only now and then: each time they have to wait for each other
+            return False
+        votes = torch.tensor([float(stop), float(signal.number)], device=accelerator.device)
+        votes = accelerator.reduce(votes, "sum")
+        signal.number = signal.number or int(votes[1] / votes[0].clamp(min=1))
+        return bool(votes[0] > 0)
+
+    def flush(self, done: int) -> None:
+        """Write the losses of the steps since the last time."""
+        history, self._descent.history = self._descent.history, []
+        if not history:
+            return
+        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm in history])
+        # Each process has the mean of its own samples; the gradient norm is common to all.
+        values = self._descent.accelerator.reduce(values, "mean").cpu()
+        rows: list[dict[str, Any]] = []
+        for (step, _, _), (loss, norm) in zip(history, values.tolist(), strict=True):
+            rate = self._descent.rate(step - 1)
+            rows.append({"step": step, "loss": _finite(loss), "grad_norm": _finite(norm)})
+            rows[-1]["lr"] = rate
+            self._bad = 0 if math.isfinite(loss + norm) else self._bad + 1
+        rows[-1] |= self._speed(len(rows))
+        self._tracker.write(rows)
+        finite = [row["loss"] for row in rows if row["loss"] is not None]
+        mean = sum(finite) / len(finite) if finite else math.nan
+        self._tracker.progress(
+            done,
+            {
+                "loss": f"{mean:.4f}",
+                "images/s": f"{rows[-1]['images_per_second']:.1f}",
+                "waiting": f"{rows[-1]['waiting']:.0%}",
+            },
+        )
+        if self._bad >= MAX_BAD_STEPS:
+            raise UserError(_not_finite(self._bad, done, self._config))
+
+    def _speed(self, steps: int) -> dict[str, float]:
+        now, waited = time.monotonic(), self._batches.waited
+        elapsed = max(now - self._window[0], 1e-9)
+        share = (waited - self._window[1]) / elapsed
+        self._window = (now, waited)
+        speed = steps * self._shape.total / elapsed
+        return {
+            "images_per_second": round(speed, 2),
+            "waiting": round(min(share, 1.0), 4),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON knows no NaN
+
+
+def _not_finite(count: int, done: int, config: LoopConfig) -> str:
+    return (
+        f"the loss or its gradient was not finite in the last {count} steps (now at step {done}; "
+        "those steps changed no weights). Usual causes: optimizer.lr too high, "
+        f"loop.mixed_precision={config.mixed_precision} (try bf16 or no), or broken pretrained "
+        "weights. The last checkpoint is kept."
+    )

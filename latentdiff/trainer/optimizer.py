@@ -1,0 +1,119 @@
+"""AdamW and its learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its learning rate over the run."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and norms (one-dimensional parameters) have none."""
+    warmup_steps: int = 200
+    """Steps of linear warm-up from 0."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: stay at lr, or fall to 0 along a cosine that ends at loop.max_steps."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; longer gradients are scaled down. 0 turns it off."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        checks = {
+            f"lr must be above 0; got {self.lr}.": self.lr > 0,
+            f"betas must lie in 0 … 1; got {list(self.betas)}.": all(
+                0 <= b < 1 for b in self.betas
+            ),
+            f"eps must be above 0; got {self.eps}.": self.eps > 0,
+            f"weight_decay must be at least 0; got {self.weight_decay}.": self.weight_decay >= 0,
+            f"warmup_steps must be at least 0; got {self.warmup_steps}.": self.warmup_steps >= 0,
+            f"clip_norm must be at least 0; got {self.clip_norm}.": self.clip_norm >= 0,
+        }
+        return [text for text, fine in checks.items() if not fine]
+
+
+def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
+    """Learning rate of optimizer step `step` (counted from 0).
+
+    Source:  cosine: Loshchilov & Hutter 2017, eq. 5, arXiv:1608.03983.
+    """
+    rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.decay == "cosine":
+        span = max(1, max_steps - config.warmup_steps)
+        done = min(1.0, max(0.0, (step - config.warmup_steps) / span))
+        rate *= 0.5 * (1 + math.cos(math.pi * done))
+    return rate
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; the fused kernel where the device has one."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    device = trained[0].device.type
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=device in ("cpu", "cuda", "mps", "xpu"),
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, gradient_norm: Tensor) -> None:
+    """Update the weights unless the gradient holds an infinity or NaN.
+
+    The fused kernel decides this on the device (through the flag that gradient scaling uses), so
+    a GPU need not be waited for.
+    """
+    if optimizer.param_groups[0].get("fused"):
+        optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif bool(gradient_norm.isfinite()):
+        optimizer.step()
+
+
+def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's tensors as `<moment>/<parameter name>`."""
+    names = {id(p): n for n, p in module.named_parameters()}
+    return {
+        f"{key}/{names[id(parameter)]}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `named_state` gave, with each moment in its parameter's memory layout."""
+    parameters = dict(module.named_parameters())
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition("/")
+        parameter = parameters[name]
+        if value.shape == parameter.shape and key != "step":
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        else:
+            value = value.to(parameter.device).clone()
+        optimizer.state[parameter][key] = value

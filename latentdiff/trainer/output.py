@@ -1,0 +1,72 @@
+"""The output folder of a run: never mixed with another run's, never written by two at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+from latentdiff.errors import UserError
+from latentdiff.trainer.checkpoint import latest
+
+CHECKPOINTS, SAMPLES, MODEL = "checkpoints", "samples", "model"
+_LOCK = ".lock"
+
+
+def check_output(folder: Path, resume: bool) -> None:
+    """Look, without writing, whether a run may use the folder.
+
+    Raises: UserError: it holds something already (new run), or nothing to resume from.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output={folder} is a file, not a folder. Choose another output=FOLDER.")
+    found = sorted(p.name for p in folder.iterdir() if p.name != _LOCK) if folder.is_dir() else []
+    checkpoint = latest(folder / CHECKPOINTS)
+    if resume and checkpoint is None:
+        holds = f"it holds {', '.join(found[:6])}" if found else "it is empty or not there"
+        raise UserError(
+            f"--resume: output={folder} has no complete checkpoint ({holds}). Leave --resume out "
+            "to start, or give the folder of the run to go on with: output=FOLDER."
+        )
+    if not resume and found:
+        hint = "add --resume to go on with it, or choose" if checkpoint is not None else "choose"
+        raise UserError(
+            f"output={folder} is not empty (it holds {', '.join(found[:6])}), and nothing is ever "
+            f"overwritten: {hint} another output=FOLDER, or move that one away."
+        )
+
+
+def open_output(folder: Path) -> IO[str]:
+    """Make the folder and lock it for this process; keep the returned file open.
+
+    Raises: UserError: it cannot be written, or another process is training there.
+    """
+    try:
+        for name in (CHECKPOINTS, SAMPLES):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        lock = open(folder / _LOCK, "a", encoding="utf-8")  # noqa: SIM115  (open while we train)
+    except OSError as error:
+        raise UserError(
+            f"output={folder} cannot be written ({error.strerror or error}). "
+            "Choose a folder that you may write to: output=FOLDER."
+        ) from error
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # no file locks on this platform
+    except OSError as error:
+        lock.close()
+        raise UserError(
+            f"another process is training in output={folder}. If you launched one run on several "
+            "processes, they do not know of each other: see docs/training.md, Several processes. "
+            "Otherwise choose another output=FOLDER."
+        ) from error
+    return lock
+
+
+def default_cache() -> Path:
+    """~/.cache/latentdiff, or what XDG_CACHE_HOME says."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "latentdiff"

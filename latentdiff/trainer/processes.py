@@ -1,0 +1,52 @@
+"""Starting Accelerate so that processes either know of each other or refuse to run."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+#: How launchers tell a process how many there are.
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def start_processes(mixed_precision: str) -> Accelerator:
+    """Join the other processes of this launch, on the GPU if there is one.
+
+    Raises: UserError: the launcher started several processes that each would train alone.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # Without cpu=True two processes launched on a machine without a GPU would not find each other.
+    cpu = not torch.accelerator.is_available()
+    # While one process encodes the pictures the others wait longer than the default 10 minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
+    check_together(accelerator.num_processes)
+    return accelerator
+
+
+def check_together(num_processes: int) -> None:
+    """Compare what the launcher says with what Accelerate found. Raises: UserError."""
+    for name in _SIZES:
+        launched = os.environ.get(name, "")
+        if launched.isdigit() and int(launched) > 1 and int(launched) != num_processes:
+            raise UserError(
+                f"{launched} processes were launched ({name}={launched}), but this one believes "
+                f"that there are {num_processes}: each would train a model of its own in the same "
+                "folder. Launch with `accelerate launch --multi_gpu --num_processes "
+                f"{launched} …` (on a CPU too, with ACCELERATE_USE_CPU=true), or one process."
+            )
+
+
+def is_first_process() -> bool:
+    """Whether this process should print; works before Accelerate is started."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,104 @@
+"""What a run writes down: metrics.jsonl always, TensorBoard where installed, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+METRICS = "metrics.jsonl"
+
+
+class Tracker:
+    """Writes rows of numbers; does nothing on processes other than the main one.
+
+    Args:
+        folder: the run's output folder.
+        first_step: steps made so far; later rows of an interrupted run are removed.
+        max_steps: end of the progress bar.
+        active: whether this process writes.
+        tensorboard: whether to write event files too, if the package is installed.
+    """
+
+    def __init__(
+        self, folder: Path, first_step: int, max_steps: int, active: bool, tensorboard: bool = True
+    ) -> None:
+        self._active = active
+        if not active:
+            return
+        self._path = folder / METRICS
+        forget_after(self._path, first_step)
+        self._events = _summary_writer(folder / "tensorboard", first_step) if tensorboard else None
+        from tqdm import tqdm
+
+        slow = {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 60.0}
+        self._bar: Any = tqdm(
+            total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, **slow
+        )
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows; each has `step`, the number of optimizer steps made."""
+        if not self._active or not rows:
+            return
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        if self._events is not None:
+            for row in rows:
+                for name, value in row.items():
+                    if name != "step":
+                        self._events.add_scalar(name, value, row["step"])
+
+    def progress(self, step: int, shown: Mapping[str, str]) -> None:
+        """Move the bar to a step and show some words beside it."""
+        if self._active:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def image(self, name: str, step: int, picture: Tensor) -> None:
+        """Show a picture, uint8 (3, H, W), in TensorBoard."""
+        if self._active and self._events is not None:
+            self._events.add_image(name, picture, step)
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+        if self._active:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the bar and the event file."""
+        if self._active:
+            self._bar.close()
+            if self._events is not None:
+                self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics.jsonl; a half-written last line is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Remove the rows that were written after the checkpoint of `step`."""
+    rows = read_metrics(path)
+    kept = [row for row in rows if row["step"] <= step]
+    if not path.exists() or (len(kept) == len(rows) and path.read_bytes().endswith(b"\n")):
+        return
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _summary_writer(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=first_step + 1)

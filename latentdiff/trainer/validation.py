@@ -1,0 +1,119 @@
+"""Looking at a model in training: pictures of fixed prompts and seeds, loss on fixed draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.diffusion.guidance import guidance_context, guide
+from latentdiff.diffusion.noise import batch_noise, step_noise
+from latentdiff.diffusion.objective import ObjectiveConfig, draw, per_sample_loss
+from latentdiff.diffusion.samplers import as_denoiser, sample, timestep_grid
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.models.unet import UNet
+
+#: Moves the draws of validation away from those of training with the same seed.
+_VALIDATION_STREAM = 0x56414C
+
+
+@torch.no_grad()
+def held_out_loss(
+    unet: nn.Module,
+    autoencoder: Any,
+    data: Any,
+    indices: Sequence[int],
+    context: Callable[[Sequence[str]], Tensor],
+    schedule: NoiseSchedule,
+    objective: ObjectiveConfig,
+    samples: int,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> float:
+    """Mean loss over fixed draws (picture, timestep, noise), with the caption always given.
+
+    Args:
+        indices: the held-out pictures in `data`; sample i is picture i mod their number.
+        context: captions → text states.
+        samples: number of draws.
+    """
+    objective = dataclasses.replace(objective, condition_dropout=0.0)
+    device = next(unet.parameters()).device
+    channels, height, width = data.shape
+    total = 0.0
+    for start in range(0, samples, batch_size):
+        numbers = range(start, min(start + batch_size, samples))
+        rows = [indices[n % len(indices)] for n in numbers]
+        random = draw(
+            seed ^ _VALIDATION_STREAM, numbers, (channels // 2, height, width), objective, schedule
+        )
+        moments = data.moments_of(rows).float().to(device)
+        x_0 = autoencoder.latents_from_moments(moments, random.posterior_eps.to(device))
+        states = context([data.captions(row)[0] for row in rows]).to(device)
+        loss = per_sample_loss(unet, x_0, states, random, schedule, objective)
+        total += float(loss.double().sum())
+    return total / samples
+
+
+@torch.no_grad()
+def pictures(
+    unet: UNet,
+    autoencoder: Any,
+    context: Callable[[Sequence[str]], Tensor],
+    schedule: NoiseSchedule,
+    prediction: str,
+    prompts: Sequence[str],
+    latent_shape: Sequence[int],
+    *,
+    steps: int = 25,
+    guidance: float = 4.0,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Tensor:
+    """DDIM pictures of the prompts; picture i starts from the noise of seed + i.
+
+    Returns: (len(prompts), 3, H, W) in [−1, 1] on the CPU.
+    """
+    device = next(unet.parameters()).device
+    grid = timestep_grid(schedule, steps)
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        part = list(prompts[start : start + batch_size])
+        seeds = range(seed + start, seed + start + len(part))
+        states = guidance_context(context(part).to(device), context([""]).to(device), guidance)
+        predict = partial(unet, kv=unet.project_context(states))
+        denoiser = as_denoiser(guide(predict, guidance), schedule, prediction)
+        x_T = batch_noise(seeds, latent_shape).to(device)
+        noise = step_noise(seeds, latent_shape, device)
+        latents = sample("ddim", denoiser, x_T, schedule, grid, noise)
+        found.append(autoencoder.decode(latents).float().clamp(-1, 1).cpu())
+    return torch.cat(found)
+
+
+def picture_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """Lay pictures (N, 3, H, W) in [−1, 1] out in rows: uint8 (3, H', W')."""
+    count, _, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    canvas = torch.full((3, rows * (height + gap) + gap, columns * (width + gap) + gap), 255)
+    canvas = canvas.to(torch.uint8)
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    for i, picture in enumerate(pixels):
+        top = gap + (i // columns) * (height + gap)
+        left = gap + (i % columns) * (width + gap)
+        canvas[:, top : top + height, left : left + width] = picture
+    return canvas
+
+
+def write_png(picture: Tensor, path: Path) -> None:
+    """Write uint8 (3, H, W)."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)

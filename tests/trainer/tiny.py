@@ -1,0 +1,103 @@
+"""A model folder and captioned pictures that are small enough to train within seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+NAMES = ("red", "green", "blue", "yellow", "purple", "orange", "grey", "black")
+COLOURS = ((220, 40, 40), (40, 180, 60), (40, 80, 220), (230, 210, 50))
+COLOURS += ((140, 50, 160), (240, 140, 30), (128, 128, 128), (10, 10, 10))
+
+UNET = [
+    "model.unet.block_out_channels=[16, 16]",
+    "model.unet.down_block_types=[DownBlock2D, CrossAttnDownBlock2D]",
+    "model.unet.up_block_types=[CrossAttnUpBlock2D, UpBlock2D]",
+    "model.unet.norm_num_groups=8",
+    "model.unet.attention_head_dim=2",
+    "model.unet.cross_attention_dim=16",
+    "model.unet.sample_size=8",
+]
+
+
+def make_pictures(folder: Path, count: int = 8, size: int = 32) -> Path:
+    """Write pictures with a .txt caption beside each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0)
+    for i in range(count):
+        pixels = np.full((size, size, 3), 255, np.uint8)
+        top, left = noise.integers(0, size // 2, 2)
+        pixels[top : top + size // 2, left : left + size // 2] = COLOURS[i % len(COLOURS)]
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {NAMES[i % len(NAMES)]} square number {i}")
+    return folder
+
+
+def make_parts(folder: Path) -> Path:
+    """Write a random autoencoder (f4, 4 latent channels) and text encoder (width 16)."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers.models.clip import CLIPTextConfig, CLIPTextModel
+
+    from latentdiff.trainer.clip import save_tokenizer, train_tokenizer
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=32,
+        scaling_factor=1.0,
+    )
+    vae.save_pretrained(folder / "vae")
+    words = [f"a {name} square number {i}" for i, name in enumerate(NAMES)]
+    tokenizer = train_tokenizer(words, 600)
+    save_tokenizer(tokenizer, folder / "tokenizer", 12)
+    ends = {f"{n}_token_id": tokenizer.get_vocab_size() - 1 for n in ("eos", "pad")}
+    config = CLIPTextConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=tokenizer.get_vocab_size() - 2,
+        **ends,
+    )
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def arguments(parts: Path, pictures: Path, output: Path, *more: str) -> list[str]:
+    """Overrides of a run that takes seconds: 32-pixel pictures, a U-Net of two levels."""
+    return [
+        *UNET,
+        f"model.vae={parts}",
+        f"model.text_encoder={parts}",
+        "data.kind=folder",
+        f"data.path={pictures}",
+        "data.image_size=32",
+        "data.validation_share=0",
+        f"latents.cache_dir={output.parent / 'cache'}",
+        "loop.mixed_precision=no",
+        "loop.max_steps=6",
+        "loop.batch_size=4",
+        "loop.log_every=2",
+        "loop.tensorboard=false",
+        "validation.every=0",
+        "validation.pictures=0",
+        f"output={output}",
+        *more,
+    ]
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Loss of every step in a run's metrics."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}

@@ -1,0 +1,156 @@
+"""Train the U-Net of a latent diffusion model, from scratch or from a pretrained folder.
+
+    accelerate launch training/train_latent.py [--config FILE] [--resume] [section.key=value ...]
+    python training/train_latent.py ...                          (the same on one process)
+
+With no argument it trains the embedded default: emoji, the embedded autoencoder and text encoder.
+It ends with OUTPUT/model, a folder that this package's pipeline and diffusers both open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if importlib.util.find_spec("latentdiff") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from latentdiff.config import describe
+from latentdiff.diffusion.objective import per_sample_loss
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import UserError
+from latentdiff.trainer.batches import BatchMaker
+from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_config
+from latentdiff.trainer.context import ContextCache
+from latentdiff.trainer.ema import Ema
+from latentdiff.trainer.interrupt import Interrupted
+from latentdiff.trainer.latent_run import (
+    Validator,
+    batch_shape,
+    export,
+    load_parts,
+    open_latents,
+    prepare_unet,
+    save_config,
+)
+from latentdiff.trainer.loop import Descent, training_loop
+from latentdiff.trainer.optimizer import learning_rate, make_optimizer
+from latentdiff.trainer.order import Order
+from latentdiff.trainer.output import CHECKPOINTS, check_output, open_output
+from latentdiff.trainer.processes import is_first_process, start_processes
+from latentdiff.trainer.state import TrainingState
+from latentdiff.trainer.tracking import Tracker
+
+
+def train(given: Given, resume: bool) -> Path:
+    """Check everything, train, export. Returns: the model folder."""
+    config, output = given.config, Path(given.config.output)
+    check_output(output, resume)
+    accelerator = start_processes(config.loop.mixed_precision)
+    components, config, notes = load_parts(given)
+    autoencoder, schedule = (
+        components.autoencoder.to(accelerator.device),
+        NoiseSchedule(config.schedule),
+    )
+    latents = open_latents(config, autoencoder, accelerator)
+    accelerator.wait_for_everyone()  # all have looked at the output folder before one writes there
+    lock = open_output(output) if accelerator.is_main_process else None
+
+    unet = prepare_unet(components, config, accelerator.device)
+    optimizer = make_optimizer(unet, config.optimizer)
+    model, prepared_optimizer = accelerator.prepare(unet, optimizer)
+    ema = Ema(unet, config.loop.ema_decay)
+    shape = batch_shape(config, accelerator)
+    context = ContextCache(
+        components.text_encoder.to(accelerator.device), config.latents.context_megabytes * 2**20
+    )
+    facts = {**deciding_facts(config), **latents.facts(), "pictures per step": shape.total}
+    state = TrainingState(
+        unet, ema, optimizer, accelerator, output / CHECKPOINTS, config.loop.keep_last, facts
+    )
+    first_step, seconds = state.resume() if resume else (0, 0.0)
+    if accelerator.is_main_process:
+        save_config(config)
+    tracker = Tracker(
+        output,
+        first_step,
+        config.loop.max_steps,
+        active=accelerator.is_main_process,
+        tensorboard=config.loop.tensorboard,
+    )
+    for note in notes:
+        tracker.say(note)
+    order = Order(latents.train, config.loop.seed)
+    make_batch = BatchMaker(
+        latents.data, order, shape, context, config.objective, schedule, accelerator.device
+    )
+    validate = Validator(config, components, latents, context, ema, tracker, accelerator)
+    descent = Descent(
+        accelerator,
+        model,
+        prepared_optimizer,
+        lambda step: learning_rate(step, config.optimizer, config.loop.max_steps),
+        config.optimizer.clip_norm,
+        shape.accumulation,
+    )
+    if config.validation.at_start and not resume:
+        validate(0)
+
+    done = first_step
+    for step, batch in training_loop(
+        descent, make_batch, shape, config.loop, tracker, state.save, first_step, seconds
+    ):
+        x_0 = autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
+        loss = per_sample_loss(
+            model, x_0, batch.context, batch.draw, schedule, config.objective
+        ).mean()
+        step.backward(loss)
+        if step.update():
+            ema.update(step.number)
+            done = step.number + 1
+            if validate.due(done):
+                validate(done)
+
+    if not validate.due(done):
+        validate(done)
+    tracker.close()
+    folder = export(config, components, ema) if accelerator.is_main_process else output
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if lock is not None:
+        lock.close()
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns: the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="configuration keys (given as key=value):\n\n" + describe(TrainConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file over the defaults listed below")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        given = read_config(options.config, options.overrides)
+        folder = train(given, options.resume)
+    except UserError as error:
+        if is_first_process():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        if is_first_process():
+            print(stop, file=sys.stderr)
+        return stop.exit_code
+    if is_first_process():
+        print(f'\nmodel: {folder}\nuse it: python inference/generate.py "a cat" --model {folder}')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
