@@ -1,0 +1,168 @@
+"""The frozen autoencoder: images in [−1, 1] ↔ latents that the diffusion model works on.
+
+diffusers supplies the network (AutoencoderKL, or AutoencoderTiny as in TAESD); here is the one
+place where latents are scaled:
+
+    latents = (raw − shift) · scale,      raw ~ N(mean, exp(logvar))
+
+Source: Rombach et al. 2022, section 3.1 and appendix G, arXiv:2112.10752.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError, choice_error
+from latentdiff.models.quiet import quiet
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+#: Log-variance given to an autoencoder without one; e^(−30) is no noise at all.
+NO_VARIANCE = -30.0
+_LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class Autoencoder(nn.Module):
+    """A diffusers autoencoder with the scaling of its latents."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Wrap a diffusers AutoencoderKL or AutoencoderTiny.
+
+        Raises: UserError: another class, or per-channel statistics in its configuration.
+        """
+        super().__init__()
+        self.module: Any = module
+        config: Any = module.config
+        self.kind = type(module).__name__
+        if self.kind not in AUTOENCODERS:
+            raise choice_error("the autoencoder's class", self.kind, AUTOENCODERS)
+        if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+            raise UserError(
+                "this autoencoder's config.json has latents_mean or latents_std, which Stable "
+                "Diffusion readers ignore. Fold them into its weights first."
+            )
+        levels = config["encoder_block_out_channels" if self.is_tiny else "block_out_channels"]
+        self.latent_channels: int = config["latent_channels"]
+        """C of the latents."""
+        self.downscale: int = 2 ** (len(levels) - 1)
+        """How many pixels one latent position stands for, in each direction."""
+        self.scale = float(config.get("scaling_factor") or 1.0)
+        self.shift = float(config.get("shift_factor") or 0.0)
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether this is a distilled autoencoder, which has no posterior variance."""
+        return self.kind == "AutoencoderTiny"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(self.module.parameters()).dtype
+
+    def config_dict(self) -> dict[str, Any]:
+        """diffusers' config.json of the network."""
+        public = {k: v for k, v in dict(self.module.config).items() if not k.startswith("_")}
+        return {"_class_name": self.kind, **public}
+
+    def encode_moments(self, images: Tensor) -> Tensor:
+        """Posterior mean and log-variance before any scaling, which is what caches keep.
+
+        Args:    images: (B, 3, H, W) in [−1, 1]; H and W multiples of `downscale`.
+        Returns: (B, 2C, H/downscale, W/downscale) float32.
+        Raises:  UserError: a size that does not divide.
+        """
+        self.check_image_size(tuple(images.shape[-2:]))
+        answer = self.module.encode(images.to(self.dtype))
+        if self.is_tiny:
+            mean = answer.latents.float()
+            return torch.cat([mean, torch.full_like(mean, NO_VARIANCE)], dim=1)
+        return answer.latent_dist.parameters.float()
+
+    def latents_from_moments(self, moments: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Scaled latents from what `encode_moments` gave.
+
+        Args:    moments: (B, 2C, h, w).
+                 eps: standard normal (B, C, h, w) to draw from the posterior; None: its mean.
+        Returns: (B, C, h, w) float32.
+        """
+        raw, logvar = moments.float().chunk(2, dim=1)
+        if eps is not None:
+            raw = raw + torch.exp(0.5 * logvar.clamp(*_LOGVAR_RANGE)) * eps
+        return (raw - self.shift) * self.scale
+
+    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Scaled latents of images; see `encode_moments` and `latents_from_moments`."""
+        return self.latents_from_moments(self.encode_moments(images), eps)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of scaled latents.
+
+        Args:    latents: (B, C, h, w).
+        Returns: (B, 3, h·downscale, w·downscale) float32, clamped to [−1, 1].
+        """
+        raw = latents / self.scale + self.shift
+        return self.module.decode(raw.to(self.dtype)).sample.float().clamp(-1, 1)
+
+    def check_image_size(self, size: int | tuple[int, ...]) -> None:
+        """Refuse an image size that the latent grid cannot hold.
+
+        Raises: UserError: not a positive multiple of `downscale`, with the nearest that is.
+        """
+        for side in (size,) if isinstance(size, int) else size:
+            if side < 1 or side % self.downscale:
+                nearest = max(1, round(side / self.downscale)) * self.downscale
+                raise UserError(
+                    f"image height and width must be multiples of {self.downscale}, the "
+                    f"autoencoder's downscale; got {side}. The nearest is {nearest}."
+                )
+
+
+def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
+    """Read an autoencoder from a local folder with config.json and weights.
+
+    Args:    folder: for example `model/vae`.  dtype: of the weights in memory.
+    Returns: frozen, in evaluation mode.
+    Raises:  UserError: folder or weights missing, unknown class, weights that do not fit.
+    """
+    import json
+
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise UserError(f"no autoencoder at {folder}: {file} does not exist.")
+    kind = json.loads(file.read_text(encoding="utf-8")).get("_class_name", "AutoencoderKL")
+    network = _network_class(kind)
+    with quiet("diffusers"):
+        try:
+            module, info = network.from_pretrained(
+                str(folder), torch_dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"the autoencoder in {folder} cannot be read: {error}") from error
+    missing = [*info["missing_keys"], *info["mismatched_keys"]]
+    if missing:
+        raise UserError(
+            f"the weights in {folder} do not fit its config.json; missing or of another shape: "
+            f"{', '.join(map(str, missing[:5]))}{' …' if len(missing) > 5 else ''}"
+        )
+    return Autoencoder(module.eval().requires_grad_(False))
+
+
+def _network_class(kind: str) -> Any:
+    """The diffusers class, imported from its own submodule: the package's top takes longer."""
+    if kind == "AutoencoderKL":
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        return AutoencoderKL
+    if kind == "AutoencoderTiny":
+        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+        return AutoencoderTiny
+    raise choice_error("the autoencoder's class", kind, AUTOENCODERS)

@@ -1,0 +1,135 @@
+"""The frozen text encoder: prompts → context for cross-attention.
+
+transformers supplies the network (CLIPTextModel). As in Stable Diffusion the context is the last
+hidden state after the final LayerNorm, at every position, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+from latentdiff.models.quiet import quiet
+from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
+
+#: What Stable Diffusion folders, and their readers, put before every weight's name.
+PREFIX = "text_model."
+
+
+class TextEncoder(nn.Module):
+    """A CLIP text tower with its tokenizer."""
+
+    def __init__(self, module: nn.Module, tokenizer: ClipTokenizer) -> None:
+        """Wrap a transformers CLIPTextModel."""
+        super().__init__()
+        self.module: Any = module
+        self.tokenizer = tokenizer
+
+    @property
+    def width(self) -> int:
+        """Channels of the context; the U-Net's cross_attention_dim."""
+        return self.module.config.hidden_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per prompt, begin and end mark included."""
+        return self.tokenizer.max_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(self.module.parameters()).dtype
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """The context of prompts; warns with the words that do not fit.
+
+        Returns: (B, max_length, width), in the weights' dtype.
+        """
+        return self.encode_tokens(self.tokenizer(texts))
+
+    def encode_tokens(self, token_ids: Tensor) -> Tensor:
+        """The context of token ids (B, tokens), as (B, tokens, width)."""
+        return self.module(token_ids.to(self.device)).last_hidden_state
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a prompt needs, begin and end mark included."""
+        return self.tokenizer.count(text)
+
+    def config_dict(self) -> dict[str, Any]:
+        """transformers' config.json of the network."""
+        config = self.module.config.to_diff_dict()
+        config.pop("_name_or_path", None)  # somebody's local path
+        return {**config, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict under the names that Stable Diffusion folders use."""
+        return {
+            name if name.startswith(PREFIX) else PREFIX + name: tensor
+            for name, tensor in self.module.state_dict().items()
+        }
+
+
+def load_text_encoder(
+    text_folder: str | Path, tokenizer_folder: str | Path, dtype: torch.dtype = torch.float32
+) -> TextEncoder:
+    """Read a text encoder and its tokenizer from local folders.
+
+    Args:    text_folder: for example `model/text_encoder`.
+             tokenizer_folder: for example `model/tokenizer`.  dtype: of the weights in memory.
+    Returns: frozen, in evaluation mode.
+    Raises:  UserError: something missing, another class of model, weights that do not fit.
+    """
+    from transformers.models.clip.modeling_clip import CLIPTextModel
+
+    folder = Path(text_folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no text encoder at {folder}: config.json does not exist there.")
+    _check_class(folder)
+    with quiet("transformers"):
+        try:
+            loaded: Any = CLIPTextModel.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"the text encoder in {folder} cannot be read: {error}") from error
+    module, info = loaded
+    missing = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+    if missing:
+        raise UserError(
+            f"the weights in {folder} do not fit its config.json; missing or of another shape: "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
+        )
+    tokenizer = load_tokenizer(tokenizer_folder, module.config.max_position_embeddings)
+    _check_vocabulary(tokenizer, module.config.vocab_size)
+    return TextEncoder(module.eval().requires_grad_(False), tokenizer)
+
+
+def _check_class(folder: Path) -> None:
+    import json
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = config.get("model_type", "clip_text_model")
+    if kind != "clip_text_model":
+        raise UserError(
+            f"the text encoder must be a CLIPTextModel (model_type clip_text_model); {folder} "
+            f"holds model_type {kind!r}."
+        )
+
+
+def _check_vocabulary(tokenizer: ClipTokenizer, size: int) -> None:
+    largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer gives ids up to {largest}, but the text encoder has {size} embeddings. "
+            "They must come from the same model."
+        )
