@@ -22,11 +22,11 @@ from latentdiff.trainer.optimizer import OptimizerConfig
 def _small_unet() -> UNetConfig:
     return UNetConfig(
         sample_size=16,
-        block_out_channels=(96, 192, 256),
+        block_out_channels=(96, 128, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        attention_head_dim=8,
+        attention_head_dim=(3, 4, 4),
         cross_attention_dim=192,
     )
 
@@ -36,7 +36,7 @@ class ModelConfig:
     """Which network is trained, and the frozen parts around it."""
 
     pretrained: str | None = None
-    """Folder or hub id of a model to fine-tune; null trains a U-Net from scratch."""
+    """Folder or hub id of a model to fine-tune, or `embedded`; null trains from scratch."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     vae: str | None = None
@@ -51,8 +51,8 @@ class ModelConfig:
     """How attention is computed: torch's own, or xformers."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third slower."""
-    channels_last: bool = True
-    """Memory layout that convolutions usually like better."""
+    channels_last: bool = False
+    """Memory layout that convolutions on a GPU usually like better, and small ones on a CPU not."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from latentdiff.trainer.validation import held_out_loss, picture_grid, pictures,
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from latentdiff.formats.diffusers_folder import Components
 
+    from latentdiff.formats.diffusers_folder import Components
     from latentdiff.models.unet import UNet
 
 
@@ -63,25 +63,31 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
 
     check_given(given)
     config, notes, model = given.config, list[str](), given.config.model
+    base: Components | None = None
     if model.pretrained is not None:
-        base = load_components(model.pretrained, revision=model.revision)
+        folder = _embedded() if model.pretrained == "embedded" else model.pretrained
+        base = load_components(folder, revision=model.revision)
         config, notes = adopt(given, base.schedule, base.prediction)
-        unet = base.unet
-    else:
-        from latentdiff.models.unet import UNet
-
-        torch.manual_seed(config.loop.seed)
-        unet, base = UNet(model.unet).init_for_training(), None
+    # The maths is checked before anything else is opened.
     check_prediction(config.objective.prediction, config.schedule)
     components = Components(
-        unet=unet,
+        unet=base.unet if base is not None else _new_unet(config),
         autoencoder=_autoencoder(model.vae, base),
         text_encoder=_text_encoder(model.text_encoder, base),
         schedule=config.schedule,
         prediction=config.objective.prediction,
     )
+    if base is not None and not notes:
+        components.sampling = base.sampling
     check_fit(components, config)
     return components, config, notes
+
+
+def _new_unet(config: TrainConfig) -> UNet:
+    from latentdiff.models.unet import UNet
+
+    torch.manual_seed(config.loop.seed)
+    return UNet(config.model.unet).init_for_training()
 
 
 def _embedded() -> Path:
@@ -92,7 +98,6 @@ def _embedded() -> Path:
 
 def _autoencoder(folder: str | None, base: Components | None) -> Any:
     from latentdiff.formats.diffusers_folder import resolve_folder
-
     from latentdiff.models.autoencoder import load_autoencoder
 
     if folder is None and base is not None:
@@ -104,7 +109,6 @@ def _autoencoder(folder: str | None, base: Components | None) -> Any:
 
 def _text_encoder(folder: str | None, base: Components | None) -> Any:
     from latentdiff.formats.diffusers_folder import resolve_folder
-
     from latentdiff.models.text_encoder import load_text_encoder
 
     if folder is None and base is not None:
@@ -180,7 +184,7 @@ def prepare_unet(components: Components, config: TrainConfig, device: torch.devi
         unet.to(memory_format=torch.channels_last)
     unet.set_attention(config.model.attention)
     unet.enable_gradient_checkpointing(config.model.gradient_checkpointing)
-    return unet.train().requires_grad_(True)
+    return unet.train()
 
 
 def batch_shape(config: TrainConfig, accelerator: Accelerator) -> BatchShape:

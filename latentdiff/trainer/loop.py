@@ -193,6 +193,7 @@ def training_loop(
                 log.flush(done)
                 save(done, log.seconds)
             if stop and signal.number:
+                tracker.close()
                 raise Interrupted(signal.number, done)
             if stop:
                 tracker.say(f"loop.max_minutes={config.max_minutes} is over at step {done}.")
@@ -265,6 +266,7 @@ class _Log:
             },
         )
         if self._bad >= MAX_BAD_STEPS:
+            self._tracker.close()
             raise UserError(_not_finite(self._bad, done, self._config))
 
     def _speed(self, steps: int) -> dict[str, float]:
