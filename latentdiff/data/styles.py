@@ -117,8 +117,8 @@ def render(placed: Image.Image, style: str, background: str) -> Image.Image:
         background: a word of BACKGROUNDS.
     Returns: an RGB picture of the same size.
     """
-    colour = np.asarray(BACKGROUNDS[background], np.float32) / 255
-    drawing = np.asarray(placed, np.float32) / 255
+    colour = np.asarray(BACKGROUNDS[background], np.float32) / np.float32(255)
+    drawing = np.asarray(placed, np.float32) / np.float32(255)
     paper = np.broadcast_to(colour, (*drawing.shape[:2], 3))
     treated = STYLES[style](drawing, paper)
     return Image.fromarray(np.round(treated * 255).astype(np.uint8))

@@ -39,6 +39,9 @@ class PerceptualDistance(nn.Module):
     Raises: UserError: when no weight file is found.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, weights: Path | None = None, stages: int = 5) -> None:
         super().__init__()
         file = weights or find_weights()

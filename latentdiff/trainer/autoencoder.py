@@ -77,7 +77,7 @@ def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     levels = len(config.block_out_channels)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels,
@@ -88,14 +88,22 @@ def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> Any:
         sample_size=sample_size,
         scaling_factor=SD_SCALING_FACTOR,
     )
+    # Start with σ = e⁻², not 1, so that the decoder sees the picture from the first step.
+    torch.nn.init.constant_(vae.quant_conv.bias[config.latent_channels :], -4.0)
+    # Every residual branch starts at zero (arXiv:1901.09321): the network begins almost linear, and
+    # colours get through from the first steps.
+    for name, parameter in vae.named_parameters():
+        if ".conv2." in name:
+            torch.nn.init.zeros_(parameter)
+    return vae
 
 
 class AutoencoderPass(nn.Module):
     """One forward pass in training: picture → posterior → sampled latent → picture."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
 
     def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (reconstruction, mean, log-variance); z = μ + σ ε."""

@@ -202,7 +202,7 @@ class ClipFeatures(nn.Module):
     def forward(self, images: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return image features (B, D), text features (B, D) and s = exp(logit scale) ≤ 100."""
         output = self.clip(pixel_values=images, input_ids=token_ids)
-        scale = self.clip.logit_scale.exp().clamp(max=100)  # type: ignore[operator, union-attr]
+        scale = self.clip.logit_scale.exp().clamp(max=100)  # type: ignore[operator]
         return output.image_embeds.float(), output.text_embeds.float(), scale
 
 

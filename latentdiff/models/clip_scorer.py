@@ -1,0 +1,75 @@
+"""Both towers of a CLIP: how well a picture and a text belong together.
+
+Source: Radford et al. 2021, arXiv:2103.00020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.errors import UserError
+from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+
+#: Files beside `text_encoder/` that hold what a text-to-image model does not need.
+IMAGE_TOWER, HEAD = "image_encoder", "clip_head.safetensors"
+
+
+class ClipScorer(nn.Module):
+    """Frozen towers with a shared space of unit vectors.
+
+    Args:
+        text: the text tower and its tokenizer.
+        image: a transformers CLIPVisionModelWithProjection.
+        projection: text width → shared space, (D, width).
+    """
+
+    projection: Tensor
+
+    def __init__(self, text: TextEncoder, image: nn.Module, projection: Tensor) -> None:
+        super().__init__()
+        self.text, self.image = text, image
+        self.register_buffer("projection", projection.float())
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Return unit vectors (N, D)."""
+        token_ids = self.text.tokenizer(texts)
+        states = self.text.encode_tokens(token_ids).float()
+        end = self.text.tokenizer.end_id
+        last = (token_ids == end).int().argmax(1)
+        return F.normalize(states[torch.arange(len(texts)), last] @ self.projection.T, dim=1)
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return unit vectors (N, D) of pictures (N, 3, H, W) in [−1, 1], resized to the tower's."""
+        side: Any = self.image.config.image_size  # type: ignore[union-attr]
+        if images.shape[-1] != side or images.shape[-2] != side:
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
+        return F.normalize(self.image(pixel_values=images).image_embeds.float(), dim=1)
+
+
+def load_clip_scorer(folder: str | Path) -> ClipScorer:
+    """Load both towers from a model folder that has an image tower.
+
+    Raises: UserError: when the folder has none.
+    """
+    from safetensors.torch import load_file
+    from transformers.models.clip import CLIPVisionModelWithProjection
+
+    root = Path(folder)
+    for part in (IMAGE_TOWER, HEAD):
+        if not (root / part).exists():
+            raise UserError(
+                f"{root} has no {part}, so it cannot score pictures against texts. Use the "
+                "embedded model's folder, or one that training/embed.py wrote."
+            )
+    text = load_text_encoder(root / "text_encoder", root / "tokenizer")
+    image = CLIPVisionModelWithProjection.from_pretrained(root / IMAGE_TOWER).float()
+    return ClipScorer(text.float(), image, load_file(root / HEAD)["text_projection.weight"])
