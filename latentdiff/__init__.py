@@ -1,0 +1,57 @@
+"""Latent text-to-image diffusion: train it, use it, open it in diffusers.
+
+Public names load when first used, so importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
+    from latentdiff.errors import UserError
+    from latentdiff.models.autoencoder import Autoencoder
+    from latentdiff.models.text_encoder import TextEncoder
+    from latentdiff.models.unet import UNet
+    from latentdiff.models.unet_config import UNetConfig
+    from latentdiff.pipelines.embedded import pipeline
+    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Autoencoder": "latentdiff.models.autoencoder",
+    "LatentDiffusionPipeline": "latentdiff.pipelines.text_to_image",
+    "NoiseSchedule": "latentdiff.diffusion.schedule",
+    "ScheduleConfig": "latentdiff.diffusion.schedule",
+    "TextEncoder": "latentdiff.models.text_encoder",
+    "UNet": "latentdiff.models.unet",
+    "UNetConfig": "latentdiff.models.unet_config",
+    "UserError": "latentdiff.errors",
+    "pipeline": "latentdiff.pipelines.embedded",
+}
+
+__all__ = [
+    "Autoencoder",
+    "LatentDiffusionPipeline",
+    "NoiseSchedule",
+    "ScheduleConfig",
+    "TextEncoder",
+    "UNet",
+    "UNetConfig",
+    "UserError",
+    "pipeline",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'latentdiff' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,8 @@
+"""Where the model that comes with the package is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+#: A Stable Diffusion folder: unet/ vae/ text_encoder/ tokenizer/ scheduler/ model_index.json.
+EMBEDDED_MODEL: Path = Path(__file__).parent / "assets" / "embedded"

@@ -1,0 +1,171 @@
+"""diffusers' scheduler_config.json ↔ our noise schedule, prediction and sampling defaults.
+
+A scheduler in diffusers mixes what the model was trained with (schedule, prediction) and how to
+sample from it (solver, grid). Any of its schedulers tells the first; of the second we keep the
+solver where we have it, and the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from latentdiff.diffusion.prediction import PREDICTIONS
+from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.diffusion.schedule import ScheduleConfig
+from latentdiff.errors import UserError, choice_error
+
+#: diffusers' beta_schedule → ours.
+KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+#: diffusers' prediction_type → ours.
+PREDICTION_NAMES = {
+    "epsilon": "eps",
+    "sample": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "flow",
+}
+#: diffusers' spacing where the file does not say it; leading for all others.
+_DEFAULT_SPACING = {
+    "EulerDiscreteScheduler": "linspace",
+    "EulerAncestralDiscreteScheduler": "linspace",
+    "HeunDiscreteScheduler": "linspace",
+    "LMSDiscreteScheduler": "linspace",
+    "KDPM2DiscreteScheduler": "linspace",
+    "DPMSolverMultistepScheduler": "linspace",
+    "DPMSolverSinglestepScheduler": "linspace",
+    "DEISMultistepScheduler": "linspace",
+    "UniPCMultistepScheduler": "linspace",
+}
+_FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How a model's folder says to sample from it."""
+
+    sampler: str = "ddim"
+    """Name in SAMPLERS."""
+    spacing: str | None = None
+    """leading, trailing, linspace; None: what suits the schedule."""
+    steps_offset: int = 1
+    """Added to a leading grid; Stable Diffusion's readers insist on 1."""
+    final_timestep: int | None = None
+    """Where ddim's last step leads: None the clean image, 0 the first noise level."""
+
+
+def read_scheduler(
+    data: Mapping[str, Any],
+) -> tuple[ScheduleConfig, str, SamplingDefaults]:
+    """Understand a parsed scheduler_config.json.
+
+    Returns: (noise schedule, prediction, sampling defaults).
+    Raises:  UserError: a schedule or prediction that we do not have, named.
+    """
+    kind = str(data.get("_class_name", "DDIMScheduler"))
+    for field in ("trained_betas", "thresholding", "use_dynamic_shifting"):
+        if data.get(field):
+            raise UserError(f"scheduler_config.json: {field}={data[field]!r} is not supported.")
+    flow = kind == _FLOW_MATCH or bool(data.get("use_flow_sigmas"))
+    prediction_name = data.get("prediction_type", "flow_prediction" if flow else "epsilon")
+    if prediction_name not in PREDICTION_NAMES:
+        raise choice_error("prediction_type", prediction_name, PREDICTION_NAMES)
+    schedule = _flow_schedule(data) if flow else _discrete_schedule(data)
+    return schedule, PREDICTION_NAMES[prediction_name], _sampling(kind, data, schedule)
+
+
+def write_scheduler(
+    schedule: ScheduleConfig, prediction: str, sampling: SamplingDefaults
+) -> dict[str, Any]:
+    """The scheduler_config.json that makes diffusers sample as we do: DDIM, or UniPC for flow.
+
+    Raises:  UserError: unknown prediction.
+    """
+    names = {ours: theirs for theirs, ours in PREDICTION_NAMES.items()}
+    if prediction not in names:
+        raise choice_error("prediction", prediction, PREDICTIONS)
+    if schedule.kind == "flow":
+        return _write_flow(schedule, names[prediction])
+    kinds = {ours: theirs for theirs, ours in KINDS.items()}
+    trailing = "trailing" if schedule.zero_terminal_snr else "leading"
+    return {
+        **_head("DDIMScheduler"),
+        "beta_end": schedule.beta_end,
+        "beta_schedule": kinds[schedule.kind],
+        "beta_start": schedule.beta_start,
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+        "dynamic_thresholding_ratio": 0.995,
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "prediction_type": names[prediction],
+        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
+        "sample_max_value": 1.0,
+        "set_alpha_to_one": sampling.final_timestep is None,
+        "steps_offset": 1,
+        "thresholding": False,
+        "timestep_spacing": sampling.spacing or trailing,
+        "trained_betas": None,
+    }
+
+
+def scheduler_class(schedule: ScheduleConfig) -> str:
+    """The diffusers class that `write_scheduler` writes for."""
+    return "UniPCMultistepScheduler" if schedule.kind == "flow" else "DDIMScheduler"
+
+
+def _head(name: str) -> dict[str, Any]:
+    return {"_class_name": name, "_diffusers_version": "0.42.1"}
+
+
+def _write_flow(schedule: ScheduleConfig, prediction_type: str) -> dict[str, Any]:
+    # Stable Diffusion's pipeline cannot use diffusers' own flow schedulers; UniPC it can.
+    return {
+        **_head("UniPCMultistepScheduler"),
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "prediction_type": prediction_type,
+        "use_flow_sigmas": True,
+        "flow_shift": 1.0,
+        "solver_order": 2,
+        "timestep_spacing": "linspace",
+        "steps_offset": 1,
+    }
+
+
+def _discrete_schedule(data: Mapping[str, Any]) -> ScheduleConfig:
+    name = data.get("beta_schedule", "linear")
+    if name not in KINDS:
+        raise choice_error("beta_schedule", name, KINDS)
+    return ScheduleConfig(
+        kind=KINDS[name],  # type: ignore[arg-type]
+        num_train_timesteps=int(data.get("num_train_timesteps", 1000)),
+        beta_start=float(data.get("beta_start", 0.0001)),
+        beta_end=float(data.get("beta_end", 0.02)),
+        zero_terminal_snr=bool(data.get("rescale_betas_zero_snr", False)),
+    )
+
+
+def _flow_schedule(data: Mapping[str, Any]) -> ScheduleConfig:
+    shift = data.get("flow_shift", data.get("shift", 1.0))
+    if shift != 1:
+        raise UserError(
+            f"scheduler_config.json: a flow schedule shifted by {shift} is not supported; "
+            "only a shift of 1 is."
+        )
+    return ScheduleConfig(
+        kind="flow", num_train_timesteps=int(data.get("num_train_timesteps", 1000))
+    )
+
+
+def _sampling(kind: str, data: Mapping[str, Any], schedule: ScheduleConfig) -> SamplingDefaults:
+    """The grid and solver of a file.
+
+    As in diffusers' own pipeline for this layout, the offset is always 1 and samples are never
+    clipped, whatever the file says: both are known mistakes of early folders.
+    """
+    found = (name for name, row in SAMPLERS.items() if kind in row.aliases)
+    sampler = next(found, "ddim")
+    if schedule.kind == "flow":
+        return SamplingDefaults(sampler)
+    spacing = data.get("timestep_spacing", _DEFAULT_SPACING.get(kind, "leading"))
+    to_one = data.get("set_alpha_to_one", kind != "PNDMScheduler")
+    return SamplingDefaults(sampler, spacing, 1, None if to_one else 0)

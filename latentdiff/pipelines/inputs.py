@@ -1,0 +1,71 @@
+"""Checks of what callers of a pipeline give, before any work is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from latentdiff.errors import UserError, choice_error
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def prompt_list(prompt: Any, name: str) -> list[str]:
+    """One text or several, as a list. Raises: UserError: anything else, or nothing."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name} must be a text or a list of texts; got {prompt!r:.200}.")
+    if not texts:
+        raise UserError(f"{name} must hold at least one text; got an empty list.")
+    return list(texts)
+
+
+def negative_prompts(negative: Any, count: int) -> list[str]:
+    """The negative prompt of each prompt. Raises: UserError: another number of them."""
+    texts = [""] if negative is None else prompt_list(negative, "negative_prompt")
+    if len(texts) not in (1, count):
+        raise UserError(
+            f"negative_prompt must be one text or one for each of the {count} prompts; "
+            f"got {len(texts)}."
+        )
+    return texts * count if len(texts) == 1 else texts
+
+
+def check_scale(scale: Any) -> None:
+    """Refuse a guidance scale that is not a number >= 0."""
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number or not math.isfinite(scale) or scale < 0:
+        raise UserError(
+            f"guidance_scale must be a number of at least 0 (1 = off, 3 to 8 usual); got {scale!r}."
+        )
+
+
+def check_steps(name: str, value: Any) -> None:
+    """Refuse a count that is not a whole number >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} must be a whole number of at least 1; got {value!r}.")
+
+
+def check_seed(seed: Any) -> int:
+    """Refuse a seed that is not a whole number in 0 … 2⁶³."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise UserError(f"seed must be a whole number from 0 to 2^63; got {seed!r}.")
+    return seed
+
+
+def check_output_type(given: Any) -> None:
+    """Refuse an unknown output_type."""
+    if given not in OUTPUT_TYPES:
+        raise choice_error("output_type", given, OUTPUT_TYPES)
+
+
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse initial latents of another shape."""
+    if tuple(latents.shape) != shape:
+        raise UserError(
+            f"latents must have the shape (images, channels, height, width) = {shape} for this "
+            f"prompt, size and model; got {tuple(latents.shape)}."
+        )

@@ -1,0 +1,280 @@
+"""Text to image: prompt → context → latents → picture.
+
+    c = text_encoder(prompt),  x_T ~ N(0, I),  x_0 = sampler(unet, x_T, c),  picture = decode(x_0)
+
+Source: Rombach et al. 2022, arXiv:2112.10752.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.guidance import Predict, guidance_context, guide
+from latentdiff.diffusion.noise import batch_noise, step_noise
+from latentdiff.diffusion.samplers import as_denoiser, get_sampler, run, timestep_grid
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.embedded import EMBEDDED_MODEL
+from latentdiff.errors import UserError
+from latentdiff.formats.diffusers_folder import Components, load_components, save_components
+from latentdiff.pipelines.inputs import (
+    check_latents,
+    check_output_type,
+    check_scale,
+    check_seed,
+    check_steps,
+    negative_prompts,
+    prompt_list,
+)
+from latentdiff.pipelines.pictures import to_output
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a pipeline gives back."""
+
+    images: Any
+    """A list of PIL images; or an array (B, H, W, 3) or tensor (B, 3, H, W) in 0 … 1; or latents
+    (B, C, h, w), as `output_type` asked."""
+    seeds: list[int]
+    """The seed of each image: give it as `seed` to get that image again."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one call samples."""
+
+    sampler: str
+    grid: Tensor
+    options: dict[str, Any]
+    scale: float
+    rescale: float
+
+
+class LatentDiffusionPipeline:
+    """Generates images from prompts.
+
+    Example: `LatentDiffusionPipeline.from_pretrained()("a cat painting").images[0]`
+    """
+
+    def __init__(self, components: Components) -> None:
+        """Put parts together.
+
+        Raises: UserError: they do not fit each other.
+        """
+        components.check()
+        self.components = components
+        self.unet = components.unet
+        self.autoencoder = components.autoencoder
+        self.text_encoder = components.text_encoder
+        self.schedule = NoiseSchedule(components.schedule)
+        self.prediction = components.prediction
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+    ) -> LatentDiffusionPipeline:
+        """Load a model in diffusers' Stable Diffusion layout.
+
+        Args:    folder_or_hub_id: a local folder (never touches the network) or a Hugging Face
+                 id; None: the model that comes with the package.
+                 dtype: of U-Net and text encoder in memory; the autoencoder stays float32.
+                 revision: branch, tag or commit on the hub.
+        Raises:  UserError: missing, incomplete, unsupported or inconsistent.
+        """
+        if folder_or_hub_id is None:
+            if not EMBEDDED_MODEL.is_dir():
+                raise UserError(
+                    f"this installation holds no embedded model ({EMBEDDED_MODEL} does not exist). "
+                    "Give a model folder or a Hugging Face id."
+                )
+            folder_or_hub_id = EMBEDDED_MODEL
+        return cls(load_components(folder_or_hub_id, dtype=dtype, revision=revision))
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        *,
+        max_shard_bytes: int | None = None,
+    ) -> Path:
+        """Write the model, so that this class and diffusers load it; see `save_components`."""
+        return save_components(folder, self.components, dtype, max_shard_bytes=max_shard_bytes)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LatentDiffusionPipeline:
+        """Move to a device and set the dtype of U-Net and text encoder; returns itself.
+
+        The autoencoder stays float32: Stable Diffusion's decoders overflow in float16.
+        """
+        self.unet.to(device=device, dtype=dtype)
+        self.text_encoder.to(device=device, dtype=dtype)
+        self.autoencoder.to(device=device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        return self.unet.device
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) of the images the model was trained on."""
+        size = self.unet.config.sample_size or 64
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.autoencoder.downscale, width * self.autoencoder.downscale
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 5.0,
+        guidance_rescale: float = 0.0,
+        num_images_per_prompt: int = 1,
+        sampler: str | None = None,
+        sampler_options: dict[str, Any] | None = None,
+        timestep_spacing: str | None = None,
+        seed: int | None = None,
+        latents: Tensor | None = None,
+        output_type: OutputType = "pil",
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> PipelineOutput:
+        """Generate images.
+
+        Args:    prompt: one text or several.
+                 negative_prompt: what to steer away from, one for all or one for each prompt.
+                 height, width: in pixels, multiples of the autoencoder's downscale; None: the
+                 size of the training.
+                 num_inference_steps: 1 … T; more is finer and slower.
+                 guidance_scale: 1 = off; higher follows the prompt more closely.
+                 guidance_rescale: 0 … 1, against washed-out pictures at high guidance.
+                 num_images_per_prompt: images of one prompt stand next to each other.
+                 sampler: a name in SAMPLERS; None: as the model's folder says.
+                 sampler_options: for the sampler, for example {"eta": 1.0} for ddim.
+                 timestep_spacing: leading, trailing, linspace; None: as the folder says.
+                 seed: of the first image, image k has seed + k; None: drawn, see `.seeds`.
+                 latents: initial noise (B, C, h, w) instead of the seeds'.
+                 output_type: pil, np, pt or latent; see `PipelineOutput`.
+                 batch_size: images per pass; does not change them.
+                 progress: show a bar on the terminal.
+        Returns: images and their seeds.
+        Raises:  UserError: any argument outside what is described here, before any work.
+        """
+        prompts = prompt_list(prompt, "prompt")
+        negatives = negative_prompts(negative_prompt, len(prompts))
+        check_scale(guidance_scale)
+        check_output_type(output_type)
+        for name, value in (
+            ("num_images_per_prompt", num_images_per_prompt),
+            ("num_inference_steps", num_inference_steps),
+            ("batch_size", batch_size),
+        ):
+            check_steps(name, value)
+        shape = self._latent_shape(height, width)
+        seeds = self._seeds(seed, len(prompts) * num_images_per_prompt)
+        sampler, grid, options = self._sampling(
+            sampler, sampler_options, timestep_spacing, num_inference_steps
+        )
+        plan = _Plan(sampler, grid, options, guidance_scale, guidance_rescale)
+        x_T = batch_noise(seeds, shape) if latents is None else latents
+        check_latents(x_T, (len(seeds), *shape))
+
+        contexts = self._contexts(prompts, negatives, guidance_scale, num_images_per_prompt)
+        parts = []
+        with _progress_bar(len(grid) * -(-len(seeds) // batch_size), progress) as bar:
+            for start in range(0, len(seeds), batch_size):
+                own = slice(start, start + batch_size)
+                context = torch.cat([half[own] for half in contexts])
+                x_0 = self._denoise(context, x_T[own], seeds[own], plan, bar)
+                parts.append(x_0 if output_type == "latent" else self.autoencoder.decode(x_0))
+        return PipelineOutput(to_output(torch.cat(parts), output_type), list(seeds))
+
+    def _contexts(
+        self, prompts: list[str], negatives: list[str], scale: float, copies: int
+    ) -> list[Tensor]:
+        """Contexts per image: [of the prompts], or [of the negative prompts, of the prompts]."""
+        words = list(dict.fromkeys([*prompts, *negatives]))  # each text is encoded once
+        rows = dict(zip(words, self.text_encoder.encode(words), strict=True))
+        context, empty = (torch.stack([rows[t] for t in texts]) for texts in (prompts, negatives))
+        halves = guidance_context(context, empty, scale).split(len(prompts))
+        return [half.repeat_interleave(copies, dim=0) for half in halves]
+
+    def _guided(self, context: Tensor, scale: float, rescale: float) -> Predict:
+        """The guided network with the context's keys and values already projected."""
+        kv = self.unet.project_context(context)
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.unet(x_t.to(self.unet.dtype), t, kv=kv).float()
+
+        return guide(predict, scale, rescale=rescale)
+
+    def _denoise(
+        self, context: Tensor, x_T: Tensor, seeds: Sequence[int], plan: _Plan, bar: Any
+    ) -> Tensor:
+        """Latents x_0 (B, C, h, w) of one chunk of images, from their noise x_T."""
+        predict = self._guided(context, plan.scale, plan.rescale)
+        denoiser = as_denoiser(predict, self.schedule, self.prediction)
+        noise = step_noise(seeds, x_T.shape[1:], self.device)
+        x = x_T.to(self.device, torch.float32)
+        states = run(plan.sampler, denoiser, x, self.schedule, plan.grid, noise, **plan.options)
+        for state in states:
+            x = state.x_t
+            bar.update()
+        return x
+
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        default = self.default_size
+        size = (height or default[0], width or default[1])
+        self.autoencoder.check_image_size(size)
+        down = self.autoencoder.downscale
+        return self.autoencoder.latent_channels, size[0] // down, size[1] // down
+
+    def _seeds(self, seed: int | None, count: int) -> list[int]:
+        first = secrets.randbelow(2**31) if seed is None else check_seed(seed)
+        return [first + k for k in range(count)]
+
+    def _sampling(
+        self, sampler: str | None, options: dict[str, Any] | None, spacing: Any, steps: int
+    ) -> tuple[str, Tensor, dict[str, Any]]:
+        """Sampler name, grid and options, with the folder's defaults filled in."""
+        defaults = self.components.sampling
+        name = sampler or defaults.sampler
+        row, options = get_sampler(name), dict(options or {})
+        if "final_timestep" in row.options and defaults.final_timestep is not None:
+            options.setdefault("final_timestep", defaults.final_timestep)
+        spacing = spacing or defaults.spacing
+        grid = timestep_grid(self.schedule, steps, spacing, defaults.steps_offset)
+        return name, grid, options
+
+
+def _progress_bar(total: int, shown: bool) -> Any:
+    if not shown:
+        return nullcontext(_NoBar())
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="step", leave=False)
+
+
+class _NoBar:
+    def update(self) -> None:
+        """Do nothing."""
