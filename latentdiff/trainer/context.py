@@ -19,12 +19,16 @@ class Encoder(Protocol):
         ...
 
 
+#: Captions per call of the text encoder, always; see ContextCache.
+CHUNK = 8
+
+
 class ContextCache:
     """Text states of captions, the most recently used ones kept.
 
-    Captions are encoded one at a time: matrix products of another batch size round differently, and
-    after a resume the cache is empty, so batches of what happens to be missing would make the
-    context depend on the history of the run.
+    The text encoder is always called with CHUNK captions (the last one repeated if need be). Matrix
+    products of another size round differently, and after a resume the cache is empty: if the size
+    were that of whatever is missing, the context would depend on the history of the run.
 
     Args:
         encoder: the frozen text encoder.
@@ -43,15 +47,24 @@ class ContextCache:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Return the context of each caption, (B, tokens, width)."""
         with self._lock:
-            return torch.stack([self._one(caption) for caption in captions])
+            missing = [c for c in dict.fromkeys(captions) if c not in self._kept]
+            states = {c: self._kept[c] for c in captions if c in self._kept}
+            for start in range(0, len(missing), CHUNK):
+                states |= self._encode(missing[start : start + CHUNK])
+            for caption, state in states.items():
+                self._kept[caption] = state
+                self._kept.move_to_end(caption)
+            self._shrink()
+        return torch.stack([states[caption] for caption in captions])
 
-    def _one(self, caption: str) -> Tensor:
-        if caption in self._kept:
-            self._kept.move_to_end(caption)
-            return self._kept[caption]
-        with torch.no_grad():
-            state = self._encoder.encode([caption])[0]
-        self._kept[caption] = state
-        while len(self._kept) > 1 and len(self._kept) * state.nbytes > self._max_bytes:
+    @torch.no_grad()
+    def _encode(self, captions: list[str]) -> dict[str, Tensor]:
+        padded = captions + captions[-1:] * (CHUNK - len(captions))
+        # Copies: a view would keep the whole chunk's memory alive.
+        rows = [row.clone() for row in self._encoder.encode(padded)[: len(captions)]]
+        return dict(zip(captions, rows, strict=True))
+
+    def _shrink(self) -> None:
+        size = next(iter(self._kept.values())).nbytes if self._kept else 0
+        while len(self._kept) > 1 and len(self._kept) * size > self._max_bytes:
             self._kept.popitem(last=False)
-        return state

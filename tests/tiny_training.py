@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
+from random_models import TEXT_WIDTH, make_text_model, make_vae, write_plain_vocabulary
 
 NAMES = ("red", "green", "blue", "yellow", "purple", "orange", "grey", "black")
 COLOURS = ((220, 40, 40), (40, 180, 60), (40, 80, 220), (230, 210, 50))
@@ -19,7 +19,7 @@ UNET = [
     "model.unet.up_block_types=[CrossAttnUpBlock2D, UpBlock2D]",
     "model.unet.norm_num_groups=8",
     "model.unet.attention_head_dim=2",
-    "model.unet.cross_attention_dim=16",
+    f"model.unet.cross_attention_dim={TEXT_WIDTH}",
     "model.unet.sample_size=8",
 ]
 
@@ -38,38 +38,10 @@ def make_pictures(folder: Path, count: int = 8, size: int = 32) -> Path:
 
 
 def make_parts(folder: Path) -> Path:
-    """Write a random autoencoder (f4, 4 latent channels) and text encoder (width 16)."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from transformers.models.clip import CLIPTextConfig, CLIPTextModel
-
-    from latentdiff.trainer.clip import save_tokenizer, train_tokenizer
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        sample_size=32,
-        scaling_factor=1.0,
-    )
-    vae.save_pretrained(folder / "vae")
-    words = [f"a {name} square number {i}" for i, name in enumerate(NAMES)]
-    tokenizer = train_tokenizer(words, 600)
-    save_tokenizer(tokenizer, folder / "tokenizer", 12)
-    ends = {f"{n}_token_id": tokenizer.get_vocab_size() - 1 for n in ("eos", "pad")}
-    config = CLIPTextConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        bos_token_id=tokenizer.get_vocab_size() - 2,
-        **ends,
-    )
-    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    """Write a random autoencoder (f2, 4 latent channels) and text encoder."""
+    make_vae().save_pretrained(folder / "vae")
+    make_text_model().save_pretrained(folder / "text_encoder")
+    write_plain_vocabulary(folder / "tokenizer")
     return folder
 
 
@@ -81,7 +53,7 @@ def arguments(parts: Path, pictures: Path, output: Path, *more: str) -> list[str
         f"model.text_encoder={parts}",
         "data.kind=folder",
         f"data.path={pictures}",
-        "data.image_size=32",
+        "data.image_size=16",
         "data.validation_share=0",
         f"latents.cache_dir={output.parent / 'cache'}",
         "loop.mixed_precision=no",
