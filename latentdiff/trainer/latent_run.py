@@ -137,7 +137,10 @@ def check_fit(components: Components, config: TrainConfig) -> None:
     if config.latents.pack is not None:
         return
     size = config.data.image_size
-    autoencoder.check_image_size(size)
+    try:
+        autoencoder.check_image_size(size)
+    except UserError as error:
+        raise UserError(f"data.image_size: {error}") from error
     step = autoencoder.downscale * unet.downscale
     if size % step:
         below = max(step, size // step * step)

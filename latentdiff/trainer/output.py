@@ -16,7 +16,8 @@ _LOCK = ".lock"
 def check_output(folder: Path, resume: bool) -> None:
     """Look, without writing, whether a run may use the folder.
 
-    Raises: UserError: it holds something already (new run), or nothing to resume from.
+    Raises: UserError: it holds something already (new run), or nothing to resume from, or cannot
+        be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output={folder} is a file, not a folder. Choose another output=FOLDER.")
@@ -34,6 +35,11 @@ def check_output(folder: Path, resume: bool) -> None:
             f"output={folder} is not empty (it holds {', '.join(found[:6])}), and nothing is ever "
             f"overwritten: {hint} another output=FOLDER, or move that one away."
         )
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise _unwritable(folder, f"{parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"no permission to write to {parent}")
 
 
 def open_output(folder: Path) -> IO[str]:
@@ -46,10 +52,7 @@ def open_output(folder: Path) -> IO[str]:
             (folder / name).mkdir(parents=True, exist_ok=True)
         lock = open(folder / _LOCK, "a", encoding="utf-8")  # noqa: SIM115  (open while we train)
     except OSError as error:
-        raise UserError(
-            f"output={folder} cannot be written ({error.strerror or error}). "
-            "Choose a folder that you may write to: output=FOLDER."
-        ) from error
+        raise _unwritable(folder, error.strerror or str(error)) from error
     try:
         import fcntl
 
@@ -64,6 +67,13 @@ def open_output(folder: Path) -> IO[str]:
             "Otherwise choose another output=FOLDER."
         ) from error
     return lock
+
+
+def _unwritable(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"output={folder} cannot be written ({reason}). "
+        "Choose a folder that you may write to: output=FOLDER."
+    )
 
 
 def default_cache() -> Path:

@@ -1,0 +1,139 @@
+"""A run that is killed and resumed equals the run that was left alone, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
+
+from tiny_training import arguments, losses, make_parts, make_pictures  # noqa: E402
+
+SCRIPT = str(ROOT / "training" / "train_latent.py")
+STEPS = 24
+# Two captions a picture, dropped captions, accumulation, a moving average, a held-out share: all
+# that could depend on history.
+SETTINGS = [
+    f"loop.max_steps={STEPS}",
+    "loop.checkpoint_every=5",
+    "loop.gradient_accumulation=2",
+    "loop.batch_size=3",
+    "loop.ema_decay=0.9",
+    "loop.log_every=4",
+    "objective.condition_dropout=0.3",
+    "data.validation_share=0.2",
+    "validation.every=7",
+    "validation.samples=4",
+    "validation.steps=2",
+    "validation.pictures=2",
+    "optimizer.decay=cosine",
+    "optimizer.warmup_steps=3",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parts, pictures and the run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("resume")
+    make_parts(folder / "parts")
+    pictures = make_pictures(folder / "pictures", 10)
+    for text in pictures.glob("*.txt"):
+        text.write_text(text.read_text() + "\nanother caption of it\n")
+    from train_latent import main
+
+    assert main(given(folder, "straight")) == 0
+    return folder
+
+
+def given(folder: Path, name: str, *more: str) -> list[str]:
+    return arguments(folder / "parts", folder / "pictures", folder / name, *SETTINGS, *more)
+
+
+def start(arguments: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, SCRIPT, *arguments], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    while not path.exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.01)
+
+
+def same_run(one: Path, two: Path) -> None:
+    assert losses(one) == losses(two)
+    assert sorted(losses(one)) == list(range(1, STEPS + 1))
+    weights = [p.relative_to(one) for p in one.rglob(f"step-{STEPS:08d}/*.safetensors")]
+    weights += [p.relative_to(one) for p in (one / "model").rglob("*.safetensors")]
+    assert len(weights) >= 6
+    for path in weights:
+        assert (one / path).read_bytes() == (two / path).read_bytes(), path
+
+
+def test_killed_without_warning_at_a_random_moment(folder: Path) -> None:
+    process = start(given(folder, "killed"))
+    moment = random.SystemRandom().choice([5, 10, 15])
+    wait_for(folder / "killed" / "checkpoints" / f"step-{moment:08d}", process)
+    time.sleep(random.SystemRandom().random() * 0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    made = losses(folder / "killed")
+    assert len(made) < STEPS, "the run was over before it was killed"
+    from train_latent import main
+
+    assert main([*given(folder, "killed"), "--resume"]) == 0
+    same_run(folder / "straight", folder / "killed")
+
+
+def test_asked_to_stop_it_writes_a_checkpoint_first(folder: Path) -> None:
+    from train_latent import main
+
+    # One long interval between checkpoints: what is resumed from is what the signal caused.
+    more = ["loop.checkpoint_every=1000"]
+    process = start(given(folder, "stopped", *more))
+    wait_for(folder / "stopped" / "metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert process.stderr is not None
+    assert "--resume" in process.stderr.read()
+    assert main([*given(folder, "stopped", *more), "--resume"]) == 0
+    same_run(folder / "straight", folder / "stopped")
+
+
+def test_other_settings_are_refused_by_name(folder: Path, capsys) -> None:
+    from train_latent import main
+
+    assert main([*given(folder, "straight", "optimizer.lr=0.5"), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "optimizer.lr: 0.0003 then, 0.5 now" in error
+    assert main([*given(folder, "straight", "loop.batch_size=5"), "--resume"]) == 2
+    assert "pictures per step: 6 then, 10 now" in capsys.readouterr().err
+
+
+def test_a_batch_cut_up_differently_sees_the_same_samples(folder: Path) -> None:
+    from train_latent import main
+
+    more = ["loop.batch_size=6", "loop.gradient_accumulation=1"]
+    assert main(given(folder, "whole", *more)) == 0
+    ours, theirs = losses(folder / "whole"), losses(folder / "straight")
+    assert ours.keys() == theirs.keys()
+    assert max(abs(ours[k] - theirs[k]) for k in ours) < 1e-5
+
+
+def test_two_runs_do_not_share_a_folder(folder: Path, capsys) -> None:
+    from train_latent import main
+
+    from latentdiff.trainer.output import open_output
+
+    lock = open_output(folder / "straight")
+    try:
+        assert main([*given(folder, "straight"), "--resume"]) == 2
+        assert "another process is training" in capsys.readouterr().err
+    finally:
+        lock.close()
+    assert os.path.exists(folder / "straight" / ".lock")
