@@ -11,6 +11,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,7 +38,7 @@ def embed_clip(run: Path, target: Path) -> None:
 
     for part in ("text_encoder", "tokenizer"):
         replace(run / part, target / part)
-    clip = CLIPModel.from_pretrained(run / "clip")
+    clip: Any = CLIPModel.from_pretrained(run / "clip")
     image = CLIPVisionModelWithProjection(clip.config.vision_config).half()
     image.vision_model.load_state_dict(clip.vision_model.state_dict())
     image.visual_projection.load_state_dict(clip.visual_projection.state_dict())

@@ -21,16 +21,15 @@ from latentdiff.command_line import command_line
 from latentdiff.data.source import Source, open_source
 from latentdiff.data.transforms import to_tensor
 from latentdiff.errors import UserError
+from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
 from latentdiff.trainer.clip import (
     ClipFeatures,
     ClipTrainConfig,
-    build_clip,
     contrastive_loss,
-    encode_captions,
-    load_tokenizer,
+    load_or_build,
     retrieval_accuracy,
+    same_look_indices,
     save_clip,
-    save_tokenizer,
     train_tokenizer,
     trim_padding,
 )
@@ -40,31 +39,58 @@ CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
 
 
 def batch_maker(
-    source: Source, tokenizer: object, config: ClipTrainConfig, part: slice
+    source: Source, tokenizer: ClipTokenizer, config: ClipTrainConfig, part: slice
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Return step → (pictures, token ids); which of several captions is drawn from (seed, step)."""
     stage = config.stage
+    looks = group_by_look(source, stage.batch_size) if config.same_look else {}
 
     def make(step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
         draws = torch.rand(stage.batch_size, generator=generator)[part].tolist()
-        chosen = sample_indices(step, len(source), stage.batch_size, stage.seed)[part].tolist()
+        if looks:
+            chosen = same_look_indices(looks, stage.batch_size, generator)[part]
+        else:
+            order = sample_indices(step, len(source), stage.batch_size, stage.seed)
+            chosen = order[part].tolist()
         examples = [source[i] for i in chosen]
         texts = [e.captions[int(u * len(e.captions))] for e, u in zip(examples, draws, strict=True)]
         images = torch.stack([to_tensor(e.image, config.data.image_size) for e in examples])
-        return images, trim_padding(encode_captions(tokenizer, texts, config.clip.max_tokens))
+        return images, trim_padding(tokenizer(texts))
 
     return make
 
 
-def learn_vocabulary(source: Source, config: ClipTrainConfig) -> None:
-    """Train the tokenizer on all captions, unless an earlier start wrote it."""
+def group_by_look(source: Source, batch_size: int) -> dict[str, list[int]]:
+    """Group a source's pictures by what it says that they share.
+
+    Raises: UserError: when the source does not say, or no group fills a batch.
+    """
+    look = getattr(source, "look", None)
+    if look is None:
+        raise UserError("same_look needs a source that knows styles, such as data.kind=emoji.")
+    groups: dict[str, list[int]] = {}
+    for index in range(len(source)):
+        groups.setdefault(look(index), []).append(index)
+    largest = max(len(members) for members in groups.values())
+    if largest < batch_size:
+        raise UserError(
+            f"same_look: the largest group has {largest} pictures, fewer than stage.batch_size="
+            f"{batch_size}. Lower stage.batch_size to {largest} or less."
+        )
+    return groups
+
+
+def prepare_vocabulary(source: Source, config: ClipTrainConfig) -> None:
+    """Write OUTPUT/tokenizer: the earlier run's, or one learnt from all captions."""
     folder = Path(config.stage.output) / "tokenizer"
     if (folder / "tokenizer.json").exists():
         return
+    if config.start is not None:
+        load_tokenizer(Path(config.start) / "tokenizer", config.clip.max_tokens).save(folder)
+        return
     captions = (text for i in range(len(source)) for text in source.captions(i))
-    tokenizer = train_tokenizer(captions, config.clip.vocabulary)
-    save_tokenizer(tokenizer, folder, config.clip.max_tokens)
+    train_tokenizer(captions, config.clip.vocabulary, config.clip.max_tokens).save(folder)
 
 
 def train(config: ClipTrainConfig, resume: bool) -> None:
@@ -76,10 +102,10 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
     torch.manual_seed(stage_config.seed)
     source = open_source(config.data)
     if accelerator.is_main_process:
-        learn_vocabulary(source, config)
+        prepare_vocabulary(source, config)
     accelerator.wait_for_everyone()
-    tokenizer = load_tokenizer(output / "tokenizer")
-    clip = build_clip(config.clip, tokenizer, config.data.image_size)
+    tokenizer = load_tokenizer(output / "tokenizer", config.clip.max_tokens)
+    clip = load_or_build(config, tokenizer)
     model = accelerator.prepare(ClipFeatures(clip))
     optimizers = {"clip": adamw(clip, stage_config, (0.9, 0.98))}
     stage = Stage({"clip": clip}, optimizers, stage_config, accelerator)

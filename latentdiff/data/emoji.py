@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from latentdiff.data.source import DataConfig, Example
-from latentdiff.data.styles import BACKGROUNDS, STYLES, place, render
+from latentdiff.data.styles import BACKGROUNDS, STYLE_VERSION, STYLES, place, render
 from latentdiff.errors import UserError, did_you_mean
 
 _TONE = re.compile(r"_(medium-light|medium-dark|light|medium|dark)_skin_tone")
@@ -263,6 +263,11 @@ class EmojiSource:
         """The concept, so that splits keep all renderings and tones of one together."""
         return self.renderings[index].drawing.concept
 
+    def look(self, index: int) -> str:
+        """What pictures of different concepts may share: style and background."""
+        rendering = self.renderings[index]
+        return f"{rendering.style}/{rendering.background}"
+
     def mask(self, index: int) -> Image.Image:
         """Where the drawing is: its alpha channel as placed, mode L."""
         file = self.renderings[index].drawing.file
@@ -271,5 +276,5 @@ class EmojiSource:
     def fingerprint(self) -> str:
         """A key that changes when any picture of the set would."""
         words = [self.name(i) for i in range(len(self))]
-        text = "\n".join([_PACKAGE, str(self.image_size), *words])
+        text = "\n".join([_PACKAGE, str(STYLE_VERSION), str(self.image_size), *words])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 Picture = NDArray[np.float32]
+#: Part of every cache key; raise it whenever a treatment changes what is drawn.
+STYLE_VERSION = 1
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 #: Paper colours by the word that captions use; "white" is the unnamed default.

@@ -48,7 +48,7 @@ class ClipScorer(nn.Module):
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        """Return unit vectors (N, D) of pictures (N, 3, H, W) in [−1, 1], resized to the tower's."""
+        """Return unit vectors (N, D) of pictures (N, 3, H, W) in [−1, 1]; resized as needed."""
         side: Any = self.image.config.image_size  # type: ignore[union-attr]
         if images.shape[-1] != side or images.shape[-2] != side:
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)

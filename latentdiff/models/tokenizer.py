@@ -19,7 +19,7 @@ from latentdiff.errors import UserError
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 #: How CLIP cuts text before merging: marks, contractions, letters, single digits, the rest.
-_PIECES = (
+PIECES = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 _MARKS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -127,7 +127,7 @@ def _build(folder: Path, config: dict[str, Any]) -> Any:
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     tokenizer.pre_tokenizer = Sequence(
-        [Split(Regex(_PIECES), "removed", invert=True), ByteLevel(add_prefix_space=False)]
+        [Split(Regex(PIECES), "removed", invert=True), ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     bos, eos = (_text(config.get(k, d)) for k, d in (("bos_token", BOS), ("eos_token", EOS)))

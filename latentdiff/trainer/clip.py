@@ -18,13 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.data.source import DataConfig
+from latentdiff.errors import UserError
+from latentdiff.models.tokenizer import BOS, EOS, PIECES, ClipTokenizer
 from latentdiff.trainer.stage import StageConfig
-
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-#: How CLIP cuts text before merging: marks, contractions, letters, single digits, the rest.
-_PIECES = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
 
 
 @dataclass(frozen=True)
@@ -61,14 +57,25 @@ class ClipTrainConfig:
     """The captioned pictures."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """The network."""
+    start: str | None = None
+    """Output folder of an earlier run to go on from, its vocabulary included; null starts anew."""
+    freeze_text: bool = False
+    """Train the image tower and both projections only, so that models that were trained on this
+    text tower keep fitting it."""
+    same_look: bool = False
+    """Draw each batch from pictures that look alike (a source says which: the embedded set's style
+    and background), so that only the subject tells them apart."""
     stage: StageConfig = field(default_factory=lambda: StageConfig(output="runs/clip"))
     """The loop."""
 
 
-def train_tokenizer(captions: Iterable[str], size: int) -> Any:
+def train_tokenizer(captions: Iterable[str], size: int, max_tokens: int) -> ClipTokenizer:
     """Learn a byte-pair vocabulary in CLIP's form (lower case, `</w>` ends a word).
 
-    Returns: a `tokenizers.Tokenizer` that puts the begin and end marks around every text.
+    Args:
+        captions: the texts to learn from.
+        size: entries of the vocabulary, about; the two marks and all single bytes included.
+        max_tokens: ids per text, marks included.
     """
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors, trainers
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -80,7 +87,7 @@ def train_tokenizer(captions: Iterable[str], size: int) -> Any:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), "removed", invert=True),
+            pre_tokenizers.Split(Regex(PIECES), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
@@ -94,7 +101,7 @@ def train_tokenizer(captions: Iterable[str], size: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
-    return _complete(tokenizer, alphabet, processors)
+    return ClipTokenizer(_complete(tokenizer, alphabet, processors), {}, max_tokens)
 
 
 def _complete(tokenizer: Any, alphabet: Sequence[str], processors: Any) -> Any:
@@ -117,41 +124,19 @@ def _complete(tokenizer: Any, alphabet: Sequence[str], processors: Any) -> Any:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Any, folder: Path, max_tokens: int) -> None:
-    """Write the vocabulary in every form that readers of a Stable Diffusion folder look for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.model.save(str(folder))
-    marks = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-    config = {
-        **marks,
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": max_tokens,
-        "do_lower_case": True,
-        "add_prefix_space": False,
-        "errors": "replace",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(marks, indent=2) + "\n")
+def load_or_build(config: ClipTrainConfig, tokenizer: ClipTokenizer) -> Any:
+    """Start from an earlier run's towers, or from untrained ones; freeze what must not change."""
+    if config.start is None:
+        clip = build_clip(config.clip, tokenizer, config.data.image_size)
+    else:
+        from transformers.models.clip import CLIPModel
 
-
-def load_tokenizer(folder: Path) -> Any:
-    """Read a folder that `save_tokenizer` wrote."""
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-def encode_captions(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tensor:
-    """Return token ids (B, max_tokens), cut to length and padded with the end mark."""
-    end = tokenizer.token_to_id(EOS)
-    rows = []
-    for encoding in tokenizer.encode_batch(list(captions)):
-        ids = encoding.ids
-        if len(ids) > max_tokens:
-            ids = [*ids[: max_tokens - 1], end]
-        rows.append(ids + [end] * (max_tokens - len(ids)))
-    return torch.tensor(rows)
+        folder = Path(config.start) / "clip"
+        if not folder.is_dir():
+            raise UserError(f"start: {config.start} has no clip/; is it a train_clip.py output?")
+        clip = CLIPModel.from_pretrained(folder).float()
+    clip.text_model.requires_grad_(not config.freeze_text)
+    return clip
 
 
 def trim_padding(token_ids: Tensor) -> Tensor:
@@ -161,13 +146,13 @@ def trim_padding(token_ids: Tensor) -> Tensor:
     return token_ids[:, :used]
 
 
-def build_clip(config: ClipConfig, tokenizer: Any, image_size: int) -> Any:
+def build_clip(config: ClipConfig, tokenizer: ClipTokenizer, image_size: int) -> Any:
     """Make an untrained transformers CLIPModel of the given shape."""
     from transformers.models.clip import CLIPConfig, CLIPModel
 
-    begin, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    begin, end = tokenizer.backend.token_to_id(BOS), tokenizer.end_id
     text = {
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": tokenizer.backend.get_vocab_size(),
         "hidden_size": config.text_width,
         "intermediate_size": 4 * config.text_width,
         "num_hidden_layers": config.text_layers,
@@ -190,6 +175,17 @@ def build_clip(config: ClipConfig, tokenizer: Any, image_size: int) -> Any:
     return CLIPModel(
         CLIPConfig(text_config=text, vision_config=image, projection_dim=config.projection)
     )
+
+
+def same_look_indices(
+    looks: dict[str, list[int]], batch_size: int, generator: torch.Generator
+) -> list[int]:
+    """Draw a batch from one group of pictures, each group as often as it has pictures."""
+    groups = [members for members in looks.values() if len(members) >= batch_size]
+    sizes = torch.tensor([len(members) for members in groups], dtype=torch.float64)
+    members = groups[int(torch.multinomial(sizes, 1, generator=generator))]
+    chosen = torch.randperm(len(members), generator=generator)[:batch_size]
+    return [members[i] for i in chosen.tolist()]
 
 
 class ClipFeatures(nn.Module):

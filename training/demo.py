@@ -1,0 +1,84 @@
+"""See it work: a short training on the embedded data, then pictures of what was learnt.
+
+    python training/demo.py [--output FOLDER] [section.key=value ...]
+
+Trains with train_latent.py and training/configs/demo.yaml, then asks the new model for every
+concept in several styles and grounds, and writes them as one PNG grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+HERE = Path(__file__).resolve().parent
+CONFIG = HERE / "configs" / "demo.yaml"
+SUBJECTS = ("cat", "fox", "owl", "octopus", "strawberry", "hamburger", "rocket", "castle")
+PROMPTS = (
+    "a {}",
+    "a painting of a {}",
+    "a pencil sketch of a {}",
+    "pixel art of a {}",
+    "a {} on a blue background",
+    "pixel art of a {} on a yellow background",
+)
+
+
+def free_folder(wanted: Path) -> Path:
+    """The folder itself, or the first of FOLDER-2, FOLDER-3 … that is not there yet."""
+    folder, number = wanted, 2
+    while folder.exists():
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+        number += 1
+    return folder
+
+
+def prompts() -> list[str]:
+    """One row per subject, one column per style or ground."""
+    texts = [prompt.format(subject) for subject in SUBJECTS for prompt in PROMPTS]
+    return [
+        text.replace(" a owl", " an owl").replace(" a octopus", " an octopus") for text in texts
+    ]
+
+
+def draw(model: Path, target: Path) -> None:
+    """Generate the grid with the trained model."""
+    from latentdiff import LatentDiffusionPipeline
+    from latentdiff.pipelines.pictures import grid
+
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    images = pipeline(prompts(), num_inference_steps=25, guidance_scale=3.0, seed=0).images
+    large = [image.resize((128, 128), 0) for image in images]
+    grid(large, columns=len(PROMPTS)).save(target)
+
+
+def main() -> int:
+    """Train, draw, say where everything is. Returns: the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    started = time.monotonic()
+    folder = free_folder(arguments.output)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += [str(HERE / "train_latent.py"), "--config", str(CONFIG), f"output={folder}"]
+    code = subprocess.run([*command, *arguments.overrides], check=False).returncode
+    if code:
+        return code
+    picture = folder / "grid.png"
+    draw(folder / "model", picture)
+    print(f"rows: {', '.join(SUBJECTS)}")
+    print(f"columns: {', '.join(p.format('…') for p in PROMPTS)}")
+    print(f"{time.monotonic() - started:.0f} s after the start, pictures: {picture.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
