@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -38,6 +39,12 @@ def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
             pickle = folder / f"{stem}.bin"
             # weights_only refuses everything that could run code.
             state = torch.load(pickle, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        # PyTorch's own text tells how to turn the protection off.
+        raise UserError(
+            f"the weights in {folder} cannot be read: {stem}.bin is damaged, or a pickle that "
+            "holds more than tensors. Ask for the model as safetensors."
+        ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise UserError(f"the weights in {folder} cannot be read: {error}") from error
     return state

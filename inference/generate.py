@@ -1,0 +1,140 @@
+"""Generate pictures from prompts.
+
+    python inference/generate.py "a cat painting" --output cat.png
+    python inference/generate.py "a red apple" "a blue fish" --num-images 4 --output grid.png
+
+Several pictures go into one grid, or with --separate into numbered files beside --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if importlib.util.find_spec("latentdiff") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; nothing heavy is imported yet, so --help is instant."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    add("--output", "-o", type=Path, default=Path("picture.png"), help="default: %(default)s")
+    add("--model", help="folder or Hugging Face id; default: the embedded model")
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--negative", metavar="TEXT", help="what to steer away from")
+    add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
+    add("--guidance", type=float, default=5.0, help="1 = off; default: %(default)s")
+    add("--sampler", help="default: as the model's folder says")
+    add("--seed", type=int, help="of the first picture; default: drawn and printed")
+    add("--num-images", type=int, default=1, metavar="N", help="per prompt; default: %(default)s")
+    add("--size", metavar="N or HxW", help="in pixels; default: as trained")
+    add("--columns", type=int, metavar="N", help="of the grid; default: --num-images, or square")
+    add("--separate", action="store_true", help="numbered files instead of a grid")
+    add("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def picture_size(text: str | None) -> tuple[int | None, int | None]:
+    """(height, width) from "64" or "64x128". Raises: UserError: anything else."""
+    if text is None:
+        return None, None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r}.")
+    return int(parts[0]), int(parts[-1])
+
+
+def check_output(output: Path) -> None:
+    """Make the folder before the work is done. Raises: UserError: it cannot hold a picture."""
+    from PIL import Image
+
+    endings = sorted(Image.registered_extensions())
+    if output.suffix.lower() not in endings or output.is_dir():
+        raise UserError(f"--output must be a picture file such as cat.png; got {output}.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {output.parent} cannot be made ({error.strerror}).") from error
+
+
+def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
+    """The pictures and their seeds, prompt by prompt."""
+    import torch
+
+    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+
+    dtype = getattr(torch, args.dtype)
+    pipeline = LatentDiffusionPipeline.from_pretrained(
+        args.model, dtype=dtype, revision=args.revision
+    )
+    height, width = picture_size(args.size)
+    result = pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))(
+        args.prompts,
+        negative_prompt=args.negative,
+        height=height,
+        width=width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        num_images_per_prompt=args.num_images,
+        sampler=args.sampler,
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    return result.images, result.seeds
+
+
+def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
+    """Write one file, or numbered ones; returns their paths."""
+    if args.separate and len(images) > 1:
+        name = args.output.with_suffix("").name
+        paths = [
+            args.output.with_name(f"{name}-{k:03d}{args.output.suffix}") for k in range(len(images))
+        ]
+    else:
+        from latentdiff.pipelines.pictures import grid
+
+        columns = args.columns or (args.num_images if args.num_images > 1 else None)
+        images, paths = [grid(images, columns)], [args.output]
+    try:
+        for image, path in zip(images, paths, strict=True):
+            image.save(path)
+    except OSError as error:
+        raise UserError(f"{args.output} cannot be written ({error.strerror or error}).") from error
+    return paths
+
+
+def main() -> None:
+    """Run; mistakes of the user end with one line, not a traceback."""
+    args = parse()
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        picture_size(args.size)
+        if args.columns is not None and args.columns < 1:
+            raise UserError(f"--columns must be at least 1; got {args.columns}.")
+        check_output(args.output)
+        images, seeds = generate(args)
+        paths = save(images, args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    seen = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    print(f"seed {seen}", file=sys.stderr)
+    for path in paths:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

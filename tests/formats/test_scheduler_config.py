@@ -1,0 +1,123 @@
+"""scheduler_config.json against diffusers' own schedulers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from latentdiff.diffusion.samplers import timestep_grid
+from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from latentdiff.errors import UserError
+from latentdiff.formats.scheduler_config import (
+    PREDICTION_NAMES,
+    SamplingDefaults,
+    read_scheduler,
+    write_scheduler,
+)
+
+SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+NAMES = [
+    "PNDMScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "LMSDiscreteScheduler",
+]
+SCHEDULES = [
+    ScheduleConfig(),
+    ScheduleConfig("linear", beta_start=1e-4, beta_end=0.02),
+    ScheduleConfig("cosine"),
+    ScheduleConfig(zero_terminal_snr=True),
+    ScheduleConfig(num_train_timesteps=200),
+]
+
+
+def scheduler(name: str, **fields: Any) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)(**fields)
+
+
+def saved(scheduler: Any) -> dict[str, Any]:
+    return {"_class_name": type(scheduler).__name__, **json.loads(scheduler.to_json_string())}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reads_the_facts_of_any_scheduler(name: str) -> None:
+    theirs = scheduler(name, **SD, prediction_type="v_prediction", timestep_spacing="trailing")
+    schedule, prediction, sampling = read_scheduler(saved(theirs))
+    assert prediction == "v"
+    assert sampling.spacing == "trailing"
+    alpha_bar = NoiseSchedule(schedule).alpha_bar(torch.arange(1000))
+    torch.testing.assert_close(alpha_bar.float(), theirs.alphas_cumprod.float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_written_for_ddim_and_read_back(schedule: ScheduleConfig, prediction: str) -> None:
+    if prediction == "eps" and schedule.zero_terminal_snr:
+        pytest.skip("refused elsewhere")
+    spacing = "trailing" if schedule.zero_terminal_snr else "leading"
+    given = SamplingDefaults(spacing=spacing)
+    data = write_scheduler(schedule, prediction, given)
+    name = data["_class_name"]
+    theirs = scheduler(name, **{k: v for k, v in data.items() if not k.startswith("_")})
+    assert PREDICTION_NAMES[theirs.config.prediction_type] == prediction
+    ours = NoiseSchedule(schedule)
+    alpha_bar = ours.alpha_bar(torch.arange(schedule.num_train_timesteps)).float()
+    torch.testing.assert_close(alpha_bar, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    theirs.set_timesteps(20)
+    assert torch.equal(timestep_grid(ours, 20, spacing, 1), theirs.timesteps)
+    assert saved(theirs).keys() - {"_diffusers_version"} == data.keys() - {"_diffusers_version"}
+    back = read_scheduler(data)
+    assert back == (read_scheduler(saved(theirs)))
+    assert back == (schedule, prediction, given)
+
+
+def test_flow_is_written_for_a_scheduler_that_the_pipeline_takes() -> None:
+    data = write_scheduler(ScheduleConfig("flow"), "flow", SamplingDefaults())
+    theirs = scheduler(
+        data["_class_name"], **{k: v for k, v in data.items() if not k.startswith("_")}
+    )
+    theirs.set_timesteps(10)
+    assert float(theirs.sigmas[0]) > 0.99 and hasattr(theirs, "init_noise_sigma")
+    schedule, prediction, sampling = read_scheduler(saved(theirs))
+    assert (schedule.kind, prediction, sampling.spacing) == ("flow", "flow", None)
+    flow_match = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}
+    assert read_scheduler(flow_match)[:2] == (ScheduleConfig("flow"), "flow")
+
+
+def test_stable_diffusion_1_5_as_published() -> None:
+    published = {
+        "_class_name": "PNDMScheduler",
+        **SD,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    }
+    found = read_scheduler(published)
+    assert found == (ScheduleConfig(), "eps", SamplingDefaults("ddim", "leading", 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"beta_schedule": "scaled_liner"}, "Did you mean 'scaled_linear'"),
+        ({"prediction_type": "velocity"}, "prediction_type must be one of"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"thresholding": True}, "thresholding"),
+        ({"use_flow_sigmas": True, "flow_shift": 3.0}, "shifted by 3"),
+    ],
+)
+def test_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_scheduler({"_class_name": "DDIMScheduler", **SD, **fields})

@@ -1,0 +1,84 @@
+"""inference/generate.py as a user calls it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from tests.random_models import make_pipeline
+
+SCRIPT = Path(__file__).parents[2] / "inference" / "generate.py"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    make_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    script.main()
+
+
+def test_one_picture(
+    script: ModuleType,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "new" / "cat.png"
+    fast = ("--model", model, "--steps", "2", "--seed", "3", "--quiet")
+    call(script, monkeypatch, "a cat", "--output", str(output), *fast)
+    assert Image.open(output).size == (32, 32)
+    assert capsys.readouterr().out.strip() == str(output)
+
+
+def test_grid_and_numbered_files(
+    script: ModuleType, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "g.png"
+    fast = ("--model", model, "--steps", "2", "--size", "16x32", "--num-images", "3", "--quiet")
+    call(script, monkeypatch, "a cat", "dog", "--output", str(output), *fast)
+    assert Image.open(output).size == (3 * 34 - 2, 2 * 18 - 2)
+    call(script, monkeypatch, "a cat", "--output", str(output), "--separate", *fast)
+    assert sorted(p.name for p in tmp_path.glob("g-*.png")) == [f"g-{k:03d}.png" for k in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output", "cat.pgn"), "--output must be a picture file"),
+        (("--size", "big"), "--size must be like 64 or 64x128"),
+        (("--model", "./nothing"), "this folder does not exist"),
+        (("--output", "/proc/x/cat.png"), "cannot be made"),
+        (("--columns", "0"), "--columns must be at least 1"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        call(script, monkeypatch, "a cat", *arguments)
+    assert message in str(end.value.code) and "\n" not in str(end.value.code)

@@ -1,0 +1,136 @@
+"""The same folder, noise and sampler give the same picture here and in diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff.embedded import EMBEDDED_MODEL
+from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+from tests.random_models import make_pipeline
+
+PROMPTS = ["a cat", "pain pain dog"]
+TRAINED = ["a painting of a red apple", "a cat"]
+CASES: dict[str, dict[str, Any]] = {
+    "eps": {},
+    "v, zero terminal SNR": {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    },
+    "x0, ends clean": {"prediction_type": "sample", "set_alpha_to_one": True},
+}
+
+
+def ddim(**changes: Any) -> Any:
+    from diffusers import DDIMScheduler
+
+    fields = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    return DDIMScheduler(**(fields | changes))
+
+
+def open_theirs(folder: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+def assert_same_pictures(theirs: Any, ours: LatentDiffusionPipeline, prompts: list[str]) -> None:
+    """At most 2/255 apart; not flat; another seed gives another picture."""
+    height, width = (side // ours.autoencoder.downscale for side in ours.default_size)
+    shape = (len(prompts), ours.autoencoder.latent_channels, height, width)
+    pictures = []
+    for seed in (0, 1):
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        options = {
+            "negative_prompt": ["dog", "a cat"],
+            "num_inference_steps": 20,
+            "guidance_scale": 4.0,
+            "latents": noise,
+        }
+        expected = np.stack([np.asarray(i, int) for i in theirs(prompts, **options).images])
+        found = ours(prompts, **options, sampler="ddim", progress=False).images
+        pictures.append(np.stack([np.asarray(image, int) for image in found]))
+        assert np.abs(pictures[-1] - expected).max() <= 2
+        assert min(picture.std() for picture in pictures[-1]) >= 20
+    assert np.abs(pictures[0] - pictures[1]).mean() > 5
+    assert np.abs(pictures[0][0] - pictures[0][1]).mean() > 5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_theirs_opens_in_ours_and_ours_in_theirs(case: str, tmp_path: Path) -> None:
+    theirs = make_pipeline(scheduler=ddim(**CASES[case]))
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = LatentDiffusionPipeline.from_pretrained(tmp_path / "theirs")
+    assert_same_pictures(theirs, ours, PROMPTS)
+    ours.save_pretrained(tmp_path / "ours", max_shard_bytes=300_000)
+    assert_same_pictures(open_theirs(tmp_path / "ours"), ours, PROMPTS)
+
+
+def test_tiny_autoencoder(tmp_path: Path) -> None:
+    make_pipeline(vae_kind="tiny").save_pretrained(tmp_path / "theirs")
+    ours = LatentDiffusionPipeline.from_pretrained(tmp_path / "theirs")
+    assert_same_pictures(open_theirs(tmp_path / "theirs"), ours, PROMPTS)
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_pictures(open_theirs(tmp_path / "ours"), ours, PROMPTS)
+
+
+def test_other_schedulers_become_ddim(tmp_path: Path) -> None:
+    """A folder saved with PNDM samples as diffusers does after swapping in DDIM."""
+    from diffusers import DDIMScheduler, PNDMScheduler
+
+    pndm = PNDMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    theirs = make_pipeline(scheduler=pndm)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
+    assert_same_pictures(theirs, LatentDiffusionPipeline.from_pretrained(tmp_path), PROMPTS)
+
+
+def test_flow_folder_opens_in_theirs(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from latentdiff.diffusion.schedule import ScheduleConfig
+    from latentdiff.formats.diffusers_folder import load_components
+
+    make_pipeline().save_pretrained(tmp_path / "theirs")
+    parts = replace(
+        load_components(tmp_path / "theirs"), schedule=ScheduleConfig("flow"), prediction="flow"
+    )
+    LatentDiffusionPipeline(parts).save_pretrained(tmp_path / "ours")
+    theirs = open_theirs(tmp_path / "ours")
+    image = np.asarray(theirs(PROMPTS[0], num_inference_steps=10).images[0])
+    assert image.std() > 5
+    again = LatentDiffusionPipeline.from_pretrained(tmp_path / "ours")
+    found = again(PROMPTS[0], num_inference_steps=10, output_type="pt", progress=False).images
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.skipif(
+    not (EMBEDDED_MODEL / "model_index.json").is_file(), reason="the embedded model is not there"
+)
+def test_embedded_model(tmp_path: Path) -> None:
+    ours = LatentDiffusionPipeline.from_pretrained()
+    assert_same_pictures(open_theirs(EMBEDDED_MODEL), ours, TRAINED)
+    ours.save_pretrained(tmp_path / "again")
+    assert_same_pictures(open_theirs(tmp_path / "again"), ours, TRAINED)

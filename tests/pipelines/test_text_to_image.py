@@ -1,0 +1,137 @@
+"""What the pipeline promises beyond its numbers: seeds, batches, outputs and clear errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.errors import UserError
+from tests.random_models import make_pipeline
+
+FAST: dict[str, Any] = {"num_inference_steps": 4, "progress": False, "output_type": "pt"}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusionPipeline:
+    folder = tmp_path_factory.mktemp("model")
+    make_pipeline().save_pretrained(folder)
+    return LatentDiffusionPipeline.from_pretrained(folder)
+
+
+def test_image_k_has_seed_plus_k(pipeline: LatentDiffusionPipeline) -> None:
+    many = pipeline(["a cat", "dog"], num_images_per_prompt=2, seed=5, **FAST)
+    assert many.seeds == [5, 6, 7, 8]
+    assert many.images.shape == (4, 3, 32, 32)
+    for k, prompt in enumerate(["a cat", "a cat", "dog", "dog"]):
+        alone = pipeline(prompt, seed=5 + k, **FAST).images[0]
+        assert (alone - many.images[k]).abs().max() <= 1 / 255
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_batches_do_not_change_pictures(pipeline: LatentDiffusionPipeline, sampler: str) -> None:
+    together = pipeline("a cat", num_images_per_prompt=5, seed=1, sampler=sampler, **FAST)
+    chunks = pipeline(
+        "a cat", num_images_per_prompt=5, seed=1, sampler=sampler, batch_size=2, **FAST
+    )
+    assert (together.images - chunks.images).abs().max() <= 1 / 255
+
+
+def test_drawn_seed_gives_the_picture_again(pipeline: LatentDiffusionPipeline) -> None:
+    first, other = pipeline("a cat", **FAST), pipeline("a cat", **FAST)
+    assert first.seeds != other.seeds
+    assert torch.equal(pipeline("a cat", seed=first.seeds[0], **FAST).images, first.images)
+
+
+def test_output_types(pipeline: LatentDiffusionPipeline) -> None:
+    call = {**FAST, "seed": 3}
+    unit = pipeline("a cat", **call).images
+    assert 0 <= unit.min() < unit.max() <= 1
+    array = pipeline("a cat", **{**call, "output_type": "np"}).images
+    np.testing.assert_array_equal(array, unit.permute(0, 2, 3, 1).numpy())
+    picture = pipeline("a cat", **{**call, "output_type": "pil"}).images[0]
+    assert (picture.size, picture.mode) == ((32, 32), "RGB")
+    np.testing.assert_array_equal(np.asarray(picture), (array[0] * 255).round().astype(np.uint8))
+    latents = pipeline("a cat", **{**call, "output_type": "latent"}).images
+    torch.testing.assert_close(pipeline.autoencoder.decode(latents) / 2 + 0.5, unit)
+
+
+def test_size_guidance_and_negative_matter(pipeline: LatentDiffusionPipeline) -> None:
+    base = pipeline("a cat", seed=0, **FAST).images
+    assert pipeline("a cat", height=16, width=48, **FAST).images.shape == (1, 3, 16, 48)
+    for change in ({"guidance_scale": 1.0}, {"negative_prompt": "dog"}, {"guidance_rescale": 0.7}):
+        assert not torch.equal(pipeline("a cat", seed=0, **change, **FAST).images, base)
+    assert torch.equal(pipeline("a cat", seed=0, negative_prompt="", **FAST).images, base)
+    assert not torch.equal(pipeline("dog", seed=0, **FAST).images, base)
+
+
+def test_guidance_runs_one_batch_per_step(
+    pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, projected = [], []
+    hook = pipeline.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    project = pipeline.unet.project_context
+    monkeypatch.setattr(
+        pipeline.unet, "project_context", lambda c: projected.append(len(c)) or project(c)
+    )
+    pipeline(["a cat", "dog", "x"], guidance_scale=3, **FAST)
+    pipeline("a cat", guidance_scale=1, **FAST)
+    hook.remove()
+    assert sizes == [6] * 4 + [1] * 4
+    assert projected == [6, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": 3}, "prompt must be a text or a list of texts; got 3"),
+        ({"prompt": []}, "at least one text"),
+        ({"prompt": ["a", None]}, "prompt must be a text"),
+        ({"negative_prompt": ["a", "b"]}, "one for each of the 1 prompts; got 2"),
+        ({"height": 33}, r"multiples of 2.*got 33\. The nearest is 32"),
+        ({"width": -2}, "multiples of 2"),
+        ({"sampler": "dddim"}, "Did you mean 'ddim'"),
+        ({"sampler_options": {"etaa": 1.0}}, "Did you mean 'eta'"),
+        ({"timestep_spacing": "trailling"}, "Did you mean 'trailing'"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number"),
+        ({"num_inference_steps": 1001}, "1 … 1000; got 1001"),
+        ({"guidance_scale": -1}, "guidance_scale must be a number of at least 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"seed": "x"}, "seed must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"output_type": "pill"}, "Did you mean 'pil'"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"\(1, 4, 16, 16\).*got \(1, 4, 8, 8\)"),
+    ],
+)
+def test_bad_input(
+    pipeline: LatentDiffusionPipeline, arguments: dict[str, Any], message: str
+) -> None:
+    hook = pipeline.unet.register_forward_pre_hook(lambda *_: pytest.fail("work was done"))
+    try:
+        with pytest.raises(UserError, match=message):
+            pipeline(**{"prompt": "a cat", **FAST, **arguments})
+    finally:
+        hook.remove()
+
+
+def test_half_precision_keeps_the_autoencoder_float32(tmp_path: Path) -> None:
+    make_pipeline().save_pretrained(tmp_path)
+    half = LatentDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert (half.unet.dtype, half.autoencoder.dtype) == (torch.bfloat16, torch.float32)
+    found = half("a cat", seed=0, **FAST).images
+    assert torch.isfinite(found).all() and found.std() > 0.02
+    assert half.to("cpu", torch.float32).unet.dtype == torch.float32
+
+
+def test_missing_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path / "nothing")
+    monkeypatch.setattr("latentdiff.pipelines.text_to_image.EMBEDDED_MODEL", tmp_path / "none")
+    with pytest.raises(UserError, match="no embedded model"):
+        LatentDiffusionPipeline.from_pretrained()

@@ -1,0 +1,64 @@
+"""Importing the package costs nothing; its names load when they are used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "diffusers", "datasets", "accelerate", "numpy", "PIL", "pydantic")
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_import_is_light_and_quick() -> None:
+    found = run(
+        "import sys, time; before = set(sys.modules); start = time.process_time()\n"
+        "import latentdiff\n"
+        "from latentdiff import pipeline\n"
+        "print(time.process_time() - start, *set(sys.modules) - before)"
+    ).split()
+    assert float(found[0]) < 0.4
+    assert not {name.partition(".")[0] for name in found[1:]} & set(HEAVY)
+
+
+def test_script_help_is_light() -> None:
+    found = run(
+        "import sys; sys.argv = ['generate.py', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_path('inference/generate.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules)"
+    )
+    assert "torch" not in found.splitlines()[-1].split()
+
+
+def test_public_names() -> None:
+    import latentdiff
+
+    for name in latentdiff.__all__:
+        assert getattr(latentdiff, name) is not None
+        assert name in dir(latentdiff)
+    assert repr(latentdiff.pipeline) == "<latentdiff's embedded pipeline, not loaded yet>"
+    try:
+        latentdiff.nothing  # noqa: B018
+    except AttributeError as error:
+        assert "nothing" in str(error)
+    else:
+        raise AssertionError("an unknown name must raise AttributeError")
+
+
+def test_using_models_imports_no_pipeline_of_diffusers() -> None:
+    found = run(
+        "import sys\n"
+        "from latentdiff import LatentDiffusionPipeline, UNet\n"
+        "print(*(name for name in sys.modules if name.split('.')[0] in "
+        "('diffusers', 'transformers', 'datasets', 'accelerate')))"
+    )
+    assert found == ""
