@@ -33,7 +33,7 @@ def make_pictures(folder: Path, count: int = 8, size: int = 32) -> Path:
         top, left = noise.integers(0, size // 2, 2)
         pixels[top : top + size // 2, left : left + size // 2] = COLOURS[i % len(COLOURS)]
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"a {NAMES[i % len(NAMES)]} square number {i}")
+        (folder / f"{i}.txt").write_text(f"a {NAMES[i % len(NAMES)]} square {i}")
     return folder
 
 

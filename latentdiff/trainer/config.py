@@ -22,6 +22,8 @@ from latentdiff.trainer.optimizer import OptimizerConfig
 def _small_unet() -> UNetConfig:
     return UNetConfig(
         sample_size=16,
+        in_channels=8,
+        out_channels=8,
         block_out_channels=(96, 128, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -46,7 +48,8 @@ class ModelConfig:
     """Model folder with text_encoder/ and tokenizer/; null takes the pretrained model's, or the
     embedded one."""
     unet: UNetConfig = field(default_factory=_small_unet)
-    """Shape of a U-Net that is trained from scratch."""
+    """Shape of a U-Net that is trained from scratch. Channels in and out, cross_attention_dim and
+    sample_size follow from the frozen parts and the picture size when they are not given."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """How attention is computed: torch's own, or xformers."""
     gradient_checkpointing: bool = False

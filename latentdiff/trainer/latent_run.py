@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,10 +71,14 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
         config, notes = adopt(given, base.schedule, base.prediction)
     # The maths is checked before anything else is opened.
     check_prediction(config.objective.prediction, config.schedule)
+    autoencoder = _autoencoder(model.vae, base)
+    text_encoder = _text_encoder(model.text_encoder, base)
+    if base is None:
+        config = fit_unet(config, given.keys, autoencoder, text_encoder)
     components = Components(
         unet=base.unet if base is not None else _new_unet(config),
-        autoencoder=_autoencoder(model.vae, base),
-        text_encoder=_text_encoder(model.text_encoder, base),
+        autoencoder=autoencoder,
+        text_encoder=text_encoder,
         schedule=config.schedule,
         prediction=config.objective.prediction,
     )
@@ -81,6 +86,21 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
         components.sampling = base.sampling
     check_fit(components, config)
     return components, config, notes
+
+
+def fit_unet(
+    config: TrainConfig, given: frozenset[str], autoencoder: Any, text_encoder: Any
+) -> TrainConfig:
+    """Take from the frozen parts what they decide about a new U-Net, unless it is given."""
+    found = {
+        "in_channels": autoencoder.latent_channels,
+        "out_channels": autoencoder.latent_channels,
+        "cross_attention_dim": text_encoder.width,
+        "sample_size": config.data.image_size // autoencoder.downscale,
+    }
+    changes = {k: v for k, v in found.items() if f"model.unet.{k}" not in given}
+    unet = dataclasses.replace(config.model.unet, **changes)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, unet=unet))
 
 
 def _new_unet(config: TrainConfig) -> UNet:

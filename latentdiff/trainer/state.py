@@ -58,6 +58,7 @@ class TrainingState:
             facts = {
                 "seconds": seconds,
                 "facts": self.facts,
+                "processes": self.accelerator.num_processes,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "torch": torch.__version__,
             }
