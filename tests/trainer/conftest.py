@@ -4,3 +4,12 @@ from pathlib import Path
 for folder in (Path(__file__).parents[1], Path(__file__).parents[2] / "training"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+import pytest  # noqa: E402
+from tiny_training import make_pictures  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight captioned pictures of coloured squares."""
+    return make_pictures(tmp_path_factory.mktemp("pictures") / "squares")

