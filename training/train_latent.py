@@ -32,6 +32,7 @@ from latentdiff.trainer.latent_run import (
     batch_shape,
     export,
     load_parts,
+    long_captions,
     open_latents,
     prepare_unet,
     save_config,
@@ -74,14 +75,8 @@ def train(given: Given, resume: bool) -> Path:
     first_step, seconds = state.resume() if resume else (0, 0.0)
     if accelerator.is_main_process:
         save_config(config)
-    tracker = Tracker(
-        output,
-        first_step,
-        config.loop.max_steps,
-        active=accelerator.is_main_process,
-        tensorboard=config.loop.tensorboard,
-    )
-    for note in notes:
+    tracker = Tracker(output, first_step, config.loop, active=accelerator.is_main_process)
+    for note in notes + long_captions(latents, components.text_encoder):
         tracker.say(note)
     order = Order(latents.train, config.loop.seed)
     make_batch = BatchMaker(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,9 @@ def fit_unet(
         "in_channels": autoencoder.latent_channels,
         "out_channels": autoencoder.latent_channels,
         "cross_attention_dim": text_encoder.width,
-        "sample_size": config.data.image_size // autoencoder.downscale,
     }
+    if config.latents.pack is None:
+        found["sample_size"] = config.data.image_size // autoencoder.downscale
     changes = {k: v for k, v in found.items() if f"model.unet.{k}" not in given}
     unet = dataclasses.replace(config.model.unet, **changes)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, unet=unet))
@@ -204,10 +206,26 @@ def prepare_unet(components: Components, config: TrainConfig, device: torch.devi
     """Put the U-Net on the device in float32, with the configured kernels and memory layout."""
     unet = components.unet.to(device, torch.float32)
     if config.model.channels_last:
-        unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     unet.set_attention(config.model.attention)
     unet.enable_gradient_checkpointing(config.model.gradient_checkpointing)
     return unet.train()
+
+
+def long_captions(latents: Latents, text_encoder: Any, looked_at: int = 500) -> list[str]:
+    """Say how many captions are too long for the text encoder, judged by some of them."""
+    # The encoder warns for each such prompt; of a training set once is enough.
+    warnings.filterwarnings("ignore", message="the text encoder takes")
+    rows = latents.train[:: max(1, len(latents.train) // looked_at)]
+    limit = text_encoder.max_length
+    long = [row for row in rows if text_encoder.count_tokens(latents.data.captions(row)[0]) > limit]
+    if not long:
+        return []
+    example = latents.data.captions(long[0])[0]
+    return [
+        f"note: about {len(long) / len(rows):.0%} of the captions are longer than the {limit} "
+        f"tokens that the text encoder takes and are cut off there, for example {example[:200]!r}"
+    ]
 
 
 def batch_shape(config: TrainConfig, accelerator: Accelerator) -> BatchShape:

@@ -7,11 +7,25 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 METRICS = "metrics.jsonl"
+
+
+class LoopLength(Protocol):
+    """What the tracker needs of the loop's configuration."""
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the run."""
+        ...
+
+    @property
+    def tensorboard(self) -> bool:
+        """Whether to write event files."""
+        ...
 
 
 class Tracker:
@@ -20,25 +34,25 @@ class Tracker:
     Args:
         folder: the run's output folder.
         first_step: steps made so far; later rows of an interrupted run are removed.
-        max_steps: end of the progress bar.
+        config: its max_steps (end of the progress bar) and tensorboard (event files too, if the
+            package is installed) are used.
         active: whether this process writes.
-        tensorboard: whether to write event files too, if the package is installed.
     """
 
-    def __init__(
-        self, folder: Path, first_step: int, max_steps: int, active: bool, tensorboard: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, first_step: int, config: LoopLength, active: bool) -> None:
         self._active = active
         if not active:
             return
         self._path = folder / METRICS
         forget_after(self._path, first_step)
-        self._events = _summary_writer(folder / "tensorboard", first_step) if tensorboard else None
+        self._events = (
+            _summary_writer(folder / "tensorboard", first_step) if config.tensorboard else None
+        )
         from tqdm import tqdm
 
-        slow = {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 60.0}
+        slow: Any = {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 60.0}
         self._bar: Any = tqdm(
-            total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, **slow
+            total=config.max_steps, initial=first_step, unit="step", dynamic_ncols=True, **slow
         )
 
     def write(self, rows: list[dict[str, Any]]) -> None:

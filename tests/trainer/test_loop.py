@@ -1,0 +1,119 @@
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+from latentdiff.trainer.batches import Prefetch
+from latentdiff.trainer.loop import MAX_BAD_STEPS, Descent, LoopConfig, training_loop
+from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
+from latentdiff.trainer.order import BatchShape
+from latentdiff.trainer.tracking import Tracker, forget_after, read_metrics
+
+
+class Run:
+    """A linear model that learns y = x, driven by the loop."""
+
+    def __init__(self, folder: Path, accumulation: int = 1, **loop: object) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=True)
+        self.config = LoopConfig(
+            gradient_accumulation=accumulation,
+            tensorboard=False,
+            log_every=4,
+            **loop,  # type: ignore[arg-type]
+        )
+        self.shape = BatchShape(8 // accumulation, accumulation)
+        torch.manual_seed(0)
+        self.net = nn.Linear(4, 4)
+        optimizer = make_optimizer(self.net, OptimizerConfig())
+        model, prepared = self.accelerator.prepare(self.net, optimizer)
+        self.descent = Descent(
+            self.accelerator, model, prepared, lambda step: 1e-2, 1.0, accumulation
+        )
+        self.tracker = Tracker(folder, 0, self.config, True)
+        self.saved: list[int] = []
+
+    def batch(self, step: int, micro: int) -> Tensor:
+        samples = self.shape.samples(step, micro)
+        rows = [torch.randn(4, generator=torch.Generator().manual_seed(n)) for n in samples]
+        return torch.stack(rows)
+
+    def __call__(self, spoil: Callable[[int], bool] = lambda step: False) -> None:
+        steps: Iterator = training_loop(
+            self.descent,
+            self.batch,
+            self.shape,
+            self.config,
+            self.tracker,
+            lambda step, seconds: self.saved.append(step),
+        )
+        for step, x in steps:
+            loss = (self.net(x) - x).square().mean()
+            step.backward(loss * torch.nan if spoil(step.number) else loss)
+            step.update()
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    whole = Run(tmp_path / "a", max_steps=60)
+    parts = Run(tmp_path / "b", accumulation=4, max_steps=60)
+    for run in (whole, parts):
+        run.tracker._path.parent.mkdir()
+        run()
+    torch.testing.assert_close(whole.net.weight, parts.net.weight)
+    ours, theirs = (read_metrics(tmp_path / n / "metrics.jsonl") for n in "ab")
+    assert [r["step"] for r in ours] == list(range(1, 61))
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs])
+    assert ours[-1]["loss"] < ours[0]["loss"] / 2
+
+
+def test_checkpoints_come_on_time_and_at_the_end(tmp_path: Path) -> None:
+    run = Run(tmp_path, max_steps=10, checkpoint_every=4)
+    run()
+    assert run.saved == [4, 8, 10]
+
+
+def test_it_stops_after_the_given_minutes_with_a_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path, max_steps=10**9, max_minutes=0.5 / 60)
+    started = time.monotonic()
+    run()
+    assert time.monotonic() - started < 20
+    assert len(run.saved) == 1
+
+
+def test_a_bad_step_changes_nothing_and_many_end_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, max_steps=200)
+    with pytest.raises(UserError, match=r"not finite in the last 2\d steps") as error:
+        run(spoil=lambda step: step == 3 or step >= 30)
+    assert "optimizer.lr" in str(error.value)
+    assert bool(torch.isfinite(run.net.weight).all())
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows if r["loss"] is None][:2] == [4, 31]
+    assert len(rows) < 30 + MAX_BAD_STEPS + 8
+
+
+def test_metrics_of_steps_that_will_be_made_again_are_removed(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 6)) + '{"step": 6, "l')
+    forget_after(file, 3)
+    assert read_metrics(file) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
+    def make(step: int, micro: int) -> int:
+        if step == 3:
+            raise UserError("no more")
+        return 10 * step + micro
+
+    keys = ((s, m) for s in range(5) for m in range(2))
+    found = []
+    with pytest.raises(UserError, match="no more"):
+        for step, micro, batch in Prefetch(make, keys):
+            assert batch == 10 * step + micro
+            found.append(batch)
+    assert found == [0, 1, 10, 11, 20, 21]

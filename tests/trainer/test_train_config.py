@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+
+from latentdiff.diffusion.schedule import ScheduleConfig
+from latentdiff.trainer.config import TrainConfig, adopt, deciding_facts, read_config
+
+CONFIGS = Path(__file__).parents[2] / "training" / "configs"
+OTHERS = ("autoencoder", "clip")
+FILES = [p for p in sorted(CONFIGS.glob("*.yaml")) if not p.stem.startswith(OTHERS)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    read_config(path, [])
+
+
+def test_from_scratch_spells_out_the_defaults() -> None:
+    assert read_config(CONFIGS / "from_scratch.yaml", []).config == TrainConfig()
+
+
+def test_a_pretrained_model_decides_what_is_not_given(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("model: {pretrained: x}\nschedule: {beta_end: 0.02}\n")
+    folder = ScheduleConfig(kind="linear", beta_start=1e-4, beta_end=0.012)
+    config, notes = adopt(read_config(file, ["objective.prediction=x0"]), folder, "eps")
+    assert config.schedule == ScheduleConfig(kind="linear", beta_start=1e-4, beta_end=0.02)
+    assert config.objective.prediction == "x0"
+    assert len(notes) == 2
+    assert "schedule.beta_end is 0.02 as given; the pretrained model has 0.012" in notes[0]
+    assert adopt(read_config(None, []), folder, "eps")[0].objective.prediction == "eps"
+
+
+def test_what_a_resumed_run_may_change() -> None:
+    def facts(*overrides: str) -> dict:
+        return deciding_facts(read_config(None, overrides).config)
+
+    for free in ("loop.max_steps=7", "output=x", "validation.every=3", "loop.batch_size=1"):
+        assert facts(free) == facts(), free
+    for fixed in ("optimizer.lr=1", "loop.seed=1", "schedule.kind=cosine", "data.image_size=32"):
+        assert facts(fixed) != facts(), fixed
+    assert facts("optimizer.decay=cosine", "loop.max_steps=7") != facts("optimizer.decay=cosine")
