@@ -33,5 +33,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+verify: install
+	$(BIN)/python benchmarks/verify.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
