@@ -180,10 +180,9 @@ def build_clip(config: ClipConfig, tokenizer: ClipTokenizer, image_size: int) ->
 def same_look_indices(
     looks: dict[str, list[int]], batch_size: int, generator: torch.Generator
 ) -> list[int]:
-    """Draw a batch from one group of pictures, each group as often as it has pictures."""
+    """Draw a batch from one group of pictures; every group that fills a batch is equally likely."""
     groups = [members for members in looks.values() if len(members) >= batch_size]
-    sizes = torch.tensor([len(members) for members in groups], dtype=torch.float64)
-    members = groups[int(torch.multinomial(sizes, 1, generator=generator))]
+    members = groups[int(torch.randint(len(groups), (1,), generator=generator))]
     chosen = torch.randperm(len(members), generator=generator)[:batch_size]
     return [members[i] for i in chosen.tolist()]
 
