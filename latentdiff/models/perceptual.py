@@ -72,7 +72,7 @@ class PerceptualDistance(nn.Module):
         return found
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Return the distance per picture, (B,); 0 for equal pictures, about 1 for unrelated ones."""
+        """Return the distance per picture, (B,); 0 for equal ones, about 1 for unrelated ones."""
         with torch.no_grad():
             expected = self.features(targets)
         total = images.new_zeros(len(images))
