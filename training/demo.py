@@ -67,8 +67,8 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     started = time.monotonic()
     folder = free_folder(arguments.output)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    command += [str(HERE / "train_latent.py"), "--config", str(CONFIG), f"output={folder}"]
+    command = [sys.executable, str(HERE / "train_latent.py"), "--config", str(CONFIG)]
+    command.append(f"output={folder}")
     code = subprocess.run([*command, *arguments.overrides], check=False).returncode
     if code:
         return code

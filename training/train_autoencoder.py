@@ -8,16 +8,17 @@ With no argument it trains the embedded default's. It ends with OUTPUT/vae, a di
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from latentdiff.command_line import command_line
-from latentdiff.data.source import Source, open_source, split
+from latentdiff.data.source import DataConfig, Source, open_source, split
 from latentdiff.data.transforms import to_tensor
 from latentdiff.errors import UserError
 from latentdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
@@ -30,7 +31,16 @@ from latentdiff.trainer.autoencoder import (
     latent_statistics,
     psnr,
 )
-from latentdiff.trainer.stage import Stage, adamw, prefetch, process_part, sample_indices
+from latentdiff.trainer.processes import start_processes
+from latentdiff.trainer.stage import (
+    Readable,
+    Stage,
+    adamw,
+    check_stage_output,
+    prefetch,
+    process_part,
+    sample_indices,
+)
 
 CONFIG = Path(__file__).parent / "configs" / "autoencoder.yaml"
 
@@ -40,6 +50,7 @@ def batch_maker(
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Return step → (pictures (B, 3, H, W), ε (B, C, h, w)), a pure function of (seed, step)."""
     stage, size, shape = config.stage, config.data.image_size, config.autoencoder
+    readable = Readable(source)
     side = size // 2 ** (len(shape.block_out_channels) - 1)
 
     def make(step: int) -> tuple[Tensor, Tensor]:
@@ -49,26 +60,33 @@ def batch_maker(
             part
         ]
         chosen = sample_indices(step, len(indices), stage.batch_size, stage.seed)[part]
-        images = torch.stack([to_tensor(source[indices[i]].image, size) for i in chosen.tolist()])
+        examples = [readable[indices[i]] for i in chosen.tolist()]
+        images = torch.stack([square(example.image, config.data) for example in examples])
         images = torch.where(flips, images.flip(3), images)
         return images.to(memory_format=torch.channels_last), eps
 
     return make
 
 
-def pictures(source: Source, indices: list[int], size: int, batch_size: int = 64) -> list[Tensor]:
-    """Read the given pictures in batches."""
-    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    return [torch.stack([to_tensor(source[i].image, size) for i in part]) for part in parts]
+def square(image: Image, data: DataConfig) -> Tensor:
+    """A picture as the configuration wants it, (3, size, size)."""
+    return to_tensor(image, data.image_size, data.crop, background=data.background)
+
+
+def pictures(source: Source, indices: list[int], data: DataConfig) -> Iterator[Tensor]:
+    """Read the given pictures in batches of 64."""
+    readable = Readable(source)
+    for start in range(0, len(indices), 64):
+        part = indices[start : start + 64]
+        yield torch.stack([square(readable[i].image, data) for i in part])
 
 
 def train(config: AutoencoderTrainConfig, resume: bool) -> None:
     """Run the stage: reconstruct, judge, step; then standardise the latents and export."""
-    from accelerate import Accelerator
-
     stage_config, weights = config.stage, config.loss
-    accelerator = Accelerator(mixed_precision=stage_config.mixed_precision)
+    accelerator = start_processes(stage_config.mixed_precision)
     torch.manual_seed(stage_config.seed)
+    check_stage_output(stage_config, resume)
     source = open_source(config.data)
     train_set, held_out = split(source, config.data.validation_share, config.data.split_seed)
     vae = build_autoencoder(config.autoencoder, config.data.image_size)
@@ -133,13 +151,12 @@ def export(
     config: AutoencoderTrainConfig,
 ) -> None:
     """Fold the latent statistics into the weights, measure held-out PSNR, write OUTPUT/vae."""
-    size = config.data.image_size
     spread = train_set[:: max(1, len(train_set) // 2048)]
-    mean, std = latent_statistics(vae, pictures(source, spread, size))
+    mean, std = latent_statistics(vae, pictures(source, spread, config.data))
     fold_statistics(vae, mean, std)
     scores: list[float] = []
     with torch.no_grad():
-        for images in pictures(source, held_out[:: max(1, len(held_out) // 512)], size):
+        for images in pictures(source, held_out[:: max(1, len(held_out) // 512)], config.data):
             rebuilt = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)  # type: ignore[operator]
             scores += psnr(rebuilt, images).tolist()
     folder = Path(config.stage.output) / "vae"

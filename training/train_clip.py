@@ -33,7 +33,16 @@ from latentdiff.trainer.clip import (
     train_tokenizer,
     trim_padding,
 )
-from latentdiff.trainer.stage import Stage, adamw, prefetch, process_part, sample_indices
+from latentdiff.trainer.processes import start_processes
+from latentdiff.trainer.stage import (
+    Readable,
+    Stage,
+    adamw,
+    check_stage_output,
+    prefetch,
+    process_part,
+    sample_indices,
+)
 
 CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
 
@@ -42,7 +51,7 @@ def batch_maker(
     source: Source, tokenizer: ClipTokenizer, config: ClipTrainConfig, part: slice
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Return step → (pictures, token ids); which of several captions is drawn from (seed, step)."""
-    stage = config.stage
+    stage, data, readable = config.stage, config.data, Readable(source)
     looks = group_by_look(source, stage.batch_size) if config.same_look else {}
 
     def make(step: int) -> tuple[Tensor, Tensor]:
@@ -53,9 +62,14 @@ def batch_maker(
         else:
             order = sample_indices(step, len(source), stage.batch_size, stage.seed)
             chosen = order[part].tolist()
-        examples = [source[i] for i in chosen]
+        examples = [readable[i] for i in chosen]
         texts = [e.captions[int(u * len(e.captions))] for e, u in zip(examples, draws, strict=True)]
-        images = torch.stack([to_tensor(e.image, config.data.image_size) for e in examples])
+        images = torch.stack(
+            [
+                to_tensor(e.image, data.image_size, data.crop, background=data.background)
+                for e in examples
+            ]
+        )
         return images, trim_padding(tokenizer(texts))
 
     return make
@@ -95,11 +109,10 @@ def prepare_vocabulary(source: Source, config: ClipTrainConfig) -> None:
 
 def train(config: ClipTrainConfig, resume: bool) -> None:
     """Run the stage: embed both sides, contrast, step; then export both towers."""
-    from accelerate import Accelerator
-
     stage_config, output = config.stage, Path(config.stage.output)
-    accelerator = Accelerator(mixed_precision=stage_config.mixed_precision)
+    accelerator = start_processes(stage_config.mixed_precision)
     torch.manual_seed(stage_config.seed)
+    check_stage_output(stage_config, resume)
     source = open_source(config.data)
     if accelerator.is_main_process:
         prepare_vocabulary(source, config)

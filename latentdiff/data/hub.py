@@ -34,10 +34,13 @@ def open_hub(config: DataConfig) -> TableSource:
 
 
 def _load(place: Path, config: DataConfig) -> Any:
+    import datasets
     from datasets import load_dataset, load_from_disk
 
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         return load_from_disk(str(place))
+    # Even for a local folder the library reports its use over the network.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     return load_dataset(str(place), name=config.subset)
 
 

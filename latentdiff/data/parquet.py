@@ -23,10 +23,10 @@ def open_parquet(config: DataConfig) -> TableSource:
     files = [place] if place.is_file() else sorted(place.rglob("*.parquet"))
     if not files:
         raise UserError(f"data.path: no .parquet files in {place} or below it.")
-    from datasets import load_dataset
+    from datasets import Dataset
 
     try:
-        dataset = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        dataset = Dataset.from_parquet([str(file) for file in files])
     except Exception as error:  # the library wraps what went wrong in many ways
         cause = error.__cause__ or error
         raise UserError(

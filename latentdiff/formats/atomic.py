@@ -10,6 +10,9 @@ from pathlib import Path
 
 from latentdiff.errors import UserError
 
+#: Only a folder with this file in it is taken for a model that may be replaced.
+INDEX = "model_index.json"
+
 
 @contextmanager
 def atomic_folder(target: Path, ours: Collection[str]) -> Iterator[Path]:
@@ -19,7 +22,8 @@ def atomic_folder(target: Path, ours: Collection[str]) -> Iterator[Path]:
              ours: names that a folder of this kind consists of.
     Raises:  UserError: target is a file, holds something else, or cannot be written.
     """
-    _check(target, ours)
+    target = target.absolute()
+    _check(target)
     temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -35,11 +39,11 @@ def atomic_folder(target: Path, ours: Collection[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check(target: Path, ours: Collection[str]) -> None:
+def _check(target: Path) -> None:
     if target.is_file():
         raise UserError(f"cannot write a model folder to {target}: it is a file.")
     entries = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
-    if entries and not any(name in ours for name in entries):
+    if entries and INDEX not in entries:
         raise UserError(
             f"cannot write a model to {target}: it is not a model folder, but holds "
             f"{', '.join(entries[:5])}. Choose a new or empty folder."

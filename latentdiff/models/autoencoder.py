@@ -80,7 +80,8 @@ class Autoencoder(nn.Module):
         Raises:  UserError: a size that does not divide.
         """
         self.check_image_size(tuple(images.shape[-2:]))
-        answer = self.module.encode(images.to(self.dtype))
+        with torch.autocast(self.device.type, enabled=False):
+            answer = self.module.encode(images.to(self.dtype))
         if self.is_tiny:
             mean = answer.latents.float()
             return torch.cat([mean, torch.full_like(mean, NO_VARIANCE)], dim=1)
@@ -109,7 +110,9 @@ class Autoencoder(nn.Module):
         Returns: (B, 3, h·downscale, w·downscale) float32, clamped to [−1, 1].
         """
         raw = latents / self.scale + self.shift
-        return self.module.decode(raw.to(self.dtype)).sample.float().clamp(-1, 1)
+        # Half precision overflows in Stable Diffusion's decoder.
+        with torch.autocast(self.device.type, enabled=False):
+            return self.module.decode(raw.to(self.dtype)).sample.float().clamp(-1, 1)
 
     def check_image_size(self, size: int | tuple[int, ...]) -> None:
         """Refuse an image size that the latent grid cannot hold.

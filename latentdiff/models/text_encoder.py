@@ -69,7 +69,10 @@ class TextEncoder(nn.Module):
         """transformers' config.json of the network."""
         config = self.module.config.to_diff_dict()
         config.pop("_name_or_path", None)  # somebody's local path
-        return {**config, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+        # transformers loads into the type named here, diffusers its parts into float32: a folder of
+        # 16-bit weights opens in diffusers without a dtype only when both are the same.
+        fixed = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+        return {**config, **fixed, "dtype": "float32"}
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict under the names that Stable Diffusion folders use."""

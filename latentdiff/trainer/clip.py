@@ -237,7 +237,7 @@ def save_clip(clip: Any, folder: Path) -> None:
     text = folder / "text_encoder"
     text.mkdir(exist_ok=True)
     config = {**clip.config.text_config.to_dict(), "architectures": ["CLIPTextModel"]}
-    config["dtype"] = "float16"
+    config["dtype"] = "float32"  # see TextEncoder.config_dict
     (text / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     state = {
         f"text_model.{name}": value.contiguous()

@@ -61,7 +61,10 @@ class ContextCache:
     def _encode(self, captions: list[str]) -> dict[str, Tensor]:
         padded = captions + captions[-1:] * (CHUNK - len(captions))
         # Copies: a view would keep the whole chunk's memory alive.
-        rows = [row.clone() for row in self._encoder.encode(padded)[: len(captions)]]
+        # Validation asks under autocast, the batch thread does not; a kept state must not depend
+        # on who asked first, or a resumed run would differ.
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            rows = [row.clone() for row in self._encoder.encode(padded)[: len(captions)]]
         return dict(zip(captions, rows, strict=True))
 
     def _shrink(self) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentdiff.config import dump_config
+from latentdiff.config import to_dict
+from latentdiff.config_yaml import to_yaml
 from latentdiff.data.source import open_source, report_skipped, split
 from latentdiff.diffusion.prediction import check_prediction
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -330,4 +331,8 @@ def export(config: TrainConfig, components: Components, ema: Ema) -> Path:
 
 def save_config(config: TrainConfig) -> None:
     """Write the resolved configuration to OUTPUT/config.yaml."""
-    dump_config(config, Path(config.output) / "config.yaml")
+    resolved = to_dict(config)
+    if config.model.pretrained is not None:  # its own configuration says what the U-Net is
+        del resolved["model"]["unet"]
+    file = Path(config.output) / "config.yaml"
+    file.write_text(to_yaml(resolved), encoding="utf-8")

@@ -23,7 +23,7 @@ def check_output(folder: Path, resume: bool) -> None:
         raise UserError(f"output={folder} is a file, not a folder. Choose another output=FOLDER.")
     found = sorted(p.name for p in folder.iterdir() if p.name != _LOCK) if folder.is_dir() else []
     checkpoint = latest(folder / CHECKPOINTS)
-    if resume and checkpoint is None:
+    if resume and checkpoint is None and not (folder / "config.yaml").is_file():
         holds = f"it holds {', '.join(found[:6])}" if found else "it is empty or not there"
         raise UserError(
             f"--resume: output={folder} has no complete checkpoint ({holds}). Leave --resume out "

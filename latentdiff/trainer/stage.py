@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from latentdiff.data.images import UnreadableImage
+from latentdiff.data.source import Example, Source
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,6 +98,43 @@ def prefetch(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[tu
             yield step, batch
 
 
+def check_stage_output(config: StageConfig, resume: bool) -> None:
+    """Make the output folder, or refuse one that holds something else, before any work.
+
+    Raises: UserError: a file, a folder with other things in it, or no permission.
+    """
+    folder = Path(config.output)
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if found and "state.pt" not in found and not resume:
+        raise UserError(
+            f"stage.output={folder} is not empty (it holds {', '.join(found[:6])}), and nothing is "
+            "ever overwritten. Choose another stage.output=FOLDER."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"stage.output={folder} cannot be written: {error.strerror}.") from error
+
+
+class Readable:
+    """A source whose unreadable pictures are named once and replaced by the next readable one."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.skipped = source, set[str]()
+
+    def __getitem__(self, index: int) -> Example:
+        for offset in range(len(self.source)):
+            try:
+                return self.source[(index + offset) % len(self.source)]
+            except UnreadableImage as problem:
+                if problem.name not in self.skipped:
+                    self.skipped.add(problem.name)
+                    print(f"left out: {problem.name}: {problem.reason}", flush=True)
+        raise UserError("no picture of the data set can be read; see the lines above.")
+
+
 class Stage:
     """Checkpoints, learning rate and log of one stage.
 
@@ -131,7 +170,6 @@ class Stage:
         if not self.state_file.exists():
             if wanted:
                 raise UserError(f"--resume: no checkpoint in {self.folder}. Leave --resume out.")
-            self.folder.mkdir(parents=True, exist_ok=True)
             return 0
         if not wanted:
             raise UserError(

@@ -69,14 +69,12 @@ class TrainingState:
     def resume(self) -> tuple[int, float]:
         """Load the newest complete checkpoint; return (steps made, seconds spent).
 
-        Raises: UserError: there is none, or it belongs to a run that cannot be continued exactly.
+        A run that was killed before its first checkpoint begins again: the same steps follow.
+        Raises: UserError: the checkpoint belongs to a run that cannot be continued exactly.
         """
         checkpoint = latest(self.folder)
         if checkpoint is None:
-            raise UserError(
-                f"--resume: no complete checkpoint in {self.folder}. Leave --resume out to start, "
-                "or give the output folder of the run to go on with: output=FOLDER."
-            )
+            return 0, 0.0
         manifest = read_manifest(checkpoint)
         _compare(manifest["facts"], self.facts, checkpoint)
         self.unet.load_state_dict(read_tensors(checkpoint, "unet"))
