@@ -23,8 +23,11 @@ def start_processes(mixed_precision: str) -> Accelerator:
     Raises: UserError: the launcher started several processes that each would train alone.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs
 
+    # Accelerate keeps the first precision for good; a notebook may train again with another one.
+    AcceleratorState._reset_state(reset_partial_state=False)
     # Without cpu=True two processes launched on a machine without a GPU would not find each other.
     cpu = not torch.accelerator.is_available()
     # While one process encodes the pictures the others wait longer than the default 10 minutes.
