@@ -26,11 +26,11 @@ from latentdiff.data.emoji import (
     Drawing,
     EmojiSource,
     Rendering,
-    captions_for,
     is_held_out,
     list_drawings,
-    unit_hash,
+    subject,
 )
+from latentdiff.data.emoji_captions import fixed_captions, unit_hash
 from latentdiff.data.source import split
 from latentdiff.data.styles import BACKGROUNDS, STYLES
 from latentdiff.data.transforms import to_tensor
@@ -77,7 +77,8 @@ def ranks(clip: ClipScorer, gallery: list[Rendering], asked: list[int]) -> list[
     )
     texts = []
     for i in asked:
-        captions = captions_for(gallery[i])
+        r = gallery[i]
+        captions = fixed_captions(subject(r.drawing), r.style, r.background)
         texts.append(captions[int(unit_hash("query", gallery[i].drawing.concept) * len(captions))])
     scores = clip.text_features(texts) @ features.T
     own = scores[torch.arange(len(asked)), asked][:, None]

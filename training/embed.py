@@ -1,6 +1,6 @@
 """Put trained parts into the package, as the model that from_pretrained() gives without arguments.
 
-    python training/embed.py [--autoencoder RUN] [--clip RUN] [--unet MODEL_FOLDER]
+    python training/embed.py [--autoencoder RUN] [--clip RUN] [--unet MODEL_FOLDER] [--text RUN]
 
 Each part that is named replaces the embedded one; the others stay.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ def embed_clip(run: Path, target: Path) -> None:
     save_file({k: v.detach() for k, v in head.items()}, target / HEAD)
 
 
+def embed_unet(model: Path, target: Path) -> None:
+    """Take a trained model's U-Net in small files, its schedule and its index."""
+    from latentdiff.formats.diffusers_folder import SMALL_SHARDS, load_components, save_components
+
+    with tempfile.TemporaryDirectory() as folder:
+        again = save_components(
+            Path(folder) / "model", load_components(model), max_shard_bytes=SMALL_SHARDS
+        )
+        for part in ("unet", "scheduler"):
+            replace(again / part, target / part)
+        shutil.copy(again / "model_index.json", target)
+
+
 def main() -> None:
     """Copy what was asked for and print the sizes."""
     parser = argparse.ArgumentParser(
@@ -58,6 +72,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, help="a train_autoencoder.py output")
     parser.add_argument("--clip", type=Path, help="a train_clip.py output")
     parser.add_argument("--unet", type=Path, help="a train_latent.py OUTPUT/model")
+    parser.add_argument("--text", type=Path, help="a teach_words.py output")
     arguments = parser.parse_args()
     EMBEDDED_MODEL.mkdir(parents=True, exist_ok=True)
     if arguments.autoencoder:
@@ -65,9 +80,9 @@ def main() -> None:
     if arguments.clip:
         embed_clip(arguments.clip, EMBEDDED_MODEL)
     if arguments.unet:
-        for part in ("unet", "scheduler"):
-            replace(arguments.unet / part, EMBEDDED_MODEL / part)
-        shutil.copy(arguments.unet / "model_index.json", EMBEDDED_MODEL)
+        embed_unet(arguments.unet, EMBEDDED_MODEL)
+    if arguments.text:
+        replace(arguments.text / "text_encoder", EMBEDDED_MODEL / "text_encoder")
     for file in sorted(EMBEDDED_MODEL.rglob("*.safetensors")):
         print(f"{file.stat().st_size / 1e6:7.2f} MB  {file.relative_to(EMBEDDED_MODEL)}")
 

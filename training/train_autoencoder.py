@@ -128,12 +128,12 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
                     losses["adversarial"] = generator_loss(judge_model(reconstruction)).float()
                     judge.requires_grad_(True)
         loss = sum((getattr(weights, n) * v for n, v in losses.items()), torch.zeros(()))
-        stage.step("vae", loss)
+        stage.step(["vae"], loss)
         if step >= late and weights.adversarial:
             with accelerator.autocast():
                 real, fake = judge_model(images), judge_model(reconstruction.detach())
             losses["judge"] = discriminator_loss(real.float(), fake.float())
-            stage.step("judge", losses["judge"])
+            stage.step(["judge"], losses["judge"])
         with torch.no_grad():
             losses["psnr"] = psnr(reconstruction, images).mean()
         stage.log(step, losses)

@@ -21,7 +21,7 @@ from latentdiff.command_line import command_line
 from latentdiff.data.source import Source, open_source
 from latentdiff.data.transforms import to_tensor
 from latentdiff.errors import UserError
-from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
+from latentdiff.models.tokenizer import load_tokenizer
 from latentdiff.trainer.clip import (
     ClipFeatures,
     ClipTrainConfig,
@@ -30,9 +30,11 @@ from latentdiff.trainer.clip import (
     retrieval_accuracy,
     same_look_indices,
     save_clip,
+    start_folder,
     train_tokenizer,
     trim_padding,
 )
+from latentdiff.trainer.lesson import open_lesson
 from latentdiff.trainer.processes import start_processes
 from latentdiff.trainer.stage import (
     Readable,
@@ -48,13 +50,13 @@ CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
 
 
 def batch_maker(
-    source: Source, tokenizer: ClipTokenizer, config: ClipTrainConfig, part: slice
-) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Return step → (pictures, token ids); which of several captions is drawn from (seed, step)."""
+    source: Source, config: ClipTrainConfig, part: slice
+) -> Callable[[int], tuple[Tensor, list[str]]]:
+    """Return step → (pictures, captions); which of several captions is drawn from (seed, step)."""
     stage, data, readable = config.stage, config.data, Readable(source)
     looks = group_by_look(source, stage.batch_size) if config.same_look else {}
 
-    def make(step: int) -> tuple[Tensor, Tensor]:
+    def make(step: int) -> tuple[Tensor, list[str]]:
         generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
         draws = torch.rand(stage.batch_size, generator=generator)[part].tolist()
         if looks:
@@ -70,7 +72,7 @@ def batch_maker(
                 for e in examples
             ]
         )
-        return images, trim_padding(tokenizer(texts))
+        return images, texts
 
     return make
 
@@ -100,8 +102,9 @@ def prepare_vocabulary(source: Source, config: ClipTrainConfig) -> None:
     folder = Path(config.stage.output) / "tokenizer"
     if (folder / "tokenizer.json").exists():
         return
-    if config.start is not None:
-        load_tokenizer(Path(config.start) / "tokenizer", config.clip.max_tokens).save(folder)
+    start = start_folder(config)
+    if start is not None:
+        load_tokenizer(start / "tokenizer", config.clip.max_tokens).save(folder)
         return
     captions = (text for i in range(len(source)) for text in source.captions(i))
     train_tokenizer(captions, config.clip.vocabulary, config.clip.max_tokens).save(folder)
@@ -120,21 +123,30 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
     tokenizer = load_tokenizer(output / "tokenizer", config.clip.max_tokens)
     clip = load_or_build(config, tokenizer)
     model = accelerator.prepare(ClipFeatures(clip))
-    optimizers = {"clip": adamw(clip, stage_config, (0.9, 0.98))}
-    stage = Stage({"clip": clip}, optimizers, stage_config, accelerator)
+    width = int(clip.config.text_config.hidden_size)
+    lesson = open_lesson(config, tokenizer, width, accelerator.device)
+    modules = {"clip": clip} | ({"lesson": lesson.distillation} if lesson else {})
+    optimizers = {name: adamw(m, stage_config, (0.9, 0.98)) for name, m in modules.items()}
+    stage = Stage(modules, optimizers, stage_config, accelerator)
     first = stage.resume(resume)
-    make = batch_maker(source, tokenizer, config, process_part(stage_config, accelerator))
-    for step, (images, token_ids) in prefetch(make, first, stage_config.max_steps):
-        images, token_ids = images.to(accelerator.device), token_ids.to(accelerator.device)
+    make = batch_maker(source, config, process_part(stage_config, accelerator))
+    for step, (images, texts) in prefetch(make, first, stage_config.max_steps):
+        images = images.to(accelerator.device)
+        token_ids = trim_padding(tokenizer(texts)).to(accelerator.device)
         stage.set_rate(step)
         with accelerator.autocast():
             image_vectors, text_vectors, scale = model(images, token_ids)
         everyone = (accelerator.gather(image_vectors), accelerator.gather(text_vectors))
         start = accelerator.process_index * len(images)
         loss = contrastive_loss(image_vectors, text_vectors, scale, *everyone, start)
-        stage.step("clip", loss)
+        losses = {"loss": loss}
+        if lesson:
+            with accelerator.autocast():
+                losses["lesson"] = lesson.loss(clip, texts, step, accelerator.device)
+            loss = loss + config.teacher_weight * losses["lesson"]
+        stage.step(list(modules), loss)
         top_1 = retrieval_accuracy(text_vectors, image_vectors, 1)
-        stage.log(step, {"loss": loss, "batch_top1": torch.tensor(top_1), "scale": scale})
+        stage.log(step, {**losses, "batch_top1": torch.tensor(top_1), "scale": scale})
         if (step + 1) % stage_config.checkpoint_every == 0 or step + 1 == stage_config.max_steps:
             stage.save(step + 1)
     accelerator.wait_for_everyone()

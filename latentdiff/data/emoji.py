@@ -19,6 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from latentdiff.data.emoji_captions import fixed_captions, free_captions, unit_hash
 from latentdiff.data.source import DataConfig, Example
 from latentdiff.data.styles import BACKGROUNDS, STYLE_VERSION, STYLES, place, render
 from latentdiff.errors import UserError, did_you_mean
@@ -112,12 +113,6 @@ def only(drawings: list[Drawing], concepts: Sequence[str]) -> list[Drawing]:
     return [d for d in drawings if not concepts or d.concept in concepts]
 
 
-def unit_hash(*words: object) -> float:
-    """Map words to a number in [0, 1) that never changes between runs or machines."""
-    digest = hashlib.blake2b("\x1f".join(map(str, words)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
 def is_held_out(concept: str, style: str, background: str) -> bool:
     """Whether a composition belongs to the pairs that training never sees.
 
@@ -131,11 +126,6 @@ def is_held_out(concept: str, style: str, background: str) -> bool:
     return by_style or by_ground
 
 
-def with_article(words: str) -> str:
-    """Put "a" or "an" before a noun phrase."""
-    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
-
-
 def subject(drawing: Drawing) -> str:
     """Name a drawing: its concept and, when it shows any, its skin tones."""
     if not drawing.tones:
@@ -146,37 +136,21 @@ def subject(drawing: Drawing) -> str:
 
 def captions_for(rendering: Rendering) -> tuple[str, ...]:
     """Say the same picture in several ways; training picks one at run time."""
-    name = subject(rendering.drawing)
-    a_name = with_article(name)
-    style = rendering.style
-    if style == "plain":
-        heads = [name, a_name, f"a picture of {a_name}", f"an emoji of {a_name}"]
-    else:
-        a_style = style if style == "pixel art" else with_article(style)
-        short = style.removeprefix("pencil ")
-        heads = [
-            f"{a_style} of {a_name}",
-            f"{a_style} of {name}",
-            f"{a_name} {short}",
-            f"{name}, {style}",
-        ]
-    if rendering.background == "white":
-        return tuple(heads)
-    ground = with_article(f"{rendering.background} background")
-    tails = [f" on {ground}", f" with {ground}"]
-    return tuple(head + tail for head in heads for tail in tails)
+    name, concept = subject(rendering.drawing), rendering.drawing.concept
+    look = (rendering.style, rendering.background)
+    return fixed_captions(name, *look) + free_captions(concept, name, *look)
 
 
 def choose_renderings(drawings: list[Drawing], per_concept: int, seed: int) -> list[Rendering]:
     """Pick which renderings to train on, leaving the held-out compositions out.
 
     Every base drawing gets its plain picture first, then its styles on white, then a fixed random
-    choice of the rest up to `per_concept`; a skin-tone drawing gets two, so that a concept with 25
+    choice of the rest up to `per_concept`; a skin-tone drawing gets one, so that a concept with 25
     tones does not outweigh the others.
     """
     chosen = []
     for drawing in drawings:
-        limit = per_concept if not drawing.tones else min(2, per_concept)
+        limit = 1 if drawing.tones else per_concept
         every = [
             Rendering(drawing, style, ground)
             for style, ground in product(STYLES, BACKGROUNDS)

@@ -168,6 +168,14 @@ def save_components(
     return target
 
 
+def save_text_encoder(text: TextEncoder, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """Write a text encoder's config.json and weights alone. Returns: the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", text.config_dict())
+    write_weights(folder, TEXT_STEM, text.weights(), dtype, None)
+    return folder
+
+
 def _read_unet(folder: Path, dtype: torch.dtype) -> tuple[UNet, torch.dtype]:
     if not (folder / "config.json").is_file():
         raise UserError(f"no U-Net at {folder}: config.json does not exist there.")

