@@ -1,9 +1,10 @@
-"""See it work: a short training on the embedded data, then pictures of what was learnt.
+"""See it work: the embedded model draws, learns a little more, and draws the same again.
 
-    python training/demo.py [--output FOLDER] [section.key=value ...]
+    python training/demo.py [--output FOLDER] [--from-scratch] [section.key=value ...]
 
-Trains with train_latent.py and training/configs/demo.yaml, then asks the new model for every
-concept in several styles and grounds, and writes them as one PNG grid.
+Trains with train_latent.py and training/configs/demo.yaml, then asks the model for several subjects
+in several styles and grounds, and writes them as one PNG grid; before.png shows the model before.
+With --from-scratch a small U-Net starts from random weights (demo_from_scratch.yaml).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "configs" / "demo.yaml"
+FROM_SCRATCH = HERE / "configs" / "demo_from_scratch.yaml"
 SUBJECTS = ("cat", "fox", "owl", "octopus", "strawberry", "hamburger", "rocket", "castle")
 PROMPTS = (
     "a {}",
@@ -46,13 +48,13 @@ def prompts() -> list[str]:
     ]
 
 
-def draw(model: Path, target: Path) -> None:
-    """Generate the grid with the trained model."""
+def draw(model: Path | None, target: Path) -> None:
+    """Generate the grid with a trained model, or with the embedded one."""
     from latentdiff import LatentDiffusionPipeline
     from latentdiff.pipelines.pictures import grid
 
     pipeline = LatentDiffusionPipeline.from_pretrained(model)
-    images = pipeline(prompts(), num_inference_steps=25, guidance_scale=3.0, seed=0).images
+    images = pipeline(prompts(), seed=0).images
     large = [image.resize((128, 128), 0) for image in images]
     grid(large, columns=len(PROMPTS)).save(target)
 
@@ -64,18 +66,24 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--from-scratch", action="store_true", help="begin with random weights")
     arguments = parser.parse_intermixed_args()
     started = time.monotonic()
     folder = free_folder(arguments.output)
-    command = [sys.executable, str(HERE / "train_latent.py"), "--config", str(CONFIG)]
+    config = FROM_SCRATCH if arguments.from_scratch else CONFIG
+    command = [sys.executable, str(HERE / "train_latent.py"), "--config", str(config)]
     command.append(f"output={folder}")
     code = subprocess.run([*command, *arguments.overrides], check=False).returncode
     if code:
         return code
     picture = folder / "grid.png"
     draw(folder / "model", picture)
+    if not arguments.from_scratch:
+        draw(None, folder / "before.png")
     print(f"rows: {', '.join(SUBJECTS)}")
     print(f"columns: {', '.join(p.format('…') for p in PROMPTS)}")
+    if not arguments.from_scratch:
+        print(f"before the training: {(folder / 'before.png').resolve()}")
     print(f"{time.monotonic() - started:.0f} s after the start, pictures: {picture.resolve()}")
     return 0
 

@@ -85,7 +85,7 @@ class DataConfig:
     revision: str | None = None
     """Which version (branch, tag or commit) of a hub data set."""
     image_size: int = 64
-    """Side of the training squares in pixels."""
+    """Side of the training squares in pixels; a pretrained model's own when it is not given."""
     crop: Literal["center", "random", "pad"] = "center"
     """center or random: cut a square out of the longer side; pad: keep all, fill with background.
     Cached latents are encoded once, so training on them takes center or pad."""

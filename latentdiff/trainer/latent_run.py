@@ -71,6 +71,7 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
         folder = _embedded() if model.pretrained == "embedded" else model.pretrained
         base = load_components(folder, revision=model.revision)
         config, notes = adopt(given, base.schedule, base.prediction)
+        config = settle_size(config, base, "data.image_size" in given.keys)
     # The maths is checked before anything else is opened.
     check_prediction(config.objective.prediction, config.schedule)
     autoencoder = _autoencoder(model.vae, base)
@@ -88,6 +89,19 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
         components.sampling = base.sampling
     check_fit(components, config)
     return components, config, notes
+
+
+def settle_size(config: TrainConfig, base: Components, is_given: bool) -> TrainConfig:
+    """Train at the pretrained model's picture size, or note in the model that it is another now."""
+    unet, scale = base.unet, base.autoencoder.downscale
+    size = unet.config.sample_size
+    if is_given:
+        unet.config = dataclasses.replace(unet.config, sample_size=config.data.image_size // scale)
+        return config
+    if not isinstance(size, int):
+        return config
+    data = dataclasses.replace(config.data, image_size=size * scale)
+    return dataclasses.replace(config, data=data)
 
 
 def fit_unet(

@@ -1,18 +1,32 @@
 from pathlib import Path
 
 import pytest
+from random_models import make_pipeline
 
+from latentdiff.config import load_config
 from latentdiff.diffusion.schedule import ScheduleConfig
+from latentdiff.trainer.autoencoder import AutoencoderTrainConfig
+from latentdiff.trainer.clip import ClipTrainConfig
 from latentdiff.trainer.config import TrainConfig, adopt, deciding_facts, read_config
+from latentdiff.trainer.latent_run import load_parts
+from latentdiff.trainer.words import WordsConfig
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
-OTHERS = ("autoencoder", "clip")
-FILES = [p for p in sorted(CONFIGS.glob("*.yaml")) if not p.stem.startswith(OTHERS)]
+OTHERS = {"autoencoder": AutoencoderTrainConfig, "clip": ClipTrainConfig, "words": WordsConfig}
+FILES = [p for p in sorted(CONFIGS.glob("*.yaml")) if not p.stem.startswith(tuple(OTHERS))]
+REST = sorted(set(CONFIGS.glob("*.yaml")) - set(FILES))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path) -> None:
     read_config(path, [])
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(CONFIGS.glob("*.yaml")) - set(FILES)), ids=lambda p: p.stem
+)
+def test_shipped_configurations_of_the_other_scripts_are_valid(path: Path) -> None:
+    load_config(OTHERS[path.stem.partition("_")[0]], path)
 
 
 def test_from_scratch_spells_out_the_defaults() -> None:
@@ -40,3 +54,14 @@ def test_what_a_resumed_run_may_change() -> None:
     for fixed in ("optimizer.lr=1", "loop.seed=1", "schedule.kind=cosine", "data.image_size=32"):
         assert facts(fixed) != facts(), fixed
     assert facts("optimizer.decay=cosine", "loop.max_steps=7") != facts("optimizer.decay=cosine")
+
+
+@pytest.mark.parametrize(
+    ("given", "pixels", "sample"), [([], 16, 8), (["data.image_size=32"], 32, 16)]
+)
+def test_a_fine_tune_keeps_the_picture_size_unless_told(given, pixels, sample, tmp_path) -> None:
+    make_pipeline(sample_size=8).save_pretrained(tmp_path / "model")
+    overrides = [f"model.pretrained={tmp_path / 'model'}", *given]
+    parts, config, _ = load_parts(read_config(None, overrides))
+    assert config.data.image_size == pixels
+    assert parts.unet.config_dict()["sample_size"] == sample
