@@ -28,7 +28,11 @@ from latentdiff.formats.scheduler_config import (
     scheduler_class,
     write_scheduler,
 )
-from latentdiff.formats.weight_files import (
+from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
+from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.models.unet import UNet
+from latentdiff.models.unet_config import DIFFUSERS_VERSION
+from latentdiff.weight_files import (
     KEEP_FLOAT32,
     TEXT_STEM,
     UNET_STEM,
@@ -37,10 +41,6 @@ from latentdiff.formats.weight_files import (
     stored_dtype,
     write_weights,
 )
-from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
-from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
-from latentdiff.models.unet import UNet
-from latentdiff.models.unet_config import DIFFUSERS_VERSION
 
 __all__ = ["Components", "load_components", "load_unet", "resolve_folder", "save_components"]
 

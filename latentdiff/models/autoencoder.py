@@ -1,7 +1,7 @@
 """The frozen autoencoder: images in [−1, 1] ↔ latents that the diffusion model works on.
 
-diffusers supplies the network (AutoencoderKL, or AutoencoderTiny as in TAESD); here is the one
-place where latents are scaled:
+The network is `vae.AutoencoderKL`, or diffusers' for AutoencoderTiny (TAESD) and for what ours does
+not have; here is the one place where latents are scaled:
 
     latents = (raw − shift) · scale,      raw ~ N(mean, exp(logvar))
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from latentdiff.errors import UserError, choice_error
 from latentdiff.models.quiet import quiet
+from latentdiff.models.vae import AutoencoderKL, covers, modern_names
+from latentdiff.weight_files import VAE_STEM, place_weights, read_weights, refuse_misfit
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 #: Log-variance given to an autoencoder without one; e^(−30) is no noise at all.
@@ -26,10 +28,10 @@ _LOGVAR_RANGE = (-30.0, 20.0)
 
 
 class Autoencoder(nn.Module):
-    """A diffusers autoencoder with the scaling of its latents."""
+    """An autoencoder's network with the scaling of its latents."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Wrap a diffusers AutoencoderKL or AutoencoderTiny.
+        """Wrap our AutoencoderKL, or diffusers' AutoencoderKL or AutoencoderTiny.
 
         Raises: UserError: another class, or per-channel statistics in its configuration.
         """
@@ -82,6 +84,8 @@ class Autoencoder(nn.Module):
         self.check_image_size(tuple(images.shape[-2:]))
         with torch.autocast(self.device.type, enabled=False):
             answer = self.module.encode(images.to(self.dtype))
+        if isinstance(answer, Tensor):
+            return answer.float()
         if self.is_tiny:
             mean = answer.latents.float()
             return torch.cat([mean, torch.full_like(mean, NO_VARIANCE)], dim=1)
@@ -112,7 +116,8 @@ class Autoencoder(nn.Module):
         raw = latents / self.scale + self.shift
         # Half precision overflows in Stable Diffusion's decoder.
         with torch.autocast(self.device.type, enabled=False):
-            return self.module.decode(raw.to(self.dtype)).sample.float().clamp(-1, 1)
+            answer = self.module.decode(raw.to(self.dtype))
+        return (answer if isinstance(answer, Tensor) else answer.sample).float().clamp(-1, 1)
 
     def check_image_size(self, size: int | tuple[int, ...]) -> None:
         """Refuse an image size that the latent grid cannot hold.
@@ -140,7 +145,18 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"no autoencoder at {folder}: {file} does not exist.")
-    kind = json.loads(file.read_text(encoding="utf-8")).get("_class_name", "AutoencoderKL")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind == "AutoencoderKL" and covers(config):
+        with torch.device("meta"):
+            module: nn.Module = AutoencoderKL(config)
+        place_weights(module, modern_names(read_weights(file.parent, VAE_STEM)), file.parent, dtype)
+    else:
+        module = _from_diffusers(file.parent, kind, dtype)
+    return Autoencoder(module.eval().requires_grad_(False))
+
+
+def _from_diffusers(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
     network = _network_class(kind)
     with quiet("diffusers"):
         try:
@@ -149,13 +165,8 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"the autoencoder in {folder} cannot be read: {error}") from error
-    missing = [*info["missing_keys"], *info["mismatched_keys"]]
-    if missing:
-        raise UserError(
-            f"the weights in {folder} do not fit its config.json; missing or of another shape: "
-            f"{', '.join(map(str, missing[:5]))}{' …' if len(missing) > 5 else ''}"
-        )
-    return Autoencoder(module.eval().requires_grad_(False))
+    refuse_misfit([*info["missing_keys"], *map(str, info["mismatched_keys"])], folder)
+    return module
 
 
 def _network_class(kind: str) -> Any:

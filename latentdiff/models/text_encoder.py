@@ -1,7 +1,7 @@
 """The frozen text encoder: prompts → context for cross-attention.
 
-transformers supplies the network (CLIPTextModel). As in Stable Diffusion the context is the last
-hidden state after the final LayerNorm, at every position, padding included.
+As in Stable Diffusion the context is the last state after the final LayerNorm, at every position,
+padding included.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
-from latentdiff.models.quiet import quiet
+from latentdiff.models.clip_text import ClipText
 from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
+from latentdiff.weight_files import TEXT_STEM, place_weights, read_weights
 
+#: The file of folders that have no safetensors.
+PICKLE = "pytorch_model.bin"
 #: What Stable Diffusion folders, and their readers, put before every weight's name.
 PREFIX = "text_model."
 
@@ -24,16 +27,16 @@ PREFIX = "text_model."
 class TextEncoder(nn.Module):
     """A CLIP text tower with its tokenizer."""
 
-    def __init__(self, module: nn.Module, tokenizer: ClipTokenizer) -> None:
-        """Wrap a transformers CLIPTextModel."""
+    def __init__(self, module: ClipText, tokenizer: ClipTokenizer) -> None:
+        """Put a tower and its tokenizer together."""
         super().__init__()
-        self.module: Any = module
+        self.module = module
         self.tokenizer = tokenizer
 
     @property
     def width(self) -> int:
         """Channels of the context; the U-Net's cross_attention_dim."""
-        return self.module.config.hidden_size
+        return int(self.module.config["hidden_size"])
 
     @property
     def max_length(self) -> int:
@@ -59,7 +62,7 @@ class TextEncoder(nn.Module):
 
     def encode_tokens(self, token_ids: Tensor) -> Tensor:
         """The context of token ids (B, tokens), as (B, tokens, width)."""
-        return self.module(token_ids.to(self.device)).last_hidden_state
+        return self.module(token_ids.to(self.device))
 
     def count_tokens(self, text: str) -> int:
         """How many tokens a prompt needs, begin and end mark included."""
@@ -67,8 +70,7 @@ class TextEncoder(nn.Module):
 
     def config_dict(self) -> dict[str, Any]:
         """transformers' config.json of the network."""
-        config = self.module.config.to_diff_dict()
-        config.pop("_name_or_path", None)  # somebody's local path
+        config = {k: v for k, v in self.module.config.items() if k != "_name_or_path"}
         # transformers loads into the type named here, diffusers its parts into float32: a folder of
         # 16-bit weights opens in diffusers without a dtype only when both are the same.
         fixed = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
@@ -76,10 +78,7 @@ class TextEncoder(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict under the names that Stable Diffusion folders use."""
-        return {
-            name if name.startswith(PREFIX) else PREFIX + name: tensor
-            for name, tensor in self.module.state_dict().items()
-        }
+        return {PREFIX + name: tensor for name, tensor in self.module.state_dict().items()}
 
 
 def load_text_encoder(
@@ -92,41 +91,31 @@ def load_text_encoder(
     Returns: frozen, in evaluation mode.
     Raises:  UserError: something missing, another class of model, weights that do not fit.
     """
-    from transformers.models.clip.modeling_clip import CLIPTextModel
-
     folder = Path(text_folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"no text encoder at {folder}: config.json does not exist there.")
-    _check_class(folder)
-    with quiet("transformers"):
-        try:
-            loaded: Any = CLIPTextModel.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"the text encoder in {folder} cannot be read: {error}") from error
-    module, info = loaded
-    missing = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
-    if missing:
-        raise UserError(
-            f"the weights in {folder} do not fit its config.json; missing or of another shape: "
-            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
-        )
-    tokenizer = load_tokenizer(tokenizer_folder, module.config.max_position_embeddings)
-    _check_vocabulary(tokenizer, module.config.vocab_size)
+    config = _read_config(folder)
+    with torch.device("meta"):
+        module = ClipText(config)
+    pickled = (folder / PICKLE).is_file() and not list(folder.glob("*.safetensors"))
+    state = read_weights(folder, Path(PICKLE).stem if pickled else TEXT_STEM)
+    place_weights(module, {n.removeprefix(PREFIX): t for n, t in state.items()}, folder, dtype)
+    tokenizer = load_tokenizer(tokenizer_folder, module.config["max_position_embeddings"])
+    _check_vocabulary(tokenizer, module.config["vocab_size"])
     return TextEncoder(module.eval().requires_grad_(False), tokenizer)
 
 
-def _check_class(folder: Path) -> None:
+def _read_config(folder: Path) -> dict[str, Any]:
     import json
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type", "clip_text_model")
     if kind != "clip_text_model":
         raise UserError(
             f"the text encoder must be a CLIPTextModel (model_type clip_text_model); {folder} "
             f"holds model_type {kind!r}."
         )
+    return config
 
 
 def _check_vocabulary(tokenizer: ClipTokenizer, size: int) -> None:

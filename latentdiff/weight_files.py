@@ -12,7 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 
@@ -48,6 +48,29 @@ def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise UserError(f"the weights in {folder} cannot be read: {error}") from error
     return state
+
+
+def place_weights(
+    module: nn.Module, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
+) -> None:
+    """Put the tensors of a file into a network built on the meta device; others are ignored.
+
+    Raises: UserError: a weight of the network is missing or has another shape.
+    """
+    wanted = module.state_dict()
+    refuse_misfit(
+        [n for n, t in wanted.items() if n not in state or state[n].shape != t.shape], folder
+    )
+    module.load_state_dict({n: state[n].to(dtype) for n in wanted}, assign=True)
+
+
+def refuse_misfit(names: list[str], folder: Path) -> None:
+    """Name weights that do not fit. Raises: UserError: unless there are none."""
+    if names:
+        raise UserError(
+            f"the weights in {folder} do not fit its config.json; missing or of another shape: "
+            f"{', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''}"
+        )
 
 
 def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
