@@ -95,22 +95,30 @@ def write_weights(
              max_shard_bytes: split into files of at most this size (a single larger tensor gets
              its own); None: one file.
     """
-    from safetensors.torch import save_file
-
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in state.items()}
     shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
+        _save(tensors, folder / f"{stem}.safetensors")
         return
     placed: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+        _save({name: tensors[name] for name in names}, folder / file)
         placed |= dict.fromkeys(names, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     text = json.dumps(index, indent=2) + "\n"
     (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    """safetensors makes files that only their owner can read; a new file of ours is as usual."""
+    from safetensors.torch import save_file
+
+    file.touch()
+    usual = file.stat().st_mode
+    save_file(tensors, file, {"format": "pt"})
+    file.chmod(usual)
 
 
 def _safetensors(folder: Path, stem: str) -> list[Path]:

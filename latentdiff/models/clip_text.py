@@ -104,9 +104,11 @@ class Embeddings(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Map (B, T) to (B, T, D)."""
-        return (
-            self.token_embedding(token_ids) + self.position_embedding.weight[: token_ids.shape[1]]
-        )
+        return self.at_positions(self.token_embedding(token_ids))
+
+    def at_positions(self, tokens: Tensor) -> Tensor:
+        """Add the positions to token embeddings (B, T, D)."""
+        return tokens + self.position_embedding.weight[: tokens.shape[1]]
 
 
 class ClipText(nn.Module):
@@ -123,7 +125,7 @@ class ClipText(nn.Module):
             raise choice_error("the text encoder's hidden_act", c["hidden_act"], ACTIVATIONS)
         width, hidden, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
         activation, eps = c["hidden_act"], c["layer_norm_eps"]
-        self.embeddings = Embeddings(c["vocab_size"], c["max_position_embeddings"], width)
+        self.embeddings: Any = Embeddings(c["vocab_size"], c["max_position_embeddings"], width)
         layers = [
             Layer(width, heads, hidden, activation, eps) for _ in range(c["num_hidden_layers"])
         ]
@@ -132,7 +134,13 @@ class ClipText(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Return the last states after the final norm, (B, T, width)."""
-        x = self.embeddings(token_ids)
+        return self._run(self.embeddings(token_ids))
+
+    def from_embeddings(self, tokens: Tensor) -> Tensor:
+        """The same from token embeddings (B, T, width) that need not be in the table."""
+        return self._run(self.embeddings.at_positions(tokens))
+
+    def _run(self, x: Tensor) -> Tensor:
         for layer in self.encoder["layers"].children():
             x = layer(x)
         return self.final_layer_norm(x)

@@ -65,8 +65,8 @@ def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
     return rate
 
 
-#: Layers that face pixels and not features: Muon leaves them to Adam.
-_OUTER = ("conv_in.", "conv_out.")
+#: Layers that face pixels or words and not features: Muon leaves them to Adam.
+_OUTER = ("conv_in.", "conv_out.", "head.", "tower.embeddings.")
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -8,11 +8,17 @@ from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.trainer.autoencoder import AutoencoderTrainConfig
 from latentdiff.trainer.clip import ClipTrainConfig
 from latentdiff.trainer.config import TrainConfig, adopt, deciding_facts, read_config
+from latentdiff.trainer.drawing import DrawingConfig
 from latentdiff.trainer.latent_run import load_parts
 from latentdiff.trainer.words import WordsConfig
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
-OTHERS = {"autoencoder": AutoencoderTrainConfig, "clip": ClipTrainConfig, "words": WordsConfig}
+OTHERS = {
+    "autoencoder": AutoencoderTrainConfig,
+    "clip": ClipTrainConfig,
+    "words": WordsConfig,
+    "drawing": DrawingConfig,
+}
 FILES = [p for p in sorted(CONFIGS.glob("*.yaml")) if not p.stem.startswith(tuple(OTHERS))]
 REST = sorted(set(CONFIGS.glob("*.yaml")) - set(FILES))
 

@@ -9,7 +9,14 @@ from random_models import make_text_model, make_tokenizer
 from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 from latentdiff.trainer.teacher import Distillation, SentenceTeacher, extra_texts, open_teacher
-from latentdiff.trainer.words import aligned, frames, nearest_names, wanted_states
+from latentdiff.trainer.words import (
+    FRAMES,
+    NameEmbeddings,
+    aligned,
+    nearest_names,
+    unchanged,
+    with_words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,39 +72,74 @@ def test_a_missing_teacher_says_what_to_install(tmp_path: Path, monkeypatch) -> 
 
 
 def test_nearest_names(teacher: SentenceTeacher) -> None:
-    found = nearest_names(["kitty", "cat"], {"cat": "cat", "dog": "dog"}, teacher, -1.0)
-    assert set(found) == {"kitty"} and found["kitty"] in ("cat", "dog")
-    assert nearest_names(["kitty"], {"cat": "cat"}, teacher, 1.1) == {}
+    names = {"cat": "cat", "dog": "dog", "it": "dog"}
+    found = nearest_names(["kitty"], names, teacher, least=-1.0, handicap=0.0)
+    assert found["kitty"] in ("cat", "dog")
+    assert nearest_names(["kitty"], names, teacher, least=1.1, handicap=0.0) == {}
+    assert nearest_names(["it"], names, teacher, least=0.99, handicap=0.0) == {"it": "dog"}
+    assert nearest_names(["it"], names, teacher, least=0.99, handicap=0.5) == {}
 
 
 def test_alignment_moves_what_follows() -> None:
     states = torch.arange(8.0)[:, None].expand(8, 2)
-    more = aligned(states, start=2, tokens_before=1, tokens_after=3)[:, 0].tolist()
-    assert more == [0, 1, 2, 2, 2, 3, 4, 5]
-    fewer = aligned(states, start=2, tokens_before=3, tokens_after=1)[:, 0].tolist()
+    same = aligned(states, start=2, tokens=1)
+    assert torch.equal(same, states)
+    fewer = aligned(states, start=2, tokens=3)[:, 0].tolist()
     assert fewer == [0, 1, 3, 5, 6, 7, 7, 7]
 
 
-def small_tower(folder: Path) -> TextEncoder:
-    make_text_model().save_pretrained(folder / "text")
-    make_tokenizer().save_pretrained(folder / "tokenizer")
-    return load_text_encoder(folder / "text", folder / "tokenizer")
+@pytest.fixture
+def tower(tmp_path: Path) -> TextEncoder:
+    make_text_model().save_pretrained(tmp_path / "text")
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return load_text_encoder(tmp_path / "text", tmp_path / "tokenizer")
 
 
-def test_a_name_wants_its_own_states(tmp_path: Path) -> None:
-    tower = small_tower(tmp_path)
-    around = [("a ", ""), ("", ""), ("a ", " dog"), ("", " a"), ("a ", ""), ("a ", " cat")]
-    names = ["cat", "cat", "dog", "cat", "ox", "ax"]
-    wanted = wanted_states(tower, around, names, names)
-    states = tower.encode([b + name + a for (b, a), name in zip(around, names, strict=True)])
-    for i in range(4):  # one token each
-        assert torch.allclose(wanted[i], states[i], atol=1e-5)
-    assert torch.allclose(wanted[4:, -1], states[4:, -1], atol=1e-5)
-    assert not torch.allclose(wanted[4], states[4], atol=1e-2)  # two tokens share their mean
+def test_new_words_are_one_token_and_spoken_ones_keep_theirs(tower: TextEncoder) -> None:
+    spoken = ["a", "cat", "dog", "pain", "ox", "box"]
+    larger, single = with_words(tower.tokenizer, ["kitty", "fox", "tty", "ox"], spoken)
+    assert "kitty" in single and "fox" in single
+    assert "ox" not in single  # its only pair of letters is spoken
+    assert unchanged(tower.tokenizer, larger, spoken) == spoken
+    first_new = max(tower.tokenizer.backend.get_vocab(with_added_tokens=True).values()) + 1
+    for word in single:
+        assert larger.backend.encode(word).ids[1] >= first_new
+    sentence = "a kitty"
+    assert len(larger.backend.encode(sentence).ids) == 4
+    assert larger.end_id == tower.tokenizer.end_id
 
 
-def test_frames_name_the_grounds_that_they_are_given() -> None:
-    around = frames(200, ["red", "blue"], torch.Generator().manual_seed(1))
-    assert {"a ", "", "my "} <= {before for before, _ in around}
-    assert {after for _, after in around if "red" in after or "blue" in after}
-    assert not any("{" in after for _, after in around)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_new_words_read_the_same_in_transformers(tower: TextEncoder, tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    larger, _ = with_words(tower.tokenizer, ["kitty", "foxes"], ["cat"])
+    larger.save(tmp_path / "larger")
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "larger")
+    for text in ("a kitty", "foxes and a cat", "kitt y"):
+        assert theirs(text).input_ids == larger.backend.encode(text).ids
+
+
+def test_a_name_of_one_token_is_learnt_already(tower: TextEncoder) -> None:
+    learnt = NameEmbeddings(tower, ["cat", "ox"])
+    everywhere = range(len(FRAMES))
+    short = [
+        f for f in everywhere if len(tower.tokenizer.backend.encode("".join(FRAMES[f])).ids) < 8
+    ]
+    assert len(short) >= 2
+    assert float(learnt([0] * len(short), short).detach()) == pytest.approx(0, abs=1e-9)
+    assert float(learnt([1] * len(short), short).detach()) > 1e-4
+
+
+def test_learning_brings_a_name_closer_and_leaves_the_tower(tower: TextEncoder) -> None:
+    learnt = NameEmbeddings(tower, ["ox"])
+    before = {n: t.clone() for n, t in tower.module.state_dict().items()}
+    optimizer = torch.optim.Adam(learnt.parameters(), lr=0.02)
+    first = float(learnt([0], [1]).detach())
+    for _ in range(40):
+        loss = learnt([0], [1])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(learnt([0], [1]).detach()) < 0.7 * first
+    assert all(torch.equal(t, before[n]) for n, t in tower.module.state_dict().items())
