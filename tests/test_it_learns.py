@@ -80,8 +80,8 @@ def test_it_learns_two_pictures(tmp_path: Path) -> None:
     check_with_the_embedded_autoencoder(
         tmp_path / "run",
         "data.emoji_concepts=[tomato, cat face]",
-        "loop.max_steps=600",
-        "loop.max_minutes=2",
+        "loop.max_steps=450",
+        "loop.max_minutes=30",
         "loop.tensorboard=false",
     )
 
