@@ -3,7 +3,8 @@
     python inference/evaluate.py [MODEL] [--output runs/evaluation]
 
 MODEL is a model folder or a Hugging Face id; the default is the embedded model. All prompts and
-seeds are fixed, so two models are asked for the same pictures. Needs the `demo` and `eval` extras.
+seeds are fixed, so two models are asked for the same pictures. Needs the `demo` and `eval` extras
+and `pip install --no-deps stlpips-pytorch==0.0.2`.
 """
 
 from __future__ import annotations

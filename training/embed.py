@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, help="a train_autoencoder.py output")
     parser.add_argument("--clip", type=Path, help="a train_clip.py output")
     parser.add_argument("--unet", type=Path, help="a train_latent.py OUTPUT/model")
-    parser.add_argument("--text", type=Path, help="a teach_words.py output")
+    parser.add_argument("--text", type=Path, help="a teach_words.py or teach_drawing.py output")
     arguments = parser.parse_args()
     EMBEDDED_MODEL.mkdir(parents=True, exist_ok=True)
     if arguments.autoencoder:
@@ -83,6 +83,8 @@ def main() -> None:
         embed_unet(arguments.unet, EMBEDDED_MODEL)
     if arguments.text:
         replace(arguments.text / "text_encoder", EMBEDDED_MODEL / "text_encoder")
+        if (arguments.text / "tokenizer").is_dir():  # teach_drawing.py changes no vocabulary
+            replace(arguments.text / "tokenizer", EMBEDDED_MODEL / "tokenizer")
     for file in sorted(EMBEDDED_MODEL.rglob("*.safetensors")):
         print(f"{file.stat().st_size / 1e6:7.2f} MB  {file.relative_to(EMBEDDED_MODEL)}")
 

@@ -26,7 +26,7 @@ from latentdiff.trainer.drawing import DrawingConfig, DrawingLesson
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
 from latentdiff.trainer.order import choose_caption
 from latentdiff.trainer.output import default_cache
-from latentdiff.trainer.processes import start_processes
+from latentdiff.trainer.processes import start_one_process
 from latentdiff.trainer.stage import Stage, check_stage_output, sample_indices
 
 CONFIG = Path(__file__).parent / "configs" / "drawing.yaml"
@@ -35,7 +35,7 @@ CONFIG = Path(__file__).parent / "configs" / "drawing.yaml"
 def train(config: DrawingConfig, resume: bool) -> None:
     """Encode the pictures, teach, write the tower."""
     stage_config, output = config.stage, Path(config.stage.output)
-    accelerator = start_processes(stage_config.mixed_precision)
+    accelerator = start_one_process(stage_config.mixed_precision)
     check_stage_output(stage_config, resume)
     torch.manual_seed(stage_config.seed)
     root = EMBEDDED_MODEL if config.model == "embedded" else Path(config.model)

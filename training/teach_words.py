@@ -24,13 +24,14 @@ from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_folder import save_text_encoder
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 from latentdiff.models.tokenizer import ClipTokenizer
-from latentdiff.trainer.processes import start_processes
+from latentdiff.trainer.processes import start_one_process
 from latentdiff.trainer.stage import Stage, adamw, check_stage_output
 from latentdiff.trainer.teacher import open_teacher
 from latentdiff.trainer.words import (
     FRAMES,
     NameEmbeddings,
     WordsConfig,
+    larger_table,
     nearest_names,
     unchanged,
     with_words,
@@ -76,14 +77,12 @@ def extend(
 ) -> TextEncoder:
     """Append the new tokens' embeddings to the tower's table."""
     old = tower.module.embeddings.token_embedding.weight
-    size = max(larger.backend.get_vocab(with_added_tokens=True).values()) + 1
-    table = torch.zeros(size, old.shape[1])
-    table[: len(old)] = old
+    table = larger_table(old, tower.tokenizer, larger)
     rows = {name: row for row, name in enumerate(learnt.names)}
     for word, name in meanings.items():
         table[larger.backend.encode(word).ids[1]] = learnt.vectors[rows[name]].detach()
     tower.module.embeddings.token_embedding.weight = torch.nn.Parameter(table, requires_grad=False)
-    tower.module.config["vocab_size"] = size
+    tower.module.config["vocab_size"] = len(table)
     tower.tokenizer = larger
     return tower
 
@@ -91,7 +90,7 @@ def extend(
 def train(config: WordsConfig, resume: bool) -> None:
     """Find what the words stand for, learn the names' embeddings, write tower and tokenizer."""
     stage_config, output = config.stage, Path(config.stage.output)
-    accelerator = start_processes(stage_config.mixed_precision)
+    accelerator = start_one_process(stage_config.mixed_precision)
     check_stage_output(stage_config, resume)
     source = open_source(config.data)
     root = EMBEDDED_MODEL if config.model == "embedded" else Path(config.model)

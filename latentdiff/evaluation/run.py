@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from latentdiff.data.emoji import Drawing
-from latentdiff.errors import UserError
 from latentdiff.evaluation import measures, prompts
 from latentdiff.evaluation.features import ClassifierFeatures
 from latentdiff.evaluation.galleries import Galleries
@@ -132,16 +131,13 @@ def _named(prefix: str, figures: dict[str, float]) -> dict[str, float]:
 
 
 def open_score(folder: Path) -> Any:
-    """Open the model's own CLIP, or the embedded one when the text tower is the same.
+    """Open the model's own CLIP.
 
-    Returns: a ClipScorer, or None when the folder has no image tower.
+    Returns: a ClipScorer, or None when the folder has no image tower: then there is no CLIP score.
     """
-    from latentdiff.models.clip_scorer import load_clip_scorer
+    from latentdiff.models.clip_scorer import IMAGE_TOWER, load_clip_scorer
 
-    try:
-        return load_clip_scorer(folder)
-    except UserError:
-        return None
+    return load_clip_scorer(folder) if (folder / IMAGE_TOWER).is_dir() else None
 
 
 def rounded(figures: dict[str, Any]) -> dict[str, Any]:

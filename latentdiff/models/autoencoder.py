@@ -148,8 +148,11 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     config = json.loads(file.read_text(encoding="utf-8"))
     kind = config.get("_class_name", "AutoencoderKL")
     if kind == "AutoencoderKL" and covers(config):
-        with torch.device("meta"):
-            module: nn.Module = AutoencoderKL(config)
+        try:
+            with torch.device("meta"):
+                module: nn.Module = AutoencoderKL(config)
+        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            raise UserError(f"{file} describes no autoencoder: {error}") from error
         place_weights(module, modern_names(read_weights(file.parent, VAE_STEM)), file.parent, dtype)
     else:
         module = _from_diffusers(file.parent, kind, dtype)

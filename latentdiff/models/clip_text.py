@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.errors import choice_error
+from latentdiff.errors import UserError, choice_error
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -124,6 +124,8 @@ class ClipText(nn.Module):
         if c["hidden_act"] not in ACTIVATIONS:
             raise choice_error("the text encoder's hidden_act", c["hidden_act"], ACTIVATIONS)
         width, hidden, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+        if width % heads:
+            raise UserError(f"hidden_size must be a multiple of the {heads} heads; got {width}.")
         activation, eps = c["hidden_act"], c["layer_norm_eps"]
         self.embeddings: Any = Embeddings(c["vocab_size"], c["max_position_embeddings"], width)
         layers = [

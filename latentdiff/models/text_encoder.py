@@ -95,8 +95,11 @@ def load_text_encoder(
     if not (folder / "config.json").is_file():
         raise UserError(f"no text encoder at {folder}: config.json does not exist there.")
     config = _read_config(folder)
-    with torch.device("meta"):
-        module = ClipText(config)
+    try:
+        with torch.device("meta"):
+            module = ClipText(config)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder / 'config.json'} describes no text tower: {error}") from error
     pickled = (folder / PICKLE).is_file() and not list(folder.glob("*.safetensors"))
     state = read_weights(folder, Path(PICKLE).stem if pickled else TEXT_STEM)
     place_weights(module, {n.removeprefix(PREFIX): t for n, t in state.items()}, folder, dtype)

@@ -1,7 +1,7 @@
 """Teaching a text tower what things look like, so that a U-Net has to learn less.
 
-The states behind the end mark, which a causal tower fills with what it has read, learn to say the
-picture's latents patch by patch:
+The states of the last positions, padding behind the end mark unless a caption is long, hold what
+the causal tower has read; they learn to say the picture's latents patch by patch:
 
     L = mean |head(state_j) − patch_j|² + κ mean |end state − end state before|²
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.data.source import DataConfig
+from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.trainer.stage import StageConfig
 
@@ -49,6 +50,22 @@ def patches(latents: Tensor, side: int) -> Tensor:
     return cut.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
+def check_room(latent_shape: Sequence[int], side: int, positions: int) -> None:
+    """Refuse patches that do not divide the latents or outnumber the tower's positions.
+
+    Raises: UserError: with the numbers, and what would fit.
+    """
+    _, height, width = latent_shape
+    if side < 1 or height % side or width % side:
+        raise UserError(f"patch must divide the latents' {height} x {width}; got {side}.")
+    count = (height // side) * (width // side)
+    if count >= positions - 2:
+        raise UserError(
+            f"patch={side} makes {count} patches, and the text tower has {positions} positions, "
+            f"captions included. Take a larger patch, such as {2 * side}."
+        )
+
+
 class DrawingLesson(nn.Module):
     """The tower with a head that says patches.
 
@@ -61,6 +78,7 @@ class DrawingLesson(nn.Module):
     def __init__(self, tower: TextEncoder, latent_shape: Sequence[int], side: int) -> None:
         super().__init__()
         channels, height, width = latent_shape
+        check_room(latent_shape, side, tower.max_length)
         self.side, self.count = side, (height // side) * (width // side)
         self.tower = tower.module
         self.head = nn.Linear(tower.width, channels * side * side)

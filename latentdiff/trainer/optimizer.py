@@ -145,6 +145,8 @@ def load_named_state(
         parameter = parameters[name]
         if value.shape == parameter.shape and key != "step":
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        elif key == "step" and not optimizer.param_groups[0].get("fused"):
+            value = value.clone()  # counted on the CPU; the fused kernel alone wants it there
         else:
             value = value.to(parameter.device).clone()
         optimizer.state[parameter][key] = value

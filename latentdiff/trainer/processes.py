@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def start_processes(mixed_precision: str) -> Accelerator:
-    """Join the other processes of this launch, on the GPU if there is one.
+def start_processes(mixed_precision: str, cpu: bool = False) -> Accelerator:
+    """Join the other processes of this launch, on the GPU if there is one and `cpu` is not set.
 
     Raises: UserError: the launcher started several processes that each would train alone.
     """
@@ -29,7 +29,7 @@ def start_processes(mixed_precision: str) -> Accelerator:
     # Accelerate keeps the first precision for good; a notebook may train again with another one.
     AcceleratorState._reset_state(reset_partial_state=False)
     # Without cpu=True two processes launched on a machine without a GPU would not find each other.
-    cpu = not torch.accelerator.is_available()
+    cpu = cpu or not torch.accelerator.is_available()
     # While one process encodes the pictures the others wait longer than the default 10 minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
@@ -53,3 +53,17 @@ def check_together(num_processes: int) -> None:
 def is_first_process() -> bool:
     """Whether this process should print; works before Accelerate is started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def start_one_process(mixed_precision: str) -> Accelerator:
+    """Start on the CPU, for stages that are minutes on one core.
+
+    Raises: UserError: launched with several processes, which would all write the same files.
+    """
+    accelerator = start_processes(mixed_precision, cpu=True)
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"this stage runs on one process; it was launched on {accelerator.num_processes}. "
+            "Start it with `python` in place of `accelerate launch`."
+        )
+    return accelerator

@@ -6,8 +6,10 @@ token, the states that it gives for the phrase with the name:
 
     min over e of  |tower(… e …) − aligned(tower(… name …))|²
 
-Nothing else changes, so every text without a new word keeps its states to the last bit, and so does
-the U-Net. Source: the idea of learning only an embedding is Gal et al. 2022's, arXiv:2208.01618.
+The tower does not change, so a caption keeps its states to the last bit. A rare word that shares
+letters with a new one may be cut up in another way; its new pieces begin as the mean of theirs.
+
+Source: the idea of learning only an embedding is Gal et al. 2022's, arXiv:2208.01618.
 """
 
 from __future__ import annotations
@@ -126,6 +128,23 @@ def with_words(
     backend: Any = Tokenizer.from_str(json.dumps(data))
     larger = ClipTokenizer(backend, tokenizer.config, tokenizer.max_length)
     return larger, [word for word in words if len(backend.encode(word).ids) == 3]
+
+
+def larger_table(table: Tensor, before: ClipTokenizer, after: ClipTokenizer) -> Tensor:
+    """The embeddings of all tokens of `after`; new ones are the mean of what they were made of."""
+    old, new = (t.backend.get_vocab(with_added_tokens=True) for t in (before, after))
+    merges = json.loads(after.backend.to_str())["model"]["merges"]
+    parts = {a + b: (a, b) for a, b in (m if isinstance(m, list) else m.split(" ") for m in merges)}
+
+    def leaves(token: str) -> list[int]:
+        return [old[token]] if token in old else [i for p in parts[token] for i in leaves(p)]
+
+    found = torch.zeros(max(new.values()) + 1, table.shape[1])
+    found[: len(table)] = table
+    for token, index in new.items():
+        if index >= len(table):
+            found[index] = table[leaves(token)].float().mean(0)
+    return found
 
 
 def _joins(pieces: Sequence[str], forbidden: set[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from random_models import MAX_TOKENS, make_text_model, make_tokenizer
 
+from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import load_text_encoder
-from latentdiff.trainer.drawing import DrawingLesson, patches
+from latentdiff.trainer.drawing import DrawingLesson, check_room, patches
 
 
 def test_patches_are_cut_row_by_row() -> None:
@@ -40,3 +41,11 @@ def test_a_tower_learns_two_pictures_by_heart(tmp_path: Path) -> None:
         optimizer.zero_grad()
     assert float(error.detach()) < 0.2 * first
     assert float(moved.detach()) < 0.5
+
+
+def test_patches_that_do_not_fit_are_refused() -> None:
+    check_room((8, 16, 16), 4, 32)
+    with pytest.raises(UserError, match="must divide the latents' 16 x 16; got 5"):
+        check_room((8, 16, 16), 5, 32)
+    with pytest.raises(UserError, match="256 patches, and the text tower has 77 positions"):
+        check_room((4, 64, 64), 4, 77)

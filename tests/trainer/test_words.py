@@ -13,6 +13,7 @@ from latentdiff.trainer.words import (
     FRAMES,
     NameEmbeddings,
     aligned,
+    larger_table,
     nearest_names,
     unchanged,
     with_words,
@@ -143,3 +144,14 @@ def test_learning_brings_a_name_closer_and_leaves_the_tower(tower: TextEncoder) 
         optimizer.zero_grad()
     assert float(learnt([0], [1]).detach()) < 0.7 * first
     assert all(torch.equal(t, before[n]) for n, t in tower.module.state_dict().items())
+
+
+def test_every_new_piece_has_the_mean_of_its_parts(tower: TextEncoder) -> None:
+    larger, _ = with_words(tower.tokenizer, ["kitty", "vehicle"], ["cat"])
+    table = tower.module.embeddings.token_embedding.weight
+    grown = larger_table(table, tower.tokenizer, larger)
+    assert torch.equal(grown[: len(table)], table)
+    assert (grown.norm(dim=1) > 0).all()
+    pieces = tower.tokenizer.backend.encode("kitty").ids[1:-1]
+    whole = larger.backend.encode("kitty").ids[1]
+    assert torch.allclose(grown[whole], table[pieces].mean(0), atol=1e-6)
