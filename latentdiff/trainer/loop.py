@@ -52,8 +52,8 @@ class LoopConfig:
     """Micro-batches per optimizer step."""
     seed: int = 0
     """Seed of the first weights, the order, the noise and the dropped captions."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the U-Net; weights and averages stay in 32 bit."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Arithmetic of the U-Net; weights and averages stay in 32 bit. auto: bf16 where it is fast."""
     ema_decay: float = 0.999
     """Decay of the weights' moving average, with a warm-up; 0 exports the newest weights."""
     log_every: int = 20

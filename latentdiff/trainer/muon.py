@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.precision import has_fast_bf16
+
 #: Quintic p(x) = a x + b x³ + c x⁵, five times over: singular values in (0, 1] go near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
@@ -27,12 +29,14 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.float().T if tall else matrix.float()
     wide = wide / (wide.norm() + 1e-7)
-    result = _by_gram(wide) if wide.shape[1] > 3 * wide.shape[0] else _directly(wide.bfloat16())
+    result = _by_gram(wide) if wide.shape[1] > 3 * wide.shape[0] else _directly(wide)
     return result.T if tall else result
 
 
 def _directly(wide: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
+    if has_fast_bf16(wide.device):
+        wide = wide.bfloat16()
     for _ in range(ROUNDS):
         gram = wide @ wide.T
         wide = a * wide + (b * gram + c * (gram @ gram)) @ wide

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from latentdiff.errors import UserError
+from latentdiff.precision import settle_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,7 +33,9 @@ def start_processes(mixed_precision: str, cpu: bool = False) -> Accelerator:
     cpu = cpu or not torch.accelerator.is_available()
     # While one process encodes the pictures the others wait longer than the default 10 minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
+    device = "cpu" if cpu else torch.accelerator.current_accelerator()
+    precision = settle_precision(mixed_precision, device or "cpu")
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
     check_together(accelerator.num_processes)
     return accelerator
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,8 @@ class StageConfig:
     """AdamW's decoupled weight decay."""
     clip_norm: float = 1.0
     """Largest gradient norm."""
-    mixed_precision: str = "bf16"
-    """no, bf16 or fp16."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Arithmetic; auto is bf16 where it is fast, else no."""
     seed: int = 0
     """Seed of order, augmentation and initial weights."""
     checkpoint_every: int = 250
