@@ -27,6 +27,7 @@ from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_folder import save_components
+from latentdiff.precision import has_fast_bf16
 from latentdiff.trainer.batches import BatchMaker
 from latentdiff.trainer.config import read_config
 from latentdiff.trainer.context import ContextCache
@@ -62,7 +63,7 @@ def train(config_file: Path, overrides: list[str], rate: float) -> Path:
         x_0 = parts.autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
         noise = torch.randn_like(x_0)
         t = torch.randint(0, scheduler.config["num_train_timesteps"], (len(x_0),))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16("cpu")):
             predicted = unet(scheduler.add_noise(x_0, noise, t), t, batch.context)
         loss = F.mse_loss(predicted.float(), noise)
         loss.backward()

@@ -83,8 +83,9 @@ def main() -> None:
         embed_unet(arguments.unet, EMBEDDED_MODEL)
     if arguments.text:
         replace(arguments.text / "text_encoder", EMBEDDED_MODEL / "text_encoder")
-        if (arguments.text / "tokenizer").is_dir():  # teach_drawing.py changes no vocabulary
-            replace(arguments.text / "tokenizer", EMBEDDED_MODEL / "tokenizer")
+        replace(arguments.text / "tokenizer", EMBEDDED_MODEL / "tokenizer")
+        if (arguments.text / HEAD).is_file():  # teach_words.py leaves the end states where they are
+            shutil.copy(arguments.text / HEAD, EMBEDDED_MODEL / HEAD)
     for file in sorted(EMBEDDED_MODEL.rglob("*.safetensors")):
         print(f"{file.stat().st_size / 1e6:7.2f} MB  {file.relative_to(EMBEDDED_MODEL)}")
 

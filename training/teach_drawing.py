@@ -1,79 +1,250 @@
-"""Teach a text tower what things look like, before the U-Net is trained on it.
+"""Teach a text tower what things look like, before the U-Net is trained on it. Two lessons:
 
-    python training/teach_drawing.py [--config FILE] [--resume] [a.b=value ...]
+    python training/teach_drawing.py --config training/configs/drawing_whole.yaml
+    python training/teach_drawing.py [--config training/configs/drawing.yaml] [--resume] [a.b=value]
 
-It ends with OUTPUT/text_encoder; U-Nets trained on the tower before do not fit it any more.
+The second ends with OUTPUT/text_encoder, OUTPUT/tokenizer and OUTPUT/clip_head.safetensors; U-Nets
+trained on another tower do not fit it.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
 
 from latentdiff.command_line import command_line
 from latentdiff.data.latent_cache import build_latent_cache
-from latentdiff.data.source import open_source, split
+from latentdiff.data.source import Source, open_source
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_folder import save_text_encoder
 from latentdiff.models.autoencoder import load_autoencoder
-from latentdiff.models.text_encoder import load_text_encoder
-from latentdiff.trainer.drawing import DrawingConfig, DrawingLesson
+from latentdiff.models.clip_scorer import HEAD
+from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.trainer.drawing import (
+    DrawingConfig,
+    Lesson,
+    PatchLesson,
+    WholeLesson,
+    check_room,
+    end_places,
+    new_tower,
+    patches,
+    rows_with_patches,
+    short_rows,
+)
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
-from latentdiff.trainer.order import choose_caption
 from latentdiff.trainer.output import default_cache
 from latentdiff.trainer.processes import start_one_process
 from latentdiff.trainer.stage import Stage, check_stage_output, sample_indices
+from latentdiff.trainer.unfolding import principal_head, unfolding
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CONFIG = Path(__file__).parent / "configs" / "drawing.yaml"
+#: Texts are computed in this many groups of similar length, since padding costs as much as words.
+GROUPS = 4
+#: Texts per step that the old tower reads too.
+CLIP_TEXTS = 48
+#: Texts that the start of the second lesson is fitted to.
+START_TEXTS = 300
+
+
+def subject_pictures(source: Source, config: DrawingConfig, root: Path) -> tuple[Tensor, list[int]]:
+    """What the texts are about: pictures (N, C, h, w), and the row of each of the source's entries.
+
+    The channels are latents and, where the source knows it, how opaque the thing is at each place.
+    A source without subjects is taken as it is.
+    """
+    subjects = getattr(source, "subjects", None)
+    plain, rows = subjects() if subjects else (source, list(range(len(source))))
+    autoencoder = load_autoencoder(root / "vae")
+    data = build_latent_cache(plain, autoencoder, config.data, default_cache(), device="cpu")
+    moments = data.moments_of(range(len(data))).float()
+    latents = autoencoder.latents_from_moments(moments, torch.zeros(()))
+    where = {index: row for row, index in enumerate(data.source_indices)}
+    rows = [where.get(row, -1) for row in rows]
+    mask = getattr(plain, "mask", None)
+    if mask is None:
+        return latents, rows
+    height, width = latents.shape[-2:]
+    opaque = [np.asarray(mask(i), np.float32) / 255 for i in data.source_indices]
+    shrunk = F.adaptive_avg_pool2d(torch.from_numpy(np.stack(opaque))[:, None], (height, width))
+    return torch.cat([latents, shrunk], 1), rows
+
+
+class Texts:
+    """Captions as token ids, drawn by (seed, step)."""
+
+    def __init__(self, source: Source, rows: list[int], tokenizer: Any, seed: int) -> None:
+        usable = [i for i in range(len(source)) if rows[i] >= 0]
+        self.captions = [source.captions(i) for i in usable]
+        self.rows = torch.tensor([rows[i] for i in usable])
+        self.tokenizer, self.seed = tokenizer, seed
+
+    def __call__(self, step: int, count: int) -> tuple[list[str], Tensor, Tensor]:
+        """Return (texts, ids, picture rows), the shortest text first.
+
+        Of two captions drawn the shorter one is taken: names are what has to be learnt.
+        """
+        chosen = sample_indices(step, len(self.captions), count, self.seed).tolist()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        draws = torch.rand(count, 2, generator=generator).tolist()
+        texts = []
+        for index, pair in zip(chosen, draws, strict=True):
+            of = self.captions[index]
+            texts.append(min((of[int(u * len(of))] for u in pair), key=len))
+        ids = self.tokenizer(texts)
+        order = end_places(ids, self.tokenizer.end_id).argsort(stable=True)
+        return [texts[i] for i in order.tolist()], ids[order], self.rows[chosen][order]
+
+
+class OldFeatures:
+    """The old tower's unit vectors in the CLIP's shared space."""
+
+    def __init__(self, old: TextEncoder, head: dict[str, Tensor]) -> None:
+        self.old, self.projection = old, head["text_projection.weight"].float()
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(N, D) of texts."""
+        ids = self.old.tokenizer(texts)
+        ends = end_places(ids, self.old.tokenizer.end_id)
+        states = self.old.encode_tokens(ids[:, : int(ends.max()) + 1]).float()
+        return F.normalize(states[torch.arange(len(ids)), ends] @ self.projection.T, dim=1)
+
+
+def make_lesson(
+    config: DrawingConfig, old: TextEncoder, pictures: Tensor, texts: Sequence[str], projection: int
+) -> Lesson:
+    """The lesson that the configuration asks for, with its tower as it starts.
+
+    Args: texts: some captions, for the start of the second lesson.
+    """
+    channels, height, width = pictures.shape[1:]
+    count = (height // config.patch) * (width // config.patch)
+    layers = config.tower.layers - 1
+    tower = new_tower(config.tower, layers, old.module, count)
+    whole = WholeLesson(tower, channels * height * width, projection)
+    if config.start is None:
+        principal_head(whole.head, pictures.flatten(1))
+        return whole
+    file = Path(config.start) / "lesson.safetensors"
+    if not file.is_file():
+        raise UserError(f"start={config.start}: there is no {file.name}. Has the lesson ended?")
+    whole.load_state_dict(load_file(file))
+    tower.config["num_hidden_layers"] = layers
+    size = channels * config.patch**2
+    order = patches(torch.arange(channels * height * width).view(1, channels, height, width),
+                    config.patch)[0]  # fmt: skip
+    lesson = PatchLesson(tower, size, projection, config.patch)
+    lesson.head = unfolding(tower, whole.head, order, old.tokenizer(texts))
+    lesson.projection.load_state_dict(whole.projection.state_dict())
+    return lesson
+
+
+class Teaching:
+    """One lesson: draws texts, shows pictures, adds up the gradients of a step."""
+
+    def __init__(
+        self, config: DrawingConfig, lesson: Lesson, pictures: Tensor, features: OldFeatures,
+        draw: Texts,
+    ) -> None:  # fmt: skip
+        self.config, self.lesson, self.pictures = config, lesson, pictures
+        self.features, self.draw = features, draw
+        self.patch_count = patches(pictures[:1], config.patch).shape[1]
+
+    def rows(self, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, positions and ends, without the padding that this lesson does not look at."""
+        end = self.draw.tokenizer.end_id
+        if self.config.start is None:
+            return short_rows(ids, end, generator)
+        return rows_with_patches(ids, end, self.patch_count)
+
+    def gradients(self, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
+        """Backward of one step, in groups of texts of similar length. Returns: the losses."""
+        texts, ids, places = self.draw(step, self.config.stage.batch_size)
+        generator = torch.Generator().manual_seed(self.config.stage.seed * 7_919 + step)
+        errors, distances = [], []
+        for part in torch.arange(len(ids)).chunk(GROUPS):
+            # The rows whose old features are compared come first.
+            every = max(1, len(ids) // CLIP_TEXTS)
+            lead = torch.cat([part[::every], part[torch.arange(len(part)) % every > 0]])
+            wanted = self.features([texts[i] for i in part[::every].tolist()])
+            with accelerator.autocast():
+                error, distance = self.lesson(
+                    self.rows(ids[lead], generator), self.pictures[places[lead]], wanted
+                )
+            share = len(part) / len(ids)
+            accelerator.backward((error + self.config.clip_weight * distance) * share)
+            errors.append(error.detach() * share)
+            distances.append(distance.detach() * share)
+        return {"error": torch.stack(errors).sum(), "clip": torch.stack(distances).sum()}
 
 
 def train(config: DrawingConfig, resume: bool) -> None:
-    """Encode the pictures, teach, write the tower."""
+    """Encode the pictures, teach, write the lesson's result."""
     stage_config, output = config.stage, Path(config.stage.output)
     accelerator = start_one_process(stage_config.mixed_precision)
     check_stage_output(stage_config, resume)
     torch.manual_seed(stage_config.seed)
     root = EMBEDDED_MODEL if config.model == "embedded" else Path(config.model)
-    autoencoder = load_autoencoder(root / "vae")
-    data = build_latent_cache(
-        open_source(config.data), autoencoder, config.data, default_cache(), device="cpu"
-    )
-    train_rows, _ = split(data, config.data.validation_share, config.data.split_seed)
-    tower = load_text_encoder(root / "text_encoder", root / "tokenizer")
-    channels, height, width = data.shape
-    tower.module.requires_grad_(True)
-    lesson = DrawingLesson(tower, (channels // 2, height, width), config.patch)
-    shape = OptimizerConfig(
-        kind="muon",
-        lr=stage_config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=stage_config.weight_decay,
-    )
+    if not (root / HEAD).is_file():
+        raise UserError(f"model={root} has no {HEAD}: its text tower is not half of a CLIP.")
+    old = load_text_encoder(root / "text_encoder", root / "tokenizer")
+    head = load_file(root / HEAD)
+    source = open_source(config.data)
+    pictures, rows = subject_pictures(source, config, root)
+    channels, height, width = pictures.shape[1:]
+    check_room((channels, height, width), config.patch, config.tower)
+    longer = load_text_encoder(root / "text_encoder", root / "tokenizer")
+    longer.tokenizer.max_length = config.tower.max_tokens
+    some = range(0, len(source), max(1, len(source) // START_TEXTS))
+    captions = [source.captions(i)[-1] for i in some]
+    lesson = make_lesson(config, longer, pictures, captions, len(head["text_projection.weight"]))
+    shape = OptimizerConfig(kind="muon", lr=stage_config.learning_rate, momentum=config.momentum,
+                            weight_decay=stage_config.weight_decay)  # fmt: skip
     stage = Stage(
         {"lesson": lesson}, {"lesson": make_optimizer(lesson, shape)}, stage_config, accelerator
     )
-    batch, seed = stage_config.batch_size, stage_config.seed
+    draw = Texts(source, rows, longer.tokenizer, stage_config.seed)
+    teaching = Teaching(config, lesson, pictures, OldFeatures(old, head), draw)
     for step in range(stage.resume(resume), stage_config.max_steps):
-        places = sample_indices(step, len(train_rows), batch, seed).tolist()
-        rows = [train_rows[i] for i in places]
-        captions = [
-            choose_caption(data.captions(row), seed, step * batch + i) for i, row in enumerate(rows)
-        ]
-        latents = autoencoder.latents_from_moments(data.moments_of(rows).float())
         stage.set_rate(step)
-        with accelerator.autocast():
-            error, moved = lesson(captions, latents)
-        stage.step(["lesson"], error + config.keep_weight * moved)
-        stage.log(step, {"error": error, "moved": moved})
+        losses = teaching.gradients(step, accelerator)
+        stage.update(["lesson"])
+        stage.log(step, losses)
         if (step + 1) % stage_config.checkpoint_every == 0 or step + 1 == stage_config.max_steps:
             stage.save(step + 1)
+    save(lesson, config, longer, head, output)
+
+
+def save(
+    lesson: Lesson, config: DrawingConfig, text: TextEncoder, head: dict[str, Tensor], output: Path
+) -> None:
+    """Write what the next step of the recipe reads."""
+    if config.start is None:
+        save_file({k: v.contiguous() for k, v in lesson.state_dict().items()},
+                  output / "lesson.safetensors")  # fmt: skip
+        print(f"first lesson written to {output}; now: teach_drawing.py start={output}")
+        return
+    tower = TextEncoder(lesson.tower.eval().requires_grad_(False), text.tokenizer)
     save_text_encoder(tower, output / "text_encoder")
-    print(f"text encoder written to {output}")
+    text.tokenizer.save(output / "tokenizer")
+    projection = lesson.projection.weight.detach().half().contiguous()
+    save_file({**head, "text_projection.weight": projection}, output / HEAD)
+    print(f"text encoder, tokenizer and CLIP head written to {output}")
 
 
 if __name__ == "__main__":

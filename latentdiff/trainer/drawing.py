@@ -1,29 +1,50 @@
 """Teaching a text tower what things look like, so that a U-Net has to learn less.
 
-The states of the last positions, padding behind the end mark unless a caption is long, hold what
-the causal tower has read; they learn to say the picture's latents patch by patch:
+A new tower is taught in two lessons, for a subject picture y (latents of the thing itself, without
+style and ground, and where it is opaque):
 
-    L = mean |head(state_j) − patch_j|² + κ mean |end state − end state before|²
+    whole:     |head(end state) − y|²              short rows, all layers but the last
+    patches:   mean_j |head(state_j) − y_j|²       the last positions each say one patch of y
 
-Otherwise a U-Net learns what 1,600 things look like through its cross-attention and at all noise
-levels at once, which takes it many times longer than a regression without noise does.
-The head is needed for training only; the tower stays a CLIP text tower, and κ keeps its end state,
-which the CLIP score reads, where it was.
+The first puts the picture into one vector; the second lets the U-Net's cross-attention find the
+piece that a place needs. The last layer starts as the exact linear map from the vector to the
+patches (see `unfolding`), so the second lesson only polishes. Otherwise a U-Net learns what 1,600
+things look like through its cross-attention and at all noise levels at once, which takes it many
+times longer than a regression without noise does.
+
+Both lessons also keep what a CLIP score needs: a projection of the end state stays where the
+features of the tower before were. The heads are needed for training only.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from latentdiff.data.source import DataConfig
 from latentdiff.errors import UserError
-from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.clip_text import ClipText
 from latentdiff.trainer.stage import StageConfig
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """Shape of the new text tower."""
+
+    width: int = 448
+    """Width of the states; the U-Net's cross_attention_dim."""
+    layers: int = 3
+    """Layers, the one that unfolds the picture included."""
+    hidden: int = 2320
+    """Width inside the MLPs; the last one holds (1 + values of a patch) for each patch."""
+    heads: int = 7
+    """Attention heads."""
+    max_tokens: int = 40
+    """Positions: the longest caption, marks included, and one for each patch."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +52,15 @@ class DrawingConfig:
     """Everything that teach_drawing.py needs."""
 
     model: str = "embedded"
-    """Model folder whose text tower is taught, or `embedded`; its autoencoder gives the latents."""
+    """Model folder, or `embedded`: its autoencoder, vocabulary and old text tower are used."""
+    start: str | None = None
+    """Output folder of the first lesson, which the second goes on from; null is the first."""
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    """The new tower."""
     patch: int = 4
     """Side of a patch in latent positions."""
-    keep_weight: float = 0.1
-    """κ, the weight of keeping the end state."""
+    clip_weight: float = 0.1
+    """Weight of the cosine distance to the old tower's features."""
     momentum: float = 0.95
     """Of the optimizer, Muon."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -44,55 +69,141 @@ class DrawingConfig:
     """The loop."""
 
 
-def patches(latents: Tensor, side: int) -> Tensor:
-    """Cut latents (B, C, H, W) into patches, row by row: (B, H·W/side², C·side²)."""
-    cut = latents.unfold(2, side, side).unfold(3, side, side)
+def patches(pictures: Tensor, side: int) -> Tensor:
+    """Cut pictures (B, C, H, W) into patches, row by row: (B, H·W/side², C·side²)."""
+    cut = pictures.unfold(2, side, side).unfold(3, side, side)
     return cut.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
-def check_room(latent_shape: Sequence[int], side: int, positions: int) -> None:
-    """Refuse patches that do not divide the latents or outnumber the tower's positions.
+def check_room(shape: tuple[int, int, int], side: int, tower: TowerConfig) -> None:
+    """Refuse patches that do not divide the picture, or do not fit the tower.
 
     Raises: UserError: with the numbers, and what would fit.
     """
-    _, height, width = latent_shape
+    channels, height, width = shape
     if side < 1 or height % side or width % side:
         raise UserError(f"patch must divide the latents' {height} x {width}; got {side}.")
     count = (height // side) * (width // side)
-    if count >= positions - 2:
+    if count + 8 > tower.max_tokens:
         raise UserError(
-            f"patch={side} makes {count} patches, and the text tower has {positions} positions, "
-            f"captions included. Take a larger patch, such as {2 * side}."
+            f"patch={side} makes {count} patches, and the text tower has {tower.max_tokens} "
+            f"positions, captions included. Take patch={2 * side}, or raise tower.max_tokens."
         )
+    needed = count * (channels * side * side + 1)
+    if tower.hidden < needed:
+        raise UserError(f"tower.hidden must be at least {needed} for these patches; got "
+                        f"{tower.hidden}.")  # fmt: skip
 
 
-class DrawingLesson(nn.Module):
-    """The tower with a head that says patches.
+def new_tower(shape: TowerConfig, layers: int, before: ClipText, patch_count: int) -> ClipText:
+    """Make a tower of `layers` layers with random weights and the vocabulary of another one."""
+    tower = ClipText(
+        {
+            **before.config,
+            "hidden_size": shape.width,
+            "intermediate_size": shape.hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": shape.heads,
+            "max_position_embeddings": shape.max_tokens,
+        }
+    )
+    words, places = tower.embeddings.token_embedding, tower.embeddings.position_embedding
+    nn.init.normal_(words.weight, std=0.5)
+    nn.init.normal_(places.weight, std=0.2)
+    # The last layer has to tell the patches' positions apart whatever the caption says.
+    nn.init.normal_(places.weight[-patch_count:], std=1.0)
+    return tower
+
+
+def end_places(token_ids: Tensor, end_id: int) -> Tensor:
+    """Position of the first end mark of each row, (B,)."""
+    return (token_ids == end_id).int().argmax(1)
+
+
+def short_rows(
+    token_ids: Tensor, end_id: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave out most of the padding: what is behind the longest text, but for one end mark.
+
+    That one stands at a random place behind the text, so that any place learns to read it.
+
+    Args:    token_ids: (B, T).
+    Returns: ids (B, t), positions (B, t), the place of each row's first end mark (B,).
+    """
+    ends = end_places(token_ids, end_id)
+    length, (count, room) = int(ends.max()) + 1, token_ids.shape
+    ids = F.pad(token_ids[:, :length], (0, 1), value=end_id)
+    positions = torch.arange(length + 1).expand(count, -1).clone()
+    chance = torch.rand(count, generator=generator)
+    positions[:, -1] = (length + (chance * (room - length)).long()).clamp(max=room - 1)
+    return ids, positions, ends
+
+
+def rows_with_patches(token_ids: Tensor, end_id: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave out the padding between the longest text and the last `count` positions.
+
+    Args:    token_ids: (B, T).
+    Returns: as `short_rows`.
+    """
+    ends = end_places(token_ids, end_id)
+    length, places = int(ends.max()) + 2, torch.arange(token_ids.shape[1])
+    kept = (places < length) | (places >= len(places) - count)
+    return token_ids[:, kept], places[kept].expand(len(token_ids), -1), ends
+
+
+class Lesson(nn.Module):
+    """What both lessons share: the tower, its head, and the projection of the end state.
 
     Args:
-        tower: the text encoder that learns.
-        latent_shape: (C, H, W).
-        side: of a patch.
+        tower: what is taught.
+        values: how many numbers the head says.
+        projection: dimensions of the CLIP's shared space.
     """
 
-    def __init__(self, tower: TextEncoder, latent_shape: Sequence[int], side: int) -> None:
+    def __init__(self, tower: ClipText, values: int, projection: int) -> None:
         super().__init__()
-        channels, height, width = latent_shape
-        check_room(latent_shape, side, tower.max_length)
-        self.side, self.count = side, (height // side) * (width // side)
-        self.tower = tower.module
-        self.head = nn.Linear(tower.width, channels * side * side)
-        self._before, self._tokenizer = [copy.deepcopy(tower.module)], tower.tokenizer
+        width = tower.config["hidden_size"]
+        self.tower, self.head = tower, nn.Linear(width, values)
+        self.projection = nn.Linear(width, projection, bias=False)
 
-    def forward(self, captions: Sequence[str], latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (error of the drawing, distance of the end states from before)."""
-        ids = self._tokenizer(captions)
-        states = self.tower(ids)
-        with torch.no_grad():
-            before = self._before[0](ids)
-        end = (ids == self._tokenizer.end_id).int().argmax(1)
-        rows = torch.arange(len(ids))
-        drawn = self.head(states[:, -self.count :]).float()
-        error = (drawn - patches(latents, self.side)).square().mean()
-        moved = (states[rows, end] - before[rows, end]).float().square().mean()
-        return error, moved
+    def clip_distance(self, end_states: Tensor, wanted: Tensor) -> Tensor:
+        """Mean cosine distance of the projected end states to the first rows' old features."""
+        said = self.projection(end_states[: len(wanted)])
+        return 1 - F.cosine_similarity(said, wanted, dim=1).mean()
+
+
+class WholeLesson(Lesson):
+    """First lesson: end marks say the whole subject picture."""
+
+    def forward(self, rows: Any, picture: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (error of the picture, distance to the old CLIP features).
+
+        Args: rows: what `short_rows` gives.  picture: (B, C, H, W).  features: (≤ B, D) unit.
+        """
+        ids, positions, ends = rows
+        states = self.tower(ids, positions)
+        end_states = states[torch.arange(len(ids)), ends]
+        said = self.head(torch.stack([end_states, states[:, -1]])).float()
+        error = (said - picture.flatten(1)).square().mean()
+        return error, self.clip_distance(end_states, features)
+
+
+class PatchLesson(Lesson):
+    """Second lesson: the last positions say a patch each."""
+
+    def __init__(self, tower: ClipText, values: int, projection: int, side: int) -> None:
+        """Args: as Lesson; side: of a patch."""
+        super().__init__(tower, values, projection)
+        self.side = side
+
+    def forward(self, rows: Any, picture: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (error of the patches, distance to the old CLIP features).
+
+        Args: rows: what `rows_with_patches` gives; the others as in WholeLesson.
+        """
+        ids, positions, ends = rows
+        wanted = patches(picture, self.side)
+        states = self.tower(ids, positions)
+        said = self.head(states[:, -wanted.shape[1] :]).float()
+        end_states = states[torch.arange(len(ids)), ends]
+        return (said - wanted).square().mean(), self.clip_distance(end_states, features)

@@ -198,6 +198,10 @@ class Stage:
     def step(self, names: Sequence[str], loss: Tensor) -> None:
         """Descend a loss of the named modules: backward, clip each, update, clear."""
         self.accelerator.backward(loss)
+        self.update(names)
+
+    def update(self, names: Sequence[str]) -> None:
+        """Change the named modules by the gradients that they have: clip each, update, clear."""
         for name in names:
             module, optimizer = self.modules[name], self.optimizers[name]
             self.accelerator.clip_grad_norm_(module.parameters(), self.config.clip_norm)
