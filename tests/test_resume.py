@@ -13,10 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 
+import killing  # noqa: E402
 from tiny_training import arguments, losses, make_parts, make_pictures  # noqa: E402
 
 SCRIPT = str(ROOT / "training" / "train_latent.py")
 STEPS = 24
+#: How many random moments are tried; half of them fall within the writing of checkpoints.
+KILLS = int(os.environ.get("LATENTDIFF_KILLS", "8"))
 # Two captions a picture, dropped captions, accumulation, a moving average, a held-out share: all
 # that could depend on history.
 SETTINGS = [
@@ -90,6 +93,44 @@ def test_killed_without_warning_at_a_random_moment(folder: Path) -> None:
     same_run(folder / "straight", folder / "killed")
 
 
+@pytest.fixture(scope="module")
+def events(folder: Path) -> list[str]:
+    """What happens in a whole run, by the numbers that `killing` counts."""
+    fate = killing.Fate()
+    from train_latent import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        killing.arm(fate, patch.setattr)
+        assert main(given(folder, "counted")) == 0
+    same_run(folder / "straight", folder / "counted")
+    return fate.names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(KILLS))
+def test_killed_anywhere_it_goes_on_bit_for_bit(
+    folder: Path, events: list[str], number: int
+) -> None:
+    from latentdiff.trainer.checkpoint import checkpoints
+    from latentdiff.trainer.output import is_started
+
+    training = {"backward", "update", "log"}
+    writes = [n for n, name in enumerate(events) if name not in training]
+    steps = [n for n, name in enumerate(events) if name in training]
+    assert len(writes) > 40
+    assert len(steps) > 3 * STEPS
+    moment = random.SystemRandom().choice(writes if number % 2 else steps)
+    name = f"killed-{number}-at-{moment}-{events[moment]}".replace(" ", "-")
+    assert killing.train(given(folder, name), moment) == -signal.SIGKILL
+    output = folder / name
+    print(f"{name}: {[p.name for p in checkpoints(output / 'checkpoints')]} whole")
+    resume = ["--resume"] if is_started(output) else []
+    assert killing.train([*given(folder, name), *resume]) == 0
+    same_run(folder / "straight", output)
+    left = [p.name for p in (output / "checkpoints").iterdir()]
+    assert sorted(left) == ["step-00000020", "step-00000024"]
+
+
 def test_asked_to_stop_it_writes_a_checkpoint_first(folder: Path) -> None:
     from train_latent import main
 
@@ -103,6 +144,15 @@ def test_asked_to_stop_it_writes_a_checkpoint_first(folder: Path) -> None:
     assert "--resume" in process.stderr.read()
     assert main([*given(folder, "stopped", *more), "--resume"]) == 0
     same_run(folder / "straight", folder / "stopped")
+
+
+def test_started_again_by_the_launcher_it_goes_on_by_itself(folder: Path, monkeypatch) -> None:
+    from train_latent import main
+
+    assert main(given(folder, "straight")) == 2
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(given(folder, "straight")) == 0
+    assert sorted(losses(folder / "straight")) == list(range(1, STEPS + 1))
 
 
 def test_other_settings_are_refused_by_name(folder: Path, capsys) -> None:

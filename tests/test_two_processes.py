@@ -1,8 +1,6 @@
 """Two data-parallel processes are one training."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 
+from launching import launch  # noqa: E402
 from tiny_training import arguments, losses, make_parts, make_pictures  # noqa: E402
 
 pytestmark = pytest.mark.slow
-SCRIPT = str(ROOT / "training" / "train_latent.py")
+SCRIPT = ROOT / "training" / "train_latent.py"
 MORE = ["loop.max_steps=12", "loop.gradient_accumulation=2", "data.validation_share=0.2"]
 MORE += [
     "validation.every=6",
@@ -24,29 +23,14 @@ MORE += [
 ]
 
 
-def launch(arguments: list[str], config: str, **environment: str) -> "subprocess.CompletedProcess":
-    """Run the script as `accelerate launch` with one of the shipped configurations."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "training" / "accelerate" / config)]
-    command += ["--main_process_port", "0", SCRIPT, *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment,
-    )
-
-
 def test_two_ranks_give_the_losses_of_one_process(tmp_path: Path) -> None:
     parts, pictures = make_parts(tmp_path / "parts"), make_pictures(tmp_path / "pictures", 10)
     alone, together = tmp_path / "alone", tmp_path / "together"
     from train_latent import main
 
     assert main([*arguments(parts, pictures, alone, *MORE), "loop.batch_size=4"]) == 0
-    run = launch(
-        [*arguments(parts, pictures, together, *MORE), "loop.batch_size=2"], "ddp_cpu_2.yaml"
-    )
+    given = [*arguments(parts, pictures, together, *MORE), "loop.batch_size=2"]
+    run = launch(SCRIPT, given, "ddp_cpu_2.yaml")
     assert run.returncode == 0, run.stderr[-3000:]
     manifest = json.loads((together / "checkpoints/step-00000012/manifest.json").read_text())
     assert manifest["processes"] == 2
@@ -60,7 +44,8 @@ def test_two_ranks_give_the_losses_of_one_process(tmp_path: Path) -> None:
 
 def test_one_process_through_the_launcher(tmp_path: Path) -> None:
     parts, pictures = make_parts(tmp_path / "parts"), make_pictures(tmp_path / "pictures", 3)
-    run = launch(arguments(parts, pictures, tmp_path / "run", "loop.max_steps=2"), "single.yaml")
+    given = arguments(parts, pictures, tmp_path / "run", "loop.max_steps=2")
+    run = launch(SCRIPT, given, "single.yaml")
     assert run.returncode == 0, run.stderr[-3000:]
     manifest = tmp_path / "run/checkpoints/step-00000002/manifest.json"
     assert json.loads(manifest.read_text())["processes"] == 1

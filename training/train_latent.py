@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,9 +41,10 @@ from latentdiff.trainer.latent_run import (
 from latentdiff.trainer.loop import Descent, training_loop
 from latentdiff.trainer.optimizer import learning_rate, make_optimizer
 from latentdiff.trainer.order import Order
-from latentdiff.trainer.output import CHECKPOINTS, check_output, open_output
-from latentdiff.trainer.processes import is_first_process, start_processes
-from latentdiff.trainer.state import TrainingState
+from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
+from latentdiff.trainer.processes import is_first_process, start_processes, was_restarted
+from latentdiff.trainer.sharding import prepare
+from latentdiff.trainer.state import TrainingState, stored_facts
 from latentdiff.trainer.tracking import Tracker
 
 
@@ -50,7 +52,7 @@ def train(given: Given, resume: bool) -> Path:
     """Check everything, train, export. Returns: the model folder."""
     config, output = given.config, Path(given.config.output)
     check_output(output, resume)
-    accelerator = start_processes(config.loop.mixed_precision)
+    accelerator = start_processes(config.loop.mixed_precision, shards=True)
     components, config, notes = load_parts(given)
     autoencoder, schedule = (
         components.autoencoder.to(accelerator.device),
@@ -62,21 +64,21 @@ def train(given: Given, resume: bool) -> Path:
 
     unet = prepare_unet(components, config, accelerator.device)
     optimizer = make_optimizer(unet, config.optimizer)
-    model, prepared_optimizer = accelerator.prepare(unet, optimizer)
+    model, prepared_optimizer = prepare(accelerator, unet, optimizer)
     ema = Ema(unet, config.loop.ema_decay)
-    shape = batch_shape(config, accelerator)
+    before = stored_facts(output / CHECKPOINTS) if resume else None
+    shape, recut = batch_shape(config, accelerator, before)
     context = ContextCache(
         components.text_encoder.to(accelerator.device), config.latents.context_megabytes * 2**20
     )
     facts = {**deciding_facts(config), **latents.facts(), "pictures per step": shape.total}
-    state = TrainingState(
-        unet, ema, optimizer, accelerator, output / CHECKPOINTS, config.loop.keep_last, facts
-    )
+    keep = (config.loop.keep_last, config.loop.keep_every)
+    state = TrainingState(unet, ema, optimizer, accelerator, output / CHECKPOINTS, *keep, facts)
     first_step, seconds = state.resume() if resume else (0, 0.0)
     if accelerator.is_main_process:
         save_config(config)
     tracker = Tracker(output, first_step, config.loop, active=accelerator.is_main_process)
-    for note in notes + long_captions(latents, components.text_encoder):
+    for note in notes + recut + long_captions(latents, components.text_encoder):
         tracker.say(note)
     order = Order(latents.train, config.loop.seed)
     make_batch = BatchMaker(
@@ -112,7 +114,7 @@ def train(given: Given, resume: bool) -> Path:
     if not validate.due(done):
         validate(done)
     tracker.close()
-    folder = export(config, components, ema) if accelerator.is_main_process else output
+    folder = export(config, components, ema, writes=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if lock is not None:
@@ -133,10 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         given = read_config(options.config, options.overrides)
-        folder = train(given, options.resume)
+        again = was_restarted() and is_started(Path(given.config.output))
+        folder = train(given, options.resume or again)
     except UserError as error:
-        if is_first_process():
-            print(f"error: {error}", file=sys.stderr)
+        # Any process may be the one that fails, and the launcher then stops the others.
+        where = "" if is_first_process() else f" (process {os.environ['RANK']})"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 2
     except Interrupted as stop:
         if is_first_process():

@@ -4,8 +4,9 @@
 
 A spatial transformer treats the H·W positions as tokens: self-attention lets them see each other,
 cross-attention lets them read the context (Rombach et al. 2022, section 3.3, arXiv:2112.10752).
-The context does not change while an image is denoised, so its keys and values are computed outside
-the blocks, once, and handed in as `kv` (see `UNet.project_context`).
+The context does not change while an image is denoised, so in sampling its keys and values are
+computed once, outside the blocks (see `UNet.project_context`). In training every block makes its
+own: all its weights are used within its call, which sharding relies on.
 Attribute names are those of diffusers, since they are the keys of the weight files.
 """
 
@@ -23,6 +24,8 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one attention, each (B, heads, tokens, head_dim)."""
 ContextKV = tuple[KeyValue, ...]
 """Keys and values of every cross-attention of a U-Net, in the order of `Attention.index`."""
+Context = Tensor | ContextKV
+"""What blocks are given: a context (B, tokens, dim), or the keys and values made of it."""
 
 
 class Attention(nn.Module):
@@ -115,10 +118,12 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width, dropout)
 
-    def forward(self, x: Tensor, kv: ContextKV) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """Map tokens (B, N, width) to (B, N, width)."""
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), kv[self.attn2.index])
+        cross = self.attn2
+        kv = cross.project(context) if isinstance(context, Tensor) else context[cross.index]
+        x = x + cross(self.norm2(x), kv)
         return x + self.ff(self.norm3(x))
 
 
@@ -153,7 +158,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = projection()
 
-    def forward(self, x: Tensor, kv: ContextKV) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """Map a feature map (B, C, H, W) to (B, C, H, W)."""
         height, width = x.shape[-2:]
         h = self.norm(x)
@@ -161,7 +166,7 @@ class SpatialTransformer(nn.Module):
         # In channels_last, to tokens and back are views.
         h = self.proj_in(_to_tokens(h)) if linear else _to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
-            h = block(h, kv)
+            h = block(h, context)
         if linear:
             return x + _to_map(self.proj_out(h), height, width)
         return x + self.proj_out(_to_map(h, height, width))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.models.attention import ContextKV, SpatialTransformer
+from latentdiff.models.attention import Context, SpatialTransformer
 
 MakeTransformer = Callable[[int], SpatialTransformer]
 """Builds a transformer for a number of channels."""
@@ -109,13 +109,13 @@ class DownBlock(Block):
         super().__init__(*args)
         self.downsamplers = nn.ModuleList([Downsample(downsample)] if downsample else [])
 
-    def forward(self, x: Tensor, emb: Tensor, kv: ContextKV) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, emb: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
         """Return the block's output and all results that the up path will want."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = self.run(resnet, x, emb)
             if len(self.attentions):
-                x = self.run(self.attentions[i], x, kv)
+                x = self.run(self.attentions[i], x, context)
             skips.append(x)
         for halve in self.downsamplers:
             x = halve(x)
@@ -126,11 +126,11 @@ class DownBlock(Block):
 class MidBlock(Block):
     """ResNet, transformer, ResNet at the lowest resolution (a single ResNet without attention)."""
 
-    def forward(self, x: Tensor, emb: Tensor, kv: ContextKV) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""
         x = self.run(self.resnets[0], x, emb)
         for transformer, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = self.run(transformer, x, kv)
+            x = self.run(transformer, x, context)
             x = self.run(resnet, x, emb)
         return x
 
@@ -143,12 +143,12 @@ class UpBlock(Block):
         super().__init__(*args)
         self.upsamplers = nn.ModuleList([Upsample(upsample)] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, kv: ContextKV) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Context) -> Tensor:
         """Consume the last len(resnets) skips; then grow to the size of the skip below them."""
         for i, resnet in enumerate(self.resnets):
             x = self.run(resnet, torch.cat([x, skips.pop()], dim=1), emb)
             if len(self.attentions):
-                x = self.run(self.attentions[i], x, kv)
+                x = self.run(self.attentions[i], x, context)
         for double in self.upsamplers:
             x = double(x, skips[-1].shape[-2:])
         return x

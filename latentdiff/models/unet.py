@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.errors import UserError
-from latentdiff.models.attention import Attention, ContextKV, SpatialTransformer
+from latentdiff.models.attention import Attention, Context, ContextKV, SpatialTransformer
 from latentdiff.models.attention_backend import attention_backend
 from latentdiff.models.blocks import Block, DownBlock, MidBlock, ResnetBlock, UpBlock
 from latentdiff.models.time_embedding import (
@@ -79,13 +79,7 @@ class UNet(nn.Module):
         Returns: what `forward` takes as kv.
         Raises:  UserError: context of another width.
         """
-        width = self.config.cross_attention_dim
-        if context.ndim != 3 or context.shape[-1] != width:
-            raise UserError(
-                f"context must be (batch, tokens, {width}) for this U-Net's cross_attention_dim; "
-                f"got {tuple(context.shape)}."
-            )
-        context = context.to(self.dtype)
+        context = self._checked(context)
         return tuple(attention.project(context) for attention in self._cross_attentions)
 
     def forward(
@@ -105,23 +99,20 @@ class UNet(nn.Module):
         Returns: (B, out_channels, H, W).
         Raises:  UserError: context and kv both missing, or for another batch size.
         """
-        if kv is None:
-            if context is None:
-                raise UserError("the U-Net needs context, or kv = unet.project_context(context).")
-            kv = self.project_context(context)
-        self._check_batch(x_t, kv)
+        text: Context = kv if kv is not None else self._checked(context)
+        self._check_batch(x_t, text)
         t = torch.as_tensor(timestep, device=x_t.device).expand(len(x_t))
         # Every ResNet block wants the activated embedding, so it is activated once.
         emb = F.silu(self.time_embedding(self.time_proj(t).to(self.dtype)))
         x = self.conv_in(x_t)
         skips = [x]
         for down in self.down_blocks:
-            x, new = down(x, emb, kv)
+            x, new = down(x, emb, text)
             skips += new
         if self.mid_block is not None:
-            x = self.mid_block(x, emb, kv)
+            x = self.mid_block(x, emb, text)
         for up in self.up_blocks:
-            x = up(x, skips, emb, kv)
+            x = up(x, skips, emb, text)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def set_attention(self, kind: str) -> None:
@@ -158,11 +149,24 @@ class UNet(nn.Module):
                 nn.init.zeros_(parameter)
         return self
 
-    def _check_batch(self, x_t: Tensor, kv: ContextKV) -> None:
-        if kv and len(kv[0][0]) != len(x_t):
+    def _checked(self, context: Tensor | None) -> Tensor:
+        if context is None:
+            raise UserError("the U-Net needs context, or kv = unet.project_context(context).")
+        width = self.config.cross_attention_dim
+        if context.ndim != 3 or context.shape[-1] != width:
             raise UserError(
-                f"x_t and context must have the same batch size; got {len(x_t)} and "
-                f"{len(kv[0][0])}."
+                f"context must be (batch, tokens, {width}) for this U-Net's cross_attention_dim; "
+                f"got {tuple(context.shape)}."
+            )
+        return context.to(self.dtype)
+
+    def _check_batch(self, x_t: Tensor, text: Context) -> None:
+        if not len(text):  # no cross-attention
+            return
+        batch = len(text) if isinstance(text, Tensor) else len(text[0][0])
+        if batch != len(x_t):
+            raise UserError(
+                f"x_t and context must have the same batch size; got {len(x_t)} and {batch}."
             )
 
 

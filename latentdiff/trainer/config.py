@@ -194,6 +194,7 @@ _FREE = (
     "loop.log_every",
     "loop.checkpoint_every",
     "loop.keep_last",
+    "loop.keep_every",
     "loop.tensorboard",
 )
 

@@ -21,8 +21,9 @@ from latentdiff.errors import UserError
 from latentdiff.trainer.config import Given, TrainConfig, adopt, check_given
 from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.ema import Ema
-from latentdiff.trainer.order import BatchShape
+from latentdiff.trainer.order import BatchShape, recut
 from latentdiff.trainer.output import MODEL, SAMPLES, default_cache
+from latentdiff.trainer.sharding import gather_state, is_sharded
 from latentdiff.trainer.tracking import Tracker
 from latentdiff.trainer.validation import held_out_loss, picture_grid, pictures, write_png
 
@@ -243,19 +244,35 @@ def long_captions(latents: Latents, text_encoder: Any, looked_at: int = 500) -> 
     ]
 
 
-def batch_shape(config: TrainConfig, accelerator: Accelerator) -> BatchShape:
-    """How the global batch is cut up in this launch."""
-    loop = config.loop
-    return BatchShape(
-        loop.batch_size,
-        loop.gradient_accumulation,
-        accelerator.num_processes,
-        accelerator.process_index,
+def batch_shape(
+    config: TrainConfig, accelerator: Accelerator, before: dict[str, Any] | None
+) -> tuple[BatchShape, list[str]]:
+    """How the global batch is cut up in this launch, and a note if that is not as configured.
+
+    Args:    before: manifest of the checkpoint to go on from. When another number of processes
+             wrote it, the pictures per step stay as many as they were.
+    """
+    loop, count = config.loop, accelerator.num_processes
+    shape = BatchShape(
+        loop.batch_size, loop.gradient_accumulation, count, accelerator.process_index
     )
+    if before is None or before["processes"] == count:
+        return shape, []
+    kept = recut(shape, before["facts"]["pictures per step"])
+    if kept == shape:
+        return shape, []
+    return kept, [
+        f"note: {count} processes go on where {before['processes']} were; a step stays "
+        f"{kept.total} pictures with loop.batch_size={kept.per_process} and "
+        f"loop.gradient_accumulation={kept.accumulation}."
+    ]
 
 
 class Validator:
-    """Writes OUTPUT/samples/step-N.png and the held-out loss; works on the main process only."""
+    """Writes OUTPUT/samples/step-N.png and the held-out loss on the main process.
+
+    The others wait, or compute along where the U-Net is sharded: a pass needs all shards.
+    """
 
     def __init__(
         self,
@@ -280,8 +297,8 @@ class Validator:
 
     def __call__(self, step: int) -> None:
         """Validate the averaged weights; the other processes wait."""
-        if self._accelerator.is_main_process:
-            unet = self._parts.unet
+        unet = self._parts.unet
+        if self._accelerator.is_main_process or is_sharded(unet):
             was_training = unet.training
             with self._ema.applied(), self._accelerator.autocast():
                 unet.eval()
@@ -324,7 +341,8 @@ class Validator:
             seed=validation.seed,
         )
         grid = picture_grid(images)
-        write_png(grid, Path(self._config.output) / SAMPLES / f"step-{step:08d}.png")
+        if self._accelerator.is_main_process:
+            write_png(grid, Path(self._config.output) / SAMPLES / f"step-{step:08d}.png")
         self._tracker.image("samples", step, grid)
 
     def _captions(self, count: int) -> Sequence[str]:
@@ -333,13 +351,25 @@ class Validator:
         return [self._latents.data.captions(row)[0] for row in chosen]
 
 
-def export(config: TrainConfig, components: Components, ema: Ema) -> Path:
-    """Write OUTPUT/model with the averaged weights; return the folder."""
+def export(config: TrainConfig, components: Components, ema: Ema, writes: bool) -> Path:
+    """Write OUTPUT/model with the averaged weights; return the folder.
+
+    All processes must call this: those that do not write hand over their shards.
+    """
     from latentdiff.formats.diffusers_folder import save_components
+    from latentdiff.models.unet import UNet
 
     folder = Path(config.output) / MODEL
     with ema.applied():
-        save_components(folder, components, getattr(torch, config.export.dtype))
+        if is_sharded(components.unet):
+            state = gather_state(components.unet, writes)
+            with torch.device("meta"):
+                whole = UNet(components.unet.config)
+            if writes:
+                whole.load_state_dict(state, assign=True)
+            components = dataclasses.replace(components, unet=whole)
+        if writes:
+            save_components(folder, components, getattr(torch, config.export.dtype))
     return folder
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from latentdiff.diffusion.noise import mix
 from latentdiff.errors import UserError
 from latentdiff.trainer.batches import Prefetch
+from latentdiff.trainer.checkpoint import CheckpointError
 from latentdiff.trainer.interrupt import Interrupted, StopSignal
 from latentdiff.trainer.optimizer import set_learning_rate, step_if_finite
 from latentdiff.trainer.order import BatchShape
+from latentdiff.trainer.sharding import is_sharded, whole
 from latentdiff.trainer.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ class LoopConfig:
     """Steps between checkpoints."""
     keep_last: int = 2
     """How many checkpoints are kept."""
+    keep_every: int | None = None
+    """Keep for good those whose step is a multiple of this, a multiple of checkpoint_every too."""
     tensorboard: bool = True
     """Write TensorBoard files too, if it is installed."""
 
@@ -73,6 +77,13 @@ class LoopConfig:
             for name in (*counts, "checkpoint_every", "keep_last")
             if getattr(self, name) < 1
         ]
+        if self.keep_every is not None and (
+            self.keep_every < 1 or self.keep_every % max(1, self.checkpoint_every)
+        ):
+            problems.append(
+                f"keep_every must be a multiple of checkpoint_every={self.checkpoint_every}, or "
+                f"null; got {self.keep_every}."
+            )
         if not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay must be at least 0 and below 1; got {self.ema_decay}.")
         if self.max_minutes is not None and self.max_minutes <= 0:
@@ -105,6 +116,13 @@ class Descent:
         self.history: list[tuple[int, Tensor, Tensor]] = []
         self._loss: Tensor | None = None
 
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Within it processes do not exchange gradients (the last micro-batch of a step does).
+
+        Shards exchange theirs at once: only so do gradients take as little memory as weights.
+        """
+        return nullcontext() if is_sharded(self.model) else self.accelerator.no_sync(self.model)
+
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's share of the step's gradient."""
         share = loss / self.accumulation
@@ -117,7 +135,7 @@ class Descent:
         if self._loss is None:
             raise RuntimeError("step.update() before step.backward(loss)")
         parameters = list(self.model.parameters())
-        norm = self.accelerator.clip_grad_norm_(parameters, self.clip_norm or math.inf)
+        norm = whole(self.accelerator.clip_grad_norm_(parameters, self.clip_norm or math.inf))
         set_learning_rate(self.optimizer.optimizer, self.rate(number))
         if self.accelerator.scaler is None:
             step_if_finite(self.optimizer.optimizer, norm)
@@ -168,6 +186,8 @@ def training_loop(
         first_step, seconds: steps made and time spent before, when resuming.
     Raises:
         Interrupted: after SIGTERM or SIGINT, with the checkpoint written.
+        CheckpointError: the last checkpoint, or the one before stopping, was not; after any
+            other the run goes on with a warning.
         UserError: after 20 steps in a row without a finite loss.
     """
     keys = (
@@ -182,8 +202,7 @@ def training_loop(
             last = micro == shape.accumulation - 1
             # Dropout, if the model has any, must not depend on how often the run was resumed.
             torch.manual_seed(mix(mix(config.seed, number), micro * shape.processes + shape.rank))
-            accelerator = descent.accelerator
-            with nullcontext() if last else accelerator.no_sync(descent.model):
+            with nullcontext() if last else descent.no_sync():
                 yield Step(descent, number, last), batch
             if not last:
                 continue
@@ -191,7 +210,12 @@ def training_loop(
             stop = log.after(done, signal)
             if stop or done % config.checkpoint_every == 0 or done == config.max_steps:
                 log.flush(done)
-                save(done, log.seconds)
+                try:
+                    save(done, log.seconds)
+                except CheckpointError as error:
+                    if stop or done == config.max_steps:
+                        raise
+                    tracker.say(f"warning: {error} Training goes on.")
             if stop and signal.number:
                 tracker.close()
                 raise Interrupted(signal.number, done)

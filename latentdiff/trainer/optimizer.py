@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.trainer.muon import Muon
+from latentdiff.trainer.sharding import local
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,18 @@ def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str
 def load_named_state(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `named_state` gave, with each moment in its parameter's memory layout."""
+    """Put back what `named_state` gave (of a sharded parameter the rows that are here).
+
+    Each moment gets its parameter's memory layout.
+    """
     parameters = dict(module.named_parameters())
     for full_name, value in tensors.items():
         key, _, name = full_name.partition("/")
         parameter = parameters[name]
-        if value.shape == parameter.shape and key != "step":
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        if value.shape == local(parameter).shape and key != "step":
+            moment = torch.empty_like(parameter, dtype=value.dtype)
+            local(moment).copy_(value)
+            value = moment.detach()
         elif key == "step" and not optimizer.param_groups[0].get("fused"):
             value = value.clone()  # counted on the CPU; the fused kernel alone wants it there
         else:

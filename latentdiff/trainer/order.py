@@ -10,11 +10,12 @@ same samples in the same steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from latentdiff.diffusion.noise import mix
+from latentdiff.errors import UserError
 
 # Keeps the choice of captions independent of the noise, which is drawn from (seed, n) as well.
 _CAPTION_STREAM = 0x43415054
@@ -43,6 +44,23 @@ class BatchShape:
         block = micro * self.processes + self.rank
         start = step * self.total + block * self.per_process
         return range(start, start + self.per_process)
+
+
+def recut(shape: BatchShape, total: int) -> BatchShape:
+    """Cut a global batch of `total` samples up for the processes there are.
+
+    Micro-batches become as large as they may: at most `shape.per_process`.
+    Raises: UserError: it cannot be shared out evenly.
+    """
+    share, rest = divmod(total, shape.processes)
+    if rest or not share:
+        raise UserError(
+            f"--resume: a step of this run is {total} pictures, which {shape.processes} processes "
+            "cannot share evenly. Launch it on a number of processes that divides "
+            f"{total}."
+        )
+    size = next(n for n in range(min(shape.per_process, share), 0, -1) if share % n == 0)
+    return replace(shape, per_process=size, accumulation=share // size)
 
 
 @dataclass

@@ -21,9 +21,9 @@ def check_output(folder: Path, resume: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output={folder} is a file, not a folder. Choose another output=FOLDER.")
-    found = sorted(p.name for p in folder.iterdir() if p.name != _LOCK) if folder.is_dir() else []
+    found = _contents(folder)
     checkpoint = latest(folder / CHECKPOINTS)
-    if resume and checkpoint is None and not (folder / "config.yaml").is_file():
+    if resume and not is_started(folder):
         holds = f"it holds {', '.join(found[:6])}" if found else "it is empty or not there"
         raise UserError(
             f"--resume: output={folder} has no complete checkpoint ({holds}). Leave --resume out "
@@ -40,6 +40,19 @@ def check_output(folder: Path, resume: bool) -> None:
         raise _unwritable(folder, f"{parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _unwritable(folder, f"no permission to write to {parent}")
+
+
+def _contents(folder: Path) -> list[str]:
+    """What is there already, without what a run makes before it has done anything."""
+    if not folder.is_dir():
+        return []
+    empty = {name for name in (CHECKPOINTS, SAMPLES) if not any((folder / name).glob("*"))}
+    return sorted(path.name for path in folder.iterdir() if path.name not in {_LOCK, *empty})
+
+
+def is_started(folder: Path) -> bool:
+    """Whether a run has begun in the folder, so that it can be gone on with."""
+    return latest(folder / CHECKPOINTS) is not None or (folder / "config.yaml").is_file()
 
 
 def open_output(folder: Path) -> IO[str]:
@@ -63,7 +76,7 @@ def open_output(folder: Path) -> IO[str]:
         lock.close()
         raise UserError(
             f"another process is training in output={folder}. If you launched one run on several "
-            "processes, they do not know of each other: see docs/training.md, Several processes. "
+            "processes, they do not know of each other: see docs/sharding.md. "
             "Otherwise choose another output=FOLDER."
         ) from error
     return lock

@@ -1,4 +1,8 @@
-"""Starting Accelerate so that processes either know of each other or refuse to run."""
+"""Starting Accelerate so that processes either know of each other or refuse to run.
+
+Precision is set here and nowhere else: copies and one process compute under autocast, shards get
+the same type for what they gather (see `sharding.fsdp_plugin`).
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,23 @@ import torch
 
 from latentdiff.errors import UserError
 from latentdiff.precision import settle_precision
+from latentdiff.trainer.sharding import fsdp_plugin, let_cpus_shard, wants_sharding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+#: While one process encodes pictures the others wait longer than the default 10 minutes.
+_PATIENCE = timedelta(hours=6)
 #: How launchers tell a process how many there are.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def start_processes(mixed_precision: str, cpu: bool = False) -> Accelerator:
+def start_processes(mixed_precision: str, cpu: bool = False, shards: bool = False) -> Accelerator:
     """Join the other processes of this launch, on the GPU if there is one and `cpu` is not set.
 
-    Raises: UserError: the launcher started several processes that each would train alone.
+    Args:   shards: whether the caller can train a model that is divided among processes.
+    Raises: UserError: the launcher started several processes that each would train alone, or asks
+            for what the caller cannot do.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -31,13 +40,50 @@ def start_processes(mixed_precision: str, cpu: bool = False) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=False)
     # Without cpu=True two processes launched on a machine without a GPU would not find each other.
     cpu = cpu or not torch.accelerator.is_available()
-    # While one process encodes the pictures the others wait longer than the default 10 minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    patience = InitProcessGroupKwargs(timeout=_PATIENCE)
     device = "cpu" if cpu else torch.accelerator.current_accelerator()
     precision = settle_precision(mixed_precision, device or "cpu")
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
+    _refuse_deepspeed()
+    sharding = wants_sharding()
+    if sharding and not shards:
+        raise UserError(
+            "this script trains copies, not shards: its networks are small. Launch it with "
+            "training/accelerate/ddp.yaml, or with `python` on one process."
+        )
+    if sharding and cpu:
+        let_cpus_shard(_PATIENCE)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        fsdp_plugin=fsdp_plugin(precision) if sharding else None,
+        kwargs_handlers=[patience],
+    )
     check_together(accelerator.num_processes)
+    _check_accumulation(accelerator.gradient_accumulation_steps)
     return accelerator
+
+
+def was_restarted() -> bool:
+    """Whether the launcher has started this run again after a failure (its `max_restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _refuse_deepspeed() -> None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(
+            "DeepSpeed launches are not supported. FSDP2 divides the same things: "
+            "training/accelerate/fsdp2_shard_grad_op.yaml as ZeRO-2 does, fsdp2_full_shard.yaml "
+            "as ZeRO-3 does."
+        )
+
+
+def _check_accumulation(steps: int) -> None:
+    if steps != 1:
+        raise UserError(
+            f"the launch configuration says gradient_accumulation_steps={steps}, which would "
+            "divide every gradient a second time. Remove it there and set "
+            f"loop.gradient_accumulation={steps}."
+        )
 
 
 def check_together(num_processes: int) -> None:

@@ -10,15 +10,12 @@ import torch
 from torch import nn
 
 from latentdiff.errors import UserError
-from latentdiff.trainer.checkpoint import (
-    delete_old,
-    latest,
-    read_manifest,
-    read_tensors,
-    write_checkpoint,
-)
+from latentdiff.trainer.checkpoint import delete_old, latest, read_manifest, write_checkpoint
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.optimizer import load_named_state, named_state
+from latentdiff.trainer.ranks import share
+from latentdiff.trainer.sharding import local, release, rows
+from latentdiff.trainer.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,39 +29,44 @@ class TrainingState:
     """
 
     unet: nn.Module
-    """The module itself, not its wrapper."""
+    """The module itself, not its wrapper; its weights may be sharded."""
     ema: Ema
     """The moving average of its weights."""
     optimizer: torch.optim.Optimizer
     """The optimizer itself, not its wrapper."""
     accelerator: Accelerator
-    """Only the main process writes."""
+    """The processes of the run."""
     folder: Path
     """Where the checkpoints are."""
     keep_last: int
     """How many of them are kept."""
+    keep_every: int | None
+    """Checkpoints after a multiple of so many steps are never deleted."""
     facts: dict[str, Any]
     """Dotted configuration keys and data fingerprints that decide the numbers."""
 
     def save(self, step: int, seconds: float) -> None:
-        """Write a checkpoint after `step` steps; all processes wait for it."""
+        """Write a checkpoint after `step` steps; every process writes its own rows.
+
+        Raises: CheckpointError: on all processes; the earlier checkpoints are kept.
+        """
+        release(self.unet)
+        tensors = {
+            "unet": self.unet.state_dict(),
+            "ema": self.ema.placed(),
+            "optimizer": named_state(self.optimizer, self.unet),
+        }
+        scaler = self.accelerator.scaler
+        facts = {
+            "seconds": seconds,
+            "facts": self.facts,
+            "processes": self.accelerator.num_processes,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "torch": torch.__version__,
+        }
+        write_checkpoint(self.folder, step, tensors, facts)
         if self.accelerator.is_main_process:
-            tensors = {
-                "unet": self.unet.state_dict(),
-                "ema": self.ema.average,
-                "optimizer": named_state(self.optimizer, self.unet),
-            }
-            scaler = self.accelerator.scaler
-            facts = {
-                "seconds": seconds,
-                "facts": self.facts,
-                "processes": self.accelerator.num_processes,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "torch": torch.__version__,
-            }
-            write_checkpoint(self.folder, step, tensors, facts)
-            delete_old(self.folder, self.keep_last)
-        self.accelerator.wait_for_everyone()
+            delete_old(self.folder, self.keep_last, self.keep_every)
 
     def resume(self) -> tuple[int, float]:
         """Load the newest complete checkpoint; return (steps made, seconds spent).
@@ -72,17 +74,37 @@ class TrainingState:
         A run that was killed before its first checkpoint begins again: the same steps follow.
         Raises: UserError: the checkpoint belongs to a run that cannot be continued exactly.
         """
-        checkpoint = latest(self.folder)
+        # The first process decides: a folder on the network may look older to another one.
+        checkpoint = share(latest(self.folder))[0]
         if checkpoint is None:
             return 0, 0.0
         manifest = read_manifest(checkpoint)
         _compare(manifest["facts"], self.facts, checkpoint)
-        self.unet.load_state_dict(read_tensors(checkpoint, "unet"))
-        self.ema.load(read_tensors(checkpoint, "ema"))
-        load_named_state(self.optimizer, self.unet, read_tensors(checkpoint, "optimizer"))
+        self._load(checkpoint)
         if self.accelerator.scaler is not None and manifest["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(manifest["scaler"])
         return int(manifest["step"]), float(manifest["seconds"])
+
+    def _load(self, checkpoint: Path) -> None:
+        weights = self.unet.state_dict()
+        parameters = dict(self.unet.named_parameters())
+
+        def of_moment(key: str) -> slice | None:
+            return rows(parameters[key.partition("/")[2]])
+
+        stored = read_tensors(checkpoint, "unet", lambda key: rows(weights[key]))
+        for name, weight in weights.items():
+            local(weight).copy_(stored[name])
+        release(self.unet)
+        self.ema.load(read_tensors(checkpoint, "ema", lambda key: rows(parameters[key])))
+        moments = read_tensors(checkpoint, "optimizer", of_moment)
+        load_named_state(self.optimizer, self.unet, moments)
+
+
+def stored_facts(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the checkpoint that a run would go on from, if there is one."""
+    checkpoint = share(latest(folder))[0]
+    return read_manifest(checkpoint) if checkpoint is not None else None
 
 
 def _compare(stored: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:

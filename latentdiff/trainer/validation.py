@@ -18,6 +18,7 @@ from latentdiff.diffusion.objective import ObjectiveConfig, draw, per_sample_los
 from latentdiff.diffusion.samplers import as_denoiser, sample, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.models.unet import UNet
+from latentdiff.trainer.sharding import is_sharded
 
 #: Moves the draws of validation away from those of training with the same seed.
 _VALIDATION_STREAM = 0x56414C
@@ -87,7 +88,13 @@ def pictures(
         part = list(prompts[start : start + batch_size])
         seeds = range(seed + start, seed + start + len(part))
         states = guidance_context(context(part).to(device), context([""]).to(device), guidance)
-        predict = partial(unet, kv=unet.project_context(states))
+        # Keys and values are made once, but a sharded block has its weights only when called.
+        once = not is_sharded(unet)
+        predict = (
+            partial(unet, kv=unet.project_context(states))
+            if once
+            else partial(unet, context=states)
+        )
         denoiser = as_denoiser(guide(predict, guidance), schedule, prediction)
         x_T = batch_noise(seeds, latent_shape).to(device)
         noise = step_noise(seeds, latent_shape, device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 from latentdiff.trainer.batches import Prefetch
+from latentdiff.trainer.checkpoint import CheckpointError
 from latentdiff.trainer.loop import MAX_BAD_STEPS, Descent, LoopConfig, training_loop
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
 from latentdiff.trainer.order import BatchShape
@@ -38,6 +39,12 @@ class Run:
         )
         self.tracker = Tracker(folder, 0, self.config, True)
         self.saved: list[int] = []
+        self.fails_at: set[int] = set()
+
+    def save(self, step: int, seconds: float) -> None:
+        if step in self.fails_at:
+            raise CheckpointError("the disk is full.")
+        self.saved.append(step)
 
     def batch(self, step: int, micro: int) -> Tensor:
         samples = self.shape.samples(step, micro)
@@ -51,7 +58,7 @@ class Run:
             self.shape,
             self.config,
             self.tracker,
-            lambda step, seconds: self.saved.append(step),
+            self.save,
         )
         for step, x in steps:
             loss = (self.net(x) - x).square().mean()
@@ -117,3 +124,24 @@ def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
             assert batch == 10 * step + micro
             found.append(batch)
     assert found == [0, 1, 10, 11, 20, 21]
+
+
+def test_a_full_disk_does_not_end_the_run_but_the_last_checkpoint_must_be(tmp_path: Path) -> None:
+    run = Run(tmp_path, max_steps=10, checkpoint_every=4)
+    said: list[str] = []
+    run.tracker.say = said.append  # type: ignore[method-assign]
+    run.fails_at = {4}
+    run()
+    assert run.saved == [8, 10]
+    assert len(said) == 1
+    assert "disk is full" in said[0]
+    run = Run(tmp_path, max_steps=10, checkpoint_every=4)
+    run.fails_at = {10}
+    with pytest.raises(CheckpointError, match="disk is full"):
+        run()
+
+
+@pytest.mark.parametrize("every", [0, 7, -10])
+def test_kept_checkpoints_must_be_among_the_written_ones(every: int) -> None:
+    assert "multiple of checkpoint_every" in LoopConfig(keep_every=every).validate()[0]
+    assert LoopConfig(keep_every=1000).validate() == []

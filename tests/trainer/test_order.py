@@ -2,7 +2,8 @@ from collections import Counter
 
 import pytest
 
-from latentdiff.trainer.order import BatchShape, Order, choose_caption
+from latentdiff.errors import UserError
+from latentdiff.trainer.order import BatchShape, Order, choose_caption, recut
 
 
 def test_every_epoch_holds_every_picture_once_in_its_own_order() -> None:
@@ -36,3 +37,22 @@ def test_all_captions_of_a_picture_are_used_evenly() -> None:
     assert set(chosen) == {"a", "b", "c"}
     assert max(chosen.values()) - min(chosen.values()) < 200
     assert choose_caption(("only",), 0, 5) == "only"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 6, 12, 24])
+def test_another_number_of_processes_makes_the_same_steps(processes: int) -> None:
+    before = [BatchShape(4, 3, 2, rank) for rank in range(2)]
+    after = [recut(BatchShape(4, 3, processes, rank), 24) for rank in range(processes)]
+    assert all(shape.per_process <= 4 and shape.total == 24 for shape in after)
+    for step in range(3):
+        old, new = (
+            sorted(n for s in shapes for m in range(s.accumulation) for n in s.samples(step, m))
+            for shapes in (before, after)
+        )
+        assert old == new
+
+
+@pytest.mark.parametrize("processes", [5, 48])
+def test_a_step_that_cannot_be_shared_out_is_refused(processes: int) -> None:
+    with pytest.raises(UserError, match="a step of this run is 24 pictures"):
+        recut(BatchShape(4, 3, processes), 24)
