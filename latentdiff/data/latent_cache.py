@@ -44,6 +44,7 @@ class LatentCache:
         source_indices: which picture of the source each entry is.
         buckets: number of each entry's shape, into `shapes`.
         shapes: (2C, h, w) of each bucket.
+        masked: whether there are loss masks.
         shape: that of the fullest bucket; of all entries where there are no buckets.
     """
 
@@ -54,7 +55,7 @@ class LatentCache:
         self.source_indices = np.flatnonzero(index.places >= 0)
         self.buckets = index.places[self.source_indices]
         keys = index.keys[self.source_indices]
-        self._source, self._stores, self._masked = source, folder.stores, folder.masked
+        self._source, self._stores, self.masked = source, folder.stores, folder.masked
         self._rows = np.empty(len(keys), np.int64)
         for bucket, store in enumerate(folder.stores):
             here = self.buckets == bucket
@@ -71,14 +72,17 @@ class LatentCache:
         """Return (moments float16 (2C, h, w), captions, name)."""
         return self.moments_of([index])[0], self.captions(index), self.name(index)
 
-    def read(self, indices: Sequence[int] | Tensor) -> Stored:
-        """Read entries of one shape, in the order asked for. Raises: ValueError: of several."""
+    def read(self, indices: Sequence[int] | Tensor, seeds: Sequence[int] = ()) -> Stored:
+        """Read entries of one shape, in the order asked for; nothing about them is random.
+
+        Raises: ValueError: entries of several shapes.
+        """
         wanted = np.asarray(indices, dtype=np.int64)
         buckets = self.buckets[wanted]
         if (buckets != buckets[0]).any():
             raise ValueError("a batch of latents must come from one bucket")
         rows = self._stores[int(buckets[0])].read(self._rows[wanted])
-        return Stored(rows[:, :-1], rows[:, -1:]) if self._masked else Stored(rows, None)
+        return Stored(rows[:, :-1], rows[:, -1:]) if self.masked else Stored(rows, None)
 
     def moments_of(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Read the moments alone: float16 (B, 2C, h, w)."""

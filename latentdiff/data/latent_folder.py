@@ -48,6 +48,11 @@ class LatentFolder:
                 "or latents.online=true, which encodes at every step."
             )
         self.sizes = sizes_of(config)
+        if config.buckets and len(self.sizes) == 1:
+            raise UserError(
+                f"data.buckets=true gives one shape only, {self.sizes[0]}: lower data.bucket_step="
+                f"{config.bucket_step} or raise data.bucket_max_ratio={config.bucket_max_ratio}."
+            )
         check_sizes(autoencoder, self.sizes)
         self.masked = config.loss_mask != "none"
         self.path = Path(cache_dir) / f"latents-{cache_key(autoencoder, config)}"

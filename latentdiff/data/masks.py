@@ -23,6 +23,7 @@ def latent_mask(
     size: tuple[int, int],
     crop: Crop,
     latent: tuple[int, int],
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """A mask at latent resolution.
 
@@ -31,12 +32,14 @@ def latent_mask(
         picture: (width, height) of the picture.
         size: (height, width) that the picture is brought to; what padding adds does not count.
         latent: (h, w) of the latents.
+        generator: source of the random position, in the state that the picture's had.
     Returns: float32 (h, w) in [0, 1].
     """
     whole = mask.convert("L") if mask is not None else Image.new("L", picture, 255)
     if whole.size != picture:
         whole = whole.resize(picture, Image.Resampling.BILINEAR)
-    pixels = to_tensor(whole.convert("RGB"), size, crop, background=BLACK)[:1]  # (1, H, W), ±1
+    grey = whole.convert("RGB")
+    pixels = to_tensor(grey, size, crop, background=BLACK, generator=generator)[:1]  # (1, H, W), ±1
     return F.adaptive_avg_pool2d((pixels[None] + 1) / 2, latent)[0, 0].clamp(0, 1)
 
 
