@@ -99,10 +99,9 @@ def resident() -> float:
 
 def read_all(cache: LatentCache, seed: int) -> tuple[dict[str, float], Memory]:
     """One epoch: order, moments in float32, caption. Raises: UserError: a wrong latent."""
-    order, memory, count = Order(range(len(cache)), seed), list[tuple[float, float]](), len(cache)
-    order([0])  # the permutation is made once an epoch; it counts below
+    memory, count = list[tuple[float, float]](), len(cache)
     wall, cpu = time.perf_counter(), time.process_time()
-    order = Order(range(len(cache)), seed)
+    order = Order(range(count), seed)
     for start in range(0, count, BATCH):
         samples = range(start, min(start + BATCH, count))
         rows = order(samples)
@@ -207,8 +206,35 @@ def growth(memory: Memory) -> float:
     return float(np.mean(values[-tenth:]) - np.mean(values[tenth : 2 * tenth] or values))
 
 
+def measure(
+    count: int, steps: int, where: Path | None = None
+) -> tuple[dict[str, float], Memory, Memory]:
+    """Write, read, train; returns the figures and the memory of reading and of training."""
+    with tempfile.TemporaryDirectory(dir=where, prefix="latentdiff-loader-") as name:
+        folder = Path(name)
+        started = time.perf_counter()
+        write(folder, count)
+        print(f"{count} latents written in {time.perf_counter() - started:.0f} s", flush=True)
+        started = time.perf_counter()
+        cache = open_cache(folder, count)
+        figures = {"latents": float(count), "opened in seconds": time.perf_counter() - started}
+        speed, reading = read_all(cache, seed=0)
+        figures |= speed | {"memory growth while reading, MB": growth(reading)}
+        print(json.dumps(figures), flush=True)
+        config = TrainConfig()
+        no_text = batch_maker(
+            cache, lambda said: torch.zeros(len(said), 1), config, NoiseSchedule(config.schedule)
+        )
+        figures["latents per second of one core, noise included"] = batches_with_noise(no_text)
+        training: Memory = []
+        if steps > 1:
+            more, training = train(cache, steps)
+            figures |= more | {"memory growth while training, MB": growth(training)}
+    return figures, reading, training
+
+
 def main() -> None:
-    """Write, read, train, plot, print."""
+    """Measure, plot, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -219,25 +245,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/loader.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="latentdiff-loader-") as name:
-        folder = Path(name)
-        started = time.perf_counter()
-        write(folder, arguments.count)
-        print(f"{arguments.count} latents written in {time.perf_counter() - started:.0f} s")
-        started = time.perf_counter()
-        cache = open_cache(folder, arguments.count)
-        figures: dict[str, float] = {"opened in seconds": time.perf_counter() - started}
-        speed, reading = read_all(cache, seed=0)
-        figures |= speed | {"memory growth while reading, MB": growth(reading)}
-        config = TrainConfig()
-        no_text = batch_maker(
-            cache, lambda said: torch.zeros(len(said), 1), config, NoiseSchedule(config.schedule)
-        )
-        figures["latents per second of one core, noise included"] = batches_with_noise(no_text)
-        training: Memory = []
-        if arguments.steps > 1:
-            more, training = train(cache, arguments.steps)
-            figures |= more | {"memory growth while training, MB": growth(training)}
+    figures, reading, training = measure(arguments.count, arguments.steps, arguments.folder)
     plot(arguments.plot, reading, training)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(figures, indent=2) + "\n")

@@ -14,6 +14,20 @@ from tiny_training import arguments, losses, make_parts, make_pictures  # noqa: 
 STEPS = 12
 
 
+def test_cache_and_training_take_the_same_picture_size_of_a_pretrained_model() -> None:
+    from latentdiff.trainer.caching import frozen_autoencoder
+    from latentdiff.trainer.config import read_config
+    from latentdiff.trainer.latent_run import load_parts
+
+    for more in ([], ["data.image_size=128"]):
+        wanted = read_config(None, ["model.pretrained=embedded", *more])
+        parts, config, _ = load_parts(wanted)
+        autoencoder, ours = frozen_autoencoder(wanted)
+        assert ours.data == config.data
+        theirs = parts.autoencoder.state_dict()
+        assert all(bool((v == theirs[k]).all()) for k, v in autoencoder.state_dict().items())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cached")
@@ -25,24 +39,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def given(folder: Path, name: str, *more: str) -> list[str]:
+    usual = [f"loop.max_steps={STEPS}", "optimizer.warmup_steps=1", "data.loss_mask=file"]
+    usual += ["captions.shuffle_tags=true", "captions.tag_dropout=0.2"]
+    return arguments(folder / "parts", folder / "pictures", folder / name, *usual, *more)
+
+
 def train(folder: Path, name: str, *more: str) -> dict[int, float]:
     from train_latent import main
 
-    usual = [f"loop.max_steps={STEPS}", "optimizer.warmup_steps=1", "data.loss_mask=file"]
-    usual += ["captions.shuffle_tags=true", "captions.tag_dropout=0.2"]
-    parts, pictures = folder / "parts", folder / "pictures"
-    assert main(arguments(parts, pictures, folder / name, *usual, *more)) == 0
+    assert main(given(folder, name, *more)) == 0
     return losses(folder / name)
 
 
-def test_losses_agree(folder: Path) -> None:
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_losses_agree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cache_latents import main as cache_latents
+
+    assert cache_latents(given(folder, "cached")) == 0
+    assert "complete: 8 pictures" in capsys.readouterr().out
+    before = files(folder / "cache")
     cached = train(folder, "cached")
+    assert files(folder / "cache") == before  # training found every latent
     online = train(folder, "online", "latents.online=true")
     assert cached.keys() == online.keys() == set(range(1, STEPS + 1))
     differences = [abs(cached[step] - online[step]) for step in cached]
     assert 0 < max(differences) < 1e-3  # 0 would mean that both read the same 16-bit latents
 
 
+@pytest.mark.slow
 def test_buckets_train_validate_and_export(folder: Path) -> None:
     wide = folder / "wide"
     make_pictures(wide, 4)
@@ -61,6 +89,7 @@ def test_buckets_train_validate_and_export(folder: Path) -> None:
     assert max(abs(found[step] - again[step]) for step in found) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_stream_trains(folder: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [

@@ -3,7 +3,7 @@
     <folder>/part-<id>.arrow     columns key: string, moments: fixed-size list of float16
 
 A part is written under another name and renamed when it is complete, so a killed run leaves whole
-parts and nothing that could be taken for one. In memory are 28 bytes per row (its key and place);
+parts and nothing that could be taken for one. In memory are 24 bytes per row (its key and place);
 the rows themselves are read where they lie in the files. No memory map stays open: the pages that
 it touches count as the process's own, so a long run would seem to eat as much memory as the set.
 """

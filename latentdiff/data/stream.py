@@ -136,6 +136,8 @@ def _open(config: DataConfig) -> Any:
 
     path = config.path or ""
     place = Path(path).expanduser()
+    if not place.exists() and path.startswith((".", "/", "~")):
+        raise UserError(f"data.path: the folder {path} does not exist.")
     if config.loss_mask == "file":
         raise UserError("data.loss_mask=file cannot be used with data.streaming; alpha can.")
     try:

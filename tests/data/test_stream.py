@@ -34,8 +34,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(path: Path, **options: object) -> DataConfig:
-    settings = {"kind": "hub", "path": str(path), "streaming": True, "image_size": 16, **options}
+def config(path: Path, /, **options: object) -> DataConfig:
+    settings = {"path": str(path), "kind": "hub", "streaming": True, "image_size": 16, **options}
     return DataConfig(**settings)  # type: ignore[arg-type]
 
 
@@ -76,6 +76,7 @@ def test_what_is_read_is_what_online_latents_are(shards: Path, tmp_path: Path) -
 
 def test_refusals(shards: Path, tmp_path: Path) -> None:
     for options, match in (
+        ({"path": "./not-there"}, "does not exist"),
         ({"image_column": "imagee"}, "Did you mean 'image'"),
         ({"caption_column": "none"}, "no column 'none'"),
         ({"split": "tran"}, "Did you mean 'train'"),
