@@ -67,6 +67,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "verify.json")
     arguments = parser.parse_args()
+    import loader
     import torch
     from embedded_parts import measure
 
@@ -79,6 +80,7 @@ def main() -> None:
         **start_up(),
         **samplers(),
         "embedded parts": measure(EMBEDDED_MODEL),
+        "loader": loader.measure(50_000, 20)[0],
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(figures, indent=2) + "\n")

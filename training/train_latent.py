@@ -24,6 +24,7 @@ from latentdiff.diffusion.objective import per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
 from latentdiff.trainer.batches import BatchMaker
+from latentdiff.trainer.bucket_order import make_order
 from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_config
 from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.ema import Ema
@@ -40,7 +41,6 @@ from latentdiff.trainer.latent_run import (
 )
 from latentdiff.trainer.loop import Descent, training_loop
 from latentdiff.trainer.optimizer import learning_rate, make_optimizer
-from latentdiff.trainer.order import Order
 from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
 from latentdiff.trainer.processes import is_first_process, start_processes, was_restarted
 from latentdiff.trainer.sharding import prepare
@@ -80,9 +80,15 @@ def train(given: Given, resume: bool) -> Path:
     tracker = Tracker(output, first_step, config.loop, active=accelerator.is_main_process)
     for note in notes + recut + long_captions(latents, components.text_encoder):
         tracker.say(note)
-    order = Order(latents.train, config.loop.seed)
     make_batch = BatchMaker(
-        latents.data, order, shape, context, config.objective, schedule, accelerator.device
+        latents.data,
+        make_order(latents.data, latents.train, config.loop.seed, shape.total),
+        shape,
+        context,
+        config.objective,
+        schedule,
+        accelerator.device,
+        config.captions,
     )
     validate = Validator(config, components, latents, context, ema, tracker, accelerator)
     descent = Descent(
@@ -102,7 +108,7 @@ def train(given: Given, resume: bool) -> Path:
     ):
         x_0 = autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
         loss = per_sample_loss(
-            model, x_0, batch.context, batch.draw, schedule, config.objective
+            model, x_0, batch.context, batch.draw, schedule, config.objective, batch.mask
         ).mean()
         step.backward(loss)
         if step.update():

@@ -13,10 +13,19 @@ from typing import Any, NamedTuple
 
 from latentdiff.data.captions import choose_caption_column, clean_captions, read_table
 from latentdiff.data.file_tree import open_tree
-from latentdiff.data.images import IMAGE_ENDINGS, UnreadableImage, display_name, open_image
+from latentdiff.data.images import (
+    IMAGE_ENDINGS,
+    UnreadableImage,
+    display_name,
+    open_grey,
+    open_image,
+    open_with_alpha,
+)
 from latentdiff.data.source import DataConfig, Example, Skipped
 from latentdiff.errors import UserError, did_you_mean
 
+#: Ends the name of a mask file: cat.mask.png for cat.jpg.
+MASK_ENDING = ".mask.png"
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _FORMATS = (
     "Captions are looked for in (1) metadata.jsonl, lines like "
@@ -29,6 +38,7 @@ class _Entry(NamedTuple):
     file: str
     captions: tuple[str, ...]
     mark: str
+    mask: str | None = None
 
 
 class FolderSource:
@@ -41,10 +51,14 @@ class FolderSource:
 
     def __init__(self, config: DataConfig) -> None:
         self._tree = open_tree(config.path or "")
-        self._background = config.background
+        self._background, self._loss_mask = config.background, config.loss_mask
         self.problems: list[Skipped] = []
         names = self._tree.names()
         images = [n for n in names if n.lower().endswith(IMAGE_ENDINGS)]
+        masks: set[str] = set()
+        if config.loss_mask == "file":
+            masks = {n for n in names if n.endswith(MASK_ENDING)}
+            images = [n for n in images if n not in masks]
         if not images:
             raise UserError(_no_images(self._tree.root, names))
         tables = [n for n in names if n.rsplit("/", 1)[-1] in METADATA_NAMES]
@@ -52,7 +66,7 @@ class FolderSource:
             captions = self._from_tables(tables, images, config.caption_column)
         else:
             captions = self._from_side_cars(set(names), images)
-        self._entries = list(self._usable(images, captions))
+        self._entries = list(self._usable(images, captions, masks))
         if not self._entries:
             raise UserError(self._nothing_usable(len(images), bool(tables)))
 
@@ -61,7 +75,13 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Example:
         name, data = self.name(index), self._read(index)
-        return Example(open_image(data, name, self._background), self.captions(index), name)
+        captions, mask = self.captions(index), self._entries[index].mask
+        if self._loss_mask == "alpha":
+            image, alpha = open_with_alpha(data, name, self._background)
+            return Example(image, captions, name, alpha)
+        image = open_image(data, name, self._background)
+        grey = open_grey(self._bytes(mask), display_name(mask)) if mask is not None else None
+        return Example(image, captions, name, grey)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of one image."""
@@ -75,6 +95,9 @@ class FolderSource:
         """Hash the file's bytes and the background. Raises: UnreadableImage."""
         digest = hashlib.blake2b(self._read(index), digest_size=16)
         digest.update(bytes(self._background))
+        mask = self._entries[index].mask
+        if mask is not None:
+            digest.update(self._bytes(mask))
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
@@ -85,18 +108,26 @@ class FolderSource:
         return digest.hexdigest()
 
     def _read(self, index: int) -> bytes:
-        try:
-            return self._tree.read(self._entries[index].file)
-        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise UnreadableImage(self.name(index), f"cannot be read ({error})") from error
+        return self._bytes(self._entries[index].file)
 
-    def _usable(self, images: list[str], captions: dict[str, tuple[str, ...]]) -> Iterable[_Entry]:
+    def _bytes(self, file: str) -> bytes:
+        try:
+            return self._tree.read(file)
+        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise UnreadableImage(display_name(file), f"cannot be read ({error})") from error
+
+    def _usable(
+        self, images: list[str], captions: dict[str, tuple[str, ...]], masks: set[str]
+    ) -> Iterable[_Entry]:
         for file in images:
             if not captions.get(file):
                 self.problems.append((display_name(file), "no caption"))
                 continue
             try:
-                yield _Entry(file, captions[file], self._tree.mark(file))
+                mask: str | None = splitext(file)[0] + MASK_ENDING
+                mask = mask if mask in masks else None
+                marks = [self._tree.mark(name) for name in (file, mask) if name is not None]
+                yield _Entry(file, captions[file], "+".join(marks), mask)
             except OSError as error:
                 self.problems.append((display_name(file), f"cannot be read ({error})"))
 

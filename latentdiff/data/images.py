@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
+T = TypeVar("T")
 RGB = tuple[int, int, int]
 WHITE: RGB = (255, 255, 255)
 #: File name endings that are looked for in folders.
@@ -51,13 +54,35 @@ def open_image(
         name: how messages call it; the path by default.
     Raises: UnreadableImage: missing, empty, truncated, corrupt, too large, or not a picture.
     """
+    return _decode(source, name, lambda image: to_rgb(image, background))
+
+
+def open_with_alpha(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, background: RGB = WHITE
+) -> tuple[Image.Image, Image.Image | None]:
+    """Decode a picture as `open_image` does; also its opacity in grey, None if full."""
+    return _decode(source, name, lambda image: (to_rgb(image, background), _alpha(image)))
+
+
+def open_grey(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
+    """Decode a picture to 8-bit grey, upright; transparent pixels are black. See `open_image`."""
+    return _decode(source, name, lambda image: to_rgb(image, (0, 0, 0)).convert("L"))
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+
+def _decode(
+    source: str | os.PathLike[str] | bytes, name: str | None, use: Callable[[Image.Image], T]
+) -> T:
     label = name or ("image" if isinstance(source, bytes) else display_name(source))
     if source == b"":
         raise UnreadableImage(label, "the file is empty")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
             image.load()
-            return to_rgb(_upright(image), background)
+            return use(_upright(image))
     except Image.DecompressionBombError as error:
         raise UnreadableImage(
             label,

@@ -2,25 +2,17 @@
 
 The autoencoder is frozen while the U-Net trains, so its output for a picture is always the same
 and is stored as the moments (mean and log-variance) of q(z|x). A row's key is the picture's
-content; a folder per (autoencoder weights, transform) holds the rows:
+content; a folder per (autoencoder weights, transform) holds the rows (latent_folder, latent_store)
+and an index per source (latent_index). So a second run encodes nothing, one changed picture is one
+new row, and new captions cost nothing.
 
-    <cache_dir>/latents-<weights and transform>/part-*.arrow        see latent_store
-    <cache_dir>/latents-<weights and transform>/index-<source>.json each picture's key, skipped ones
-
-So a second run encodes nothing, one changed picture is one new row, and new captions cost nothing.
-With several processes the main one builds while the others wait; then they call the same function,
-which finds everything there.
+Training fills the cache as it starts (the main process of each machine builds while the others
+wait), or finds it filled: cache_latents.py does that, on any number of processes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.images import UnreadableImage
-from latentdiff.data.latent_store import LatentStore, LatentWriter
+from latentdiff.data.latent_encoding import Encoding, digest, index_files
+from latentdiff.data.latent_folder import LatentFolder, Shape
+from latentdiff.data.latent_index import LatentIndex
 from latentdiff.data.source import DataConfig, Skipped, Source, group_of, problems_of
-from latentdiff.data.transforms import TRANSFORM_VERSION, to_tensor
 from latentdiff.errors import UserError
 
-Shape = tuple[int, int, int]
+
+class Stored(NamedTuple):
+    """Some pictures of one shape as they are kept."""
+
+    moments: Tensor
+    """(B, 2C, h, w) float16."""
+    mask: Tensor | None
+    """(B, 1, h, w) float16 in [0, 1], what counts in the loss; None where all does."""
 
 
 class LatentCache:
@@ -43,17 +42,28 @@ class LatentCache:
     Attributes:
         skipped: (name, reason) of every picture left out.
         source_indices: which picture of the source each entry is.
-        shape: (2C, h, w).
+        buckets: number of each entry's shape, into `shapes`.
+        shapes: (2C, h, w) of each bucket.
+        masked: whether there are loss masks.
+        shape: that of the fullest bucket; of all entries where there are no buckets.
     """
 
     def __init__(
-        self, source: Source, store: LatentStore, keys: list[str | None], skipped: list[Skipped]
+        self, source: Source, folder: LatentFolder, index: LatentIndex, skipped: list[Skipped]
     ) -> None:
-        self.skipped, self.shape = skipped, store.shape
-        self.source_indices = [i for i, key in enumerate(keys) if key is not None]
-        usable = [key for key in keys if key is not None]
-        self._source, self._store, self._rows = source, store, store.rows(usable)
-        self._fingerprint = _digest("\n".join(usable), store.folder.name)
+        self.skipped, self.shapes = skipped, folder.shapes
+        self.source_indices = np.flatnonzero(index.places >= 0)
+        self.buckets = index.places[self.source_indices]
+        keys = index.keys[self.source_indices]
+        self._source, self._stores, self.masked = source, folder.stores, folder.masked
+        self._rows = np.empty(len(keys), np.int64)
+        for bucket, store in enumerate(folder.stores):
+            here = self.buckets == bucket
+            self._rows[here] = store.rows(keys[here])
+        self.shape = self.shapes[int(np.bincount(self.buckets).argmax())]
+        raw = keys.tobytes()
+        words = "\n".join(raw[n : n + 16].hex() for n in range(0, len(raw), 16))
+        self._fingerprint = digest(words, folder.path.name)
 
     def __len__(self) -> int:
         return len(self.source_indices)
@@ -62,21 +72,37 @@ class LatentCache:
         """Return (moments float16 (2C, h, w), captions, name)."""
         return self.moments_of([index])[0], self.captions(index), self.name(index)
 
+    def read(self, indices: Sequence[int] | Tensor, seeds: Sequence[int] = ()) -> Stored:
+        """Read entries of one shape, in the order asked for; nothing about them is random.
+
+        Raises: ValueError: entries of several shapes.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        buckets = self.buckets[wanted]
+        if (buckets != buckets[0]).any():
+            raise ValueError("a batch of latents must come from one bucket")
+        rows = self._stores[int(buckets[0])].read(self._rows[wanted])
+        return Stored(rows[:, :-1], rows[:, -1:]) if self.masked else Stored(rows, None)
+
     def moments_of(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Read many at once: float16 (B, 2C, h, w), in the order asked for."""
-        return self._store.read(self._rows[np.asarray(indices, dtype=np.int64)])
+        """Read the moments alone: float16 (B, 2C, h, w)."""
+        return self.read(indices).moments
+
+    def shape_of(self, index: int) -> Shape:
+        """Return (2C, h, w) of one entry."""
+        return self.shapes[int(self.buckets[index])]
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of one picture."""
-        return self._source.captions(self.source_indices[index])
+        return self._source.captions(int(self.source_indices[index]))
 
     def name(self, index: int) -> str:
         """Return the name of one picture."""
-        return self._source.name(self.source_indices[index])
+        return self._source.name(int(self.source_indices[index]))
 
     def group(self, index: int) -> str:
         """Return the key that `split` keeps together."""
-        return group_of(self._source, self.source_indices[index])
+        return group_of(self._source, int(self.source_indices[index]))
 
     def fingerprint(self) -> str:
         """Hash pictures, transform and autoencoder: equal means equal moments in equal order."""
@@ -99,193 +125,27 @@ def build_latent_cache(
         source: the pictures; unreadable ones are skipped and listed in `.skipped`.
         autoencoder: has encode_moments(images (B, 3, H, W) in [-1, 1]) -> (B, 2C, h, w) and
             state_dict(); it is moved to `device`.
-        config: image_size, crop and background are used.
+        config: image_size, buckets, crop, background and loss_mask are used.
         threads: how many pictures are decoded at a time.
     Raises: UserError: crop "random", unwritable folder, moments that are not finite, no usable
         picture.
     """
-    if config.crop == "random":
-        raise UserError(
-            "data.crop=random cannot be cached: latents are encoded once. Use center or pad."
-        )
-    if hasattr(autoencoder, "check_image_size"):
-        autoencoder.check_image_size(config.image_size)
     autoencoder.to(device)
-    folder = Path(cache_dir) / f"latents-{cache_key(autoencoder, config)}"
-    shape = _prepare(folder, autoencoder, config, device)
-    store = LatentStore(folder, shape)
-    index_file = folder / f"index-{_digest(source.fingerprint())}.json"
-    index = _read_index(index_file, len(source), store)
+    folder = LatentFolder(cache_dir, autoencoder, config, device)
+    files = index_files(source, folder)
+    index = files.read(folder.stores)
     if index is None:
-        work = _Encoding(source, autoencoder, config, store, torch.device(device))
-        index = work.run(batch_size, threads, progress)
-        store.refresh()
-        _write_json(index_file, index._asdict())
-    skipped = [*problems_of(source), *((name, reason) for name, reason in index.skipped)]
-    if not any(index.keys):
+        where = torch.device(device)
+        work = Encoding(source, autoencoder, config, folder, where, batch_size, threads)
+        work.run(progress=progress)
+        index = files.join(folder.stores)
+    if index is None:
+        raise UserError(
+            f"the latents just written to {folder.path} cannot be read back. Is the disk full, or "
+            "does another process delete them?"
+        )
+    skipped = [*problems_of(source), *index.skipped]
+    if not bool((index.places >= 0).any()):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         raise UserError(f"0 usable images: none of {len(source)} could be read ({reasons}).")
-    return LatentCache(source, store, index.keys, skipped)
-
-
-def cache_key(autoencoder: Any, config: DataConfig) -> str:
-    """Hash everything but the picture that decides the moments: weights and transform."""
-    transform = (TRANSFORM_VERSION, config.image_size, config.crop, tuple(config.background))
-    digest = hashlib.blake2b(repr(transform).encode(), digest_size=8)
-    for name, tensor in sorted(autoencoder.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-class _Index(NamedTuple):
-    keys: list[str | None]
-    skipped: list[Skipped]
-
-
-class _Job(NamedTuple):
-    number: int
-    key: str | None
-    image: Tensor | None
-    problem: Skipped | None
-
-
-class _Encoding:
-    """One pass over a source: decode in threads, encode in batches what the store lacks."""
-
-    def __init__(
-        self,
-        source: Source,
-        autoencoder: Any,
-        config: DataConfig,
-        store: LatentStore,
-        device: torch.device,
-    ) -> None:
-        self._source, self._autoencoder, self._config = source, autoencoder, config
-        self._store, self._device, self._dtype = store, device, _dtype(autoencoder)
-        self._content_key = getattr(source, "content_key", None)
-
-    def run(self, batch_size: int, threads: int, progress: bool) -> _Index:
-        from tqdm import tqdm
-
-        keys: list[str | None] = [None] * len(self._source)
-        skipped: list[Skipped] = []
-        queue: dict[str, Tensor] = {}
-        written: set[str] = set()
-        with ThreadPoolExecutor(threads) as pool, _writer(self._store) as writer:
-            jobs = _prefetch(pool, self._load, range(len(keys)), 2 * batch_size + threads)
-            for job in tqdm(jobs, "encoding latents", len(keys), disable=not progress, unit="img"):
-                if job.problem is not None:
-                    skipped.append(job.problem)
-                    continue
-                keys[job.number] = job.key
-                if job.key and job.image is not None and job.key not in written:
-                    queue[job.key] = job.image
-                if len(queue) == batch_size:
-                    writer.append(list(queue), self._encode(queue))
-                    written.update(queue)
-                    queue = {}
-            if queue:
-                writer.append(list(queue), self._encode(queue))
-        return _Index(keys, skipped)
-
-    def _load(self, index: int) -> _Job:
-        try:
-            key = self._content_key(index) if self._content_key else None
-            if key is not None and key in self._store:
-                return _Job(index, key, None, None)
-            image = self._source[index].image
-        except UnreadableImage as error:
-            return _Job(index, None, None, (error.name, error.reason))
-        key = key or _digest(image.tobytes(), repr(image.size))
-        if key in self._store:
-            return _Job(index, key, None, None)
-        c = self._config
-        return _Job(
-            index, key, to_tensor(image, c.image_size, c.crop, background=c.background), None
-        )
-
-    def _encode(self, queue: dict[str, Tensor]) -> Tensor:
-        images = torch.stack(list(queue.values())).to(self._device, self._dtype)
-        moments = _moments(self._autoencoder, images)
-        stored = moments.to(torch.float16)
-        if not bool(torch.isfinite(stored).all()):
-            raise UserError(
-                "the autoencoder gave moments that are not finite numbers in 16 bit "
-                f"(it runs in {moments.dtype}). Load it in float32; if that is so, it is broken."
-            )
-        return stored.cpu()
-
-
-def _moments(autoencoder: Any, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return autoencoder.encode_moments(images)
-
-
-def _dtype(autoencoder: Any) -> torch.dtype:
-    floats = (t.dtype for t in autoencoder.state_dict().values() if t.is_floating_point())
-    return next(floats, torch.float32)
-
-
-def _writer(store: LatentStore) -> LatentWriter:
-    return LatentWriter(store.folder, store.shape)
-
-
-def _prefetch(
-    pool: ThreadPoolExecutor, call: Callable[[int], _Job], items: Iterable[int], ahead: int
-) -> Iterator[_Job]:
-    """Yield call(item) in order while the pool works on at most `ahead` items."""
-    waiting: deque[Future[_Job]] = deque()
-    for item in items:
-        waiting.append(pool.submit(call, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _prepare(folder: Path, autoencoder: Any, config: DataConfig, device: Any) -> Shape:
-    """Make the folder; find the moments' shape (remembered in about.json)."""
-    about = folder / "about.json"
-    if about.is_file():
-        c, h, w = json.loads(about.read_text())["moments_shape"]
-        return c, h, w
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        size = config.image_size
-        blank = torch.zeros(1, 3, size, size, device=device, dtype=_dtype(autoencoder))
-        _, c, h, w = _moments(autoencoder, blank).shape
-        facts = {"moments_shape": [c, h, w], "image_size": config.image_size, "crop": config.crop}
-        _write_json(about, facts)
-    except OSError as error:
-        raise UserError(
-            f"the latent cache cannot be written to {folder} ({error}). "
-            "Choose another folder or free the disk."
-        ) from error
-    return c, h, w
-
-
-def _read_index(file: Path, count: int, store: LatentStore) -> _Index | None:
-    """Read the keys of a known source; None when there is no index or a row is missing."""
-    try:
-        data = json.loads(file.read_text())
-        index = _Index(data["keys"], [(name, reason) for name, reason in data["skipped"]])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    complete = all(key is None or key in store for key in index.keys)
-    return index if complete and len(index.keys) == count else None
-
-
-def _write_json(file: Path, data: Any) -> None:
-    temporary = file.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{file.name}")
-    temporary.write_text(json.dumps(data))
-    os.replace(temporary, file)
-
-
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else part.encode("utf-8", "backslashreplace"))
-        digest.update(b"\x1f")
-    return digest.hexdigest()
+    return LatentCache(source, folder, index, skipped)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentdiff.data.latent_cache import LatentCache
+from latentdiff.data.latent_cache import LatentCache, Stored
 from latentdiff.data.source import Skipped
 from latentdiff.errors import UserError
 
@@ -53,6 +53,10 @@ class LatentPack:
         """Return (moments float16 (2C, h, w), captions, name)."""
         return self._moments[index], self.captions(index), self.name(index)
 
+    def read(self, indices: Sequence[int] | Tensor, seeds: Sequence[int] = ()) -> Stored:
+        """Read many at once; a pack has no masks."""
+        return Stored(self.moments_of(indices), None)
+
     def moments_of(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Read many at once: float16 (B, 2C, h, w), in the order asked for."""
         return self._moments[torch.as_tensor(np.asarray(indices, dtype=np.int64))]
@@ -82,6 +86,8 @@ def write_pack(
     Raises: UserError: when the file cannot be written.
     """
     chosen = range(len(cache)) if indices is None else indices
+    if getattr(cache, "masked", False) or len({*getattr(cache, "buckets", ())}) > 1:
+        raise UserError("a latent pack holds one shape and no masks; this cache has others.")
     text = {
         "format": _FORMAT,
         "fingerprint": cache.fingerprint() if indices is None else f"{cache.fingerprint()}-part",

@@ -25,6 +25,8 @@ class Example(NamedTuple):
     image: Image.Image
     captions: tuple[str, ...]
     name: str
+    mask: Image.Image | None = None
+    """What counts in the loss (white) and what does not; None counts all. See data.loss_mask."""
 
 
 @runtime_checkable
@@ -67,11 +69,12 @@ class Captioned(Protocol):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from and how they become squares."""
+    """Where the pictures come from and how they become squares, or rectangles of some shapes."""
 
-    kind: Literal["emoji", "folder", "parquet", "hub"] = "emoji"
+    kind: Literal["emoji", "folder", "parquet", "hub", "webdataset"] = "emoji"
     """emoji: the embedded set; folder: images with metadata.jsonl/.csv or .txt files (or a .zip of
-    that); parquet: a file or folder of files; hub: a `datasets` id or a `save_to_disk` folder."""
+    that); parquet: a file or folder of files; hub: a `datasets` id or a `save_to_disk` folder;
+    webdataset: .tar shards of pictures and captions of the same names."""
     path: str | None = None
     """Folder, file or data set id; not used by kind emoji."""
     image_column: str = "image"
@@ -89,6 +92,24 @@ class DataConfig:
     crop: Literal["center", "random", "pad"] = "center"
     """center or random: cut a square out of the longer side; pad: keep all, fill with background.
     Cached latents are encoded once, so training on them takes center or pad."""
+    buckets: bool = False
+    """Keep aspect ratios: bring each picture to the nearest of several shapes of about image_size²
+    pixels, each batch of one shape, in place of squares (train_latent.py and cache_latents.py)."""
+    bucket_step: int = 64
+    """Sides of those shapes are multiples of this many pixels; it must suit autoencoder and U-Net
+    (64 for Stable Diffusion, 16 for the embedded model)."""
+    bucket_max_ratio: float = 2.0
+    """Longest of those shapes, long side over short side; at least 1."""
+    loss_mask: Literal["none", "alpha", "file"] = "none"
+    """Which pixels count in the loss. alpha: a picture's opacity; file: a grey picture beside it
+    (cat.mask.png for cat.png; white counts), or the column mask_column of a table."""
+    mask_column: str = "mask"
+    """Column of the masks (parquet and hub)."""
+    streaming: bool = False
+    """Read a hub data set (or a local one of the same forms) as it is needed and keep nothing of
+    it: for sets larger than the disk. Such a run cannot be repeated bit for bit."""
+    shuffle_buffer: int = 1000
+    """How many pictures a stream is shuffled among."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour (red, green, blue: 0…255) shown through transparent pixels and used for padding."""
     validation_share: float = 0.05
@@ -115,6 +136,16 @@ class DataConfig:
             problems.append(
                 f"validation_share must be at least 0 and below 1; got {self.validation_share}."
             )
+        if self.buckets and not 8 <= self.bucket_step <= self.image_size:
+            problems.append(
+                f"bucket_step must lie in 8 … image_size={self.image_size}; got {self.bucket_step}."
+            )
+        if self.streaming and self.kind != "hub":
+            problems.append(f"streaming is for kind hub; got kind {self.kind}.")
+        if self.shuffle_buffer < 1:
+            problems.append(f"shuffle_buffer must be at least 1; got {self.shuffle_buffer}.")
+        if self.bucket_max_ratio < 1:
+            problems.append(f"bucket_max_ratio must be at least 1; got {self.bucket_max_ratio}.")
         if not all(0 <= channel <= 255 for channel in self.background):
             problems.append(f"background channels must be 0…255; got {list(self.background)}.")
         return problems
@@ -128,6 +159,11 @@ def open_source(config: DataConfig) -> Source:
     problems = config.validate()
     if problems:
         raise UserError("\n".join(f"data.{text}" for text in problems))
+    if config.streaming:
+        raise UserError(
+            "data.streaming=true gives pictures in one order only, which train_latent.py alone can "
+            "use. Set it to false here."
+        )
     if config.kind == "emoji":
         from latentdiff.data.emoji import EmojiSource
 
@@ -144,7 +180,13 @@ def open_source(config: DataConfig) -> Source:
         from latentdiff.data.hub import open_hub
 
         return open_hub(config)
-    raise choice_error("data.kind", config.kind, ("emoji", "folder", "parquet", "hub"))
+    if config.kind == "webdataset":
+        from latentdiff.data.webdataset import TarSource
+
+        return TarSource(config)
+    raise choice_error(
+        "data.kind", config.kind, ("emoji", "folder", "parquet", "hub", "webdataset")
+    )
 
 
 def problems_of(source: object) -> list[Skipped]:

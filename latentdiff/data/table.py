@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.data.captions import choose_caption_column, clean_captions
-from latentdiff.data.images import UnreadableImage, display_name, open_image
+from latentdiff.data.images import (
+    UnreadableImage,
+    display_name,
+    open_grey,
+    open_image,
+    open_with_alpha,
+)
 from latentdiff.data.source import DataConfig, Example, Skipped
 from latentdiff.errors import UserError, did_you_mean
 
@@ -28,7 +34,11 @@ class TableSource:
         self._root, self._background = root, config.background
         self._column = _picture_column(dataset, config.image_column, label)
         caption_column = choose_caption_column(dataset.column_names, config.caption_column, label)
-        self._pictures = _without_decoding(dataset, self._column)
+        self._loss_mask, self._mask_column = config.loss_mask, config.mask_column
+        if config.loss_mask == "file":
+            _picture_column(dataset, config.mask_column, label, "mask_column")
+        columns = [self._column] + [config.mask_column] * (config.loss_mask == "file")
+        self._pictures = _without_decoding(dataset, columns)
         self.problems: list[Skipped] = []
         self._rows: list[int] = []
         self._captions: list[tuple[str, ...]] = []
@@ -49,10 +59,12 @@ class TableSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        name = self.name(index)
-        return Example(
-            open_image(self._bytes(index), name, self._background), self.captions(index), name
-        )
+        name, data, captions = self.name(index), self._bytes(index), self.captions(index)
+        if self._loss_mask == "alpha":
+            image, alpha = open_with_alpha(data, name, self._background)
+            return Example(image, captions, name, alpha)
+        image, mask = open_image(data, name, self._background), self._mask(index)
+        return Example(image, captions, name, open_grey(mask, name) if mask else None)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of one row."""
@@ -66,6 +78,7 @@ class TableSource:
         """Hash the file's bytes and the background. Raises: UnreadableImage."""
         digest = hashlib.blake2b(self._bytes(index), digest_size=16)
         digest.update(bytes(self._background))
+        digest.update(self._mask(index) or b"")
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
@@ -73,8 +86,16 @@ class TableSource:
         words = (self._pictures._fingerprint, self._column, self._background, self._rows)
         return hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
 
-    def _bytes(self, index: int) -> bytes:
-        name, cell = self.name(index), self._pictures[self._rows[index]][self._column]
+    def _mask(self, index: int) -> bytes | None:
+        """The mask's file; None where there is none, and everything counts."""
+        if self._loss_mask != "file":
+            return None
+        if self._pictures[self._rows[index]][self._mask_column] is None:
+            return None
+        return self._bytes(index, self._mask_column)
+
+    def _bytes(self, index: int, column: str | None = None) -> bytes:
+        name, cell = self.name(index), self._pictures[self._rows[index]][column or self._column]
         data, path = (
             (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         )
@@ -92,7 +113,7 @@ class TableSource:
             ) from error
 
 
-def _picture_column(dataset: Any, wanted: str, label: str) -> str:
+def _picture_column(dataset: Any, wanted: str, label: str, key: str = "image_column") -> str:
     """Check that a column holds pictures."""
     from datasets import Image
 
@@ -103,7 +124,7 @@ def _picture_column(dataset: Any, wanted: str, label: str) -> str:
             f" Pictures are in: {', '.join(likely)}." * bool(likely)
         )
         raise UserError(
-            f"data.image_column: {label} has no column '{wanted}'; its columns are "
+            f"data.{key}: {label} has no column '{wanted}'; its columns are "
             f"{', '.join(features)}.{hint}"
         )
     feature = features[wanted]
@@ -117,18 +138,19 @@ def _picture_column(dataset: Any, wanted: str, label: str) -> str:
     if not (isinstance(feature, Image) or is_struct or is_plain):
         hint = f" Try: {', '.join(likely)}." if likely else ""
         raise UserError(
-            f"data.image_column: the column '{wanted}' of {label} holds {feature}, not pictures "
+            f"data.{key}: the column '{wanted}' of {label} holds {feature}, not pictures "
             f"(file bytes, {{bytes, path}} or a path).{hint}"
         )
     return wanted
 
 
-def _without_decoding(dataset: Any, column: str) -> Any:
+def _without_decoding(dataset: Any, columns: list[str]) -> Any:
     from datasets import Image
 
-    pictures = dataset.with_format(None).select_columns([column])
-    if isinstance(dataset.features[column], Image):
-        return pictures.cast_column(column, Image(decode=False))
+    pictures = dataset.with_format(None).select_columns(columns)
+    for column in columns:
+        if isinstance(dataset.features[column], Image):
+            pictures = pictures.cast_column(column, Image(decode=False))
     return pictures
 
 

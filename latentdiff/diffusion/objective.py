@@ -146,15 +146,19 @@ def per_sample_loss(
     draw: Draw,
     schedule: NoiseSchedule,
     config: ObjectiveConfig,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Algorithm 1: the weighted mean squared error of each sample.
 
-        w_t · mean |y − model(α_t x_0 + σ_t ε, t, context)|²      (Ho et al. 2020, Algorithm 1)
+        w_t · mean m |y − model(α_t x_0 + σ_t ε, t, context)|²    (Ho et al. 2020, Algorithm 1)
+
+    The mean is over all positions, so what a mask m leaves out makes a sample's loss smaller.
 
     The caller has already emptied the prompts that `draw.drop` marks: text is encoded from
     captions, so the choice must precede the text encoder (or use `drop_context`).
 
     Args:    x_0: (B, C, H, W) clean latents.  context: whatever the model takes third.
+             mask: (B, 1, H, W), the weight of each position; None: all 1.
     Returns: (B,) float32 on x_0's device.
     """
     x_0, eps = x_0.float(), draw.eps.to(x_0.device, non_blocking=True)
@@ -163,7 +167,8 @@ def per_sample_loss(
     y = model(x_t, draw.t.to(x_0.device, non_blocking=True), context)
     error = y.float() - target(config.prediction, x_0, eps, alpha, sigma)
     weight = loss_weight(draw.t, schedule, config).float().to(x_0.device, non_blocking=True)
-    return weight * error.square().flatten(1).mean(1)
+    squares = error.square() if mask is None else error.square() * mask
+    return weight * squares.flatten(1).mean(1)
 
 
 def drop_context(context: Tensor, empty_context: Tensor, drop: Tensor) -> Tensor:

@@ -10,21 +10,34 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.noise import mix
 from latentdiff.diffusion.objective import Draw, ObjectiveConfig, draw
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.trainer.captions import CaptionConfig, say
 from latentdiff.trainer.context import ContextCache
-from latentdiff.trainer.order import BatchShape, Order, choose_caption
+from latentdiff.trainer.order import BatchShape
 
 T = TypeVar("T")
 
 
+class SampleOrder(Protocol):
+    """Global sample indices → dataset indices; see order and bucket_order."""
+
+    seed: int
+
+    def __call__(self, samples: Sequence[int], /) -> list[int]:
+        """Return the dataset index of each global sample index."""
+        ...
+
+
 class LatentData(Protocol):
-    """What a latent cache or a latent pack offers."""
+    """What a latent cache, a latent pack, or pictures encoded on the way offer."""
 
-    shape: tuple[int, int, int]
+    def read(self, indices: Sequence[int], seeds: Sequence[int] = (), /) -> tuple[Any, Any]:
+        """Return (moments (B, 2C, h, w), mask (B, 1, h, w) or None).
 
-    def moments_of(self, indices: Sequence[int]) -> Tensor:
-        """Return float16 (B, 2C, h, w)."""
+        `seeds` has one number per picture, for what may be random about it.
+        """
         ...
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -41,6 +54,8 @@ class LatentBatch(NamedTuple):
     """(B, tokens, width) text states; of the empty prompt where the condition is dropped."""
     draw: Draw
     """Timesteps and noise."""
+    mask: Tensor | None = None
+    """(B, 1, h, w) float32 in [0, 1], the weight of each position in the loss; None: all 1."""
 
 
 class BatchMaker:
@@ -52,40 +67,45 @@ class BatchMaker:
         shape: how the global batch is cut up.
         context: captions → text states.
         device: where moments and context go.
+        captions: how captions vary.
     """
 
     def __init__(
         self,
         data: LatentData | Any,
-        order: Order,
+        order: SampleOrder,
         shape: BatchShape,
         context: ContextCache,
         objective: ObjectiveConfig,
         schedule: NoiseSchedule,
         device: torch.device,
+        captions: CaptionConfig | None = None,
     ) -> None:
         self._data, self._order, self.shape, self._context = data, order, shape, context
         self._objective, self._schedule, self._device = objective, schedule, device
-        channels, height, width = data.shape
-        self._latent_shape = (channels // 2, height, width)
+        self._captions = captions or CaptionConfig()
 
     def __call__(self, step: int, micro: int) -> LatentBatch:
         """Return this process's micro-batch number `micro` of optimizer step `step`."""
         samples = self.shape.samples(step, micro)
         rows = self._order(samples)
         seed = self._order.seed
-        random = draw(seed, samples, self._latent_shape, self._objective, self._schedule)
+        moments, mask = self._data.read(rows, [mix(seed, n) for n in samples])
+        channels, height, width = moments.shape[1:]
+        latent = (channels // 2, height, width)
+        random = draw(seed, samples, latent, self._objective, self._schedule)
         captions = [
-            "" if dropped else choose_caption(self._data.captions(row), seed, n)
+            "" if dropped else say(self._data.captions(row), seed, n, self._captions)
             for n, row, dropped in zip(samples, rows, random.drop.tolist(), strict=True)
         ]
         return LatentBatch(
-            self._data.moments_of(rows).float().to(self._device, non_blocking=True),
+            moments.float().to(self._device, non_blocking=True),
             self._context(captions).to(self._device, non_blocking=True),
             random._replace(
                 eps=random.eps.to(self._device, non_blocking=True),
                 posterior_eps=random.posterior_eps.to(self._device, non_blocking=True),
             ),
+            None if mask is None else mask.float().to(self._device, non_blocking=True),
         )
 
 

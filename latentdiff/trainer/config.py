@@ -15,6 +15,7 @@ from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError
 from latentdiff.models.unet_config import UNetConfig
+from latentdiff.trainer.captions import CaptionConfig
 from latentdiff.trainer.loop import LoopConfig
 from latentdiff.trainer.optimizer import OptimizerConfig
 
@@ -66,8 +67,11 @@ class LatentsConfig:
     """Folder of the latent cache; null is ~/.cache/latentdiff."""
     pack: str | None = None
     """Train on this latent pack (one .safetensors file) in place of the pictures of `data`."""
+    online: bool = False
+    """Keep no latents: encode the pictures of every batch anew. Slower by the encoder's time; for
+    sets larger than the disk, and for data.crop=random."""
     batch_size: int = 32
-    """Pictures encoded at a time."""
+    """Pictures encoded at a time when the cache is filled."""
     context_megabytes: int = 1024
     """Memory for the text states of captions."""
 
@@ -124,6 +128,8 @@ class TrainConfig:
     """What is learnt; `prediction` is a pretrained model's own when it is not given."""
     data: DataConfig = field(default_factory=DataConfig)
     """The captioned pictures."""
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    """How captions vary from one meeting to the next."""
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     """The encoded pictures."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -199,12 +205,30 @@ _FREE = (
 )
 
 
+#: Keys that checkpoints written before they existed do not have.
+_ADDED = (
+    "captions.shuffle_tags",
+    "captions.keep_tags",
+    "captions.tag_dropout",
+    "data.buckets",
+    "data.bucket_step",
+    "data.bucket_max_ratio",
+    "data.loss_mask",
+    "data.mask_column",
+    "data.streaming",
+    "data.shuffle_buffer",
+)
+
+
 def deciding_facts(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the numbers of a run; a resumed run must have the same ones.
 
     The batch enters as a whole (see `order.BatchShape`): how it is cut up changes only rounding.
     """
     facts = {k: v for k, v in flat(to_dict(config)).items() if not k.startswith(_FREE)}
+    # What later versions added is left out where it changes nothing, so that old runs go on.
+    usual = flat(to_dict(TrainConfig()))
+    facts = {k: v for k, v in facts.items() if k not in _ADDED or v != usual[k]}
     if config.optimizer.decay == "constant":
         del facts["loop.max_steps"]
     return facts

@@ -39,7 +39,7 @@ class Latents:
     """The encoded pictures and which of them are held out."""
 
     data: Any
-    """A LatentCache or LatentPack."""
+    """A LatentCache, LatentPack, OnlineLatents or StreamLatents."""
     train: list[int]
     """Indices to train on."""
     held_out: list[int]
@@ -115,6 +115,7 @@ def fit_unet(
         "cross_attention_dim": text_encoder.width,
     }
     if config.latents.pack is None:
+        # With buckets this is the square one; diffusers then generates that size by default.
         found["sample_size"] = config.data.image_size // autoencoder.downscale
     changes = {k: v for k, v in found.items() if f"model.unet.{k}" not in given}
     unet = dataclasses.replace(config.model.unet, **changes)
@@ -174,16 +175,18 @@ def check_fit(components: Components, config: TrainConfig) -> None:
         )
     if config.latents.pack is not None:
         return
-    size = config.data.image_size
+    size, key = config.data.image_size, "image_size"
+    if config.data.buckets:
+        size, key = config.data.bucket_step, "bucket_step"
     try:
         autoencoder.check_image_size(size)
     except UserError as error:
-        raise UserError(f"data.image_size: {error}") from error
+        raise UserError(f"data.{key}: {error}") from error
     step = autoencoder.downscale * unet.downscale
     if size % step:
         below = max(step, size // step * step)
         raise UserError(
-            f"data.image_size must be a multiple of {step} (the autoencoder divides it by "
+            f"data.{key} must be a multiple of {step} (the autoencoder divides it by "
             f"{autoencoder.downscale}, the U-Net's levels by {step // autoencoder.downscale}); got "
             f"{size}. Try {below} or {below + step}."
         )
@@ -194,10 +197,25 @@ def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator
 
     Raises: UserError: no data, no captions, no usable picture.
     """
+    if config.data.streaming:
+        from latentdiff.data.stream import StreamLatents
+
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        stream = StreamLatents(
+            config.data, autoencoder, accelerator.device, rank, ranks, config.loop.seed
+        )
+        return Latents(stream, [], [])  # nothing is held out of what is not known beforehand
+    if config.latents.online:
+        from latentdiff.data.online import OnlineLatents
+
+        data: Any = OnlineLatents(
+            open_source(config.data), autoencoder, config.data, accelerator.device
+        )
+        return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
     if config.latents.pack is not None:
         from latentdiff.data.latent_pack import LatentPack
 
-        data: Any = LatentPack(config.latents.pack)
+        data = LatentPack(config.latents.pack)
     else:
         from latentdiff.data.latent_cache import build_latent_cache
 
@@ -215,7 +233,19 @@ def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator
             )
         if accelerator.is_main_process and (text := report_skipped(data.skipped)):
             print(text, flush=True)
+    if accelerator.is_main_process and (text := bucket_table(data)):
+        print(text, flush=True)
     return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
+
+
+def bucket_table(data: Any) -> str:
+    """Say how many pictures each aspect-ratio bucket has, or "" where there is one."""
+    shapes = getattr(data, "shapes", ())
+    if len(shapes) < 2:
+        return ""
+    numbers = data.buckets.tolist()
+    lines = [f"  {h}x{w} latents: {numbers.count(i)}" for i, (_, h, w) in enumerate(shapes)]
+    return "\n".join(["pictures per bucket (height x width):", *lines])
 
 
 def prepare_unet(components: Components, config: TrainConfig, device: torch.device) -> UNet:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from latentdiff.diffusion.noise import mix
@@ -72,22 +74,22 @@ class Order:
         seed: the run's seed.
     """
 
-    indices: Sequence[int]
+    indices: Sequence[int] | np.ndarray[Any, Any]
     seed: int
-    _epochs: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
+    _epochs: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, samples: Sequence[int]) -> list[int]:
         """Return the dataset index of each global sample index."""
         count = len(self.indices)
-        return [self.indices[self._permutation(n // count)[n % count]] for n in samples]
+        return [int(self.indices[self._permutation(n // count)[n % count]]) for n in samples]
 
-    def _permutation(self, epoch: int) -> list[int]:
+    def _permutation(self, epoch: int) -> np.ndarray[Any, Any]:
         if epoch not in self._epochs:
             # A batch may span two epochs, or several of a tiny set; older ones never come back.
             while len(self._epochs) > 8:
                 del self._epochs[min(self._epochs)]
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            self._epochs[epoch] = torch.randperm(len(self.indices), generator=generator).tolist()
+            self._epochs[epoch] = torch.randperm(len(self.indices), generator=generator).numpy()
         return self._epochs[epoch]
 
 

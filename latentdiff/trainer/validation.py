@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from latentdiff.diffusion.objective import ObjectiveConfig, draw, per_sample_los
 from latentdiff.diffusion.samplers import as_denoiser, sample, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.models.unet import UNet
+from latentdiff.trainer.bucket_order import by_bucket
 from latentdiff.trainer.sharding import is_sharded
 
 #: Moves the draws of validation away from those of training with the same seed.
@@ -46,20 +47,28 @@ def held_out_loss(
     """
     objective = dataclasses.replace(objective, condition_dropout=0.0)
     device = next(unet.parameters()).device
-    channels, height, width = data.shape
     total = 0.0
-    for start in range(0, samples, batch_size):
-        numbers = range(start, min(start + batch_size, samples))
+    for numbers in _batches(data, indices, samples, batch_size):
         rows = [indices[n % len(indices)] for n in numbers]
-        random = draw(
-            seed ^ _VALIDATION_STREAM, numbers, (channels // 2, height, width), objective, schedule
-        )
-        moments = data.moments_of(rows).float().to(device)
+        stored, mask = data.read(rows, numbers)
+        shape = (stored.shape[1] // 2, *stored.shape[2:])
+        random = draw(seed ^ _VALIDATION_STREAM, numbers, shape, objective, schedule)
+        moments = stored.float().to(device)
         x_0 = autoencoder.latents_from_moments(moments, random.posterior_eps.to(device))
         states = context([data.captions(row)[0] for row in rows]).to(device)
-        loss = per_sample_loss(unet, x_0, states, random, schedule, objective)
+        weight = None if mask is None else mask.float().to(device)
+        loss = per_sample_loss(unet, x_0, states, random, schedule, objective, weight)
         total += float(loss.double().sum())
     return total / samples
+
+
+def _batches(
+    data: Any, indices: Sequence[int], samples: int, batch_size: int
+) -> Iterator[list[int]]:
+    """Sample numbers in batches, each of pictures of one shape."""
+    for group in by_bucket(data, [indices[n % len(indices)] for n in range(samples)]):
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
 
 
 @torch.no_grad()

@@ -1,0 +1,260 @@
+"""Does the data keep up, and does memory stay flat, with a million latents on the disk?
+
+    python benchmarks/loader.py [--count 1000000] [--steps 40] [--plot FILE.png]
+
+Writes COUNT synthetic latents (4x16x16: 4 KB of moments each) into a temporary folder, reads every
+one of them once in training order on one core, then trains the default network on them for STEPS
+steps. Prints latents per second of the loader alone and the share of the training's time that was
+spent waiting for data, plots the memory of the process, and deletes the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import psutil
+import torch
+
+from latentdiff.data.latent_cache import LatentCache
+from latentdiff.data.latent_index import LatentIndex
+from latentdiff.data.latent_store import LatentStore, LatentWriter, key_array
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import UserError
+from latentdiff.trainer.batches import BatchMaker, Prefetch
+from latentdiff.trainer.config import Given, TrainConfig
+from latentdiff.trainer.order import BatchShape, Order, choose_caption
+
+SHAPE = (8, 16, 16)
+BATCH = 24
+#: So many latents differ in more than their first two values; making a million takes long.
+POOL = 4096
+Memory = list[tuple[float, float]]
+
+
+class Synthetic:
+    """A source of `count` captions; its pictures exist as latents only."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Two captions, made when asked for."""
+        return (f"picture {index}", f"another caption of picture {index}")
+
+    def name(self, index: int) -> str:
+        """Its number."""
+        return str(index)
+
+
+def key(index: int) -> str:
+    """The key of one latent."""
+    return hashlib.blake2b(str(index).encode(), digest_size=16).hexdigest()
+
+
+def write(folder: Path, count: int) -> None:
+    """Write the latents; the first two values of each say which one it is."""
+    need, free = int(1.05 * count * 2 * np.prod(SHAPE)), shutil.disk_usage(folder).free
+    if free < need + 2**30:
+        raise UserError(f"{need / 1e9:.1f} GB are needed in {folder}; {free / 1e9:.1f} are free.")
+    pool = torch.randn(POOL, *SHAPE, generator=torch.Generator().manual_seed(0)).half()
+    with LatentWriter(folder, SHAPE) as writer:
+        for start in range(0, count, POOL):
+            numbers = torch.arange(start, min(start + POOL, count))
+            part = pool[: len(numbers)]
+            part[:, 0, 0, 0], part[:, 0, 0, 1] = numbers % 2048, numbers // 2048
+            writer.append([key(n) for n in numbers.tolist()], part)
+
+
+def open_cache(folder: Path, count: int) -> LatentCache:
+    """Open them as training opens its cache."""
+    keys = key_array(key(n) for n in range(count))
+    index = LatentIndex(np.zeros(count, np.int16), keys, [])
+    store = LatentStore(folder, SHAPE)
+    place: Any = SimpleNamespace(path=folder, shapes=[SHAPE], stores=[store], masked=False)
+    source: Any = Synthetic(count)
+    return LatentCache(source, place, index, [])
+
+
+def resident() -> float:
+    """Memory of this process in MB."""
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def read_all(cache: LatentCache, seed: int) -> tuple[dict[str, float], Memory]:
+    """One epoch: order, moments in float32, caption. Raises: UserError: a wrong latent."""
+    memory, count = list[tuple[float, float]](), len(cache)
+    wall, cpu = time.perf_counter(), time.process_time()
+    order = Order(range(count), seed)
+    for start in range(0, count, BATCH):
+        samples = range(start, min(start + BATCH, count))
+        rows = order(samples)
+        moments = cache.read(rows).moments.float()
+        captions = [
+            choose_caption(cache.captions(row), seed, n)
+            for row, n in zip(rows, samples, strict=True)
+        ]
+        if start // BATCH % 500 == 0:
+            memory.append((start / 1e6, resident()))
+            found = (moments[:, 0, 0, 0] + 2048 * moments[:, 0, 0, 1]).long().tolist()
+            if found != rows or not captions[0].endswith(str(rows[0])):
+                raise UserError(f"asked for the latents {rows}, got {found}.")
+    speed = {
+        "latents per second of one core": count / (time.process_time() - cpu),
+        "latents per second of wall time": count / (time.perf_counter() - wall),
+    }
+    return speed, memory
+
+
+def batches_with_noise(make: BatchMaker, seconds: float = 5.0) -> float:
+    """Latents per second of one core with noise, timesteps and everything else but text states."""
+    cpu, step = time.process_time(), 0
+    while time.process_time() - cpu < seconds:
+        make(step, 0)
+        step += 1
+    return step * BATCH / (time.process_time() - cpu)
+
+
+def train(cache: LatentCache, steps: int) -> tuple[dict[str, float], Memory]:
+    """Train the default network; returns the share of waiting and the memory per step."""
+    from latentdiff.diffusion.objective import per_sample_loss
+    from latentdiff.trainer.context import ContextCache
+    from latentdiff.trainer.latent_run import load_parts
+    from latentdiff.trainer.optimizer import make_optimizer
+
+    parts, config, _ = load_parts(Given(TrainConfig(), frozenset()))
+    unet, schedule = parts.unet.train(), NoiseSchedule(config.schedule)
+    optimizer = make_optimizer(unet, config.optimizer)
+    context = ContextCache(parts.text_encoder, config.latents.context_megabytes * 2**20)
+    make = batch_maker(cache, context, config, schedule)
+    batches = Prefetch(make, ((step, 0) for step in range(steps)))
+    memory: Memory = []
+    began = waited = 0.0
+    for step, _, batch in batches:
+        if step == 1:  # the first batch is waited for by everyone, and the first step allocates
+            began, waited = time.perf_counter(), batches.waited
+        x_0 = parts.autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
+        losses = per_sample_loss(unet, x_0, batch.context, batch.draw, schedule, config.objective)
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        memory.append((step, resident()))
+    elapsed = time.perf_counter() - began
+    figures = {
+        "data-wait share": (batches.waited - waited) / elapsed,
+        "images per second": (steps - 1) * BATCH / elapsed,
+    }
+    return figures, memory
+
+
+def batch_maker(
+    cache: LatentCache, context: Callable[[Any], Any], config: TrainConfig, schedule: Any
+) -> BatchMaker:
+    """What train_latent.py makes its batches with."""
+    maker: Any = BatchMaker(
+        cache,
+        Order(range(len(cache)), 0),
+        BatchShape(BATCH),
+        context,  # type: ignore[arg-type]
+        config.objective,
+        schedule,
+        torch.device("cpu"),
+    )
+    return maker
+
+
+def plot(target: Path, reading: Memory, training: Memory) -> None:
+    """Memory of the process against what it has read and trained."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    for axis, memory, label in (
+        (axes[0], reading, "million latents read"),
+        (axes[1], training, "training step"),
+    ):
+        if memory:
+            axis.plot(*zip(*memory, strict=True))
+            axis.set(xlabel=label, ylabel="resident memory (MB)")
+            axis.set_ylim(0, 1.25 * max(value for _, value in memory))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110)
+
+
+def growth(memory: Memory) -> float:
+    """MB by which the mean of the last tenth is above that of the second tenth."""
+    tenth = max(1, len(memory) // 10)
+    values = [value for _, value in memory]
+    return float(np.mean(values[-tenth:]) - np.mean(values[tenth : 2 * tenth] or values))
+
+
+def measure(
+    count: int, steps: int, where: Path | None = None
+) -> tuple[dict[str, float], Memory, Memory]:
+    """Write, read, train; returns the figures and the memory of reading and of training."""
+    with tempfile.TemporaryDirectory(dir=where, prefix="latentdiff-loader-") as name:
+        folder = Path(name)
+        started = time.perf_counter()
+        write(folder, count)
+        print(f"{count} latents written in {time.perf_counter() - started:.0f} s", flush=True)
+        started = time.perf_counter()
+        cache = open_cache(folder, count)
+        figures = {"latents": float(count), "opened in seconds": time.perf_counter() - started}
+        speed, reading = read_all(cache, seed=0)
+        figures |= speed | {"memory growth while reading, MB": growth(reading)}
+        print(json.dumps(figures), flush=True)
+        config = TrainConfig()
+        no_text = batch_maker(
+            cache, lambda said: torch.zeros(len(said), 1), config, NoiseSchedule(config.schedule)
+        )
+        figures["latents per second of one core, noise included"] = batches_with_noise(no_text)
+        training: Memory = []
+        if steps > 1:
+            more, training = train(cache, steps)
+            figures |= more | {"memory growth while training, MB": growth(training)}
+    return figures, reading, training
+
+
+def main() -> None:
+    """Measure, plot, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=1_000_000)
+    parser.add_argument("--steps", type=int, default=40, help="training steps; 0 trains nothing")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--plot", type=Path, default=Path("runs/loader-memory.png"))
+    parser.add_argument("--output", type=Path, default=Path("runs/loader.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    figures, reading, training = measure(arguments.count, arguments.steps, arguments.folder)
+    plot(arguments.plot, reading, training)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+    print(f"plot: {arguments.plot}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,147 @@
+"""Tar shards: which members make a sample, damaged shards, and the same latents as a folder's."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from data_helpers import png, write_folder
+from test_latent_cache import StubAutoencoder, config_of
+
+from latentdiff.data.latent_cache import build_latent_cache
+from latentdiff.data.source import DataConfig, Source, open_source
+from latentdiff.data.texts import Texts
+from latentdiff.errors import UserError
+
+
+def shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(numbers: range) -> list[tuple[str, bytes]]:
+    found = []
+    for n in numbers:
+        found += [(f"{n:04}.png", png(n)), (f"{n:04}.txt", f"picture {n}\nalso {n}".encode())]
+    return found
+
+
+def config(path: Path, **options: object) -> DataConfig:
+    settings = {"kind": "webdataset", "path": str(path), "image_size": 16, **options}
+    return DataConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_shards_read_as_a_folder_does(tmp_path: Path) -> None:
+    shard(tmp_path / "s" / "b.tar", samples(range(3, 6)))
+    shard(tmp_path / "s" / "a.tar", samples(range(3)))
+    source = open_source(config(tmp_path / "s"))
+    assert isinstance(source, Source) and len(source) == 6
+    assert [source.name(i) for i in (0, 5)] == ["a/0000", "b/0005"]
+    assert source.captions(4) == ("picture 4", "also 4")
+    folder = config_of(write_folder(tmp_path / "d"))
+    as_files = open_source(folder)
+    for i in range(6):
+        assert source[i].image.tobytes() == as_files[i].image.tobytes()
+    made = build_latent_cache(
+        source, StubAutoencoder(), config(tmp_path / "s"), tmp_path / "c", progress=False
+    )
+    model = StubAutoencoder()  # the pictures' bytes are the same, so nothing is encoded again
+    again = build_latent_cache(as_files, model, folder, tmp_path / "c", progress=False)
+    assert model.batches == []
+    assert torch.equal(made.moments_of(range(6)), again.moments_of(range(6)))
+    single = open_source(config(tmp_path / "s" / "b.tar"))
+    pattern = open_source(config(tmp_path / "s" / "*.tar"))
+    assert len(single) == 3 and pattern.fingerprint() == source.fingerprint()
+    shard(tmp_path / "s" / "b.tar", samples(range(3, 7)))
+    assert open_source(config(tmp_path / "s")).fingerprint() != source.fingerprint()
+
+
+def test_odd_samples(tmp_path: Path) -> None:
+    row = json.dumps({"caption": "from json", "de": "aus json"}).encode()
+    path = shard(
+        tmp_path / "a.tar",
+        [
+            ("x/1.v2.jpg", b"the ending is v2.jpg, which is no picture"),
+            ("x/2.png", png(2)),
+            ("x/2.json", row),
+            ("x/3.png", png(3)),
+            ("y/3.txt", b"another folder, another sample"),
+            ("4.txt", b"no picture"),
+            ("5.png", png(5)),
+            ("5.txt", b"  \n"),
+            ("6.png", png(6)),
+            ("6.json", b"{"),
+            ("7.PNG", png(7)),
+            ("7.txt", "größer".encode()),
+        ],
+    )
+    source = open_source(config(path))
+    assert [source.captions(i) for i in range(len(source))] == [("from json",), ("größer",)]
+    problems = dict(source.problems)  # type: ignore[attr-defined]
+    assert set(problems) == {"a/x/1", "a/x/3", "a/y/3", "a/4", "a/5", "a/6"}
+    assert open_source(config(path, caption_column="de")).captions(0) == ("aus json",)
+
+
+def test_a_shard_cut_off_in_the_middle_keeps_what_is_whole(tmp_path: Path) -> None:
+    whole = shard(tmp_path / "whole.tar", samples(range(8)))
+    data = whole.read_bytes()
+    for size in (9216, 9216 + 100, 9216 + 700, 9216 + 1500):  # between, in a header, in a picture
+        (tmp_path / "cut.tar").write_bytes(data[:size])
+        source = open_source(config(tmp_path / "cut.tar"))
+        assert 2 <= len(source) < 8
+        for i in range(len(source)):
+            assert source[i].image.size == (20, 16)
+        assert "cut.tar" in dict(source.problems)  # type: ignore[attr-defined]
+    whole_source = open_source(config(whole))
+    assert len(whole_source) == 8
+    assert not whole_source.problems  # type: ignore[attr-defined]
+    whole.unlink()
+    with pytest.raises(Exception, match="whole/0000"):
+        _after_deletion(tmp_path)
+
+
+def _after_deletion(tmp_path: Path) -> None:
+    path = shard(tmp_path / "whole.tar", samples(range(1)))
+    source = open_source(config(path))
+    path.unlink()
+    source[0]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    for name, match in (("none", "no .tar shards"), ("x.tar.gz", "plain .tar"), ("e.tar", "0 us")):
+        if name == "x.tar.gz":
+            (tmp_path / name).write_bytes(b"")
+        if name == "e.tar":
+            shard(tmp_path / name, [])
+        with pytest.raises(UserError, match=match):
+            open_source(config(tmp_path / name))
+    (tmp_path / "bad.tar").write_bytes(b"not a tar file" * 100)
+    with pytest.raises(UserError, match=r"bad\.tar: cannot be read"):
+        open_source(config(tmp_path / "bad.tar"))
+
+
+def test_masks_in_shards(tmp_path: Path) -> None:
+    members = [*samples(range(1)), ("0000.mask.png", png(9))]
+    source = open_source(config(shard(tmp_path / "a.tar", members), loss_mask="file"))
+    mask = source[0].mask
+    assert mask is not None and mask.mode == "L" and mask.size == (20, 16)
+    assert open_source(config(tmp_path / "a.tar"))[0].mask is None
+
+
+def test_texts_round_trip() -> None:
+    texts, given = Texts(), [("a", "ä€😀"), ("",), ("bad \udce9", "b"), ("one\x1ftwo",)]
+    for item in given:
+        texts.append(item)
+    assert [texts[i] for i in range(4)] == [*given[:3], ("one two",)]
+    for wrong in (-1, 4):
+        with pytest.raises(IndexError):
+            texts[wrong]

@@ -1,0 +1,87 @@
+"""Encode the pictures of a training before it starts, on any number of processes or machines.
+
+    accelerate launch training/cache_latents.py [--config FILE] [section.key=value ...]
+    python training/cache_latents.py --rank 2 --ranks 8 ...   (one of eight jobs, with no launcher)
+
+Takes the same configuration as train_latent.py, which then finds every latent in the cache. The
+processes never talk to each other: each takes its own blocks of pictures and commits each as a
+whole. Whatever is killed, start it again, on as many processes as you like, and only what is
+missing is encoded; when nothing is, nothing happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if importlib.util.find_spec("latentdiff") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from latentdiff.config import describe
+from latentdiff.data.latent_encoding import Encoding
+from latentdiff.data.latent_folder import LatentFolder
+from latentdiff.data.source import open_source, problems_of, report_skipped
+from latentdiff.errors import UserError
+from latentdiff.trainer.caching import Worker, frozen_autoencoder, this_worker
+from latentdiff.trainer.config import Given, TrainConfig, read_config
+from latentdiff.trainer.output import default_cache
+
+
+def cache(given: Given, worker: Worker) -> None:
+    """Do this process's share and say how far the whole is."""
+    source = open_source(given.config.data)
+    autoencoder, config = frozen_autoencoder(given)
+    autoencoder.to(worker.device)
+    place = Path(config.latents.cache_dir or default_cache())
+    folder = LatentFolder(place, autoencoder, config.data, worker.device)
+    work = Encoding(
+        source, autoencoder, config.data, folder, worker.device, config.latents.batch_size
+    )
+    name = f"process {worker.rank} of {worker.ranks}"
+    index = work.files.read(folder.stores)
+    if index is not None:
+        print(f"{name}: all {len(source)} pictures are in {folder.path}; nothing to do", flush=True)
+        return
+    done = work.run(worker.rank, worker.ranks, progress=worker.rank == 0)
+    print(f"{name}: {done.encoded} pictures encoded, {done.blocks} blocks", flush=True)
+    folder.refresh()
+    index = work.files.join(folder.stores)
+    if index is None:
+        missing = work.files.missing(folder.stores)
+        print(
+            f"{name}: {missing} of {len(work.files.blocks)} blocks are with other processes. The "
+            "last one to end says that the cache is complete; if none does, start again."
+        )
+        return
+    skipped = [*problems_of(source), *index.skipped]
+    usable = int((index.places >= 0).sum())
+    print(report_skipped(skipped) + "\n" * bool(skipped), end="")
+    print(f"{name}: the cache is complete: {usable} pictures in {folder.path}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns: the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="configuration keys (given as key=value):\n\n" + describe(TrainConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of the training")
+    parser.add_argument("--rank", type=int, help="number of this process, from 0")
+    parser.add_argument("--ranks", type=int, help="how many processes there are")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        worker = this_worker(options.rank, options.ranks)
+        cache(read_config(options.config, options.overrides), worker)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
