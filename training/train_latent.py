@@ -41,6 +41,7 @@ from latentdiff.trainer.loop import Descent, training_loop
 from latentdiff.trainer.optimizer import learning_rate, make_optimizer
 from latentdiff.trainer.order import Order
 from latentdiff.trainer.output import CHECKPOINTS, check_output, open_output
+from latentdiff.trainer.power_ema import AllAverages, PowerEmas
 from latentdiff.trainer.processes import is_first_process, start_processes
 from latentdiff.trainer.state import TrainingState
 from latentdiff.trainer.tracking import Tracker
@@ -64,13 +65,15 @@ def train(given: Given, resume: bool) -> Path:
     optimizer = make_optimizer(unet, config.optimizer)
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)
     ema = Ema(unet, config.loop.ema_decay)
+    powers = PowerEmas(unet, config.power_ema, output, accelerator.is_main_process)
     shape = batch_shape(config, accelerator)
     context = ContextCache(
         components.text_encoder.to(accelerator.device), config.latents.context_megabytes * 2**20
     )
     facts = {**deciding_facts(config), **latents.facts(), "pictures per step": shape.total}
+    averages = AllAverages(ema, powers)
     state = TrainingState(
-        unet, ema, optimizer, accelerator, output / CHECKPOINTS, config.loop.keep_last, facts
+        unet, averages, optimizer, accelerator, output / CHECKPOINTS, config.loop.keep_last, facts
     )
     first_step, seconds = state.resume() if resume else (0, 0.0)
     if accelerator.is_main_process:
@@ -105,12 +108,14 @@ def train(given: Given, resume: bool) -> Path:
         step.backward(loss)
         if step.update():
             ema.update(step.number)
+            powers.update(step.number)
             done = step.number + 1
             if validate.due(done):
                 validate(done)
 
     if not validate.due(done):
         validate(done)
+    powers.store(done)
     tracker.close()
     folder = export(config, components, ema) if accelerator.is_main_process else output
     accelerator.wait_for_everyone()

@@ -17,6 +17,7 @@ from latentdiff.errors import UserError
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.trainer.loop import LoopConfig
 from latentdiff.trainer.optimizer import OptimizerConfig
+from latentdiff.trainer.power_ema import PowerEmaConfig
 
 
 def _small_unet() -> UNetConfig:
@@ -130,6 +131,8 @@ class TrainConfig:
     """AdamW and its learning rate."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Length, batches and cadence."""
+    power_ema: PowerEmaConfig = field(default_factory=PowerEmaConfig)
+    """Averages of the weights for choosing their length after the run."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """How progress is looked at."""
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -185,6 +188,7 @@ def adopt(given: Given, schedule: ScheduleConfig, prediction: str) -> tuple[Trai
 _FREE = (
     "output",
     "validation.",
+    "power_ema.",
     "export.",
     "latents.",
     "data.path",

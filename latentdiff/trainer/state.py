@@ -19,6 +19,7 @@ from latentdiff.trainer.checkpoint import (
 )
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.optimizer import load_named_state, named_state
+from latentdiff.trainer.power_ema import AllAverages
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,8 +34,8 @@ class TrainingState:
 
     unet: nn.Module
     """The module itself, not its wrapper."""
-    ema: Ema
-    """The moving average of its weights."""
+    ema: Ema | AllAverages
+    """The moving averages of its weights."""
     optimizer: torch.optim.Optimizer
     """The optimizer itself, not its wrapper."""
     accelerator: Accelerator
