@@ -13,10 +13,13 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
 
 from latentdiff.config import describe
 from latentdiff.diffusion.objective import per_sample_loss
@@ -26,6 +29,7 @@ from latentdiff.trainer.batches import BatchMaker
 from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_config
 from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.ema import Ema
+from latentdiff.trainer.environment import environment, write_environment
 from latentdiff.trainer.interrupt import Interrupted
 from latentdiff.trainer.latent_run import (
     Validator,
@@ -33,6 +37,8 @@ from latentdiff.trainer.latent_run import (
     export,
     load_parts,
     long_captions,
+    make_gauges,
+    more_writers,
     open_latents,
     prepare_unet,
     save_config,
@@ -40,9 +46,11 @@ from latentdiff.trainer.latent_run import (
 from latentdiff.trainer.loop import Descent, training_loop
 from latentdiff.trainer.optimizer import learning_rate, make_optimizer
 from latentdiff.trainer.order import Order
+from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_loss
 from latentdiff.trainer.output import CHECKPOINTS, check_output, open_output
 from latentdiff.trainer.power_ema import AllAverages, PowerEmas
 from latentdiff.trainer.processes import is_first_process, start_processes
+from latentdiff.trainer.report import write_report
 from latentdiff.trainer.state import TrainingState
 from latentdiff.trainer.tracking import Tracker
 
@@ -76,9 +84,17 @@ def train(given: Given, resume: bool) -> Path:
         unet, averages, optimizer, accelerator, output / CHECKPOINTS, config.loop.keep_last, facts
     )
     first_step, seconds = state.resume() if resume else (0, 0.0)
+    if config.loop.probe_memory:
+        trial = trial_loss(unet, autoencoder, schedule, config.objective, latents.data, context)
+        shape = probe(unet, trial, optimizer, shape, accelerator)
+        if shape.per_process < config.loop.batch_size:
+            notes.append(halved_note(config.loop.batch_size, shape))
     if accelerator.is_main_process:
         save_config(config)
-    tracker = Tracker(output, first_step, config.loop, active=accelerator.is_main_process)
+        write_environment(output, environment(accelerator))
+    tracker = Tracker(
+        output, first_step, config.loop, accelerator.is_main_process, partial(more_writers, config)
+    )
     for note in notes + long_captions(latents, components.text_encoder):
         tracker.say(note)
     order = Order(latents.train, config.loop.seed)
@@ -99,7 +115,15 @@ def train(given: Given, resume: bool) -> Path:
 
     done = first_step
     for step, batch in training_loop(
-        descent, make_batch, shape, config.loop, tracker, state.save, first_step, seconds
+        descent,
+        make_batch,
+        shape,
+        config.loop,
+        tracker,
+        state.save,
+        first_step,
+        seconds,
+        make_gauges(components, latents, accelerator),
     ):
         x_0 = autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
         loss = per_sample_loss(
@@ -118,6 +142,8 @@ def train(given: Given, resume: bool) -> Path:
     powers.store(done)
     tracker.close()
     folder = export(config, components, ema) if accelerator.is_main_process else output
+    if accelerator.is_main_process:
+        write_report(output)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if lock is not None:
@@ -142,6 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {RAN_OUT} ({str(error).splitlines()[0]})", file=sys.stderr)
         return 2
     except Interrupted as stop:
         if is_first_process():

@@ -14,6 +14,7 @@ from latentdiff.diffusion.objective import Draw, ObjectiveConfig, draw
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.order import BatchShape, Order, choose_caption
+from latentdiff.trainer.transfer import to_device
 
 T = TypeVar("T")
 
@@ -80,11 +81,11 @@ class BatchMaker:
             for n, row, dropped in zip(samples, rows, random.drop.tolist(), strict=True)
         ]
         return LatentBatch(
-            self._data.moments_of(rows).float().to(self._device, non_blocking=True),
-            self._context(captions).to(self._device, non_blocking=True),
+            to_device(self._data.moments_of(rows), self._device).float(),
+            to_device(self._context(captions), self._device),
             random._replace(
-                eps=random.eps.to(self._device, non_blocking=True),
-                posterior_eps=random.posterior_eps.to(self._device, non_blocking=True),
+                eps=to_device(random.eps, self._device),
+                posterior_eps=to_device(random.posterior_eps, self._device),
             ),
         )
 
