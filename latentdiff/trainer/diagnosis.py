@@ -25,7 +25,7 @@ def diagnose(
         weights: the model's named parameters.
     Returns: sentences, the most telling first.
     """
-    broken = [name for name, value in weights if not bool(value.isfinite().all())]
+    broken = [name for name, value in weights if not _is_finite(value)]
     if broken:
         return [
             f"{len(broken)} of the weights themselves are not finite, the first is {broken[0]}: "
@@ -37,6 +37,11 @@ def diagnose(
     else:
         said.append(_trend(finite))
     return said
+
+
+def _is_finite(value: Tensor) -> bool:
+    part = getattr(value, "to_local", None)  # of sharded weights each process looks at its own
+    return bool((value if part is None else part()).isfinite().all())
 
 
 def _which(bad: dict[str, Any]) -> str:

@@ -50,6 +50,10 @@ class Ema:
         finally:
             self._copy(kept)
 
+    def placed(self) -> dict[str, Tensor]:
+        """The average as tensors that lie across the processes as the parameters do."""
+        return self.average
+
     def load(self, average: dict[str, Tensor]) -> None:
         """Take over a stored average. Raises: KeyError: a parameter is missing."""
         for name, value in self.average.items():

@@ -101,7 +101,7 @@ class PowerEmas:
         tensors = {
             f"{number}/{name}": _whole(value).to("cpu", dtype).contiguous()
             for number, track in enumerate(self.tracks)
-            for name, value in track.average.items()
+            for name, value in track.placed().items()
         }
         if self._writes:
             about = {"step": step, "sigma_rel": [track.sigma_rel for track in self.tracks]}
@@ -115,9 +115,13 @@ class AllAverages:
     """
 
     def __init__(self, ema: Ema, powers: PowerEmas) -> None:
-        self.average = dict(ema.average)
-        for number, track in enumerate(powers.tracks):
-            self.average |= {f"power-{number}/{n}": t for n, t in track.average.items()}
+        self._all: dict[str, Ema] = {"": ema}
+        self._all |= {f"power-{number}/": track for number, track in enumerate(powers.tracks)}
+        self.average = {p + n: t for p, one in self._all.items() for n, t in one.average.items()}
+
+    def placed(self) -> dict[str, Tensor]:
+        """The same as tensors that lie across the processes as the parameters do."""
+        return {p + n: t for p, one in self._all.items() for n, t in one.placed().items()}
 
     def load(self, average: dict[str, Tensor]) -> None:
         """Take over stored averages.
