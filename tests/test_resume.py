@@ -29,6 +29,7 @@ SETTINGS = [
     "loop.batch_size=3",
     "loop.ema_decay=0.9",
     "loop.log_every=4",
+    "power_ema.every=6",
     "objective.condition_dropout=0.3",
     "data.validation_share=0.2",
     "validation.every=7",

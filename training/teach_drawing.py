@@ -73,13 +73,14 @@ def subject_pictures(source: Source, config: DrawingConfig, root: Path) -> tuple
     data = build_latent_cache(plain, autoencoder, config.data, default_cache(), device="cpu")
     moments = data.moments_of(range(len(data))).float()
     latents = autoencoder.latents_from_moments(moments, torch.zeros(()))
-    where = {index: row for row, index in enumerate(data.source_indices)}
+    places = [int(index) for index in data.source_indices]
+    where = {index: row for row, index in enumerate(places)}
     rows = [where.get(row, -1) for row in rows]
     mask = getattr(plain, "mask", None)
     if mask is None:
         return latents, rows
     height, width = latents.shape[-2:]
-    opaque = [np.asarray(mask(i), np.float32) / 255 for i in data.source_indices]
+    opaque = [np.asarray(mask(i), np.float32) / 255 for i in places]
     shrunk = F.adaptive_avg_pool2d(torch.from_numpy(np.stack(opaque))[:, None], (height, width))
     return torch.cat([latents, shrunk], 1), rows
 

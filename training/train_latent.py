@@ -14,10 +14,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
 
 from latentdiff.config import describe
 from latentdiff.diffusion.objective import per_sample_loss
@@ -28,6 +31,7 @@ from latentdiff.trainer.bucket_order import make_order
 from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_config
 from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.ema import Ema
+from latentdiff.trainer.environment import environment, write_environment
 from latentdiff.trainer.interrupt import Interrupted
 from latentdiff.trainer.latent_run import (
     Validator,
@@ -35,14 +39,19 @@ from latentdiff.trainer.latent_run import (
     export,
     load_parts,
     long_captions,
+    make_gauges,
+    more_writers,
     open_latents,
     prepare_unet,
     save_config,
 )
 from latentdiff.trainer.loop import Descent, training_loop
 from latentdiff.trainer.optimizer import learning_rate, make_optimizer
+from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_loss
 from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
+from latentdiff.trainer.power_ema import AllAverages, PowerEmas
 from latentdiff.trainer.processes import is_first_process, start_processes, was_restarted
+from latentdiff.trainer.report import write_report
 from latentdiff.trainer.sharding import prepare
 from latentdiff.trainer.state import TrainingState, stored_facts
 from latentdiff.trainer.tracking import Tracker
@@ -63,9 +72,11 @@ def train(given: Given, resume: bool) -> Path:
     lock = open_output(output) if accelerator.is_main_process else None
 
     unet = prepare_unet(components, config, accelerator.device)
+    gauges = make_gauges(components, latents, accelerator)
     optimizer = make_optimizer(unet, config.optimizer)
     model, prepared_optimizer = prepare(accelerator, unet, optimizer)
     ema = Ema(unet, config.loop.ema_decay)
+    powers = PowerEmas(unet, config.power_ema, output, accelerator.is_main_process)
     before = stored_facts(output / CHECKPOINTS) if resume else None
     shape, recut = batch_shape(config, accelerator, before)
     context = ContextCache(
@@ -73,11 +84,22 @@ def train(given: Given, resume: bool) -> Path:
     )
     facts = {**deciding_facts(config), **latents.facts(), "pictures per step": shape.total}
     keep = (config.loop.keep_last, config.loop.keep_every)
-    state = TrainingState(unet, ema, optimizer, accelerator, output / CHECKPOINTS, *keep, facts)
+    averages = AllAverages(ema, powers)
+    state = TrainingState(
+        unet, averages, optimizer, accelerator, output / CHECKPOINTS, *keep, facts
+    )
     first_step, seconds = state.resume() if resume else (0, 0.0)
+    if config.loop.probe_memory:
+        trial = trial_loss(unet, autoencoder, schedule, config.objective, latents.data, context)
+        shape = probe(unet, trial, optimizer, shape, accelerator)
+        if shape.per_process < config.loop.batch_size:
+            notes.append(halved_note(config.loop.batch_size, shape))
     if accelerator.is_main_process:
         save_config(config)
-    tracker = Tracker(output, first_step, config.loop, active=accelerator.is_main_process)
+        write_environment(output, environment(accelerator))
+    tracker = Tracker(
+        output, first_step, config.loop, accelerator.is_main_process, partial(more_writers, config)
+    )
     for note in notes + recut + long_captions(latents, components.text_encoder):
         tracker.say(note)
     make_batch = BatchMaker(
@@ -104,7 +126,15 @@ def train(given: Given, resume: bool) -> Path:
 
     done = first_step
     for step, batch in training_loop(
-        descent, make_batch, shape, config.loop, tracker, state.save, first_step, seconds
+        descent,
+        make_batch,
+        shape,
+        config.loop,
+        tracker,
+        state.save,
+        first_step,
+        seconds,
+        gauges,
     ):
         x_0 = autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
         loss = per_sample_loss(
@@ -113,14 +143,18 @@ def train(given: Given, resume: bool) -> Path:
         step.backward(loss)
         if step.update():
             ema.update(step.number)
+            powers.update(step.number)
             done = step.number + 1
             if validate.due(done):
                 validate(done)
 
     if not validate.due(done):
         validate(done)
+    powers.store(done)
     tracker.close()
     folder = export(config, components, ema, writes=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        write_report(output)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if lock is not None:
@@ -147,6 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Any process may be the one that fails, and the launcher then stops the others.
         where = "" if is_first_process() else f" (process {os.environ['RANK']})"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {RAN_OUT} ({str(error).splitlines()[0]})", file=sys.stderr)
         return 2
     except Interrupted as stop:
         if is_first_process():

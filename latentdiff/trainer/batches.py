@@ -16,6 +16,7 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.trainer.captions import CaptionConfig, say
 from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.order import BatchShape
+from latentdiff.trainer.transfer import to_device
 
 T = TypeVar("T")
 
@@ -99,13 +100,13 @@ class BatchMaker:
             for n, row, dropped in zip(samples, rows, random.drop.tolist(), strict=True)
         ]
         return LatentBatch(
-            moments.float().to(self._device, non_blocking=True),
-            self._context(captions).to(self._device, non_blocking=True),
+            to_device(moments, self._device).float(),
+            to_device(self._context(captions), self._device),
             random._replace(
-                eps=random.eps.to(self._device, non_blocking=True),
-                posterior_eps=random.posterior_eps.to(self._device, non_blocking=True),
+                eps=to_device(random.eps, self._device),
+                posterior_eps=to_device(random.posterior_eps, self._device),
             ),
-            None if mask is None else mask.float().to(self._device, non_blocking=True),
+            None if mask is None else to_device(mask, self._device).float(),
         )
 
 

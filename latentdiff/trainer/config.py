@@ -18,6 +18,7 @@ from latentdiff.models.unet_config import UNetConfig
 from latentdiff.trainer.captions import CaptionConfig
 from latentdiff.trainer.loop import LoopConfig
 from latentdiff.trainer.optimizer import OptimizerConfig
+from latentdiff.trainer.power_ema import PowerEmaConfig
 
 
 def _small_unet() -> UNetConfig:
@@ -57,6 +58,8 @@ class ModelConfig:
     """Compute activations again in the backward pass: less memory, about a third slower."""
     channels_last: bool = False
     """Memory layout that convolutions on a GPU usually like better, and small ones on a CPU not."""
+    compile: bool = False
+    """Compile the U-Net with torch.compile: minutes at the start, then usually faster on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class ValidationConfig:
     """Optimizer steps between validations; 0 validates at the end only."""
     at_start: bool = False
     """Validate before the first step too (fine-tuning: what the start was like)."""
+    raw: bool = True
+    """Make a grid with the newest weights too, beside that of the averaged ones."""
     prompts: tuple[str, ...] = ()
     """Prompts of the grid; empty takes captions of the held-out pictures."""
     pictures: int = 16
@@ -136,6 +141,8 @@ class TrainConfig:
     """AdamW and its learning rate."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Length, batches and cadence."""
+    power_ema: PowerEmaConfig = field(default_factory=PowerEmaConfig)
+    """Averages of the weights for choosing their length after the run."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """How progress is looked at."""
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -191,6 +198,7 @@ def adopt(given: Given, schedule: ScheduleConfig, prediction: str) -> tuple[Trai
 _FREE = (
     "output",
     "validation.",
+    "power_ema.",
     "export.",
     "latents.",
     "data.path",
@@ -198,6 +206,8 @@ _FREE = (
     "loop.batch_size",
     "loop.gradient_accumulation",
     "loop.log_every",
+    "loop.probe_memory",
+    "loop.wandb",
     "loop.checkpoint_every",
     "loop.keep_last",
     "loop.keep_every",
@@ -231,6 +241,8 @@ def deciding_facts(config: TrainConfig) -> dict[str, Any]:
     facts = {k: v for k, v in facts.items() if k not in _ADDED or v != usual[k]}
     if config.optimizer.decay == "constant":
         del facts["loop.max_steps"]
+    if not config.model.compile:  # runs from before there was this key can go on
+        del facts["model.compile"]
     return facts
 
 

@@ -39,7 +39,11 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the average towards the weights after optimizer step `step` (counted from 0)."""
         live = [local(p).float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay_at(step, self.decay))
+        torch._foreach_lerp_(list(self.average.values()), live, 1 - self.decay_after(step))
+
+    def decay_after(self, step: int) -> float:
+        """The share of the old average that stays after optimizer step `step`."""
+        return decay_at(step, self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.order import BatchShape, recut
 from latentdiff.trainer.output import MODEL, SAMPLES, default_cache
 from latentdiff.trainer.sharding import gather_state, is_sharded
-from latentdiff.trainer.tracking import Tracker
+from latentdiff.trainer.tracking import Tracker, Writer
 from latentdiff.trainer.validation import held_out_loss, picture_grid, pictures, write_png
 
 if TYPE_CHECKING:
@@ -255,6 +255,8 @@ def prepare_unet(components: Components, config: TrainConfig, device: torch.devi
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     unet.set_attention(config.model.attention)
     unet.enable_gradient_checkpointing(config.model.gradient_checkpointing)
+    if config.model.compile:
+        unet.compile()
     return unet.train()
 
 
@@ -299,7 +301,8 @@ def batch_shape(
 
 
 class Validator:
-    """Writes OUTPUT/samples/step-N.png and the held-out loss on the main process.
+    """Writes OUTPUT/samples/step-N.png (averaged weights), step-N-raw.png (the newest) and the
+    held-out loss on the main process.
 
     The others wait, or compute along where the U-Net is sharded: a pass needs all shards.
     """
@@ -333,14 +336,17 @@ class Validator:
             with self._ema.applied(), self._accelerator.autocast():
                 unet.eval()
                 self._loss(step)
-                self._grid(step)
+                self._grid(step, "")
+            if self._config.validation.raw:
+                with self._accelerator.autocast():
+                    self._grid(step, "-raw")
             unet.train(was_training)
         self._accelerator.wait_for_everyone()
 
     def _loss(self, step: int) -> None:
         if not self._latents.held_out:
             return
-        value = held_out_loss(
+        loss = held_out_loss(
             self._parts.unet,
             self._parts.autoencoder,
             self._latents.data,
@@ -351,10 +357,10 @@ class Validator:
             self._config.validation.samples,
             self._config.loop.seed,
         )
-        self._tracker.write([{"step": step, "validation_loss": value}])
-        self._tracker.say(f"step {step}: validation loss {value:.4f}")
+        self._tracker.write([{"step": step, **loss.row()}])
+        self._tracker.say(f"step {step}: validation loss {loss.mean:.4f}")
 
-    def _grid(self, step: int) -> None:
+    def _grid(self, step: int, kind: str) -> None:
         if not self._prompts:
             return
         validation, (channels, height, width) = self._config.validation, self._latents.data.shape
@@ -372,13 +378,36 @@ class Validator:
         )
         grid = picture_grid(images)
         if self._accelerator.is_main_process:
-            write_png(grid, Path(self._config.output) / SAMPLES / f"step-{step:08d}.png")
-        self._tracker.image("samples", step, grid)
+            write_png(grid, Path(self._config.output) / SAMPLES / f"step-{step:08d}{kind}.png")
+        self._tracker.image(f"samples{kind}", step, grid)
 
     def _captions(self, count: int) -> Sequence[str]:
         rows = self._latents.held_out or self._latents.train
         chosen = rows[:: max(1, len(rows) // max(1, count))][:count]
         return [self._latents.data.captions(row)[0] for row in chosen]
+
+
+def make_gauges(
+    components: Components, latents: Latents, accelerator: Accelerator
+) -> Callable[[float], dict[str, float]]:
+    """Count the U-Net's FLOPs and find the machine's, once; see `flops`."""
+    from latentdiff.trainer.flops import count_flops, peak_flops
+    from latentdiff.trainer.gauges import Gauges
+
+    channels, height, width = latents.data.shape
+    tokens = components.text_encoder.max_length
+    flops = count_flops(components.unet, (channels // 2, height, width), tokens)
+    peak = peak_flops(accelerator.device, accelerator.mixed_precision)
+    return Gauges(accelerator.device, flops, peak * accelerator.num_processes)
+
+
+def more_writers(config: TrainConfig) -> list[Writer]:
+    """Where the numbers go besides metrics.jsonl and TensorBoard."""
+    if config.loop.wandb is None:
+        return []
+    from latentdiff.trainer.wandb_log import WandbWriter
+
+    return [WandbWriter(config.loop.wandb, Path(config.output), to_dict(config))]
 
 
 def export(config: TrainConfig, components: Components, ema: Ema, writes: bool) -> Path:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from latentdiff.diffusion.noise import mix
 from latentdiff.errors import UserError
 from latentdiff.trainer.batches import Prefetch
 from latentdiff.trainer.checkpoint import CheckpointError
+from latentdiff.trainer.diagnosis import diagnose
 from latentdiff.trainer.interrupt import Interrupted, StopSignal
 from latentdiff.trainer.optimizer import set_learning_rate, step_if_finite
 from latentdiff.trainer.order import BatchShape
@@ -60,6 +62,9 @@ class LoopConfig:
     """Decay of the weights' moving average, with a warm-up; 0 exports the newest weights."""
     log_every: int = 20
     """Steps between updates of the progress bar and the log."""
+    probe_memory: bool = True
+    """On a GPU, try a micro-batch before the first step; if it does not fit, halve it and double
+    gradient_accumulation."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     keep_last: int = 2
@@ -68,6 +73,8 @@ class LoopConfig:
     """Keep for good those whose step is a multiple of this, a multiple of checkpoint_every too."""
     tensorboard: bool = True
     """Write TensorBoard files too, if it is installed."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well (needs wandb); null is off."""
 
     def validate(self) -> list[str]:
         """List what is out of range."""
@@ -177,6 +184,7 @@ def training_loop(
     save: Callable[[int, float], None],
     first_step: int = 0,
     seconds: float = 0.0,
+    gauges: Callable[[float], dict[str, float]] | None = None,
 ) -> Iterator[tuple[Step, Batch]]:
     """Yield every micro-batch of the run; save and log in between.
 
@@ -184,6 +192,7 @@ def training_loop(
         make_batch: (optimizer step, micro-batch) → batch of this process; runs in a thread.
         save: (steps made, seconds spent) → writes a checkpoint; called on every process.
         first_step, seconds: steps made and time spent before, when resuming.
+        gauges: images per second → more numbers for the row of each log point.
     Raises:
         Interrupted: after SIGTERM or SIGINT, with the checkpoint written.
         CheckpointError: the last checkpoint, or the one before stopping, was not; after any
@@ -196,7 +205,7 @@ def training_loop(
         for micro in range(shape.accumulation)
     )
     batches = Prefetch(make_batch, keys)
-    log = _Log(descent, shape, config, tracker, batches, seconds)
+    log = _Log(descent, shape, config, tracker, batches, seconds, gauges)
     with StopSignal() as signal:
         for number, micro, batch in batches:
             last = micro == shape.accumulation - 1
@@ -235,12 +244,15 @@ class _Log:
         tracker: Tracker,
         batches: Prefetch[Any],
         seconds: float,
+        gauges: Callable[[float], dict[str, float]] | None,
     ) -> None:
+        self._gauges = gauges or (lambda images_per_second: {})
         self._descent, self._shape, self._config = descent, shape, config
         self._tracker, self._batches = tracker, batches
         self._began = time.monotonic() - seconds
         self._window = (time.monotonic(), 0.0)
-        self._bad = 0
+        self._bad = self._skipped = 0
+        self._finite: deque[dict[str, Any]] = deque(maxlen=5)
 
     @property
     def seconds(self) -> float:
@@ -276,8 +288,9 @@ class _Log:
             rate = self._descent.rate(step - 1)
             rows.append({"step": step, "loss": _finite(loss), "grad_norm": _finite(norm)})
             rows[-1]["lr"] = rate
-            self._bad = 0 if math.isfinite(loss + norm) else self._bad + 1
+            self._count(rows[-1])
         rows[-1] |= self._speed(len(rows))
+        rows[-1] |= {"skipped_steps": self._skipped}
         self._tracker.write(rows)
         finite = [row["loss"] for row in rows if row["loss"] is not None]
         mean = sum(finite) / len(finite) if finite else math.nan
@@ -291,7 +304,24 @@ class _Log:
         )
         if self._bad >= MAX_BAD_STEPS:
             self._tracker.close()
-            raise UserError(_not_finite(self._bad, done, self._config))
+            raise UserError(self._not_finite(done, rows[-1]))
+
+    def _count(self, row: dict[str, Any]) -> None:
+        if row["loss"] is not None and row["grad_norm"] is not None:
+            self._bad = 0
+            self._finite.append(row)
+        else:
+            self._bad += 1
+            self._skipped += 1
+
+    def _not_finite(self, done: int, bad: dict[str, Any]) -> str:
+        found = diagnose(list(self._finite), bad, self._descent.model.named_parameters())
+        return (
+            f"the loss or its gradient was not finite in the last {self._bad} steps (now at step "
+            f"{done}; those steps changed no weights). {' '.join(found)} Usual causes: "
+            f"optimizer.lr too high, loop.mixed_precision={self._config.mixed_precision} (try bf16 "
+            "or no), or broken pretrained weights. The last checkpoint is kept."
+        )
 
     def _speed(self, steps: int) -> dict[str, float]:
         now, waited = time.monotonic(), self._batches.waited
@@ -302,18 +332,10 @@ class _Log:
         return {
             "images_per_second": round(speed, 2),
             "waiting": round(min(share, 1.0), 4),
+            **self._gauges(speed),
             "seconds": round(self.seconds, 1),
         }
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON knows no NaN
-
-
-def _not_finite(count: int, done: int, config: LoopConfig) -> str:
-    return (
-        f"the loss or its gradient was not finite in the last {count} steps (now at step {done}; "
-        "those steps changed no weights). Usual causes: optimizer.lr too high, "
-        f"loop.mixed_precision={config.mixed_precision} (try bf16 or no), or broken pretrained "
-        "weights. The last checkpoint is kept."
-    )

@@ -87,21 +87,40 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Change the weights by their gradients."""
+        """Change the weights by their gradients.
+
+        Where the attribute `found_inf` is set to a tensor above 0, weights and moments stay as
+        they are, without the host looking (only Adam's count of steps goes on).
+        """
         del closure
+        bad: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             change = self._change_matrix if group["matrices"] else self._change_vector
             for weight in group["params"]:
-                if weight.grad is not None:
-                    change(weight, weight.grad, self.state[weight], group)
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                self._start(weight, state, group)
+                moving = [weight, *(t for name, t in state.items() if name != "step")]
+                before = [t.clone() for t in moving] if bad is not None else []
+                change(weight, weight.grad, state, group)
+                for now, old in zip(moving, before, strict=False):
+                    now.copy_(torch.where(bad > 0, old, now))  # type: ignore[operator, arg-type]
+
+    @staticmethod
+    def _start(weight: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if state:
+            return
+        if not group["matrices"]:
+            state["step"] = torch.tensor(0.0)
+        names = ("momentum",) if group["matrices"] else ("exp_avg", "exp_avg_sq")
+        state |= {name: torch.zeros_like(weight) for name in names}
 
     @staticmethod
     def _change_matrix(
         weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         rate, momentum = group["lr"], group["momentum"]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
         state["momentum"].lerp_(gradient, 1 - momentum)
         update = gradient.lerp(state["momentum"], momentum).reshape(len(weight), -1)
         scale = 0.2 * max(update.shape) ** 0.5
@@ -113,9 +132,6 @@ class Muon(torch.optim.Optimizer):
         weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         first, second = group["betas"]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state |= {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
         state["step"] += 1
         count = float(state["step"])
         state["exp_avg"].lerp_(gradient, 1 - first)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from latentdiff.trainer.eight_bit import adamw_8bit
 from latentdiff.trainer.muon import Muon
 from latentdiff.trainer.sharding import local
 
@@ -17,9 +18,10 @@ from latentdiff.trainer.sharding import local
 class OptimizerConfig:
     """How gradients become steps, and the learning rate over the run."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    """adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024: orthogonal steps for the
-    inner matrices, Adam for the rest): fewer steps, each somewhat dearer."""
+    kind: Literal["adamw", "muon", "adamw8bit"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019), muon (Jordan et al. 2024: orthogonal steps for the inner
+    matrices, Adam for the rest; fewer steps, each somewhat dearer), or adamw8bit (Dettmers et al.
+    2022: a quarter of the optimizer's memory; needs bitsandbytes and a GPU)."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -91,18 +93,20 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return _adamw(list(trained.values()), config)
 
 
-def _adamw(trained: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+def _adamw(trained: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    device = trained[0].device.type
+    groups = [group for group in groups if group["params"]]
+    if config.kind == "adamw8bit":
+        return adamw_8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        fused=device in ("cpu", "cuda", "mps", "xpu"),
+        fused=trained[0].device.type in ("cpu", "cuda", "mps", "xpu"),
     )
 
 
@@ -116,9 +120,10 @@ def step_if_finite(optimizer: torch.optim.Optimizer, gradient_norm: Tensor) -> N
     """Update the weights unless the gradient holds an infinity or NaN.
 
     The fused kernel decides this on the device (through the flag that gradient scaling uses), so
-    a GPU need not be waited for.
+    a GPU need not be waited for; so does Muon. On a CPU there is nothing to wait for.
     """
-    if optimizer.param_groups[0].get("fused"):
+    on_device = isinstance(optimizer, Muon) and gradient_norm.device.type != "cpu"
+    if optimizer.param_groups[0].get("fused") or on_device:
         optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
@@ -130,7 +135,10 @@ def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str
     """The optimizer's tensors as `<moment>/<parameter name>`."""
     names = {id(p): n for n, p in module.named_parameters()}
     return {
-        f"{key}/{names[id(parameter)]}": torch.as_tensor(value)
+        # The 8-bit optimizer's tables are one tensor for all parameters; files hold each apart.
+        f"{key}/{names[id(parameter)]}": (
+            value.clone() if key.startswith("qmap") else torch.as_tensor(value)
+        )
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -147,6 +155,9 @@ def load_named_state(
     for full_name, value in tensors.items():
         key, _, name = full_name.partition("/")
         parameter = parameters[name]
+        if key == "step" and getattr(optimizer, "integer_step", False):
+            optimizer.state[parameter][key] = int(value)
+            continue
         if value.shape == local(parameter).shape and key != "step":
             moment = torch.empty_like(parameter, dtype=value.dtype)
             local(moment).copy_(value)

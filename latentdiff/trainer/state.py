@@ -13,6 +13,7 @@ from latentdiff.errors import UserError
 from latentdiff.trainer.checkpoint import delete_old, latest, read_manifest, write_checkpoint
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.optimizer import load_named_state, named_state
+from latentdiff.trainer.power_ema import AllAverages
 from latentdiff.trainer.ranks import share
 from latentdiff.trainer.sharding import local, release, rows
 from latentdiff.trainer.tensor_files import read_tensors
@@ -30,8 +31,8 @@ class TrainingState:
 
     unet: nn.Module
     """The module itself, not its wrapper; its weights may be sharded."""
-    ema: Ema
-    """The moving average of its weights."""
+    ema: Ema | AllAverages
+    """The moving averages of its weights."""
     optimizer: torch.optim.Optimizer
     """The optimizer itself, not its wrapper."""
     accelerator: Accelerator
@@ -90,13 +91,13 @@ class TrainingState:
         parameters = dict(self.unet.named_parameters())
 
         def of_moment(key: str) -> slice | None:
-            return rows(parameters[key.partition("/")[2]])
+            return rows(parameters[key.rpartition("/")[2]])
 
         stored = read_tensors(checkpoint, "unet", lambda key: rows(weights[key]))
         for name, weight in weights.items():
             local(weight).copy_(stored[name])
         release(self.unet)
-        self.ema.load(read_tensors(checkpoint, "ema", lambda key: rows(parameters[key])))
+        self.ema.load(read_tensors(checkpoint, "ema", of_moment))
         moments = read_tensors(checkpoint, "optimizer", of_moment)
         load_named_state(self.optimizer, self.unet, moments)
 

@@ -1,11 +1,11 @@
-"""What a run writes down: metrics.jsonl always, TensorBoard where installed, a progress bar."""
+"""What a run writes down: metrics.jsonl always; TensorBoard, W&B if wanted; a progress bar."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,22 @@ class LoopLength(Protocol):
         ...
 
 
+class Writer(Protocol):
+    """What TensorBoard's SummaryWriter and `wandb_log.WandbWriter` have in common."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Note a number."""
+        ...
+
+    def add_image(self, name: str, picture: Tensor, step: int) -> None:
+        """Note a picture, uint8 (3, H, W)."""
+        ...
+
+    def close(self) -> None:
+        """Finish."""
+        ...
+
+
 class Tracker:
     """Writes rows of numbers; does nothing on processes other than the main one.
 
@@ -37,17 +53,25 @@ class Tracker:
         config: its max_steps (end of the progress bar) and tensorboard (event files too, if the
             package is installed) are used.
         active: whether this process writes.
+        more: other writers, opened only where this process writes.
     """
 
-    def __init__(self, folder: Path, first_step: int, config: LoopLength, active: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        config: LoopLength,
+        active: bool,
+        more: Callable[[], list[Writer]] = list,
+    ) -> None:
         self._active = active
         if not active:
             return
         self._path = folder / METRICS
         forget_after(self._path, first_step)
-        self._events = (
-            _summary_writer(folder / "tensorboard", first_step) if config.tensorboard else None
-        )
+        self._writers = more()
+        if config.tensorboard and (events := _summary_writer(folder / "tensorboard", first_step)):
+            self._writers.append(events)
         from tqdm import tqdm
 
         slow: Any = {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 60.0}
@@ -61,11 +85,11 @@ class Tracker:
             return
         with open(self._path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
-        if self._events is not None:
+        for writer in self._writers:
             for row in rows:
                 for name, value in row.items():
-                    if name != "step":
-                        self._events.add_scalar(name, value, row["step"])
+                    if name != "step" and value is not None:
+                        writer.add_scalar(name, value, row["step"])
 
     def progress(self, step: int, shown: Mapping[str, str]) -> None:
         """Move the bar to a step and show some words beside it."""
@@ -74,9 +98,10 @@ class Tracker:
             self._bar.update(step - self._bar.n)
 
     def image(self, name: str, step: int, picture: Tensor) -> None:
-        """Show a picture, uint8 (3, H, W), in TensorBoard."""
-        if self._active and self._events is not None:
-            self._events.add_image(name, picture, step)
+        """Show a picture, uint8 (3, H, W), in TensorBoard and W&B."""
+        if self._active:
+            for writer in self._writers:
+                writer.add_image(name, picture, step)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -84,11 +109,11 @@ class Tracker:
             self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Close the bar and the event file."""
+        """Close the bar and the other writers."""
         if self._active:
             self._bar.close()
-            if self._events is not None:
-                self._events.close()
+            for writer in self._writers:
+                writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

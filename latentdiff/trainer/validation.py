@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,20 @@ from latentdiff.trainer.sharding import is_sharded
 _VALIDATION_STREAM = 0x56414C
 
 
+class HeldOutLoss(NamedTuple):
+    """What validation measures."""
+
+    mean: float
+    """Over all draws."""
+    quartiles: list[float | None]
+    """Over the draws of each quarter of the timesteps, the least noise first; None: no draw."""
+
+    def row(self) -> dict[str, float]:
+        """As columns of the metrics: validation_loss, validation_loss_q1 … q4."""
+        quarters = {f"validation_loss_q{n}": q for n, q in enumerate(self.quartiles, start=1)}
+        return {"validation_loss": self.mean} | {k: q for k, q in quarters.items() if q is not None}
+
+
 @torch.no_grad()
 def held_out_loss(
     unet: nn.Module,
@@ -37,8 +51,8 @@ def held_out_loss(
     samples: int,
     seed: int = 0,
     batch_size: int = 32,
-) -> float:
-    """Mean loss over fixed draws (picture, timestep, noise), with the caption always given.
+) -> HeldOutLoss:
+    """Loss over fixed draws (picture, timestep, noise), with the caption always given.
 
     Args:
         indices: the held-out pictures in `data`; sample i is picture i mod their number.
@@ -47,7 +61,7 @@ def held_out_loss(
     """
     objective = dataclasses.replace(objective, condition_dropout=0.0)
     device = next(unet.parameters()).device
-    total = 0.0
+    total, losses, quarters = 0.0, list[Tensor](), list[Tensor]()
     for numbers in _batches(data, indices, samples, batch_size):
         rows = [indices[n % len(indices)] for n in numbers]
         stored, mask = data.read(rows, numbers)
@@ -59,7 +73,15 @@ def held_out_loss(
         weight = None if mask is None else mask.float().to(device)
         loss = per_sample_loss(unet, x_0, states, random, schedule, objective, weight)
         total += float(loss.double().sum())
-    return total / samples
+        losses.append(loss.double().cpu())
+        quarters.append((4 * random.t / schedule.num_train_timesteps).long().clamp(max=3))
+    return HeldOutLoss(total / samples, by_quartile(torch.cat(losses), torch.cat(quarters)))
+
+
+def by_quartile(losses: Tensor, quarters: Tensor) -> list[float | None]:
+    """Mean of the losses of each quarter 0 … 3 of the timesteps; None where there is none."""
+    parts = [losses[quarters == quarter] for quarter in range(4)]
+    return [float(part.mean()) if len(part) else None for part in parts]
 
 
 def _batches(

@@ -1,0 +1,37 @@
+"""Write a run's report: python training/report_run.py RUN
+
+RUN/report.html shows the curves, picture grids, configuration and environment of a train_latent.py
+run, finished or not, and needs no other file. Every run writes it at its end by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if importlib.util.find_spec("latentdiff") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from latentdiff.errors import UserError
+from latentdiff.trainer.report import write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns: the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN")
+    try:
+        print(f"report: {write_report(parser.parse_args(arguments).run)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
