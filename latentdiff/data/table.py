@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.data.captions import choose_caption_column, clean_captions
+from latentdiff.data.file_tree import MAX_PICTURE_BYTES, read_file
 from latentdiff.data.images import UnreadableImage, display_name, open_image
 from latentdiff.data.source import DataConfig, Example, Skipped
 from latentdiff.errors import UserError, did_you_mean
@@ -51,7 +52,7 @@ class TableSource:
     def __getitem__(self, index: int) -> Example:
         name = self.name(index)
         return Example(
-            open_image(self._bytes(index), name, self._background), self.captions(index), name
+            open_image(self.read(index), name, self._background), self.captions(index), name
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -64,7 +65,7 @@ class TableSource:
 
     def content_key(self, index: int) -> str:
         """Hash the file's bytes and the background. Raises: UnreadableImage."""
-        digest = hashlib.blake2b(self._bytes(index), digest_size=16)
+        digest = hashlib.blake2b(self.read(index), digest_size=16)
         digest.update(bytes(self._background))
         return digest.hexdigest()
 
@@ -73,7 +74,8 @@ class TableSource:
         words = (self._pictures._fingerprint, self._column, self._background, self._rows)
         return hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
 
-    def _bytes(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """Return the bytes of one row's picture file. Raises: UnreadableImage."""
         name, cell = self.name(index), self._pictures[self._rows[index]][self._column]
         data, path = (
             (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
@@ -85,8 +87,8 @@ class TableSource:
         if not path:
             raise UnreadableImage(name, "the row has no picture")
         try:
-            return (self._root / path).read_bytes()
-        except OSError as error:
+            return read_file(self._root / path, MAX_PICTURE_BYTES)
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             raise UnreadableImage(
                 f"{name} ({display_name(path)})", f"cannot be read ({error})"
             ) from error
