@@ -39,8 +39,13 @@ def choose_caption_column(columns: Sequence[str], wanted: str | None, where: str
 def clean_captions(value: object) -> tuple[str, ...]:
     """Turn a cell (text, list of texts, or nothing) into captions without empty ones or repeats."""
     values: Iterable[object] = value if isinstance(value, list | tuple) else [value]
-    texts = (str(v).strip() for v in values if isinstance(v, str | int | float))
+    texts = (_whole(str(v)).strip() for v in values if isinstance(v, str | int | float))
     return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def _whole(text: str) -> str:
+    """Replace halves of surrogate pairs (emoji cut in two by an export), which UTF-8 refuses."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def read_table(data: bytes, name: str) -> list[dict[str, Any]]:
@@ -60,7 +65,7 @@ def read_table(data: bytes, name: str) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{name}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(

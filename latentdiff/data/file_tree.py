@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Protocol
 
 from latentdiff.errors import UserError
+
+#: No picture that can be decoded needs more; a sparse file or a zip bomb claims more than fits.
+MAX_PICTURE_BYTES = 512 * 2**20
+#: What reading one file of a tree raises when the file is broken, locked or gone.
+READ_ERRORS = (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class FileTree(Protocol):
@@ -20,8 +26,8 @@ class FileTree(Protocol):
         """List all files, sorted, hidden ones and archive litter left out."""
         ...
 
-    def read(self, name: str) -> bytes:
-        """Read one file. Raises: OSError, KeyError or zipfile.BadZipFile."""
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """Read one file. Raises: one of READ_ERRORS; OSError for more than `limit` bytes."""
         ...
 
     def mark(self, name: str) -> str:
@@ -35,7 +41,10 @@ def open_tree(path: str) -> FileTree:
     if place.is_dir():
         return FolderTree(str(place))
     if zipfile.is_zipfile(place):
-        return ZipTree(str(place))
+        try:
+            return ZipTree(str(place))
+        except READ_ERRORS as error:
+            raise UserError(f"data.path: the archive {path} is damaged ({error}).") from error
     if place.exists():
         raise UserError(f"data.path must be a folder or a .zip file; {path} is neither.")
     parent = place.absolute()
@@ -62,9 +71,8 @@ class FolderTree:
             found += [prefix + file for file in files if not _is_litter(file)]
         return sorted(found)
 
-    def read(self, name: str) -> bytes:
-        with open(os.path.join(self.root, name), "rb") as file:
-            return file.read()
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        return read_file(os.path.join(self.root, name), limit)
 
     def mark(self, name: str) -> str:
         status = os.stat(os.path.join(self.root, name))
@@ -88,9 +96,11 @@ class ZipTree:
         members = [m.filename for m in self._archive.infolist() if not m.is_dir()]
         return sorted(m for m in members if not any(_is_litter(part) for part in m.split("/")))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int | None = None) -> bytes:
         # A forked worker would share the file position with its parent: each process opens its own.
         archive = self._archive if self._pid == os.getpid() else self._open()
+        # zipfile never unpacks more than the size that the archive states.
+        _check_size(archive.getinfo(name).file_size, limit)
         return archive.read(name)
 
     def mark(self, name: str) -> str:
@@ -103,6 +113,22 @@ class ZipTree:
     def __setstate__(self, state: dict[str, str]) -> None:
         self.root = state["root"]
         self._open()
+
+
+def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
+    """Read a regular file. Raises: OSError: a pipe or device, or more than `limit` bytes."""
+    # Asked before opening: opening a pipe that nobody writes to would wait for ever.
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a regular file")
+    _check_size(status.st_size, limit)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _check_size(size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise OSError(f"{size / 2**20:.0f} MB, more than the {limit / 2**20:.0f} MB allowed")
 
 
 def _is_litter(part: str) -> bool:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from posixpath import dirname, splitext
 from typing import Any, NamedTuple
 
 from latentdiff.data.captions import choose_caption_column, clean_captions, read_table
-from latentdiff.data.file_tree import open_tree
+from latentdiff.data.file_tree import MAX_PICTURE_BYTES, READ_ERRORS, open_tree
 from latentdiff.data.images import (
     IMAGE_ENDINGS,
     UnreadableImage,
@@ -27,6 +25,8 @@ from latentdiff.errors import UserError, did_you_mean
 #: Ends the name of a mask file: cat.mask.png for cat.jpg.
 MASK_ENDING = ".mask.png"
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+#: A text file beside a picture is a caption up to this size.
+_MAX_TEXT_BYTES = 2**20
 _FORMATS = (
     "Captions are looked for in (1) metadata.jsonl, lines like "
     '{"file_name": "cat.png", "text": "a cat"}; (2) metadata.csv with the columns file_name and '
@@ -74,7 +74,7 @@ class FolderSource:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> Example:
-        name, data = self.name(index), self._read(index)
+        name, data = self.name(index), self.read(index)
         captions, mask = self.captions(index), self._entries[index].mask
         if self._loss_mask == "alpha":
             image, alpha = open_with_alpha(data, name, self._background)
@@ -93,7 +93,7 @@ class FolderSource:
 
     def content_key(self, index: int) -> str:
         """Hash the file's bytes and the background. Raises: UnreadableImage."""
-        digest = hashlib.blake2b(self._read(index), digest_size=16)
+        digest = hashlib.blake2b(self.read(index), digest_size=16)
         digest.update(bytes(self._background))
         mask = self._entries[index].mask
         if mask is not None:
@@ -107,13 +107,14 @@ class FolderSource:
             digest.update(f"{display_name(entry.file)}\x1f{entry.mark}\x1e".encode())
         return digest.hexdigest()
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """Return the bytes of one image's file. Raises: UnreadableImage."""
         return self._bytes(self._entries[index].file)
 
     def _bytes(self, file: str) -> bytes:
         try:
-            return self._tree.read(file)
-        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            return self._tree.read(file, MAX_PICTURE_BYTES)
+        except READ_ERRORS as error:
             raise UnreadableImage(display_name(file), f"cannot be read ({error})") from error
 
     def _usable(
@@ -137,7 +138,7 @@ class FolderSource:
         by_name = {_normal(image): image for image in images}
         captions: dict[str, tuple[str, ...]] = {}
         for table in tables:
-            rows = read_table(self._tree.read(table), display_name(table))
+            rows = read_table(self._read_table(table), display_name(table))
             if not rows:
                 continue
             columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -177,10 +178,23 @@ class FolderSource:
         for image in images:
             for text_file in (splitext(image)[0] + ".txt", image + ".txt"):
                 if text_file in names:
-                    text = self._tree.read(text_file).decode("utf-8-sig", "replace")
-                    captions[image] = clean_captions(text.splitlines())
+                    captions[image] = self._read_captions(text_file)
                     break
         return captions
+
+    def _read_captions(self, text_file: str) -> tuple[str, ...]:
+        try:
+            text = self._tree.read(text_file, _MAX_TEXT_BYTES).decode("utf-8-sig", "replace")
+        except READ_ERRORS as error:
+            self.problems.append((display_name(text_file), f"cannot be read ({error})"))
+            return ()
+        return clean_captions(text.splitlines())
+
+    def _read_table(self, table: str) -> bytes:
+        try:
+            return self._tree.read(table)
+        except READ_ERRORS as error:
+            raise UserError(f"{display_name(table)} cannot be read ({error}).") from error
 
     def _nothing_usable(self, count: int, has_table: bool) -> str:
         root = display_name(self._tree.root)

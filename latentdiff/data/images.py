@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +21,11 @@ IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm",
 )  # fmt: skip
+
+
+#: Pictures with more pixels are decoded one at a time.
+LARGE_PIXELS = 25_000_000
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class UnreadableImage(Exception):  # noqa: N818  (a fact about the data, not a fault of the program)
@@ -38,7 +45,11 @@ def display_name(path: str | bytes | os.PathLike[str]) -> str:
 
     Raw names from a file system may hold anything, and JSON and Arrow refuse what is not UTF-8.
     """
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        raw = os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair, which a table may hold
+        raw = os.fspath(path).encode("utf-8", "backslashreplace")  # type: ignore[union-attr]
+    return raw.decode("utf-8", "backslashreplace")
 
 
 def open_image(
@@ -81,8 +92,13 @@ def _decode(
         raise UnreadableImage(label, "the file is empty")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
-            image.load()
-            return use(_upright(image))
+            if image.format == "EPS":
+                raise UnreadableImage(label, "PostScript is a program, and is not run")
+            with _room_for(image):
+                image.load()
+                return use(_upright(image))
+    except UnreadableImage:
+        raise
     except Image.DecompressionBombError as error:
         raise UnreadableImage(
             label,
@@ -97,6 +113,12 @@ def _decode(
         raise UnreadableImage(
             label, f"cannot be decoded ({error or type(error).__name__})"
         ) from error
+
+
+def _room_for(image: Image.Image) -> contextlib.AbstractContextManager[object]:
+    """Let threads decode large pictures one after the other: each takes up to a gigabyte or two."""
+    large = image.width * image.height > LARGE_PIXELS
+    return _ONE_AT_A_TIME if large else contextlib.nullcontext()
 
 
 def to_rgb(image: Image.Image, background: RGB = WHITE) -> Image.Image:

@@ -35,7 +35,8 @@ class Source(Protocol):
 
     Optional, looked up by name: `group(i) -> str`, pictures that must stay on one side of the
     train/validation split; `content_key(i) -> str`, a hash that changes with the picture and is
-    cheaper than decoding it; `problems: list[(name, reason)]`, entries left out when opening.
+    cheaper than decoding it; `read(i) -> bytes`, its file, as `latentdiff doctor` looks at it;
+    `problems: list[(name, reason)]`, entries left out when opening.
     """
 
     def __len__(self) -> int: ...
@@ -116,6 +117,9 @@ class DataConfig:
     """Share of the pictures (or groups of them) held out from training: 0 ≤ share < 1."""
     split_seed: int = 0
     """Another seed holds out other pictures."""
+    quarantine: str | None = None
+    """File of pictures to leave out, one {"name": …, "reason": …} a line, as `latentdiff doctor`
+    writes it."""
     emoji_variants: int = 12
     """Renderings (styles and backgrounds) per concept of the embedded set, 1…36."""
     emoji_flags: bool = True
@@ -164,6 +168,15 @@ def open_source(config: DataConfig) -> Source:
             "data.streaming=true gives pictures in one order only, which train_latent.py alone can "
             "use. Set it to false here."
         )
+    source = _open(config)
+    if config.quarantine is None:
+        return source
+    from latentdiff.data.quarantine import Unquarantined, read_quarantine
+
+    return Unquarantined(source, read_quarantine(config.quarantine), config.quarantine)
+
+
+def _open(config: DataConfig) -> Source:
     if config.kind == "emoji":
         from latentdiff.data.emoji import EmojiSource
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.data.captions import choose_caption_column, clean_captions
+from latentdiff.data.file_tree import MAX_PICTURE_BYTES, read_file
 from latentdiff.data.images import (
     UnreadableImage,
     display_name,
@@ -59,7 +60,7 @@ class TableSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        name, data, captions = self.name(index), self._bytes(index), self.captions(index)
+        name, data, captions = self.name(index), self.read(index), self.captions(index)
         if self._loss_mask == "alpha":
             image, alpha = open_with_alpha(data, name, self._background)
             return Example(image, captions, name, alpha)
@@ -76,7 +77,7 @@ class TableSource:
 
     def content_key(self, index: int) -> str:
         """Hash the file's bytes and the background. Raises: UnreadableImage."""
-        digest = hashlib.blake2b(self._bytes(index), digest_size=16)
+        digest = hashlib.blake2b(self.read(index), digest_size=16)
         digest.update(bytes(self._background))
         digest.update(self._mask(index) or b"")
         return digest.hexdigest()
@@ -94,6 +95,10 @@ class TableSource:
             return None
         return self._bytes(index, self._mask_column)
 
+    def read(self, index: int) -> bytes:
+        """Return the bytes of one row's picture file. Raises: UnreadableImage."""
+        return self._bytes(index)
+
     def _bytes(self, index: int, column: str | None = None) -> bytes:
         name, cell = self.name(index), self._pictures[self._rows[index]][column or self._column]
         data, path = (
@@ -106,8 +111,8 @@ class TableSource:
         if not path:
             raise UnreadableImage(name, "the row has no picture")
         try:
-            return (self._root / path).read_bytes()
-        except OSError as error:
+            return read_file(self._root / path, MAX_PICTURE_BYTES)
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             raise UnreadableImage(
                 f"{name} ({display_name(path)})", f"cannot be read ({error})"
             ) from error

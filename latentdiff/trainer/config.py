@@ -202,6 +202,7 @@ _FREE = (
     "export.",
     "latents.",
     "data.path",
+    "data.quarantine",  # which pictures there are is compared by their content
     "loop.max_minutes",
     "loop.batch_size",
     "loop.gradient_accumulation",

@@ -233,9 +233,23 @@ def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator
             )
         if accelerator.is_main_process and (text := report_skipped(data.skipped)):
             print(text, flush=True)
+    train, held_out = split(data, config.data.validation_share, config.data.split_seed)
+    if config.latents.pack is not None and config.data.quarantine is not None:
+        train, held_out = unlisted(data, train, config), unlisted(data, held_out, config)
     if accelerator.is_main_process and (text := bucket_table(data)):
         print(text, flush=True)
-    return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
+    return Latents(data, train, held_out)
+
+
+def unlisted(data: Any, indices: list[int], config: TrainConfig) -> list[int]:
+    """Leave out of a latent pack what data.quarantine lists, as opening pictures does."""
+    from latentdiff.data.quarantine import read_quarantine
+
+    listed = read_quarantine(config.data.quarantine or "")
+    kept = [index for index in indices if data.name(index) not in listed]
+    if indices and not kept:
+        raise UserError(f"data.quarantine: {config.data.quarantine} lists all of the pictures.")
+    return kept
 
 
 def bucket_table(data: Any) -> str:

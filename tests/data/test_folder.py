@@ -159,6 +159,68 @@ def test_damaged_zip_member_is_unreadable_by_name(tmp_path: Path) -> None:
         open_folder(path)[0]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_dead_links_do_not_stop_or_hang_anything(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        (tmp_path / name).write_bytes(png(0))
+    (tmp_path / "a.txt").write_text("fine")
+    os.mkfifo(tmp_path / "b.txt")
+    os.symlink("nowhere", tmp_path / "c.txt")
+    os.symlink("/dev/zero", tmp_path / "d.txt")
+    os.mkfifo(tmp_path / "e.png")
+    (tmp_path / "e.txt").write_text("of a pipe")
+    source = open_folder(tmp_path)
+    assert captions_of(source) == {"a.png": ("fine",)}
+    reasons = {}
+    for name, reason in source.problems:
+        reasons.setdefault(name, reason)
+    assert "not a regular file" in reasons["b.txt"] and "not a regular file" in reasons["d.txt"]
+    assert "cannot be read" in reasons["c.txt"] and "not a regular file" in reasons["e.png"]
+
+
+def test_files_larger_than_any_picture_are_not_read(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png(0))
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+    os.truncate(tmp_path / "a.png", 2**40)  # a sparse file: it takes no space
+    source = open_folder(tmp_path)
+    for ask in (source.__getitem__, source.content_key):
+        with pytest.raises(UnreadableImage, match=r"a\.png.*more than the 512 MB"):
+            ask(0)
+    assert source[1].captions == ("x",)
+
+
+def test_a_zip_member_that_unpacks_to_too_much_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentdiff.data.folder.MAX_PICTURE_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "d.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(2**21))
+        archive.writestr("a.txt", "x")
+    with pytest.raises(UnreadableImage, match=r"a\.png.*2 MB, more than the 1 MB"):
+        open_folder(tmp_path / "d.zip")[0]
+
+
+def test_a_damaged_archive_is_an_error_with_its_name(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        archive.writestr("a.png", png(0))
+    data = bytearray((tmp_path / "d.zip").read_bytes())
+    data[data.rindex(b"PK\x01\x02")] ^= 255  # the list of members
+    (tmp_path / "d.zip").write_bytes(data)
+    with pytest.raises(UserError, match=r"d\.zip is damaged"):
+        open_folder(tmp_path / "d.zip")
+
+
+def test_half_an_emoji_in_a_table(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "images/0.png", "text": "a fox \ud83e"},
+        {"file_name": "\ud83e.png", "text": "gone"},
+    ]
+    source = open_folder(write_folder(tmp_path / "d", 1, rows))
+    assert captions_of(source) == {"images/0.png": ("a fox ?",)}
+    assert len(source.problems) == 1 and source.problems[0][0].encode("utf-8")
+
+
 def test_fingerprint_follows_pictures_not_captions(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", 2)
     before = open_folder(folder).fingerprint()
@@ -187,6 +249,8 @@ def test_fingerprint_follows_pictures_not_captions(tmp_path: Path) -> None:
         ({"a.png": b"", "metadata.csv": b"file_name,text\nb.png,x"}, {}, ["0 usable", "b.png"]),
         ({"a.png": b"", "metadata.jsonl": b'{"a": 1}\n{'}, {}, ["metadata.jsonl, line 2", "JSON"]),
         ({"a.png": b"", "metadata.jsonl": b"[1]"}, {}, ["line 1 must be like"]),
+        ({"a.png": b"", "metadata.jsonl": b"[" * 10**5}, {}, ["line 1 is not JSON"]),
+        ({"a.png": b"", "metadata.jsonl": b"9" * 10**4}, {}, ["line 1 is not JSON"]),
         ({"a.png": b"", "metadata.jsonl": b"\xff\xfe"}, {}, ["not UTF-8"]),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,31 @@ def test_decompression_bomb_says_how_to_proceed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UnreadableImage, match="MAX_IMAGE_PIXELS"):
         open_image(encode(Image.new("RGB", (100, 100))), "huge.png")
+
+
+def test_postscript_is_not_run() -> None:
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(UnreadableImage, match="PostScript"):
+        open_image(data, "drawing.png")
+
+
+def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentdiff.data.images.LARGE_PIXELS", 100)
+    inside, most, wait = [0], [0], threading.Event()
+    decode = Image.Image.copy
+
+    def slow(self: Image.Image) -> Image.Image:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        wait.wait(0.02)
+        inside[0] -= 1
+        return decode(self)
+
+    monkeypatch.setattr(Image.Image, "copy", slow)
+    data = encode(Image.new("RGB", (20, 20)))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(open_image, [data] * 12))
+    assert most[0] == 1
 
 
 def test_broken_exif_does_not_cost_the_picture() -> None:

