@@ -6,12 +6,12 @@ Start reading with `walk.py`: all are made of one kind of step.
 """
 
 from latentdiff.diffusion.samplers.adams import lms, pndm
-from latentdiff.diffusion.samplers.ddpm import ddim, ddpm
+from latentdiff.diffusion.samplers.consistency import lcm
+from latentdiff.diffusion.samplers.ddpm_ddim import ddim, ddpm
 from latentdiff.diffusion.samplers.denoiser import as_denoiser, dynamic_threshold, make_denoiser
 from latentdiff.diffusion.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral
-from latentdiff.diffusion.samplers.euler import euler, euler_ancestral, heun
+from latentdiff.diffusion.samplers.euler_heun import euler, euler_ancestral, heun
 from latentdiff.diffusion.samplers.grids import SPACINGS, custom_grid, get_spacing, timestep_grid
-from latentdiff.diffusion.samplers.lcm import lcm
 from latentdiff.diffusion.samplers.registry import (
     SAMPLERS,
     Sampler,
@@ -22,7 +22,7 @@ from latentdiff.diffusion.samplers.registry import (
     sampler_name,
     split_name,
 )
-from latentdiff.diffusion.samplers.unipc import unipc
+from latentdiff.diffusion.samplers.uni_pc import unipc
 from latentdiff.diffusion.samplers.walk import Denoiser, Noise, SamplerState
 
 __all__ = [

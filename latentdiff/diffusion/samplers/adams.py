@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from latentdiff.diffusion.samplers.euler import frame, slope
+from latentdiff.diffusion.samplers.euler_heun import frame, slope
 from latentdiff.diffusion.samplers.walk import (
     Denoiser,
     History,
