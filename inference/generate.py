@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+#: Without importing them: --help is instant. A test compares this with SAMPLERS.
+SAMPLER_NAMES = (
+    *("ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde"),
+    *("dpmpp_2s_ancestral", "unipc", "lms", "pndm", "lcm"),
+)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; nothing heavy is imported yet, so --help is instant."""
     form = argparse.RawDescriptionHelpFormatter
@@ -35,8 +42,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--revision", help="branch, tag or commit on the hub")
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
-    add("--guidance", type=float, default=5.0, help="1 = off; default: %(default)s")
-    add("--sampler", help="default: as the model's folder says")
+    add("--guidance", default="5.0", help="1 = off; one, or one per prompt: 3,7; default: 5")
+    add("--guidance-interval", metavar="LOW,HIGH", help="guide only at these timesteps")
+    add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLER_NAMES)}; default: the model's")
+    add("--spacing", metavar="NAME", help="of the steps: leading, trailing, linspace, karras, …")
+    add("--timesteps", metavar="T,T,…", help="your own, decreasing, instead of --steps")
     add("--seed", type=int, help="of the first picture; default: drawn and printed")
     add("--num-images", type=int, default=1, metavar="N", help="per prompt; default: %(default)s")
     add("--size", metavar="N or HxW", help="in pixels; default: as trained")
@@ -56,6 +66,14 @@ def picture_size(text: str | None) -> tuple[int | None, int | None]:
     if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r}.")
     return int(parts[0]), int(parts[-1])
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """[3.0, 7.5] from "3,7.5"; whole numbers stay whole. Raises: UserError: anything else."""
+    try:
+        return [int(part) if part.strip().isdecimal() else float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} must be numbers with commas between; got {text!r}.") from None
 
 
 def check_output(output: Path) -> None:
@@ -82,15 +100,19 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         args.model, dtype=dtype, revision=args.revision
     )
     height, width = picture_size(args.size)
+    interval = args.guidance_interval
     result = pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))(
         args.prompts,
         negative_prompt=args.negative,
         height=height,
         width=width,
         num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
+        guidance_scale=numbers("--guidance", args.guidance),
+        guidance_interval=interval and numbers("--guidance-interval", interval),
         num_images_per_prompt=args.num_images,
         sampler=args.sampler,
+        timestep_spacing=args.spacing,
+        timesteps=args.timesteps and numbers("--timesteps", args.timesteps),
         seed=args.seed,
         progress=not args.quiet,
     )

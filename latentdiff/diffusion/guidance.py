@@ -10,22 +10,24 @@ acts on the network's own output, as in diffusers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.broadcast import per_sample
 from latentdiff.errors import UserError
 
 Predict = Callable[[Tensor, Tensor], Tensor]
+Scale = float | Sequence[float]
 
 
-def needs_unconditional(scale: float) -> bool:
+def needs_unconditional(scale: Scale) -> bool:
     """Whether guidance is on; at scale 1 the unconditional answer has weight 0."""
-    return scale != 1
+    return any(w != 1 for w in scale) if isinstance(scale, Sequence) else scale != 1
 
 
-def guidance_context(context: Tensor, empty_context: Tensor, scale: float) -> Tensor:
+def guidance_context(context: Tensor, empty_context: Tensor, scale: Scale) -> Tensor:
     """The context that `guide`'s forward pass expects.
 
     Args:    context: (B, tokens, dim) of the prompts.  empty_context: (B, tokens, dim) or
@@ -39,7 +41,7 @@ def guidance_context(context: Tensor, empty_context: Tensor, scale: float) -> Te
 
 def guide(
     predict: Predict,
-    scale: float,
+    scale: Scale,
     *,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
@@ -50,7 +52,7 @@ def guide(
     Args:    predict: (x (2B, …), t (2B,)) -> y (2B, …), unconditional half first, with its
              context (or projected keys and values) already inside; see `guidance_context`.
              At scale 1 it is called with the single batch and returned as it is.
-             scale: w; 1 = off, 5-10 usual.
+             scale: w; 1 = off, 5-10 usual; or B of them, one for each image of the batch.
              rescale: 0 … 1, how far the standard deviation of each image is pulled back to the
              conditional one's (Lin et al. 2024, eq. 15-16, arXiv:2305.08891).
              interval: guide only while low <= t <= high, in timesteps (Kynkäänniemi et al. 2024,
@@ -74,7 +76,8 @@ def guide(
         uncond, cond = predict(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
         if not inside:
             return cond
-        y = uncond + scale * (cond - uncond)
+        w = per_sample(torch.tensor(scale), cond) if isinstance(scale, Sequence) else scale
+        y = uncond + w * (cond - uncond)
         return rescaled(y, cond, rescale) if rescale else y
 
     return guided

@@ -9,7 +9,9 @@ straight line α = 1 − s, σ = s with timestep = T·s.
 
 Timesteps count as in diffusers: discrete schedules use t = 0 … T−1 (the lecture's t is t + 1) and
 t = −1 is the clean image, ᾱ = 1. Flow uses t = 0 (clean) … T (pure noise), any real number.
-Tables are float64 on the CPU; a real t between two discrete steps interpolates ᾱ linearly.
+Tables are float64 on the CPU; a real t between two discrete steps interpolates log(σ/α) linearly,
+as every sampler's grid of noise levels does. Where that is infinite (before t = 0, and in the last
+step to zero SNR) ᾱ is interpolated.
 """
 
 from __future__ import annotations
@@ -111,6 +113,7 @@ class NoiseSchedule:
                 alpha_bar = rescale_to_zero_terminal_snr(alpha_bar)
             # Entry 0 belongs to t = -1, the clean image.
             self._alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar])
+        self._log_ratio = ((1 - self._alpha_bar) / self._alpha_bar).log() / 2
 
     @property
     def ends_in_pure_noise(self) -> bool:
@@ -142,6 +145,29 @@ class NoiseSchedule:
     def noise_ratio(self, t: Timestep) -> Tensor:
         """σ_t / α_t, the noise level in units of the image; infinite at zero SNR."""
         return self.sigma(t) / self.alpha(t)
+
+    def timestep_at(self, noise_ratio: float) -> float:
+        """The real t whose σ_t/α_t this is, the inverse of `noise_ratio`.
+
+        Raises:  UserError: a level that the schedule does not reach.
+        """
+        if self.is_flow:
+            fraction = 1.0 if math.isinf(noise_ratio) else noise_ratio / (1 + noise_ratio)
+            return self.num_train_timesteps * fraction
+        alpha_bar = 1 / (1 + noise_ratio**2)
+        table = self._alpha_bar
+        if not table[-1] - 1e-12 <= alpha_bar <= 1:
+            raise UserError(
+                f"a noise ratio must lie in 0 … {float(self.noise_ratio(self.last_timestep)):.6g}, "
+                f"what this schedule reaches; got {noise_ratio}."
+            )
+        upper = min(max(int((table >= alpha_bar).sum()), 1), len(table) - 1)
+        ends = self._log_ratio[upper - 1 : upper + 1]
+        if ends.isfinite().all():
+            low, high, wanted = float(ends[0]), float(ends[1]), math.log(noise_ratio)
+        else:
+            low, high, wanted = float(table[upper - 1]), float(table[upper]), alpha_bar
+        return upper - 2 + min((wanted - low) / (high - low), 1.0)
 
     def transition(self, s: Timestep, t: Timestep) -> tuple[Tensor, Tensor]:
         """Scale and variance of q(x_t | x_s) = N(scale · x_s, variance · I), for s cleaner than t.
@@ -189,8 +215,9 @@ class NoiseSchedule:
         return t.to(torch.float64)
 
     def _interpolated(self, t: Tensor) -> Tensor:
-        table = self._alpha_bar.to(t.device)
+        table, log_ratio = self._alpha_bar.to(t.device), self._log_ratio.to(t.device)
         position = t + 1
-        lower = position.floor().long()
-        upper = position.ceil().long()
-        return torch.lerp(table[lower], table[upper], position - lower)
+        lower, upper = position.floor().long(), position.ceil().long()
+        linear = torch.lerp(table[lower], table[upper], position - lower)
+        between = torch.lerp(log_ratio[lower], log_ratio[upper], position - lower)
+        return torch.where((lower < upper) & between.isfinite(), (-2 * between).sigmoid(), linear)

@@ -47,11 +47,11 @@ class SamplingDefaults:
     sampler: str = "ddim"
     """Name in SAMPLERS."""
     spacing: str | None = None
-    """leading, trailing, linspace; None: what suits the schedule."""
+    """leading, trailing, linspace, karras, exponential; None: what suits the schedule."""
     steps_offset: int = 1
     """Added to a leading grid; Stable Diffusion's readers insist on 1."""
     final_timestep: int | None = None
-    """Where ddim's last step leads: None the clean image, 0 the first noise level."""
+    """Where the last step leads: None the clean image, 0 the first noise level."""
 
 
 def read_scheduler(
@@ -164,8 +164,13 @@ def _sampling(kind: str, data: Mapping[str, Any], schedule: ScheduleConfig) -> S
     """
     found = (name for name, row in SAMPLERS.items() if kind in row.aliases)
     sampler = next(found, "ddim")
+    if kind == "DPMSolverMultistepScheduler" and data.get("algorithm_type") == "sde-dpmsolver++":
+        sampler = "dpmpp_2m_sde"
     if schedule.kind == "flow":
         return SamplingDefaults(sampler)
     spacing = data.get("timestep_spacing", _DEFAULT_SPACING.get(kind, "leading"))
+    for name in ("karras", "exponential"):
+        spacing = name if data.get(f"use_{name}_sigmas") else spacing
     to_one = data.get("set_alpha_to_one", kind != "PNDMScheduler")
+    to_one = to_one and data.get("final_sigmas_type", "zero") == "zero"
     return SamplingDefaults(sampler, spacing, 1, None if to_one else 0)

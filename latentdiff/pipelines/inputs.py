@@ -34,13 +34,36 @@ def negative_prompts(negative: Any, count: int) -> list[str]:
     return texts * count if len(texts) == 1 else texts
 
 
-def check_scale(scale: Any) -> None:
-    """Refuse a guidance scale that is not a number >= 0."""
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if not number or not math.isfinite(scale) or scale < 0:
+def guidance_scales(scale: Any, count: int) -> list[float]:
+    """The guidance scale of each prompt. Raises: UserError: not numbers >= 0, another number."""
+    scales = list(scale) if isinstance(scale, Sequence) and not isinstance(scale, str) else [scale]
+    for value in scales:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0:
+            raise UserError(
+                f"guidance_scale must be a number of at least 0 (1 = off, 3 to 8 usual); "
+                f"got {value!r}."
+            )
+    if len(scales) not in (1, count):
         raise UserError(
-            f"guidance_scale must be a number of at least 0 (1 = off, 3 to 8 usual); got {scale!r}."
+            f"guidance_scale must be one number or one for each of the {count} prompts; "
+            f"got {len(scales)}."
         )
+    return scales * count if len(scales) == 1 else scales
+
+
+def guidance_interval_of(interval: Any) -> tuple[float, float] | None:
+    """(low, high) timesteps, or None. Raises: UserError: anything else."""
+    if interval is None:
+        return None
+    numbers = isinstance(interval, Sequence) and all(
+        isinstance(t, int | float) and not isinstance(t, bool) for t in interval
+    )
+    if not numbers or len(interval) != 2 or interval[0] > interval[1]:
+        raise UserError(
+            f"guidance_interval must be two timesteps (low, high), low <= high; got {interval!r}."
+        )
+    return interval[0], interval[1]
 
 
 def check_steps(name: str, value: Any) -> None:

@@ -17,9 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.guidance import Predict, guidance_context, guide
+from latentdiff.diffusion.guidance import (
+    Predict,
+    guidance_context,
+    guide,
+    needs_unconditional,
+)
 from latentdiff.diffusion.noise import batch_noise, step_noise
-from latentdiff.diffusion.samplers import as_denoiser, get_sampler, run, timestep_grid
+from latentdiff.diffusion.samplers import as_denoiser, custom_grid, run, timestep_grid
+from latentdiff.diffusion.samplers.registry import SAMPLERS, check_options, split_name
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
@@ -27,9 +33,10 @@ from latentdiff.formats.diffusers_folder import Components, load_components, sav
 from latentdiff.pipelines.inputs import (
     check_latents,
     check_output_type,
-    check_scale,
     check_seed,
     check_steps,
+    guidance_interval_of,
+    guidance_scales,
     negative_prompts,
     prompt_list,
 )
@@ -58,8 +65,8 @@ class _Plan:
     sampler: str
     grid: Tensor
     options: dict[str, Any]
-    scale: float
     rescale: float
+    interval: tuple[float, float] | None
 
 
 class LatentDiffusionPipeline:
@@ -149,12 +156,14 @@ class LatentDiffusionPipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
-        guidance_scale: float = DEFAULT_GUIDANCE,
+        guidance_scale: float | Sequence[float] = DEFAULT_GUIDANCE,
         guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
         num_images_per_prompt: int = 1,
         sampler: str | None = None,
         sampler_options: dict[str, Any] | None = None,
         timestep_spacing: str | None = None,
+        timesteps: Sequence[float] | None = None,
         seed: int | None = None,
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
@@ -168,12 +177,17 @@ class LatentDiffusionPipeline:
                  height, width: in pixels, multiples of the autoencoder's downscale; None: the
                  size of the training.
                  num_inference_steps: 1 … T; more is finer and slower.
-                 guidance_scale: 1 = off; higher follows the prompt more closely.
+                 guidance_scale: 1 = off; higher follows the prompt more closely. One for all or
+                 one for each prompt.
                  guidance_rescale: 0 … 1, against washed-out pictures at high guidance.
+                 guidance_interval: guide only at timesteps low … high; the steps outside take half
+                 the time.
                  num_images_per_prompt: images of one prompt stand next to each other.
-                 sampler: a name in SAMPLERS; None: as the model's folder says.
+                 sampler: a name in SAMPLERS, or what diffusers or A1111 call it ("DPM++ 2M
+                 Karras"); None: as the model's folder says.
                  sampler_options: for the sampler, for example {"eta": 1.0} for ddim.
-                 timestep_spacing: leading, trailing, linspace; None: as the folder says.
+                 timestep_spacing: a name in SPACINGS; None: as the sampler or the folder says.
+                 timesteps: your own, decreasing, instead of num_inference_steps and a spacing.
                  seed: of the first image, image k has seed + k; None: drawn, see `.seeds`.
                  latents: initial noise (B, C, h, w) instead of the seeds'.
                  output_type: pil, np, pt or latent; see `PipelineOutput`.
@@ -184,7 +198,8 @@ class LatentDiffusionPipeline:
         """
         prompts = prompt_list(prompt, "prompt")
         negatives = negative_prompts(negative_prompt, len(prompts))
-        check_scale(guidance_scale)
+        scales = guidance_scales(guidance_scale, len(prompts))
+        interval = guidance_interval_of(guidance_interval)
         check_output_type(output_type)
         for name, value in (
             ("num_images_per_prompt", num_images_per_prompt),
@@ -195,46 +210,57 @@ class LatentDiffusionPipeline:
         shape = self._latent_shape(height, width)
         seeds = self._seeds(seed, len(prompts) * num_images_per_prompt)
         sampler, grid, options = self._sampling(
-            sampler, sampler_options, timestep_spacing, num_inference_steps
+            sampler, sampler_options, timestep_spacing, num_inference_steps, timesteps
         )
-        plan = _Plan(sampler, grid, options, guidance_scale, guidance_rescale)
+        plan = _Plan(sampler, grid, options, guidance_rescale, interval)
         x_T = batch_noise(seeds, shape) if latents is None else latents
         check_latents(x_T, (len(seeds), *shape))
 
-        contexts = self._contexts(prompts, negatives, guidance_scale, num_images_per_prompt)
+        contexts = self._contexts(prompts, negatives, scales, num_images_per_prompt)
+        scales = [scale for scale in scales for _ in range(num_images_per_prompt)]
         parts = []
         with _progress_bar(len(grid) * -(-len(seeds) // batch_size), progress) as bar:
             for start in range(0, len(seeds), batch_size):
                 own = slice(start, start + batch_size)
-                context = torch.cat([half[own] for half in contexts])
-                x_0 = self._denoise(context, x_T[own], seeds[own], plan, bar)
+                predict = self._guided([half[own] for half in contexts], scales[own], plan)
+                x_0 = self._denoise(predict, x_T[own], seeds[own], plan, bar)
                 parts.append(x_0 if output_type == "latent" else self.autoencoder.decode(x_0))
         return PipelineOutput(to_output(torch.cat(parts), output_type), list(seeds))
 
     def _contexts(
-        self, prompts: list[str], negatives: list[str], scale: float, copies: int
+        self, prompts: list[str], negatives: list[str], scales: list[float], copies: int
     ) -> list[Tensor]:
         """Contexts per image: [of the prompts], or [of the negative prompts, of the prompts]."""
         words = list(dict.fromkeys([*prompts, *negatives]))  # each text is encoded once
         rows = dict(zip(words, self.text_encoder.encode(words), strict=True))
         context, empty = (torch.stack([rows[t] for t in texts]) for texts in (prompts, negatives))
-        halves = guidance_context(context, empty, scale).split(len(prompts))
+        halves = guidance_context(context, empty, scales).split(len(prompts))
         return [half.repeat_interleave(copies, dim=0) for half in halves]
 
-    def _guided(self, context: Tensor, scale: float, rescale: float) -> Predict:
-        """The guided network with the context's keys and values already projected."""
+    def _guided(self, contexts: list[Tensor], scales: list[float], plan: _Plan) -> Predict:
+        """The guided network, the context's keys and values already projected."""
+        if len(contexts) == 1 or not needs_unconditional(scales):
+            return self._network(contexts[-1])
+        return guide(
+            self._network(torch.cat(contexts)),
+            scales,
+            rescale=plan.rescale,
+            interval=plan.interval,
+            predict_conditional=self._network(contexts[-1]) if plan.interval else None,
+        )
+
+    def _network(self, context: Tensor) -> Predict:
         kv = self.unet.project_context(context)
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             return self.unet(x_t.to(self.unet.dtype), t, kv=kv).float()
 
-        return guide(predict, scale, rescale=rescale)
+        return predict
 
     def _denoise(
-        self, context: Tensor, x_T: Tensor, seeds: Sequence[int], plan: _Plan, bar: Any
+        self, predict: Predict, x_T: Tensor, seeds: Sequence[int], plan: _Plan, bar: Any
     ) -> Tensor:
         """Latents x_0 (B, C, h, w) of one chunk of images, from their noise x_T."""
-        predict = self._guided(context, plan.scale, plan.rescale)
         denoiser = as_denoiser(predict, self.schedule, self.prediction)
         noise = step_noise(seeds, x_T.shape[1:], self.device)
         x = x_T.to(self.device, torch.float32)
@@ -256,16 +282,24 @@ class LatentDiffusionPipeline:
         return [first + k for k in range(count)]
 
     def _sampling(
-        self, sampler: str | None, options: dict[str, Any] | None, spacing: Any, steps: int
+        self,
+        sampler: str | None,
+        options: dict[str, Any] | None,
+        spacing: str | None,
+        steps: int,
+        timesteps: Sequence[float] | None,
     ) -> tuple[str, Tensor, dict[str, Any]]:
         """Sampler name, grid and options, with the folder's defaults filled in."""
         defaults = self.components.sampling
-        name = sampler or defaults.sampler
-        row, options = get_sampler(name), dict(options or {})
-        if "final_timestep" in row.options and defaults.final_timestep is not None:
+        name, named_spacing = split_name(sampler or defaults.sampler)
+        row, options = SAMPLERS[name], dict(options or {})
+        if defaults.final_timestep is not None and "final_timestep" in row.options:
             options.setdefault("final_timestep", defaults.final_timestep)
-        spacing = spacing or defaults.spacing
-        grid = timestep_grid(self.schedule, steps, spacing, defaults.steps_offset)
+        check_options(name, options)
+        if timesteps is not None:
+            return name, custom_grid(self.schedule, timesteps), options
+        spacing = spacing or named_spacing or row.spacing or defaults.spacing
+        grid = timestep_grid(self.schedule, steps, spacing, defaults.steps_offset, style=row.grid)
         return name, grid, options
 
 

@@ -75,6 +75,17 @@ def test_outside_the_interval_the_conditional_answer_stands() -> None:
     assert network.batches == [6, 6] and single.batches == [3]
 
 
+def test_each_image_may_have_its_own_scale() -> None:
+    network = Counting()
+    y = guide(network, [1.0, 3.0, 7.0], rescale=0.4)(x_t, t)
+    assert network.batches == [6]
+    for k, scale in enumerate((1.0, 3.0, 7.0)):
+        alone = guide(Counting(), scale, rescale=0.4)(x_t[k : k + 1], t[:1])
+        expected = 2 * x_t[k : k + 1] + 0.5 if scale == 1 else alone  # scale 1: conditional
+        torch.testing.assert_close(y[k : k + 1], expected)
+    assert guide(network, [1.0, 1.0, 1.0]) is network
+
+
 @pytest.mark.parametrize("options", [{"rescale": 1.5}, {"interval": (900, 100)}])
 def test_faulty_options_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="guidance"):

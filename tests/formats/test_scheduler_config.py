@@ -105,7 +105,27 @@ def test_stable_diffusion_1_5_as_published() -> None:
         "clip_sample": False,
     }
     found = read_scheduler(published)
-    assert found == (ScheduleConfig(), "eps", SamplingDefaults("ddim", "leading", 1, 0))
+    assert found == (ScheduleConfig(), "eps", SamplingDefaults("pndm", "leading", 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("DPMSolverMultistepScheduler", {}, ("dpmpp_2m", "linspace", None)),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+            ("dpmpp_2m_sde", "karras", None),
+        ),
+        ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min"}, ("unipc", "linspace", 0)),
+        ("EulerAncestralDiscreteScheduler", {}, ("euler_ancestral", "linspace", None)),
+    ],
+)
+def test_solver_and_grid_are_those_of_the_folder(
+    name: str, fields: dict[str, Any], expected: tuple[str, str, int | None]
+) -> None:
+    sampling = read_scheduler(saved(scheduler(name, **SD, **fields)))[2]
+    assert (sampling.sampler, sampling.spacing, sampling.final_timestep) == expected
 
 
 @pytest.mark.parametrize(

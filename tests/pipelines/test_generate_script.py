@@ -69,6 +69,10 @@ def test_grid_and_numbered_files(
         (("--model", "./nothing"), "this folder does not exist"),
         (("--output", "/proc/x/cat.png"), "cannot be made"),
         (("--columns", "0"), "--columns must be at least 1"),
+        (("--guidance", "3,x"), "--guidance must be numbers with commas between; got '3,x'"),
+        (("--sampler", "dpmpp_2n"), "Did you mean 'dpmpp_2m'"),
+        (("--spacing", "karas"), "Did you mean 'karras'"),
+        (("--timesteps", "5,6"), "timesteps must decrease strictly"),
     ],
 )
 def test_mistakes_end_with_one_line(
@@ -82,3 +86,9 @@ def test_mistakes_end_with_one_line(
     with pytest.raises(SystemExit) as end:
         call(script, monkeypatch, "a cat", *arguments)
     assert message in str(end.value.code) and "\n" not in str(end.value.code)
+
+
+def test_help_names_every_sampler(script: ModuleType) -> None:
+    from latentdiff.diffusion.samplers import SAMPLERS
+
+    assert set(script.SAMPLER_NAMES) == set(SAMPLERS)

@@ -48,7 +48,9 @@ def open_theirs(folder: Path) -> Any:
     return theirs
 
 
-def assert_same_pictures(theirs: Any, ours: LatentDiffusionPipeline, prompts: list[str]) -> None:
+def assert_same_pictures(
+    theirs: Any, ours: LatentDiffusionPipeline, prompts: list[str], sampler: str | None = "ddim"
+) -> None:
     """At most 2/255 apart; not flat; another seed gives another picture."""
     height, width = (side // ours.autoencoder.downscale for side in ours.default_size)
     shape = (len(prompts), ours.autoencoder.latent_channels, height, width)
@@ -62,7 +64,7 @@ def assert_same_pictures(theirs: Any, ours: LatentDiffusionPipeline, prompts: li
             "latents": noise,
         }
         expected = np.stack([np.asarray(i, int) for i in theirs(prompts, **options).images])
-        found = ours(prompts, **options, sampler="ddim", progress=False).images
+        found = ours(prompts, **options, sampler=sampler, progress=False).images
         pictures.append(np.stack([np.asarray(image, int) for image in found]))
         assert np.abs(pictures[-1] - expected).max() <= 2
         assert min(picture.std() for picture in pictures[-1]) >= 20
@@ -89,7 +91,7 @@ def test_tiny_autoencoder(tmp_path: Path) -> None:
     assert_same_pictures(open_theirs(tmp_path / "ours"), ours, PROMPTS)
 
 
-def test_other_schedulers_become_ddim(tmp_path: Path) -> None:
+def test_ddim_in_place_of_the_folders_solver(tmp_path: Path) -> None:
     """A folder saved with PNDM samples as diffusers does after swapping in DDIM."""
     from diffusers import DDIMScheduler, PNDMScheduler
 
@@ -105,6 +107,29 @@ def test_other_schedulers_become_ddim(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
     assert_same_pictures(theirs, LatentDiffusionPipeline.from_pretrained(tmp_path), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        ("UniPCMultistepScheduler", {}),
+        ("HeunDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+    ],
+)
+def test_the_folders_solver_and_grid_are_used(
+    name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Without a sampler's name, the picture is the one that diffusers makes of the folder."""
+    import diffusers
+
+    levels = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    theirs = make_pipeline(scheduler=getattr(diffusers, name)(**levels, **fields))
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path)
+    ours = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    assert_same_pictures(theirs, ours, PROMPTS, sampler=None)
 
 
 def test_flow_folder_opens_in_theirs(tmp_path: Path) -> None:

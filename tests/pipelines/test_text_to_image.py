@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import UserError
 from tests.random_models import make_pipeline
 
@@ -85,9 +86,52 @@ def test_guidance_runs_one_batch_per_step(
     assert projected == [6, 1]
 
 
+def test_steps_outside_the_interval_run_one_pass(pipeline: LatentDiffusionPipeline) -> None:
+    sizes: list[int] = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    call = {**FAST, "sampler": "ddim", "timesteps": [900, 700, 400, 100], "seed": 0}
+    inside = pipeline(["a cat", "dog"], guidance_interval=(300, 800), **call).images
+    hook.remove()
+    assert sizes == [2, 4, 4, 2]
+    assert not torch.equal(pipeline(["a cat", "dog"], **call).images, inside)
+    whole = pipeline(["a cat", "dog"], guidance_interval=(0, 999), **call).images
+    assert torch.equal(pipeline(["a cat", "dog"], **call).images, whole)
+
+
+def test_one_guidance_scale_for_each_prompt(pipeline: LatentDiffusionPipeline) -> None:
+    scales = [1, 3, 9.5]
+    call = {**FAST, "num_images_per_prompt": 2, "batch_size": 4}
+    many = pipeline(["a cat", "dog", "x"], guidance_scale=scales, seed=2, **call).images
+    for k, (prompt, scale) in enumerate(zip(["a cat", "dog", "x"], scales, strict=True)):
+        alone = pipeline(prompt, guidance_scale=scale, seed=2 + 2 * k, **call).images
+        assert (alone - many[2 * k : 2 * k + 2]).abs().max() <= 1 / 255
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "karras", "ays"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_and_grid_by_name(
+    pipeline: LatentDiffusionPipeline, sampler: str, spacing: str
+) -> None:
+    call = {**FAST, "output_type": "latent", "guidance_scale": 1}
+    found = pipeline("a cat", sampler=sampler, timestep_spacing=spacing, **call).images
+    assert found.isfinite().all()
+
+
+def test_a1111_names_carry_their_grid(pipeline: LatentDiffusionPipeline) -> None:
+    named = pipeline("a cat", seed=1, sampler="DPM++ 2M Karras", **FAST).images
+    call = {**FAST, "seed": 1, "timestep_spacing": "karras"}
+    assert torch.equal(named, pipeline("a cat", sampler="dpmpp_2m", **call).images)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"guidance_scale": [3, 4]}, "one for each of the 1 prompts; got 2"),
+        ({"guidance_scale": "3"}, "guidance_scale must be a number"),
+        ({"guidance_interval": (900, 100)}, "guidance_interval must be two timesteps"),
+        ({"guidance_interval": 3}, "guidance_interval must be two timesteps"),
+        ({"timesteps": [100, 200]}, "timesteps must decrease strictly"),
+        ({"timesteps": [1000, 200]}, "timesteps must lie above -1"),
         ({"prompt": 3}, "prompt must be a text or a list of texts; got 3"),
         ({"prompt": []}, "at least one text"),
         ({"prompt": ["a", None]}, "prompt must be a text"),
@@ -99,7 +143,7 @@ def test_guidance_runs_one_batch_per_step(
         ({"timestep_spacing": "trailling"}, "Did you mean 'trailing'"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1"),
         ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number"),
-        ({"num_inference_steps": 1001}, "1 … 1000; got 1001"),
+        ({"num_inference_steps": 1001}, "1 … 1000 for .* spacing; got 1001"),
         ({"guidance_scale": -1}, "guidance_scale must be a number of at least 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),

@@ -1,0 +1,409 @@
+"""Every sampler against diffusers' scheduler on the same network, start and noise, in float32.
+
+    python benchmarks/sampler_parity.py [--page docs/samplers.md]
+
+Relative difference of the results, ‖ours − theirs‖ / ‖theirs‖, over {eps, v, x0, flow} × {linear,
+scaled_linear, cosine, zero terminal SNR, flow} × {10, 25, 50} steps × the grids of each scheduler.
+Cells that diffusers lacks, or that mean something else there, are counted with the reason.
+--page writes the table between the marks of the documentation page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.prediction import target
+from latentdiff.diffusion.samplers import as_denoiser, get_sampler, sample, timestep_grid
+from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
+
+SHAPE = (2, 4, 8, 8)
+LIMIT = 1e-4
+STEPS = (10, 25, 50)
+TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flow_prediction"}
+SCHEDULES = {
+    "linear": ScheduleConfig("linear", beta_start=1e-4, beta_end=0.02),
+    "scaled_linear": ScheduleConfig(),
+    "cosine": ScheduleConfig("cosine"),
+    "zero SNR": ScheduleConfig(zero_terminal_snr=True),
+    "flow": ScheduleConfig("flow"),
+}
+EVEN = ("leading", "trailing", "linspace")
+ALL = (*EVEN, "karras", "exponential")
+KEEPS_SIGNAL = ("leading", "lcm")  # grids that need not start at the last timestep
+BROKEN = "diffusers truncates two timesteps of the cosine grid to one, and loses its place"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Which scheduler a sampler is compared with."""
+
+    name: str
+    grids: tuple[str, ...]
+    module: str = ""
+    fields: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    predictions: tuple[str, ...] = ("eps", "x0", "v")
+    noisy_ratio_space: bool = False  # its state is x/α
+    zero_snr: str = "none"  # none, exact or clamped
+    flow: str = ""  # its flow scheduler
+    draws: str = ""  # none, argument (variance_noise) or patch (randn_tensor)
+
+    @property
+    def scheduler(self) -> str:
+        return self.name + "Scheduler"
+
+
+PEERS: dict[str, Peer] = {
+    "ddpm": Peer("DDPM", EVEN, "ddpm", zero_snr="exact", draws="patch"),
+    "ddpm, fixed_large": Peer(
+        "DDPM", EVEN, "ddpm", (("variance_type", "fixed_large"),), (("variance", "fixed_large"),),
+        zero_snr="exact", draws="patch",
+    ),
+    "ddim": Peer("DDIM", EVEN, "ddim", zero_snr="exact"),
+    "ddim, η = 0.7": Peer(
+        "DDIM", EVEN, "ddim", (), (("eta", 0.7),), zero_snr="exact", draws="argument"
+    ),
+    "euler": Peer(
+        "EulerDiscrete", ALL, "euler_discrete", noisy_ratio_space=True, zero_snr="clamped",
+        flow="FlowMatchEulerDiscrete",
+    ),
+    "euler_ancestral": Peer(
+        "EulerAncestralDiscrete", EVEN, "euler_ancestral_discrete", noisy_ratio_space=True,
+        predictions=("eps", "v"), zero_snr="clamped", draws="patch",
+    ),
+    "heun": Peer(
+        "HeunDiscrete", ALL, "heun_discrete", noisy_ratio_space=True,
+        flow="FlowMatchHeunDiscrete",
+    ),
+    "dpmpp_2m": Peer(
+        "DPMSolverMultistep", ALL, "dpmsolver_multistep", zero_snr="clamped",
+        flow="DPMSolverMultistep",
+    ),
+    "dpmpp_2m_sde": Peer(
+        "DPMSolverMultistep", ALL, "dpmsolver_multistep",
+        (("algorithm_type", "sde-dpmsolver++"),), zero_snr="clamped", flow="DPMSolverMultistep",
+        draws="argument",
+    ),
+    "dpmpp_2s_ancestral": Peer(
+        "DPMSolverSinglestep", ("exponential",), "dpmsolver_singlestep", (), (("eta", 0.0),)
+    ),
+    "unipc": Peer(
+        "UniPCMultistep", ALL, "unipc_multistep", zero_snr="clamped", flow="UniPCMultistep"
+    ),
+    "unipc, order 3": Peer(
+        "UniPCMultistep", ALL, "unipc_multistep", (("solver_order", 3),), (("order", 3),),
+        zero_snr="clamped", flow="UniPCMultistep",
+    ),
+    "lms": Peer("LMSDiscrete", ALL, "lms_discrete", noisy_ratio_space=True),
+    "pndm": Peer(
+        "PNDM", EVEN, "pndm", (("skip_prk_steps", True), ("set_alpha_to_one", True)),
+        predictions=("eps",),
+    ),
+    "lcm": Peer("LCM", ("lcm",), "lcm", zero_snr="exact", flow="FlowMatchLCM", draws="patch"),
+}  # fmt: skip
+
+
+#: Schedulers whose timesteps are whole numbers on every grid.
+MULTISTEP_PEERS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep")
+
+
+class Cell(NamedTuple):
+    """One comparison."""
+
+    row: str
+    schedule: str
+    prediction: str
+    steps: int
+    grid: str
+
+    @property
+    def peer(self) -> Peer:
+        return PEERS[self.row]
+
+    @property
+    def sampler(self) -> str:
+        return self.row.split(",")[0]
+
+
+def cells(steps: tuple[int, ...] = STEPS) -> Iterator[Cell]:
+    """Every combination, those without a counterpart included."""
+    for row, peer in PEERS.items():
+        for schedule in SCHEDULES:
+            grids = ("flow",) if schedule == "flow" else peer.grids
+            for prediction in TYPES:
+                for n in steps:
+                    yield from (Cell(row, schedule, prediction, n, grid) for grid in grids)
+
+
+def reason_against(cell: Cell) -> str | None:
+    """Why diffusers has nothing to compare this cell with; None: it has."""
+    peer, flow = cell.peer, cell.schedule == "flow"
+    if flow and not peer.flow:
+        return f"{peer.scheduler} has no flow"
+    if flow and cell.prediction == "v":
+        return "v on flow: diffusers' formula for x_0 holds where α² + σ² = 1 only"
+    if cell.prediction == "eps" and cell.schedule == "cosine" and cell.grid not in KEEPS_SIGNAL:
+        return "eps where the cosine schedule has α = 5·10⁻⁵: x_0 is lost in float32 on both sides"
+    if cell.prediction == "eps" and cell.schedule in ("flow", "zero SNR"):
+        return "eps where α = 0: refused here, undefined"
+    if flow and peer.flow.startswith("FlowMatch") and cell.prediction != "flow":
+        return f"{peer.flow}Scheduler takes the flow prediction only"
+    if not flow and cell.prediction == "flow":
+        return "the flow prediction on a variance-preserving schedule is not in diffusers"
+    if not flow and cell.prediction not in peer.predictions:
+        if peer.name == "PNDM":
+            return "PNDMScheduler has no x0, and averages v itself where this averages ε"
+        return f"{peer.scheduler} has no {cell.prediction}"
+    if cell.schedule == "zero SNR" and peer.zero_snr == "none":
+        return f"{peer.scheduler} has no zero terminal SNR"
+    if peer.name in ("DDIM", "PNDM") and cell.grid == "linspace":
+        return f"{peer.scheduler} steps by T // n, which is not the next timestep of linspace"
+    return None
+
+
+def network(schedule: NoiseSchedule, prediction: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A small nonlinear network that mixes channels and neighbours and depends on t.
+
+    Its opinion is an image of values up to ±1.3, told as the prediction, so that the state stays of
+    order 1 as with a trained network.
+    """
+
+    @functools.cache
+    def levels(t: float) -> tuple[float, float]:
+        return float(schedule.alpha(t)), float(schedule.sigma(t))
+
+    def answer(x: Tensor, t: float) -> Tensor:
+        mixed = 0.4 * x + 0.2 * x.roll(1, 1) - 0.2 * x.roll(1, 3) * (1 - t / 1000)
+        image = 1.2 * torch.tanh(mixed) + 0.1 * torch.sin(x.roll(2, 2) + 5 * t / 1000)
+        alpha, sigma = levels(t)
+        return target(prediction, image, (x - alpha * image) / sigma, alpha, sigma)
+
+    return answer
+
+
+def noise(step: int) -> Tensor:
+    """The injected noise."""
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1000 + step))
+
+
+def scheduler_of(cell: Cell) -> Any:
+    """diffusers' scheduler, with its steps set."""
+    import diffusers
+
+    peer, config = cell.peer, SCHEDULES[cell.schedule]
+    if cell.schedule == "flow":
+        kind = getattr(diffusers, peer.flow + "Scheduler")
+        n = cell.steps
+        if peer.flow in ("FlowMatchEulerDiscrete", "FlowMatchLCM"):
+            scheduler = kind()
+            scheduler.set_timesteps(n, sigmas=[1 - k / n for k in range(n)])
+            return scheduler
+        if peer.flow == "FlowMatchHeunDiscrete":
+            scheduler = kind()
+        else:
+            fields = {"use_flow_sigmas": True, "prediction_type": TYPES[cell.prediction]}
+            scheduler = kind(**fields, **dict(peer.fields))
+        scheduler.set_timesteps(n)
+        return scheduler
+    fields = {
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": "squaredcos_cap_v2" if config.kind == "cosine" else config.kind,
+        "prediction_type": TYPES[cell.prediction],
+        **dict(peer.fields),
+    }
+    if config.zero_terminal_snr:
+        fields["rescale_betas_zero_snr"] = True
+    if peer.name in ("DDPM", "DDIM", "LCM", "HeunDiscrete"):
+        fields["clip_sample"] = False
+    if cell.grid in EVEN:
+        fields |= {"timestep_spacing": cell.grid, "steps_offset": 1}
+    elif cell.grid != "lcm":
+        fields[f"use_{cell.grid}_sigmas"] = True
+        if peer.name in ("EulerDiscrete", "HeunDiscrete", "LMSDiscrete"):
+            fields["timestep_spacing"] = "linspace"  # these spread over the range of the grid
+    scheduler = getattr(diffusers, peer.scheduler)(**fields)
+    scheduler.set_timesteps(2 * cell.steps if peer.name == "DPMSolverSinglestep" else cell.steps)
+    return scheduler
+
+
+def schedule_of(cell: Cell, scheduler: Any, own_tables: bool = False) -> NoiseSchedule:
+    """Our schedule on diffusers' float32 table, so that what is compared is the sampler.
+
+    The tables themselves are compared in tests/diffusion/test_schedule.py. In theirs 1 − β has lost
+    up to 3 digits at the ends, and a zero ᾱ may be 2⁻²⁴ (the samplers marked clamped).
+    """
+    schedule = NoiseSchedule(SCHEDULES[cell.schedule])
+    clamped = cell.schedule == "zero SNR" and cell.peer.zero_snr == "clamped"
+    if cell.schedule != "flow" and (clamped or not own_tables):
+        table = torch.cat([torch.ones(1), scheduler.alphas_cumprod]).double()
+        schedule._alpha_bar, schedule._log_ratio = table, ((1 - table) / table).log() / 2
+    return schedule
+
+
+def lost_digits(cell: Cell) -> bool:
+    """Whether theirs must run in float64: its state x/α ≈ 2·10⁴ cancels to 1 in the first step."""
+    far = cell.schedule == "cosine" and cell.grid not in KEEPS_SIGNAL
+    return far and cell.peer.noisy_ratio_space
+
+
+def run_theirs(cell: Cell, scheduler: Any, model: Any, x_T: Tensor, alpha: float) -> Tensor:
+    """diffusers' result from the same start."""
+    peer = cell.peer
+    in_ratio = peer.noisy_ratio_space and cell.schedule != "flow"
+    x = x_T / alpha if in_ratio else x_T
+    times = scheduler.timesteps
+    if peer.name == "DPMSolverSinglestep":
+        times = times[:-2]  # its last steps are of first order
+    module = importlib.import_module(type(scheduler).__module__)
+    original = getattr(module, "randn_tensor", None)
+    try:
+        for step, t in enumerate(times):
+            extra = {"variance_noise": noise(step)} if peer.draws == "argument" else {}
+            if peer.name == "DDIM":
+                extra["eta"] = dict(peer.options).get("eta", 0.0)
+            if peer.draws == "patch":
+                last = step == len(times) - 1  # Algorithm 2 adds none at the end
+                drawn = torch.zeros(SHAPE) if last else noise(step)
+                module.randn_tensor = lambda *_, z=drawn, **__: z
+            seen = scheduler.scale_model_input(x, t) if in_ratio else x
+            x = scheduler.step(model(seen, float(t)), t, x, **extra).prev_sample
+    finally:
+        if original is not None:
+            module.randn_tensor = original
+    return x
+
+
+def grid_of(cell: Cell, schedule: NoiseSchedule, scheduler: Any) -> Tensor:
+    """Our grid of that name; for flow solvers whose grid we do not offer, theirs as a list."""
+    if cell.schedule == "flow":
+        if cell.peer.flow in ("FlowMatchEulerDiscrete", "FlowMatchLCM"):
+            return timestep_grid(schedule, cell.steps)
+        sigmas = scheduler.sigmas[:-1].double().tolist()
+        return torch.tensor(list(dict.fromkeys(sigmas)), dtype=torch.float64) * 1000
+    style = get_sampler(cell.sampler).grid
+    if cell.peer.name == "DPMSolverSinglestep":
+        return timestep_grid(schedule, 2 * cell.steps, cell.grid)[::2]
+    return timestep_grid(schedule, cell.steps, cell.grid, 1, style=style)
+
+
+def compare(cell: Cell, own_tables: bool = False) -> float | None:
+    """The relative difference of one cell; None where diffusers' own grid is broken."""
+    scheduler = scheduler_of(cell)
+    repeated = len(scheduler.timesteps) - len(scheduler.timesteps.unique())
+    if repeated and cell.peer.name in MULTISTEP_PEERS:
+        return None
+    schedule = schedule_of(cell, scheduler, own_tables)
+    grid = grid_of(cell, schedule, scheduler)
+    x_T = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    plain = network(NoiseSchedule(SCHEDULES[cell.schedule]), cell.prediction)
+    alpha = float(schedule.alpha(float(grid[0])))
+    if lost_digits(cell):
+        scheduler.sigmas = scheduler.sigmas.double()
+        theirs = run_theirs(cell, scheduler, plain, x_T.double(), alpha)
+    else:
+        theirs = run_theirs(cell, scheduler, plain, x_T, alpha)
+    # Several schedulers round what they tell the network, at the levels of a real timestep.
+    told = scheduler.timesteps.double().unique()
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        nearest = (told - t[0].double()).abs().argmin()
+        if abs(told[nearest] - t[0]) > 1:
+            raise AssertionError(f"{cell}: the grids differ at {float(t[0])}")
+        return plain(x, float(told[nearest]))
+
+    options = dict(cell.peer.options)
+    if cell.peer.name == "DPMSolverSinglestep":
+        options["final_timestep"] = float(grid[-1])
+        grid = grid[:-1]
+    denoiser = as_denoiser(predict, schedule, cell.prediction)
+    ours = sample(cell.sampler, denoiser, x_T, schedule, grid, noise, **options)
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def measure(
+    steps: tuple[int, ...] = STEPS, own_tables: bool = False
+) -> tuple[dict[tuple[str, str], list[float]], Counter[str]]:
+    """(row, schedule) → differences, and how many cells each reason rules out."""
+    found: dict[tuple[str, str], list[float]] = {}
+    reasons: Counter[str] = Counter()
+    for cell in cells(steps):
+        why = reason_against(cell)
+        if why:
+            reasons[why] += 1
+            continue
+        difference = compare(cell, own_tables)
+        if difference is None:
+            reasons[BROKEN] += 1
+            continue
+        if not difference < LIMIT:
+            print(f"ABOVE {LIMIT}: {tuple(cell)} {difference:.1e}", flush=True)
+        found.setdefault((cell.row, cell.schedule), []).append(difference)
+    return found, reasons
+
+
+def table(found: dict[tuple[str, str], list[float]], reasons: Counter[str]) -> str:
+    """The measurement as Markdown."""
+    lines = [
+        "| sampler | diffusers | " + " | ".join(SCHEDULES) + " |",
+        "|---|---|" + "---|" * len(SCHEDULES),
+    ]
+    for row, peer in PEERS.items():
+        parts = []
+        for schedule in SCHEDULES:
+            values = found.get((row, schedule))
+            note = "¹" if schedule == "zero SNR" and peer.zero_snr == "clamped" else ""
+            note += "²" if schedule == "cosine" and peer.noisy_ratio_space else ""
+            parts.append(f"{max(values):.0e} ({len(values)}){note}" if values else "n/a")
+        lines.append(f"| {row} | `{peer.scheduler}` | " + " | ".join(parts) + " |")
+    values = [v for group in found.values() for v in group]
+    lines += [
+        "",
+        f"{len(values)} comparisons, largest relative difference {max(values):.1e}; "
+        f"{sum(v < LIMIT for v in values)} below {LIMIT:.0e}. "
+        f"{sum(reasons.values())} cells are n/a:",
+        "",
+        *(f"- {count}: {why}" for why, count in reasons.most_common()),
+    ]
+    return "\n".join(lines)
+
+
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Replace what stands between the page's two marks."""
+    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, rest = page.read_text(encoding="utf-8").split(start)
+    page.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    """Compare, print, write."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--page", type=Path, help="write the table into this page")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--own-tables", action="store_true", help="our float64 noise tables")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    found, reasons = measure(tuple(arguments.steps), arguments.own_tables)
+    text = table(found, reasons)
+    print(text)
+    if arguments.page:
+        write_between(arguments.page, "sampler parity", text)
+
+
+if __name__ == "__main__":
+    main()

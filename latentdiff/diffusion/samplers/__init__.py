@@ -1,0 +1,59 @@
+"""Samplers as plain generators: from pure noise to an image, one yield per step.
+
+A sampler sees only a denoiser (x_t, t) -> x_0; prediction type and guidance live inside it. It
+keeps no state between calls: what a multistep sampler remembers is in the state that it yields.
+Start reading with `walk.py`: all are made of one kind of step.
+"""
+
+from latentdiff.diffusion.samplers.adams import lms, pndm
+from latentdiff.diffusion.samplers.consistency import lcm
+from latentdiff.diffusion.samplers.ddpm_ddim import ddim, ddpm
+from latentdiff.diffusion.samplers.denoiser import as_denoiser, dynamic_threshold, make_denoiser
+from latentdiff.diffusion.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral
+from latentdiff.diffusion.samplers.euler_heun import euler, euler_ancestral, heun
+from latentdiff.diffusion.samplers.grids import SPACINGS, custom_grid, get_spacing, timestep_grid
+from latentdiff.diffusion.samplers.registry import (
+    SAMPLERS,
+    Sampler,
+    get_sampler,
+    resume,
+    run,
+    sample,
+    sampler_name,
+    split_name,
+)
+from latentdiff.diffusion.samplers.uni_pc import unipc
+from latentdiff.diffusion.samplers.walk import Denoiser, Noise, SamplerState
+
+__all__ = [
+    "SAMPLERS",
+    "SPACINGS",
+    "Denoiser",
+    "Noise",
+    "Sampler",
+    "SamplerState",
+    "as_denoiser",
+    "custom_grid",
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s_ancestral",
+    "dynamic_threshold",
+    "euler",
+    "euler_ancestral",
+    "get_sampler",
+    "get_spacing",
+    "heun",
+    "lcm",
+    "lms",
+    "make_denoiser",
+    "pndm",
+    "resume",
+    "run",
+    "sample",
+    "sampler_name",
+    "split_name",
+    "timestep_grid",
+    "unipc",
+]

@@ -1,0 +1,219 @@
+"""The samplers by name, and running one.
+
+A new sampler is one generator function and one row of SAMPLERS.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from latentdiff.diffusion.samplers.adams import lms, pndm
+from latentdiff.diffusion.samplers.consistency import lcm
+from latentdiff.diffusion.samplers.ddpm_ddim import ddim, ddpm
+from latentdiff.diffusion.samplers.denoiser import bound_of, bounded
+from latentdiff.diffusion.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral
+from latentdiff.diffusion.samplers.euler_heun import euler, euler_ancestral, heun
+from latentdiff.diffusion.samplers.grids import GridStyle
+from latentdiff.diffusion.samplers.uni_pc import unipc
+from latentdiff.diffusion.samplers.walk import Denoiser, Noise, SamplerState, Timesteps
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import UserError, choice_error, did_you_mean
+
+#: Options that every sampler takes; they bound the estimate of the clean image.
+BOUNDS = ("clip", "threshold")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One row of SAMPLERS."""
+
+    function: Callable[..., Iterator[SamplerState]]
+    """The generator function."""
+    summary: str
+    """One phrase for help texts."""
+    aliases: tuple[str, ...] = ()
+    """Other names: the class of diffusers' scheduler, and what A1111 and ComfyUI call it."""
+    grid: GridStyle = "whole"
+    """How diffusers' scheduler reads leading and linspace spacing, see `timestep_grid`."""
+    spacing: str | None = None
+    """The grid it wants when none is chosen; None: what suits the schedule."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the keyword options that the sampler takes."""
+        parameters = inspect.signature(self.function).parameters.values()
+        own = (p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        return (*(name for name in own if name not in ("after", "bound")), *BOUNDS)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(ddpm, "ancestral sampling, new noise at every step", ("DDPMScheduler",)),
+    "ddim": Sampler(ddim, "deterministic, good from about 20 steps", ("DDIMScheduler",)),
+    "euler": Sampler(
+        euler,
+        "first order, deterministic",
+        ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "k_euler"),
+        grid="real",
+    ),
+    "euler_ancestral": Sampler(
+        euler_ancestral,
+        "Euler with new noise at every step",
+        ("EulerAncestralDiscreteScheduler", "Euler a", "k_euler_a"),
+        grid="real",
+    ),
+    "heun": Sampler(
+        heun,
+        "second order, two evaluations a step",
+        ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "k_heun"),
+        grid="real",
+    ),
+    "dpmpp_2m": Sampler(
+        dpmpp_2m,
+        "second order, one evaluation a step; good from about 12",
+        ("DPMSolverMultistepScheduler", "DPM++ 2M", "dpm++_2m"),
+        grid="open",
+    ),
+    "dpmpp_2m_sde": Sampler(
+        dpmpp_2m_sde, "DPM++ 2M with noise", ("DPM++ 2M SDE", "dpm++_2m_sde"), grid="open"
+    ),
+    "dpmpp_2s_ancestral": Sampler(
+        dpmpp_2s_ancestral,
+        "second order from a trial step, with noise; two evaluations a step",
+        ("DPM++ 2S a", "DPM++ 2S ancestral", "dpm++_2s_a"),
+        grid="real",
+    ),
+    "unipc": Sampler(
+        unipc,
+        "second order with a free corrector; good from about 8",
+        ("UniPCMultistepScheduler", "uni_pc", "uni_pc_bh2"),
+        grid="open",
+    ),
+    "lms": Sampler(
+        lms, "linear multistep, up to fourth order", ("LMSDiscreteScheduler", "k_lms"), grid="real"
+    ),
+    "pndm": Sampler(
+        pndm, "pseudo linear multistep, of Stable Diffusion 1", ("PNDMScheduler", "PLMS")
+    ),
+    "lcm": Sampler(
+        lcm,
+        "for consistency-distilled models, 1 to 8 steps",
+        ("LCMScheduler", "FlowMatchLCMScheduler"),
+        spacing="lcm",
+    ),
+}
+
+
+def get_sampler(name: str) -> Sampler:
+    """The row of a sampler by its name or an alias, in any case.
+
+    Raises:  UserError: for an unknown name, with the near miss.
+    """
+    return SAMPLERS[sampler_name(name)]
+
+
+def sampler_name(name: str) -> str:
+    """The key in SAMPLERS of a name or an alias, in any case.
+
+    Raises:  UserError: for an unknown name, with the near miss.
+    """
+    wanted = _plain(name)
+    for key, row in SAMPLERS.items():
+        if wanted in (key, *map(_plain, row.aliases)):
+            return key
+    raise choice_error("sampler", name, SAMPLERS)
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """(key in SAMPLERS, spacing) of names that carry both, like A1111's "DPM++ 2M Karras".
+
+    Raises:  UserError: for an unknown name, with the near miss.
+    """
+    for spacing in ("karras", "exponential"):
+        plain = _plain(name)
+        if plain.endswith(f"_{spacing}"):
+            return sampler_name(plain.removesuffix(f"_{spacing}")), spacing
+    return sampler_name(name), None
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Refuse an option that a sampler does not take. Raises: UserError: with the near miss."""
+    allowed = get_sampler(name).options
+    for option in options:
+        if option not in allowed:
+            raise UserError(
+                f"sampler {name} takes the options {', '.join(allowed)}; got {option!r}."
+                + did_you_mean(option, allowed)
+            )
+
+
+def run(
+    name: str,
+    denoiser: Denoiser,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    noise: Noise,
+    *,
+    clip: float | None = None,
+    threshold: float | None = None,
+    **options: Any,
+) -> Iterator[SamplerState]:
+    """The states of a sampler chosen by name, for previews and progress bars.
+
+    Args:    denoiser: (x_t, t (B,)) -> x_0.  x_T: (B, C, H, W).  timesteps: decreasing.
+             noise: step -> (B, C, H, W).  clip: bound |x_0| by this.
+             threshold: 0 … 1, dynamic thresholding at this fraction of each image's values.
+             options: the sampler's own.
+    Raises:  UserError: unknown name, or an option that this sampler does not take.
+    """
+    row, bound = get_sampler(name), bound_of(clip, threshold)
+    check_options(name, [option for option in options if option != "after"])
+    if "bound" in inspect.signature(row.function).parameters:
+        options["bound"] = bound
+    else:
+        denoiser = bounded(denoiser, bound)
+    return row.function(denoiser, x_T, schedule, timesteps, noise, **options)
+
+
+def resume(
+    name: str,
+    state: SamplerState,
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    noise: Noise,
+    **options: Any,
+) -> Iterator[SamplerState]:
+    """The states after `state`, the same bits as in the run that yielded it.
+
+    A one-step sampler needs x_t alone; a multistep one also its earlier estimates, which
+    `state.history` holds. Both are tensors and numbers: a state may be saved, or sent elsewhere.
+
+    Args:    name, denoiser, schedule, timesteps, noise, options: as given to `run`.
+    """
+    return run(name, denoiser, state.x_t, schedule, timesteps, noise, after=state, **options)
+
+
+def sample(
+    name: str,
+    denoiser: Denoiser,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    noise: Noise,
+    **options: Any,
+) -> Tensor:
+    """Run a sampler to its end and give the last state, (B, C, H, W)."""
+    x = x_T
+    for state in run(name, denoiser, x_T, schedule, timesteps, noise, **options):
+        x = state.x_t
+    return x
+
+
+def _plain(name: str) -> str:
+    return str(name).lower().replace(" ", "_")

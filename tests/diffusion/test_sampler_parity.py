@@ -1,0 +1,42 @@
+"""Every sampler against diffusers' scheduler; the whole table is benchmarks/sampler_parity.py."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import sampler_parity
+from sampler_parity import LIMIT, PEERS, cells, compare, reason_against
+
+
+@pytest.mark.parametrize("row", PEERS)
+def test_results_are_those_of_diffusers(row: str) -> None:
+    """v at 10 steps on two schedules and every grid, and flow."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    compared = 0
+    for cell in cells((10,)):
+        wanted = cell.schedule in ("scaled_linear", "zero SNR", "flow")
+        prediction = "flow" if cell.schedule == "flow" else "eps" if row == "pndm" else "v"
+        if cell.row != row or not wanted or cell.prediction != prediction or reason_against(cell):
+            continue
+        difference = compare(cell)
+        assert difference is not None and difference < LIMIT, cell
+        compared += 1
+    assert compared >= 1
+    print(f"{row}: {compared} compared")
+
+
+def test_every_sampler_has_a_counterpart() -> None:
+    from latentdiff.diffusion.samplers import SAMPLERS
+
+    assert {row.split(",")[0] for row in PEERS} == set(SAMPLERS)
+
+
+def test_a_wrong_sampler_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = sampler_parity.Cell("dpmpp_2m", "scaled_linear", "v", 10, "linspace")
+    wrong = sampler_parity.Peer("UniPCMultistep", ("linspace",))
+    monkeypatch.setitem(PEERS, "dpmpp_2m", wrong)
+    difference = compare(cell)
+    assert difference is not None and difference > 10 * LIMIT
