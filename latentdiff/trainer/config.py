@@ -197,6 +197,15 @@ _FREE = (
     "loop.tensorboard",
 )
 
+#: Options newer than the first checkpoints: not mentioned at their default, so that those resume.
+_NEWER = (
+    "objective.loss",
+    "objective.huber_delta",
+    "objective.multires_noise",
+    "objective.logit_mean",
+    "objective.logit_std",
+)
+
 
 def deciding_facts(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the numbers of a run; a resumed run must have the same ones.
@@ -204,6 +213,8 @@ def deciding_facts(config: TrainConfig) -> dict[str, Any]:
     The batch enters as a whole (see `order.BatchShape`): how it is cut up changes only rounding.
     """
     facts = {k: v for k, v in flat(to_dict(config)).items() if not k.startswith(_FREE)}
+    usual = flat(to_dict(TrainConfig()))
+    facts = {k: v for k, v in facts.items() if k not in _NEWER or v != usual[k]}
     if config.optimizer.decay == "constant":
         del facts["loop.max_steps"]
     return facts
