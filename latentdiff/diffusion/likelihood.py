@@ -25,6 +25,7 @@ from latentdiff.diffusion.posterior import (
     denoising_term,
     last_step_term,
     posterior_coefficients,
+    posterior_variance,
     prior_matching_term,
     reconstruction_term,
 )
@@ -113,7 +114,10 @@ def sampled_elbo(
     last = schedule.last_timestep
     before_last = schedule.q_sample(x_0, noise(2 * levels + 1), last - 1)
     weights = weights.to(x_0.dtype).to(x_0.device)
-    denoising, consistency = ((weights * terms).sum(1) for terms in (steps, consistencies))
+    denoising = (weights * steps).sum(1)
+    known = _perfect_consistency(x_0[0].numel(), schedule)
+    at_levels = known[timesteps - first - 1].to(x_0.dtype).to(x_0.device)
+    consistency = float(known.sum()) + (weights * (consistencies - at_levels)).sum(1)
     return SampledBound(
         ElboTerms(reconstruction, prior_matching_term(x_0, schedule), denoising),
         ElboTerms(reconstruction, last_step_term(before_last, schedule), consistency),
@@ -121,6 +125,16 @@ def sampled_elbo(
         steps,
         errors,
     )
+
+
+def _perfect_consistency(dimensions: int, schedule: NoiseSchedule) -> Tensor:
+    """The lecture's term of t − 1 if x̂_0 were x_0, on average: ½ d ln(β̃_t/β_{t−1}).
+
+    Its sum over all levels is known, so only what a term has beyond it is left to sampling.
+    Returns: (T − 1,) float64 nats, for the timesteps first + 1 … last.
+    """
+    t = torch.arange(schedule.clean_timestep + 2, schedule.last_timestep + 1)
+    return 0.5 * dimensions * (posterior_variance(t, schedule) / schedule.beta(t - 1)).log()
 
 
 def _visit(

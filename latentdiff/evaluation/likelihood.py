@@ -193,6 +193,6 @@ def _ode(
     return ode_bound(denoiser, x_0, schedule, noise, signs, steps)
 
 
-def _mean(name: str, values: Tensor) -> dict[str, float]:
-    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
+def _mean(name: str, values: Tensor) -> dict[str, float | None]:
+    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else None
     return {name: float(values.mean()), f"{name}, standard error": error}

