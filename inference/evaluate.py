@@ -1,10 +1,14 @@
 """Measure a model on the embedded data: figures on the screen, as JSON and as a page.
 
     python inference/evaluate.py [MODEL] [--output runs/evaluation]
+    python inference/evaluate.py [MODEL] --likelihood [--output runs/likelihood]
 
 MODEL is a model folder or a Hugging Face id; the default is the embedded model. All prompts and
 seeds are fixed, so two models are asked for the same pictures. Needs the `demo` and `eval` extras
 and `pip install --no-deps stlpips-pytorch==0.0.2`.
+
+With --likelihood nothing is generated: the evidence lower bound of real pictures in bits per latent
+dimension, of seen and of held-out compositions, and a plot of the loss over the timesteps.
 """
 
 from __future__ import annotations
@@ -36,12 +40,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="default: %(default)s")
     add("--device", help="default: cuda where there is one")
     add("--hub-metrics", action="store_true", help="FID, FD-DINOv2, CMMD; weights must be there")
+    add("--likelihood", action="store_true", help="measure the likelihood of real pictures instead")
+    add("--pictures", type=int, default=64, metavar="N", help="of each kind; default: %(default)s")
+    add("--levels", type=int, default=32, metavar="N", help="per picture; default: %(default)s")
+    add("--ode-pictures", type=int, default=8, metavar="N", help="0 = no ODE; %(default)s")
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is loaded. Raises: UserError."""
-    for name, least in (("concepts", 12), ("compositions", 1), ("steps", 1), ("batch_size", 1)):
+    for name, least in (
+        ("concepts", 12),
+        ("compositions", 1),
+        ("steps", 1),
+        ("batch_size", 1),
+        ("pictures", 2),
+        ("levels", 1),
+        ("ode_pictures", 0),
+    ):
         value = getattr(args, name)
         if value < least:
             option = name.replace("_", "-")
@@ -87,11 +103,60 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     return figures, result.pages
 
 
+def likelihood(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the figures and the loss curves, by kind of picture."""
+    import torch
+
+    from latentdiff.evaluation import measures, prompts
+    from latentdiff.evaluation.likelihood import LikelihoodSize, check_plot, measure
+    from latentdiff.evaluation.run import device_words, rounded
+    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+
+    check_plot()
+    size = LikelihoodSize(args.levels, args.ode_pictures, batch_size=args.batch_size)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
+    drawings, count = prompts.gallery_drawings(), args.pictures
+    styles = prompts.held_out_styles(drawings, count - count // 2)
+    kinds = {
+        "seen": prompts.concept_prompts(drawings, count),
+        "held out": styles + prompts.held_out_grounds(drawings, count // 2),
+    }
+    figures: dict[str, Any] = {
+        "model": str(args.model or "embedded"),
+        "unit": "bits per latent dimension",
+        "levels per picture": args.levels,
+        "device": device_words(pipeline.device),
+    }
+    curves = {}
+    for kind, asked in kinds.items():
+        print(f"… {len(asked)} pictures, {kind}", file=sys.stderr, flush=True)
+        real = measures.real_pictures([a.rendering for a in asked], pipeline.default_size[0])
+        found = measure(pipeline, measures.as_tensors(real), [a.prompt for a in asked], size)
+        figures |= {f"{kind}: {name}": value for name, value in found.figures.items()}
+        curves[kind] = found.curve
+    return rounded(figures), curves
+
+
+def write_likelihood(args: argparse.Namespace, figures: Any, curves: Any) -> None:
+    """Print and write what `likelihood` found."""
+    from latentdiff.evaluation.likelihood import plot
+
+    for name, value in figures.items():
+        print(f"{name:54} {value}")
+    file, picture = args.output / "likelihood.json", args.output / "likelihood.png"
+    file.write_text(json.dumps({**figures, "loss by timestep": curves}, indent=2) + "\n")
+    plot(curves, picture, f"Loss of {figures['model']}")
+    print(f"\n{file}\n{picture}")
+
+
 def main() -> None:
     """Run; mistakes of the user end with one line, not a traceback."""
     args = parse()
     try:
         check(args)
+        if args.likelihood:
+            return write_likelihood(args, *likelihood(args))
         figures, pages = evaluate(args)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -48,6 +48,40 @@ def step_noise(
     return lambda step: batch_noise(seeds, shape, step).to(device)
 
 
+def coarse_levels(shape: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The shapes of the coarser octaves of (C, H, W): each half the one before, down to one row."""
+    channels, height, width = shape
+    levels = []
+    while min(height, width) > 1:
+        height, width = -(-height // 2), -(-width // 2)
+        levels.append((channels, height, width))
+    return levels
+
+
+def multi_resolution(fine: Tensor, coarse: Sequence[Tensor], share: float) -> Tensor:
+    """White noise with coarser octaves of itself added, of variance 1 at every position.
+
+        ε = Σ_k s^k U_k(n_k) / √(Σ_k s^{2k}),    U_k the enlargement to full size, n_0 = fine
+
+    The large shapes and the mean colour of a picture then have to be found from noise too, which
+    white noise hardly touches there.
+
+    Args:    fine: (B, C, H, W).  coarse: (B, C, h, w) each, see `coarse_levels`.
+             share: s, how much each octave adds to the next finer one.
+    Source:  Whitaker 2023, "Multi-resolution noise for diffusion model training" (Weights & Biases
+             report); there scaled by the measured deviation, here by the exact one.
+    """
+    if not coarse:
+        return fine
+    total, power, weight = fine, 1.0, 1.0
+    for level in coarse:
+        weight *= share
+        # Nearest enlargement repeats values, so each position keeps variance 1.
+        total = total + weight * torch.nn.functional.interpolate(level, size=fine.shape[-2:])
+        power += weight**2
+    return total / power**0.5
+
+
 def _splitmix(state: int) -> int:
     state = (state + 0x9E3779B97F4A7C15) & _MASK
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK

@@ -4,10 +4,19 @@
                − KL(q(x_T|x_0) ‖ p(x_T))                              prior matching
                − Σ_{t=2…T} E[KL(q(x_{t−1}|x_t,x_0) ‖ p(x_{t−1}|x_t))]   denoising (consistency)
 
-(Ho et al. 2020, eq. 5.) The reverse step p(x_{t−1}|x_t) is the posterior with the network's x̂_0 in
-the place of x_0, so both Gaussians share their variance and each KL is a squared distance of means.
-Terms are in nats per image, summed over dimensions. The equations count t = 1 … T; the functions
-take timesteps (t − 1 on discrete schedules, t on flow).
+(Ho et al. 2020, eq. 5.) The lecture derives it first with the steps the other way round,
+
+    ln p(x_0) ≥  E[ln p(x_0|x_1)] − E[KL(q(x_T|x_{T−1}) ‖ p(x_T))]
+               − Σ_{t=1…T−1} E[ln q(x_t|x_{t−1}) − ln p(x_t|x_{t+1})]        consistency
+
+(Luo 2022, eq. 45, arXiv:2208.11970). There the summand is printed as KL(q(x_t|x_{t−1}) ‖
+p(x_t|x_{t+1})); for the bound to hold, x_t must be averaged as in the chain, over
+q(x_t | x_{t−1}, x_{t+1}). Both forms have the same expectation.
+
+The reverse step p(x_{t−1}|x_t) is the posterior with the network's x̂_0 in the place of x_0, so both
+Gaussians share their variance and each KL is a squared distance of means. Terms are in nats per
+image, summed over dimensions. The equations count t = 1 … T; the functions take timesteps (t − 1 on
+discrete schedules, t on flow).
 """
 
 from __future__ import annotations
@@ -109,12 +118,56 @@ def denoising_term(x_0: Tensor, x_0_hat: Tensor, t: Timestep, schedule: NoiseSch
     return (0.5 * gain * (x_0 - x_0_hat).square()).flatten(1).sum(1)
 
 
+def last_step_term(x_prev: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """KL(q(x_T | x_{T−1}) ‖ N(0, I)): prior matching in the lecture's form.
+
+    Not 0 where one step adds little noise, which the consistency terms make up for.
+    Args:    x_prev: (B, C, H, W), x_{T−1}.
+    Returns: (B,) nats ≥ 0.
+    """
+    last = schedule.last_timestep
+    scale, beta = map(float, schedule.transition(last - 1, last))
+    return 0.5 * ((scale * x_prev).square() + beta - 1 - math.log(beta)).flatten(1).sum(1)
+
+
+def consistency_term(
+    x_prev: Tensor, x_next: Tensor, x_0_hat: Tensor, t: Timestep, schedule: NoiseSchedule
+) -> Tensor:
+    """The lecture's step: how far from x_{t−1} and back from x_{t+1} differ about x_t.
+
+        E[ln q(x_t|x_{t−1}) − ln p(x_t|x_{t+1})]  over  x_t ~ q(x_t | x_{t−1}, x_{t+1}) = N(m, w I)
+        = ½ [d ln(β̃/β_t) + d w (1/β̃ − 1/β_t) + |m − μ|²/β̃ − |m − √α_t x_{t−1}|²/β_t]
+
+    with μ, β̃ the mean and variance of p(x_t | x_{t+1}), and by Bayes' rule
+    1/w = 1/β_t + α_{t+1}/β_{t+1},   m = w (√α_t x_{t−1}/β_t + √α_{t+1} x_{t+1}/β_{t+1}).
+
+    Args:    x_prev, x_next: (B, C, H, W), x_{t−1} and x_{t+1} of one forward chain.
+             x_0_hat: (B, C, H, W), the estimate made from x_next.  t: (B,) or a number, below the
+             last timestep.
+    Returns: (B,) nats, of either sign.
+    """
+    (scale, beta), (scale_up, beta_up) = (
+        schedule.transition(t - 1, t),
+        schedule.transition(t, t + 1),
+    )
+    w = 1 / (1 / beta + scale_up.square() / beta_up)
+    variance = posterior_variance(t + 1, schedule)
+    forward = per_sample(scale, x_prev) * x_prev
+    m = per_sample(w / beta, x_prev) * forward + per_sample(w * scale_up / beta_up, x_next) * x_next
+    back = posterior_mean(x_next, x_0_hat, t + 1, schedule)
+    constant = (variance / beta).log() + w * (1 / variance - 1 / beta)
+    squares = (m - back).square() / per_sample(variance, m)
+    squares = squares - (m - forward).square() / per_sample(beta, m)
+    return 0.5 * (squares + per_sample(constant, m)).flatten(1).sum(1)
+
+
 class ElboTerms(NamedTuple):
     """The three terms of the bound for each image, (B,) nats."""
 
     reconstruction: Tensor
     prior_matching: Tensor
     denoising: Tensor
+    """Or, in the lecture's form, consistency."""
 
     @property
     def total(self) -> Tensor:
@@ -144,6 +197,29 @@ def elbo(
         else:
             denoising = denoising + denoising_term(x_0, x_0_hat, timestep, schedule)
     return ElboTerms(reconstruction, prior_matching_term(x_0, schedule), denoising)
+
+
+def elbo_of_chain(
+    denoiser: Callable[[Tensor, Tensor], Tensor],
+    x_0: Tensor,
+    schedule: NoiseSchedule,
+    noise: Callable[[int], Tensor],
+) -> ElboTerms:
+    """One-draw estimate of the bound in the lecture's form, along one forward chain x_1 … x_T.
+
+    Args:    as for `elbo`; noise of every step of the chain.
+    """
+    first, last = schedule.clean_timestep + 1, schedule.last_timestep
+    x_prev, x = x_0, schedule.q_step(x_0, noise(first), first)
+    x_0_hat = denoiser(x, torch.full((len(x_0),), first))
+    reconstruction = reconstruction_term(x_0, x_0_hat, schedule)
+    consistency = torch.zeros_like(reconstruction)
+    for t in range(first, last):
+        x_next = schedule.q_step(x, noise(t + 1), t + 1)
+        x_0_hat = denoiser(x_next, torch.full((len(x_0),), t + 1))
+        consistency = consistency + consistency_term(x_prev, x_next, x_0_hat, t, schedule)
+        x_prev, x = x, x_next
+    return ElboTerms(reconstruction, last_step_term(x_prev, schedule), consistency)
 
 
 def bits_per_dimension(nats: Tensor, dimensions: int) -> Tensor:

@@ -35,6 +35,11 @@ def to_pil(unit: Tensor) -> list[Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture (B, 3, H, W) in 0 … 1, in dB: (B,)."""
+    return -10 * (images - reference).square().flatten(1).mean(1).log10()
+
+
 def grid(images: Sequence[Image], columns: int | None = None, gap: int = 2) -> Image:
     """One picture of several of equal size, row by row on white.
 

@@ -40,6 +40,7 @@ from latentdiff.pipelines.inputs import (
     negative_prompts,
     prompt_list,
 )
+from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.pictures import to_output
 
 #: Guidance scale when none is given.
@@ -226,6 +227,10 @@ class LatentDiffusionPipeline:
                 x_0 = self._denoise(predict, x_T[own], seeds[own], plan, bar)
                 parts.append(x_0 if output_type == "latent" else self.autoencoder.decode(x_0))
         return PipelineOutput(to_output(torch.cat(parts), output_type), list(seeds))
+
+    def invert(self, image: Any, prompt: str | Sequence[str] = "", **options: Any) -> Inversion:
+        """Find the noise that DDIM turns into given pictures; arguments: `inversion.invert`."""
+        return invert(self, image, prompt, **options)
 
     def _contexts(
         self, prompts: list[str], negatives: list[str], scales: list[float], copies: int

@@ -215,9 +215,13 @@ _FREE = (
     "loop.tensorboard",
 )
 
-
-#: Keys that checkpoints written before they existed do not have.
-_ADDED = (
+#: Options newer than the first checkpoints: not mentioned at their default, so that those resume.
+_NEWER = (
+    "objective.loss",
+    "objective.huber_delta",
+    "objective.multires_noise",
+    "objective.logit_mean",
+    "objective.logit_std",
     "captions.shuffle_tags",
     "captions.keep_tags",
     "captions.tag_dropout",
@@ -237,9 +241,8 @@ def deciding_facts(config: TrainConfig) -> dict[str, Any]:
     The batch enters as a whole (see `order.BatchShape`): how it is cut up changes only rounding.
     """
     facts = {k: v for k, v in flat(to_dict(config)).items() if not k.startswith(_FREE)}
-    # What later versions added is left out where it changes nothing, so that old runs go on.
     usual = flat(to_dict(TrainConfig()))
-    facts = {k: v for k, v in facts.items() if k not in _ADDED or v != usual[k]}
+    facts = {k: v for k, v in facts.items() if k not in _NEWER or v != usual[k]}
     if config.optimizer.decay == "constant":
         del facts["loop.max_steps"]
     if not config.model.compile:  # runs from before there was this key can go on

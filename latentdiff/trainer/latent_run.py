@@ -15,7 +15,7 @@ import torch
 from latentdiff.config import to_dict
 from latentdiff.config_yaml import to_yaml
 from latentdiff.data.source import open_source, report_skipped, split
-from latentdiff.diffusion.prediction import check_prediction
+from latentdiff.diffusion.objective import check_objective
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
 from latentdiff.trainer.config import Given, TrainConfig, adopt, check_given
@@ -74,7 +74,7 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
         config, notes = adopt(given, base.schedule, base.prediction)
         config = settle_size(config, base, "data.image_size" in given.keys)
     # The maths is checked before anything else is opened.
-    check_prediction(config.objective.prediction, config.schedule)
+    check_objective(config.objective, config.schedule)
     autoencoder = _autoencoder(model.vae, base)
     text_encoder = _text_encoder(model.text_encoder, base)
     if base is None:

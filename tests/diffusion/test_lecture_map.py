@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["lecture.md", "diffusion.md"]
+PAGES = ["lecture.md", "diffusion.md", "likelihood.md"]
 
 
 def words(page: str, pattern: str) -> list[str]:

@@ -3,7 +3,12 @@
 import torch
 from gaussian_oracle import Gaussian, normal
 
-from latentdiff.diffusion.posterior import posterior_mean, posterior_mean_from_eps
+from latentdiff.diffusion.posterior import (
+    consistency_term,
+    posterior_mean,
+    posterior_mean_from_eps,
+    posterior_variance,
+)
 from latentdiff.diffusion.samplers import sample, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 
@@ -68,6 +73,34 @@ def test_the_variance_of_the_noise_is_one_minus_alpha_bar() -> None:
     standard_error = (1 - alpha_bar) * (2 / 40_000) ** 0.5
     assert abs(variance - (1 - alpha_bar)) < 4 * standard_error
     assert abs(variance - alpha_bar) > 100 * standard_error
+
+
+def test_the_consistency_term_averages_x_t_over_the_chain() -> None:
+    """Printed: KL(q(x_t|x_{t−1}) ‖ p(x_t|x_{t+1})). It draws x_t without regard to x_{t+1}, so each
+    step costs about a nat per value more, and the sum is no longer the bound."""
+    generator, t = torch.Generator().manual_seed(3), 400
+    shape = (1, 1, 100, 100)
+
+    def noise() -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x_0 = DATA.mean + DATA.deviation * noise()
+    x_prev = SCHEDULE.q_sample(x_0, noise(), t - 1)
+    x_t = SCHEDULE.q_step(x_prev, noise(), t)
+    x_next = SCHEDULE.q_step(x_t, noise(), t + 1)
+    x_0_hat = DATA.denoiser(SCHEDULE)(x_next, torch.tensor([t + 1]))
+    forward = torch.distributions.Normal(
+        (1 - SCHEDULE.beta(t)).sqrt() * x_prev, SCHEDULE.beta(t).sqrt()
+    )
+    back = torch.distributions.Normal(
+        posterior_mean(x_next, x_0_hat, t + 1, SCHEDULE), posterior_variance(t + 1, SCHEDULE).sqrt()
+    )
+    printed = torch.distributions.kl_divergence(forward, back).mean().item()
+    drawn = (forward.log_prob(x_t) - back.log_prob(x_t)).mean().item()
+    ours = consistency_term(x_prev, x_next, x_0_hat, t, SCHEDULE).item() / x_0.numel()
+    print(f"nats per value: {printed:.3f} as printed, {drawn:.3f} in the chain, {ours:.3f} ours")
+    assert abs(ours - drawn) < 0.05
+    assert 0.8 < printed - drawn < 1.2
 
 
 def test_the_start_is_noise_and_only_x_0_comes_from_the_data() -> None:

@@ -1,3 +1,4 @@
+import math
 import time
 
 import pytest
@@ -75,6 +76,15 @@ def test_timestep_distributions(schedule: NoiseSchedule) -> None:
             assert t.min() > 0 and t.max() <= 1000
 
 
+@pytest.mark.parametrize("schedule", [DISCRETE, FLOW])
+def test_logit_normal_has_its_location_and_scale(schedule: NoiseSchedule) -> None:
+    config = ObjectiveConfig(timestep_sampling="logit_normal", logit_mean=-0.7, logit_std=0.5)
+    t = draw(1, range(4000), (1, 1, 1), config, schedule).t.double()
+    logits = ((t if schedule.is_flow else t + 0.5) / 1000).logit()
+    assert logits.mean().item() == pytest.approx(-0.7, abs=4 * 0.5 / 4000**0.5)
+    assert logits.std().item() == pytest.approx(0.5, rel=4 / 8000**0.5)
+
+
 def test_dropout_ends_mean_never_and_always() -> None:
     for share in (0.0, 1.0):
         config = ObjectiveConfig(condition_dropout=share)
@@ -100,6 +110,8 @@ def test_weights_have_their_published_forms() -> None:
         ("x0", "min_snr"): capped,
         ("v", "min_snr"): capped / (snr + 1),
         ("eps", "debiased"): snr.rsqrt(),
+        ("x0", "soft_min_snr"): 1 / (1 / snr + 1 / 5),
+        ("eps", "soft_min_snr"): 5 / (snr + 5),
         ("v", "none"): torch.ones_like(snr),
     }
     for (prediction, weighting), weight in expected.items():
@@ -107,7 +119,7 @@ def test_weights_have_their_published_forms() -> None:
         torch.testing.assert_close(loss_weight(t, DISCRETE, config), weight, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("weighting", ["min_snr", "debiased"])
+@pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr", "debiased"])
 @pytest.mark.parametrize("schedule", [DISCRETE, FLOW])
 def test_one_guess_has_one_loss_however_it_is_expressed(
     schedule: NoiseSchedule, weighting: str
@@ -174,7 +186,7 @@ def test_half_precision_outputs_are_compared_in_float32() -> None:
 
 def test_zero_terminal_snr_has_finite_weights() -> None:
     schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
-    for weighting in ("min_snr", "debiased", "none"):
+    for weighting in ("min_snr", "soft_min_snr", "debiased", "none"):
         for prediction in ("v", "x0", "flow"):
             config = ObjectiveConfig(prediction=prediction, weighting=weighting)
             weight = loss_weight(torch.arange(1000), schedule, config)
@@ -197,6 +209,12 @@ def test_drop_context_empties_the_marked_samples_only() -> None:
         ({"min_snr_gamma": 0.0}, "min_snr_gamma must be above 0"),
         ({"offset_noise": -0.1}, "offset_noise must be at least 0"),
         ({"condition_dropout": 1.5}, "condition_dropout must lie in"),
+        ({"loss": "hubber"}, "Did you mean 'huber'"),
+        ({"huber_delta": 0.0}, "huber_delta must be above 0"),
+        ({"huber_delta": math.nan}, "huber_delta must be above 0"),
+        ({"multires_noise": 1.1}, "multires_noise must lie in"),
+        ({"logit_std": -1.0}, "logit_std must be above 0"),
+        ({"logit_mean": math.inf}, "logit_mean must be a finite number"),
     ],
 )
 def test_faulty_configurations_say_what_is_wrong(fields: dict, message: str) -> None:

@@ -5,6 +5,7 @@ from random_models import make_pipeline
 
 from latentdiff.config import load_config
 from latentdiff.diffusion.schedule import ScheduleConfig
+from latentdiff.errors import UserError
 from latentdiff.trainer.autoencoder import AutoencoderTrainConfig
 from latentdiff.trainer.clip import ClipTrainConfig
 from latentdiff.trainer.config import TrainConfig, adopt, deciding_facts, read_config
@@ -61,6 +62,23 @@ def test_what_a_resumed_run_may_change() -> None:
     for fixed in ("optimizer.lr=1", "loop.seed=1", "schedule.kind=cosine", "data.image_size=32"):
         assert facts(fixed) != facts(), fixed
     assert facts("optimizer.decay=cosine", "loop.max_steps=7") != facts("optimizer.decay=cosine")
+
+
+def test_options_newer_than_a_checkpoint_hinder_it_only_when_they_are_used() -> None:
+    def facts(*overrides: str) -> dict:
+        return deciding_facts(read_config(None, overrides).config)
+
+    newer = {"objective.loss": "huber", "objective.multires_noise": "0.3"}
+    for key, value in newer.items():
+        assert key not in facts() and facts(f"{key}={value}")[key] != facts().get(key)
+    assert facts("objective.huber_delta=0.2")["objective.huber_delta"] == 0.2
+
+
+def test_an_objective_without_a_finite_weight_is_refused_before_anything_is_opened() -> None:
+    overrides = ["schedule.kind=flow", "schedule.zero_terminal_snr=false"]
+    overrides += ["objective.prediction=x0", "objective.weighting=debiased", "model.vae=nowhere"]
+    with pytest.raises(UserError, match="weighting 'debiased' cannot be used with prediction 'x0'"):
+        load_parts(read_config(None, overrides))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""DDIM inversion of real pictures and back: PSNR against the autoencoder's own reconstruction.
+
+    python benchmarks/inversion.py [--model FOLDER] [--pictures 16] [--output FILE.json]
+
+50 steps, no guidance, each picture of the embedded data with its caption. The autoencoder's own
+reconstruction is the reference, since nothing drawn from latents can be better. Ends with an error
+when the mean is below --least dB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from latentdiff.data.emoji import EmojiSource
+from latentdiff.embedded import EMBEDDED_MODEL
+from latentdiff.evaluation.prompts import concept_prompts, gallery_drawings
+from latentdiff.pipelines.pictures import psnr, to_output
+from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+
+
+@torch.no_grad()
+def measure(model: Path, count: int, steps: int, iterations: int) -> dict[str, Any]:
+    """Return every figure by name."""
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    asked = concept_prompts(gallery_drawings(), count)
+    source = EmojiSource([item.rendering for item in asked], pipeline.default_size[0])
+    prompts = [item.prompt for item in asked]
+    began = time.perf_counter()
+    found = pipeline.invert(
+        [source[i].image for i in range(len(source))],
+        prompts,
+        num_inference_steps=steps,
+        iterations=iterations,
+    )
+    there = time.perf_counter() - began
+    back = pipeline(
+        prompts,
+        latents=found.latents,
+        sampler="ddim",
+        num_inference_steps=steps,
+        guidance_scale=1.0,
+        output_type="pt",
+        progress=False,
+    ).images
+    kept = to_output(pipeline.autoencoder.decode(found.image_latents), "pt")
+    decibels = psnr(back, kept)
+    return {
+        "pictures": count,
+        "steps": steps,
+        "network calls per step of the inversion": iterations,
+        "mean PSNR, dB": round(float(decibels.mean()), 2),
+        "least PSNR, dB": round(float(decibels.min()), 2),
+        "standard deviation of x_T": round(float(found.latents.std()), 3),
+        "seconds per inversion": round(there / count, 2),
+    }
+
+
+def main() -> None:
+    """Print the figures, and write them when asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL)
+    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--least", type=float, default=25.0)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    figures = measure(arguments.model, arguments.pictures, arguments.steps, arguments.iterations)
+    for name, value in figures.items():
+        print(f"{name:42} {value}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+    if figures["mean PSNR, dB"] < arguments.least:
+        sys.exit(f"the mean PSNR is below {arguments.least} dB")
+
+
+if __name__ == "__main__":
+    main()
