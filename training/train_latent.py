@@ -32,6 +32,7 @@ from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_c
 from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.environment import environment, write_environment
+from latentdiff.trainer.extras import check_extras
 from latentdiff.trainer.interrupt import Interrupted
 from latentdiff.trainer.latent_run import (
     Validator,
@@ -61,6 +62,7 @@ def train(given: Given, resume: bool) -> Path:
     """Check everything, train, export. Returns: the model folder."""
     config, output = given.config, Path(given.config.output)
     check_output(output, resume)
+    check_extras(config.optimizer.kind, config.loop.wandb)
     accelerator = start_processes(config.loop.mixed_precision, shards=True)
     components, config, notes = load_parts(given)
     autoencoder, schedule = (

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from latentdiff.errors import UserError
-from latentdiff.trainer.checkpoint import read_tensors, write_checkpoint
+from latentdiff.trainer.checkpoint import write_checkpoint
 from latentdiff.trainer.optimizer import (
     OptimizerConfig,
     load_named_state,
@@ -17,6 +17,7 @@ from latentdiff.trainer.optimizer import (
     named_state,
     step_if_finite,
 )
+from latentdiff.trainer.tensor_files import read_tensors
 
 CONFIG = OptimizerConfig(kind="adamw8bit", lr=1e-2)
 needs_it = pytest.mark.skipif(

@@ -15,6 +15,7 @@ from latentdiff.errors import UserError
 from latentdiff.models.unet import UNet
 from latentdiff.trainer import flops
 from latentdiff.trainer.diagnosis import diagnose
+from latentdiff.trainer.extras import check_extras
 from latentdiff.trainer.flops import count_flops, count_module_flops, measured_peak, peak_flops
 from latentdiff.trainer.gauges import Gauges, peak_memory
 from latentdiff.trainer.loop import LoopConfig
@@ -129,6 +130,16 @@ def test_wandb_that_is_not_installed_is_an_error_with_the_command(tmp_path, monk
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'latentdiff\[wandb\]'"):
         WandbWriter("p", tmp_path)
+
+
+def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    check_extras("adamw", None)
+    with pytest.raises(UserError, match=r"loop\.wandb=p needs wandb.*loop\.wandb=null"):
+        check_extras("adamw", "p")
+    with pytest.raises(UserError, match=r"latentdiff\[8bit\].*optimizer\.kind=adamw"):
+        check_extras("adamw8bit", None)
 
 
 def test_a_step_that_is_not_finite_does_not_stop_tensorboard(tmp_path: Path) -> None:
