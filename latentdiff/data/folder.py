@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from posixpath import dirname, splitext
 from typing import Any, NamedTuple
 
 from latentdiff.data.captions import choose_caption_column, clean_captions, read_table
-from latentdiff.data.file_tree import MAX_PICTURE_BYTES, READ_ERRORS, open_tree
+from latentdiff.data.file_tree import READ_ERRORS, open_tree
 from latentdiff.data.images import IMAGE_ENDINGS, UnreadableImage, display_name, open_image
 from latentdiff.data.source import DataConfig, Example, Skipped
 from latentdiff.errors import UserError, did_you_mean
@@ -60,7 +62,7 @@ class FolderSource:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> Example:
-        name, data = self.name(index), self.read(index)
+        name, data = self.name(index), self._read(index)
         return Example(open_image(data, name, self._background), self.captions(index), name)
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -71,9 +73,13 @@ class FolderSource:
         """Return the image's path below the folder."""
         return display_name(self._entries[index].file)
 
+    def read(self, index: int) -> bytes:
+        """Return the bytes of one image's file. Raises: UnreadableImage."""
+        return self._read(index)
+
     def content_key(self, index: int) -> str:
         """Hash the file's bytes and the background. Raises: UnreadableImage."""
-        digest = hashlib.blake2b(self.read(index), digest_size=16)
+        digest = hashlib.blake2b(self._read(index), digest_size=16)
         digest.update(bytes(self._background))
         return digest.hexdigest()
 
@@ -84,11 +90,10 @@ class FolderSource:
             digest.update(f"{display_name(entry.file)}\x1f{entry.mark}\x1e".encode())
         return digest.hexdigest()
 
-    def read(self, index: int) -> bytes:
-        """Return the bytes of one image's file. Raises: UnreadableImage."""
+    def _read(self, index: int) -> bytes:
         try:
-            return self._tree.read(self._entries[index].file, MAX_PICTURE_BYTES)
-        except READ_ERRORS as error:
+            return self._tree.read(self._entries[index].file)
+        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise UnreadableImage(self.name(index), f"cannot be read ({error})") from error
 
     def _usable(self, images: list[str], captions: dict[str, tuple[str, ...]]) -> Iterable[_Entry]:
@@ -161,7 +166,7 @@ class FolderSource:
 
     def _read_table(self, table: str) -> bytes:
         try:
-            return self._tree.read(table)
+            return self._tree.read(table, limit=None)
         except READ_ERRORS as error:
             raise UserError(f"{display_name(table)} cannot be read ({error}).") from error
 

@@ -125,14 +125,8 @@ class DataConfig:
 
 
 def open_source(config: DataConfig) -> Source:
-    """Open the data set that a configuration names; nothing is decoded yet.
-
-    Raises: UserError: nothing there, no pictures, no captions, or a column that does not exist.
-    """
-    problems = config.validate()
-    if problems:
-        raise UserError("\n".join(f"data.{text}" for text in problems))
-    source = _open(config)
+    """Open what a configuration names, without what data.quarantine lists. Raises: UserError."""
+    source = open_whole(config)
     if config.quarantine is None:
         return source
     from latentdiff.data.quarantine import Unquarantined, read_quarantine
@@ -140,7 +134,14 @@ def open_source(config: DataConfig) -> Source:
     return Unquarantined(source, read_quarantine(config.quarantine), config.quarantine)
 
 
-def _open(config: DataConfig) -> Source:
+def open_whole(config: DataConfig) -> Source:
+    """Open the data set that a configuration names; nothing is decoded yet.
+
+    Raises: UserError: nothing there, no pictures, no captions, or a column that does not exist.
+    """
+    problems = config.validate()
+    if problems:
+        raise UserError("\n".join(f"data.{text}" for text in problems))
     if config.kind == "emoji":
         from latentdiff.data.emoji import EmojiSource
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.data.captions import choose_caption_column, clean_captions
-from latentdiff.data.file_tree import MAX_PICTURE_BYTES, read_file
+from latentdiff.data.file_tree import read_file
 from latentdiff.data.images import UnreadableImage, display_name, open_image
 from latentdiff.data.source import DataConfig, Example, Skipped
 from latentdiff.errors import UserError, did_you_mean
@@ -52,7 +52,7 @@ class TableSource:
     def __getitem__(self, index: int) -> Example:
         name = self.name(index)
         return Example(
-            open_image(self.read(index), name, self._background), self.captions(index), name
+            open_image(self._bytes(index), name, self._background), self.captions(index), name
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -63,9 +63,13 @@ class TableSource:
         """Return the row's number in the table."""
         return f"row {self._rows[index]}"
 
+    def read(self, index: int) -> bytes:
+        """Return the bytes of one row's picture file. Raises: UnreadableImage."""
+        return self._bytes(index)
+
     def content_key(self, index: int) -> str:
         """Hash the file's bytes and the background. Raises: UnreadableImage."""
-        digest = hashlib.blake2b(self.read(index), digest_size=16)
+        digest = hashlib.blake2b(self._bytes(index), digest_size=16)
         digest.update(bytes(self._background))
         return digest.hexdigest()
 
@@ -74,8 +78,7 @@ class TableSource:
         words = (self._pictures._fingerprint, self._column, self._background, self._rows)
         return hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
 
-    def read(self, index: int) -> bytes:
-        """Return the bytes of one row's picture file. Raises: UnreadableImage."""
+    def _bytes(self, index: int) -> bytes:
         name, cell = self.name(index), self._pictures[self._rows[index]][self._column]
         data, path = (
             (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
@@ -87,7 +90,7 @@ class TableSource:
         if not path:
             raise UnreadableImage(name, "the row has no picture")
         try:
-            return read_file(self._root / path, MAX_PICTURE_BYTES)
+            return read_file(self._root / path)
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             raise UnreadableImage(
                 f"{name} ({display_name(path)})", f"cannot be read ({error})"
