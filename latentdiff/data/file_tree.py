@@ -26,7 +26,7 @@ class FileTree(Protocol):
         """List all files, sorted, hidden ones and archive litter left out."""
         ...
 
-    def read(self, name: str, limit: int | None = None) -> bytes:
+    def read(self, name: str, limit: int | None = MAX_PICTURE_BYTES) -> bytes:
         """Read one file. Raises: one of READ_ERRORS; OSError for more than `limit` bytes."""
         ...
 
@@ -71,7 +71,7 @@ class FolderTree:
             found += [prefix + file for file in files if not _is_litter(file)]
         return sorted(found)
 
-    def read(self, name: str, limit: int | None = None) -> bytes:
+    def read(self, name: str, limit: int | None = MAX_PICTURE_BYTES) -> bytes:
         return read_file(os.path.join(self.root, name), limit)
 
     def mark(self, name: str) -> str:
@@ -96,12 +96,15 @@ class ZipTree:
         members = [m.filename for m in self._archive.infolist() if not m.is_dir()]
         return sorted(m for m in members if not any(_is_litter(part) for part in m.split("/")))
 
-    def read(self, name: str, limit: int | None = None) -> bytes:
+    def read(self, name: str, limit: int | None = MAX_PICTURE_BYTES) -> bytes:
         # A forked worker would share the file position with its parent: each process opens its own.
         archive = self._archive if self._pid == os.getpid() else self._open()
         # zipfile never unpacks more than the size that the archive states.
         _check_size(archive.getinfo(name).file_size, limit)
-        return archive.read(name)
+        try:
+            return archive.read(name)
+        except EOFError as error:
+            raise OSError("the archive ends within it") from error
 
     def mark(self, name: str) -> str:
         info = self._archive.getinfo(name)
@@ -115,7 +118,7 @@ class ZipTree:
         self._open()
 
 
-def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
+def read_file(path: str | os.PathLike[str], limit: int | None = MAX_PICTURE_BYTES) -> bytes:
     """Read a regular file. Raises: OSError: a pipe or device, or more than `limit` bytes."""
     # Asked before opening: opening a pipe that nobody writes to would wait for ever.
     status = os.stat(path)

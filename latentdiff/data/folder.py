@@ -10,7 +10,7 @@ from posixpath import dirname, splitext
 from typing import Any, NamedTuple
 
 from latentdiff.data.captions import choose_caption_column, clean_captions, read_table
-from latentdiff.data.file_tree import MAX_PICTURE_BYTES, READ_ERRORS, open_tree
+from latentdiff.data.file_tree import READ_ERRORS, open_tree
 from latentdiff.data.images import (
     IMAGE_ENDINGS,
     UnreadableImage,
@@ -113,7 +113,7 @@ class FolderSource:
 
     def _bytes(self, file: str) -> bytes:
         try:
-            return self._tree.read(file, MAX_PICTURE_BYTES)
+            return self._tree.read(file)
         except READ_ERRORS as error:
             raise UnreadableImage(display_name(file), f"cannot be read ({error})") from error
 
@@ -192,7 +192,7 @@ class FolderSource:
 
     def _read_table(self, table: str) -> bytes:
         try:
-            return self._tree.read(table)
+            return self._tree.read(table, limit=None)
         except READ_ERRORS as error:
             raise UserError(f"{display_name(table)} cannot be read ({error}).") from error
 

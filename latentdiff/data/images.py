@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -91,14 +91,9 @@ def _decode(
     if source == b"":
         raise UnreadableImage(label, "the file is empty")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
-            if image.format == "EPS":
-                raise UnreadableImage(label, "PostScript is a program, and is not run")
-            with _room_for(image):
-                image.load()
-                return use(_upright(image))
-    except UnreadableImage:
-        raise
+        with _opened(source, label) as image:
+            image.load()
+            return use(_upright(image))
     except Image.DecompressionBombError as error:
         raise UnreadableImage(
             label,
@@ -109,16 +104,25 @@ def _decode(
         raise UnreadableImage(label, "the file does not exist") from error
     except Image.UnidentifiedImageError as error:
         raise UnreadableImage(label, "not a picture format that Pillow can read") from error
+    except UnreadableImage:
+        raise
     except Exception as error:  # a decoder fed with broken data raises nearly anything
         raise UnreadableImage(
             label, f"cannot be decoded ({error or type(error).__name__})"
         ) from error
 
 
-def _room_for(image: Image.Image) -> contextlib.AbstractContextManager[object]:
-    """Let threads decode large pictures one after the other: each takes up to a gigabyte or two."""
-    large = image.width * image.height > LARGE_PIXELS
-    return _ONE_AT_A_TIME if large else contextlib.nullcontext()
+@contextmanager
+def _opened(source: str | os.PathLike[str] | bytes, label: str) -> Iterator[Image.Image]:
+    """Open a picture's header; large ones are let through one at a time, as each takes gigabytes.
+
+    Raises: UnreadableImage: PostScript, which Pillow would have another program run.
+    """
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
+        if image.format == "EPS":
+            raise UnreadableImage(label, "PostScript is a program, and is not run")
+        with _ONE_AT_A_TIME if image.width * image.height > LARGE_PIXELS else nullcontext():
+            yield image
 
 
 def to_rgb(image: Image.Image, background: RGB = WHITE) -> Image.Image:

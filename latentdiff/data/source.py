@@ -156,6 +156,16 @@ class DataConfig:
 
 
 def open_source(config: DataConfig) -> Source:
+    """Open what a configuration names, without what data.quarantine lists. Raises: UserError."""
+    source = open_whole(config)
+    if config.quarantine is None:
+        return source
+    from latentdiff.data.quarantine import Unquarantined, read_quarantine
+
+    return Unquarantined(source, read_quarantine(config.quarantine), config.quarantine)
+
+
+def open_whole(config: DataConfig) -> Source:
     """Open the data set that a configuration names; nothing is decoded yet.
 
     Raises: UserError: nothing there, no pictures, no captions, or a column that does not exist.
@@ -168,15 +178,6 @@ def open_source(config: DataConfig) -> Source:
             "data.streaming=true gives pictures in one order only, which train_latent.py alone can "
             "use. Set it to false here."
         )
-    source = _open(config)
-    if config.quarantine is None:
-        return source
-    from latentdiff.data.quarantine import Unquarantined, read_quarantine
-
-    return Unquarantined(source, read_quarantine(config.quarantine), config.quarantine)
-
-
-def _open(config: DataConfig) -> Source:
     if config.kind == "emoji":
         from latentdiff.data.emoji import EmojiSource
 

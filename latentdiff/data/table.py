@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.data.captions import choose_caption_column, clean_captions
-from latentdiff.data.file_tree import MAX_PICTURE_BYTES, read_file
+from latentdiff.data.file_tree import read_file
 from latentdiff.data.images import (
     UnreadableImage,
     display_name,
@@ -77,7 +77,7 @@ class TableSource:
 
     def content_key(self, index: int) -> str:
         """Hash the file's bytes and the background. Raises: UnreadableImage."""
-        digest = hashlib.blake2b(self.read(index), digest_size=16)
+        digest = hashlib.blake2b(self._bytes(index), digest_size=16)
         digest.update(bytes(self._background))
         digest.update(self._mask(index) or b"")
         return digest.hexdigest()
@@ -111,7 +111,7 @@ class TableSource:
         if not path:
             raise UnreadableImage(name, "the row has no picture")
         try:
-            return read_file(self._root / path, MAX_PICTURE_BYTES)
+            return read_file(self._root / path)
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             raise UnreadableImage(
                 f"{name} ({display_name(path)})", f"cannot be read ({error})"

@@ -193,6 +193,15 @@ def check_fit(components: Components, config: TrainConfig) -> None:
 
 
 def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Latents:
+    """Open the data without what data.quarantine lists. Raises: UserError: see open_all."""
+    found = open_all(config, autoencoder, accelerator)
+    if config.latents.pack is None or config.data.quarantine is None:
+        return found  # where pictures are opened, open_source leaves them out
+    train, held_out = (unlisted(found.data, part, config) for part in (found.train, found.held_out))
+    return Latents(found.data, train, held_out)
+
+
+def open_all(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Latents:
     """Open the data; encode what is not in the cache yet, on one process of each machine.
 
     Raises: UserError: no data, no captions, no usable picture.
@@ -233,12 +242,9 @@ def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator
             )
         if accelerator.is_main_process and (text := report_skipped(data.skipped)):
             print(text, flush=True)
-    train, held_out = split(data, config.data.validation_share, config.data.split_seed)
-    if config.latents.pack is not None and config.data.quarantine is not None:
-        train, held_out = unlisted(data, train, config), unlisted(data, held_out, config)
     if accelerator.is_main_process and (text := bucket_table(data)):
         print(text, flush=True)
-    return Latents(data, train, held_out)
+    return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
 
 
 def unlisted(data: Any, indices: list[int], config: TrainConfig) -> list[int]:

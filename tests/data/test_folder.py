@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from data_helpers import picture, png, write_folder
 
+from latentdiff.data import file_tree
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import DataConfig, Source, open_source, report_skipped, split
 from latentdiff.errors import UserError
@@ -193,10 +194,13 @@ def test_files_larger_than_any_picture_are_not_read(tmp_path: Path) -> None:
 def test_a_zip_member_that_unpacks_to_too_much_is_not_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentdiff.data.folder.MAX_PICTURE_BYTES", 2**20)
+    read = file_tree.ZipTree.read
+    monkeypatch.setattr(
+        file_tree.ZipTree, "read", lambda tree, name, limit=0: read(tree, name, 2**20)
+    )
     with zipfile.ZipFile(tmp_path / "d.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(2**21))
-        archive.writestr("a.txt", "x")
+        archive.writestr("metadata.csv", "file_name,text\na.png,x")
     with pytest.raises(UnreadableImage, match=r"a\.png.*2 MB, more than the 1 MB"):
         open_folder(tmp_path / "d.zip")[0]
 
