@@ -1,4 +1,4 @@
-"""What sharding is made of, on one process; tests/test_sharding.py runs it on several."""
+"""What sharding is made of, on one process; tests/test_sharded_runs.py runs it on several."""
 
 from types import SimpleNamespace
 
