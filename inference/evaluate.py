@@ -75,12 +75,12 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from latentdiff.embedded import EMBEDDED_MODEL
     from latentdiff.evaluation.measures import Generator
     from latentdiff.evaluation.run import Evaluation, Size, device_words, open_score, rounded
-    from latentdiff.pipelines.text_to_image import DEFAULT_GUIDANCE, LatentDiffusionPipeline
+    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
     from latentdiff.trainer.output import default_cache
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
-    guidance = DEFAULT_GUIDANCE if args.guidance is None else args.guidance
+    guidance = pipeline.default_guidance if args.guidance is None else args.guidance
     generator = Generator(pipeline, args.steps, guidance, args.batch_size)
     size = Size(concepts=args.concepts, compositions=args.compositions)
 

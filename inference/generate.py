@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--revision", help="branch, tag or commit on the hub")
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
-    add("--guidance", default="5.0", help="1 = off; one, or one per prompt: 3,7; default: 5")
+    add("--guidance", help="1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
     add("--guidance-interval", metavar="LOW,HIGH", help="guide only at these timesteps")
     add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLER_NAMES)}; default: the model's")
     add("--spacing", metavar="NAME", help="of the steps: leading, trailing, linspace, karras, …")
@@ -107,7 +107,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         height=height,
         width=width,
         num_inference_steps=args.steps,
-        guidance_scale=numbers("--guidance", args.guidance),
+        guidance_scale=args.guidance and numbers("--guidance", args.guidance),
         guidance_interval=interval and numbers("--guidance-interval", interval),
         num_images_per_prompt=args.num_images,
         sampler=args.sampler,

@@ -93,9 +93,9 @@ def train(given: Given, resume: bool) -> Path:
     first_step, seconds = state.resume() if resume else (0, 0.0)
     if config.loop.probe_memory:
         trial = trial_loss(unet, autoencoder, schedule, config.objective, latents.data, context)
-        shape = probe(unet, trial, optimizer, shape, accelerator)
-        if shape.per_process < config.loop.batch_size:
-            notes.append(halved_note(config.loop.batch_size, shape))
+        wanted, shape = shape.per_process, probe(unet, trial, optimizer, shape, accelerator)
+        if shape.per_process < wanted:
+            notes.append(halved_note(wanted, shape))
     if accelerator.is_main_process:
         save_config(config)
         write_environment(output, environment(accelerator))

@@ -8,7 +8,9 @@ round.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +47,9 @@ from latentdiff.weight_files import (
 __all__ = ["Components", "load_components", "load_unet", "resolve_folder", "save_components"]
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-LAYOUT = (*PARTS, "model_index.json", "safety_checker", "feature_extractor")
+#: Optional, ours: {"guidance_scale": what the pipeline takes when its caller gives none}.
+GENERATION = "generation_config.json"
+LAYOUT = (*PARTS, "model_index.json", GENERATION, "safety_checker", "feature_extractor")
 #: Shards of this size suit version control.
 SMALL_SHARDS = 15 * 2**20
 
@@ -116,7 +120,7 @@ def load_components(
         text_encoder=load_text_encoder(folder / "text_encoder", folder / "tokenizer", dtype),
         schedule=schedule,
         prediction=prediction,
-        sampling=sampling,
+        sampling=_with_guidance(sampling, folder / GENERATION),
         dtype_on_disk=on_disk,
     )
     components.check()
@@ -165,6 +169,8 @@ def save_components(
         scheduler = write_scheduler(components.schedule, components.prediction, components.sampling)
         _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(new / "model_index.json", _model_index(components))
+        if (scale := components.sampling.guidance_scale) is not None:
+            _write_json(new / GENERATION, {"guidance_scale": scale})
     return target
 
 
@@ -174,6 +180,16 @@ def save_text_encoder(text: TextEncoder, folder: Path, dtype: torch.dtype = torc
     _write_json(folder / "config.json", text.config_dict())
     write_weights(folder, TEXT_STEM, text.weights(), dtype, None)
     return folder
+
+
+def _with_guidance(sampling: SamplingDefaults, file: Path) -> SamplingDefaults:
+    """Take the model's own guidance scale from a file that need not be there."""
+    scale = _read_json(file).get("guidance_scale") if file.is_file() else None
+    if scale is None:
+        return sampling
+    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+        raise UserError(f"guidance_scale in {file} must be a number of at least 0; got {scale!r}.")
+    return dataclasses.replace(sampling, guidance_scale=float(scale))
 
 
 def _read_unet(folder: Path, dtype: torch.dtype) -> tuple[UNet, torch.dtype]:

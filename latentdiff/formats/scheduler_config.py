@@ -52,6 +52,8 @@ class SamplingDefaults:
     """Added to a leading grid; Stable Diffusion's readers insist on 1."""
     final_timestep: int | None = None
     """Where the last step leads: None the clean image, 0 the first noise level."""
+    guidance_scale: float | None = None
+    """What this model is best guided with (generation_config.json); None: the usual scale."""
 
 
 def read_scheduler(

@@ -43,7 +43,7 @@ from latentdiff.pipelines.inputs import (
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.pictures import to_output
 
-#: Guidance scale when none is given.
+#: Guidance scale when neither the caller nor the model's folder gives one.
 DEFAULT_GUIDANCE = 5.0
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -148,6 +148,12 @@ class LatentDiffusionPipeline:
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.autoencoder.downscale, width * self.autoencoder.downscale
 
+    @property
+    def default_guidance(self) -> float:
+        """The guidance scale of a call that names none: the model's own, or the usual 5."""
+        own = self.components.sampling.guidance_scale
+        return DEFAULT_GUIDANCE if own is None else own
+
     @torch.no_grad()
     def __call__(
         self,
@@ -157,7 +163,7 @@ class LatentDiffusionPipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
-        guidance_scale: float | Sequence[float] = DEFAULT_GUIDANCE,
+        guidance_scale: float | Sequence[float] | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] | None = None,
         num_images_per_prompt: int = 1,
@@ -178,7 +184,8 @@ class LatentDiffusionPipeline:
                  height, width: in pixels, multiples of the autoencoder's downscale; None: the
                  size of the training.
                  num_inference_steps: 1 … T; more is finer and slower.
-                 guidance_scale: 1 = off; higher follows the prompt more closely. One for all or
+                 guidance_scale: 1 = off; higher follows the prompt more closely; None: the model's
+                 own (generation_config.json in its folder), or 5. One for all or
                  one for each prompt.
                  guidance_rescale: 0 … 1, against washed-out pictures at high guidance.
                  guidance_interval: guide only at timesteps low … high; the steps outside take half
@@ -199,6 +206,7 @@ class LatentDiffusionPipeline:
         """
         prompts = prompt_list(prompt, "prompt")
         negatives = negative_prompts(negative_prompt, len(prompts))
+        guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
         scales = guidance_scales(guidance_scale, len(prompts))
         interval = guidance_interval_of(guidance_interval)
         check_output_type(output_type)

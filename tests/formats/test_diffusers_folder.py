@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -237,3 +238,32 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch, theirs: Path) -> None:
     assert not any(pattern.endswith((".ckpt", ".bin")) for pattern in asked["allow_patterns"])
     with pytest.raises(UserError, match=r"could not be fetched.*no route to host"):
         resolve_folder("somebody/bad")
+
+
+def test_a_models_own_guidance_is_kept_and_used(components: Components, tmp_path: Path) -> None:
+    from latentdiff.pipelines.text_to_image import DEFAULT_GUIDANCE, LatentDiffusionPipeline
+
+    sampling = dataclasses.replace(components.sampling, guidance_scale=2.0)
+    save_components(tmp_path / "own", dataclasses.replace(components, sampling=sampling))
+    own = LatentDiffusionPipeline.from_pretrained(tmp_path / "own")
+    assert own.default_guidance == 2.0
+    assert LatentDiffusionPipeline(components).default_guidance == DEFAULT_GUIDANCE
+
+    def picture(**options: Any) -> torch.Tensor:
+        made: torch.Tensor = own(
+            "a cat", seed=0, num_inference_steps=2, output_type="latent", progress=False, **options
+        ).images
+        return made
+
+    assert torch.equal(picture(), picture(guidance_scale=2.0))
+    assert not torch.equal(picture(), picture(guidance_scale=5.0))
+
+
+@pytest.mark.parametrize("value", ["high", -1, float("inf")])
+def test_a_broken_guidance_file_is_named(
+    value: Any, components: Components, tmp_path: Path
+) -> None:
+    save_components(tmp_path / "own", components)
+    (tmp_path / "own/generation_config.json").write_text(json.dumps({"guidance_scale": value}))
+    with pytest.raises(UserError, match=r"generation_config\.json must be a number of at least 0"):
+        load_components(tmp_path / "own")
