@@ -11,6 +11,7 @@ spent waiting for data, plots the memory of the process, and deletes the folder.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -35,7 +36,7 @@ from latentdiff.data.latent_store import LatentStore, LatentWriter, key_array
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
 from latentdiff.trainer.batches import BatchMaker, Prefetch
-from latentdiff.trainer.config import Given, TrainConfig
+from latentdiff.trainer.config import TrainConfig
 from latentdiff.trainer.order import BatchShape, Order, choose_caption
 
 SHAPE = (8, 16, 16)
@@ -122,7 +123,7 @@ def read_all(cache: LatentCache, seed: int) -> tuple[dict[str, float], Memory]:
     return speed, memory
 
 
-def batches_with_noise(make: BatchMaker, seconds: float = 5.0) -> float:
+def batches_with_noise(make: BatchMaker, seconds: float = 2.0) -> float:
     """Latents per second of one core with noise, timesteps and everything else but text states."""
     cpu, step = time.process_time(), 0
     while time.process_time() - cpu < seconds:
@@ -134,14 +135,20 @@ def batches_with_noise(make: BatchMaker, seconds: float = 5.0) -> float:
 def train(cache: LatentCache, steps: int) -> tuple[dict[str, float], Memory]:
     """Train the default network; returns the share of waiting and the memory per step."""
     from latentdiff.diffusion.objective import per_sample_loss
+    from latentdiff.embedded import EMBEDDED_MODEL
+    from latentdiff.models.autoencoder import load_autoencoder
+    from latentdiff.models.text_encoder import load_text_encoder
+    from latentdiff.models.unet import UNet
     from latentdiff.trainer.context import ContextCache
-    from latentdiff.trainer.latent_run import load_parts
     from latentdiff.trainer.optimizer import make_optimizer
 
-    parts, config, _ = load_parts(Given(TrainConfig(), frozenset()))
-    unet, schedule = parts.unet.train(), NoiseSchedule(config.schedule)
-    optimizer = make_optimizer(unet, config.optimizer)
-    context = ContextCache(parts.text_encoder, config.latents.context_megabytes * 2**20)
+    config, channels = TrainConfig(), SHAPE[0] // 2
+    shape = dataclasses.replace(config.model.unet, in_channels=channels, out_channels=channels)
+    unet = UNet(shape).init_for_training().train()
+    schedule, optimizer = NoiseSchedule(config.schedule), make_optimizer(unet, config.optimizer)
+    text = load_text_encoder(EMBEDDED_MODEL / "text_encoder", EMBEDDED_MODEL / "tokenizer")
+    autoencoder = load_autoencoder(EMBEDDED_MODEL / "vae")
+    context = ContextCache(text, config.latents.context_megabytes * 2**20)
     make = batch_maker(cache, context, config, schedule)
     batches = Prefetch(make, ((step, 0) for step in range(steps)))
     memory: Memory = []
@@ -149,7 +156,7 @@ def train(cache: LatentCache, steps: int) -> tuple[dict[str, float], Memory]:
     for step, _, batch in batches:
         if step == 1:  # the first batch is waited for by everyone, and the first step allocates
             began, waited = time.perf_counter(), batches.waited
-        x_0 = parts.autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
+        x_0 = autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
         losses = per_sample_loss(unet, x_0, batch.context, batch.draw, schedule, config.objective)
         losses.mean().backward()
         optimizer.step()
@@ -207,9 +214,12 @@ def growth(memory: Memory) -> float:
 
 
 def measure(
-    count: int, steps: int, where: Path | None = None
+    count: int, steps: int, where: Path | None = None, picture: Path | None = None
 ) -> tuple[dict[str, float], Memory, Memory]:
-    """Write, read, train; returns the figures and the memory of reading and of training."""
+    """Write, read, train; returns the figures and the memory of reading and of training.
+
+    `picture` is plotted twice: training may take long, and be interrupted.
+    """
     with tempfile.TemporaryDirectory(dir=where, prefix="latentdiff-loader-") as name:
         folder = Path(name)
         started = time.perf_counter()
@@ -221,6 +231,8 @@ def measure(
         speed, reading = read_all(cache, seed=0)
         figures |= speed | {"memory growth while reading, MB": growth(reading)}
         print(json.dumps(figures), flush=True)
+        if picture is not None:
+            plot(picture, reading, [])
         config = TrainConfig()
         no_text = batch_maker(
             cache, lambda said: torch.zeros(len(said), 1), config, NoiseSchedule(config.schedule)
@@ -230,6 +242,8 @@ def measure(
         if steps > 1:
             more, training = train(cache, steps)
             figures |= more | {"memory growth while training, MB": growth(training)}
+            if picture is not None:
+                plot(picture, reading, training)
     return figures, reading, training
 
 
@@ -245,8 +259,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/loader.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    figures, reading, training = measure(arguments.count, arguments.steps, arguments.folder)
-    plot(arguments.plot, reading, training)
+    figures, _, _ = measure(arguments.count, arguments.steps, arguments.folder, arguments.plot)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
