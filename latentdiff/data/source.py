@@ -148,6 +148,11 @@ class DataConfig:
             problems.append(f"streaming is for kind hub; got kind {self.kind}.")
         if self.shuffle_buffer < 1:
             problems.append(f"shuffle_buffer must be at least 1; got {self.shuffle_buffer}.")
+        if self.streaming and self.quarantine is not None:
+            problems.append(
+                "quarantine does not reach a stream. Leave the listed files out of the shards, or "
+                "set streaming to false."
+            )
         if self.bucket_max_ratio < 1:
             problems.append(f"bucket_max_ratio must be at least 1; got {self.bucket_max_ratio}.")
         if not all(0 <= channel <= 255 for channel in self.background):

@@ -94,3 +94,8 @@ def test_refusals(shards: Path, tmp_path: Path) -> None:
     assert DataConfig(kind="folder", path="x", streaming=True).validate()
     with pytest.raises(UserError, match=r"train_latent\.py"):
         open_source(config(shards))
+
+
+def test_a_quarantine_list_that_a_stream_would_ignore_is_refused() -> None:
+    config = DataConfig(kind="hub", path="x", streaming=True, quarantine="list.jsonl")
+    assert any("quarantine does not reach a stream" in problem for problem in config.validate())
