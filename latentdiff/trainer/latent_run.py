@@ -242,8 +242,8 @@ def open_all(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) ->
             )
         if accelerator.is_main_process and (text := report_skipped(data.skipped)):
             print(text, flush=True)
-    if accelerator.is_main_process and (text := bucket_table(data)):
-        print(text, flush=True)
+        if accelerator.is_main_process and (text := bucket_table(data)):
+            print(text, flush=True)
     return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
 
 
