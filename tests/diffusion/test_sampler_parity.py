@@ -14,6 +14,8 @@ from sampler_parity import LIMIT, PEERS, cells, compare, reason_against
 @pytest.mark.parametrize("row", PEERS)
 def test_results_are_those_of_diffusers(row: str) -> None:
     """v at 10 steps on two schedules and every grid, and flow."""
+    if row == "dpmpp_2s_ancestral":
+        pytest.skip("its counterpart in diffusers repeats timesteps at 10 steps; see samplers.md")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     compared = 0
     for cell in cells((10,)):
