@@ -1,6 +1,7 @@
 """Put trained parts into the package, as the model that from_pretrained() gives without arguments.
 
     python training/embed.py [--autoencoder RUN] [--clip RUN] [--unet MODEL_FOLDER] [--text RUN]
+        [--guidance SCALE]
 
 Each part that is named replaces the embedded one; the others stay.
 """
@@ -8,6 +9,7 @@ Each part that is named replaces the embedded one; the others stay.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -18,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
-from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER
+from latentdiff.formats.diffusers_folder import GENERATION
+from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
 
 
 def replace(source: Path, target: Path) -> None:
@@ -39,6 +42,7 @@ def embed_clip(run: Path, target: Path) -> None:
 
     for part in ("text_encoder", "tokenizer"):
         replace(run / part, target / part)
+    shutil.rmtree(target / TEXT_TOWER, ignore_errors=True)
     clip: Any = CLIPModel.from_pretrained(run / "clip")
     image = CLIPVisionModelWithProjection(clip.config.vision_config).half()
     image.vision_model.load_state_dict(clip.vision_model.state_dict())
@@ -64,6 +68,22 @@ def embed_unet(model: Path, target: Path) -> None:
         shutil.copy(again / "model_index.json", target)
 
 
+def embed_text(run: Path, target: Path) -> None:
+    """Take a text tower in small files, and its vocabulary."""
+    from latentdiff.formats.diffusers_folder import SMALL_SHARDS, save_text_encoder
+    from latentdiff.models.text_encoder import load_text_encoder
+
+    tower = load_text_encoder(run / "text_encoder", run / "tokenizer")
+    if (run / HEAD).is_file() and not (target / TEXT_TOWER).exists():
+        # A tower that has learnt to draw is no good judge any more: the scorer keeps the old one.
+        shutil.copytree(target / "text_encoder", target / TEXT_TOWER)
+    with tempfile.TemporaryDirectory() as folder:
+        again = Path(folder) / "text_encoder"
+        save_text_encoder(tower, again, max_shard_bytes=SMALL_SHARDS)
+        replace(again, target / "text_encoder")
+    replace(run / "tokenizer", target / "tokenizer")
+
+
 def main() -> None:
     """Copy what was asked for and print the sizes."""
     parser = argparse.ArgumentParser(
@@ -73,6 +93,7 @@ def main() -> None:
     parser.add_argument("--clip", type=Path, help="a train_clip.py output")
     parser.add_argument("--unet", type=Path, help="a train_latent.py OUTPUT/model")
     parser.add_argument("--text", type=Path, help="a teach_words.py or teach_drawing.py output")
+    parser.add_argument("--guidance", type=float, help="the scale of calls that give none")
     arguments = parser.parse_args()
     EMBEDDED_MODEL.mkdir(parents=True, exist_ok=True)
     if arguments.autoencoder:
@@ -82,10 +103,10 @@ def main() -> None:
     if arguments.unet:
         embed_unet(arguments.unet, EMBEDDED_MODEL)
     if arguments.text:
-        replace(arguments.text / "text_encoder", EMBEDDED_MODEL / "text_encoder")
-        replace(arguments.text / "tokenizer", EMBEDDED_MODEL / "tokenizer")
-        if (arguments.text / HEAD).is_file():  # teach_words.py leaves the end states where they are
-            shutil.copy(arguments.text / HEAD, EMBEDDED_MODEL / HEAD)
+        embed_text(arguments.text, EMBEDDED_MODEL)
+    if arguments.guidance is not None:
+        text = json.dumps({"guidance_scale": arguments.guidance}, indent=2) + "\n"
+        (EMBEDDED_MODEL / GENERATION).write_text(text)
     for file in sorted(EMBEDDED_MODEL.rglob("*.safetensors")):
         print(f"{file.stat().st_size / 1e6:7.2f} MB  {file.relative_to(EMBEDDED_MODEL)}")
 

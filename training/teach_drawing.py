@@ -29,8 +29,8 @@ from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_folder import save_text_encoder
 from latentdiff.models.autoencoder import load_autoencoder
-from latentdiff.models.clip_scorer import HEAD
-from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.models.clip_scorer import HEAD, scorer_text_tower
+from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.trainer.drawing import (
     DrawingConfig,
     Lesson,
@@ -203,13 +203,13 @@ def train(config: DrawingConfig, resume: bool) -> None:
     root = EMBEDDED_MODEL if config.model == "embedded" else Path(config.model)
     if not (root / HEAD).is_file():
         raise UserError(f"model={root} has no {HEAD}: its text tower is not half of a CLIP.")
-    old = load_text_encoder(root / "text_encoder", root / "tokenizer")
+    old = scorer_text_tower(root)
     head = load_file(root / HEAD)
     source = open_source(config.data)
     pictures, rows = subject_pictures(source, config, root)
     channels, height, width = pictures.shape[1:]
     check_room((channels, height, width), config.patch, config.tower)
-    longer = load_text_encoder(root / "text_encoder", root / "tokenizer")
+    longer = scorer_text_tower(root)
     longer.tokenizer.max_length = config.tower.max_tokens
     some = range(0, len(source), max(1, len(source) // START_TEXTS))
     captions = [source.captions(i)[-1] for i in some]

@@ -50,8 +50,8 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 #: Optional, ours: {"guidance_scale": what the pipeline takes when its caller gives none}.
 GENERATION = "generation_config.json"
 LAYOUT = (*PARTS, "model_index.json", GENERATION, "safety_checker", "feature_extractor")
-#: Shards of this size suit version control.
-SMALL_SHARDS = 15 * 2**20
+#: Shards of this size suit version control; a file's head comes on top.
+SMALL_SHARDS = 15 * 2**20 - 2**16
 
 
 @dataclass
@@ -174,11 +174,16 @@ def save_components(
     return target
 
 
-def save_text_encoder(text: TextEncoder, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+def save_text_encoder(
+    text: TextEncoder,
+    folder: Path,
+    dtype: torch.dtype = torch.float16,
+    max_shard_bytes: int | None = None,
+) -> Path:
     """Write a text encoder's config.json and weights alone. Returns: the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", text.config_dict())
-    write_weights(folder, TEXT_STEM, text.weights(), dtype, None)
+    write_weights(folder, TEXT_STEM, text.weights(), dtype, max_shard_bytes)
     return folder
 
 

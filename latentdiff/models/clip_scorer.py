@@ -18,6 +18,14 @@ from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 
 #: Files beside `text_encoder/` that hold what a text-to-image model does not need.
 IMAGE_TOWER, HEAD = "image_encoder", "clip_head.safetensors"
+#: The text tower of the scorer, where the model's own has since learnt something else.
+TEXT_TOWER = "clip_text_encoder"
+
+
+def scorer_text_tower(root: Path) -> TextEncoder:
+    """The text tower that belongs to the image tower: its own folder, or the model's."""
+    own = root / TEXT_TOWER
+    return load_text_encoder(own if own.is_dir() else root / "text_encoder", root / "tokenizer")
 
 
 class ClipScorer(nn.Module):
@@ -70,6 +78,6 @@ def load_clip_scorer(folder: str | Path) -> ClipScorer:
                 f"{root} has no {part}, so it cannot score pictures against texts. Use the "
                 "embedded model's folder, or one that training/embed.py wrote."
             )
-    text = load_text_encoder(root / "text_encoder", root / "tokenizer")
+    text = scorer_text_tower(root)
     image = CLIPVisionModelWithProjection.from_pretrained(root / IMAGE_TOWER).float()
     return ClipScorer(text.float(), image, load_file(root / HEAD)["text_projection.weight"])

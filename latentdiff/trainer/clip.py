@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from latentdiff.data.source import DataConfig
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
-from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER
+from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
 from latentdiff.models.tokenizer import BOS, EOS, PIECES, ClipTokenizer
 from latentdiff.trainer.stage import StageConfig
 
@@ -173,15 +173,15 @@ def assemble(folder: Path) -> Any:
     from safetensors.torch import load_file
     from transformers.models.clip import CLIPConfig, CLIPModel
 
+    own = TEXT_TOWER if (folder / TEXT_TOWER).is_dir() else "text_encoder"
     text, image = (
-        json.loads((folder / part / "config.json").read_text())
-        for part in ("text_encoder", IMAGE_TOWER)
+        json.loads((folder / part / "config.json").read_text()) for part in (own, IMAGE_TOWER)
     )
     clip = CLIPModel(
         CLIPConfig(text_config=text, vision_config=image, projection_dim=text["projection_dim"])
     ).float()
     state = load_file(folder / HEAD)
-    for part in ("text_encoder", IMAGE_TOWER):
+    for part in (own, IMAGE_TOWER):
         state |= load_file(folder / part / "model.safetensors")
     clip.load_state_dict({name: value.float() for name, value in state.items()})
     return clip
