@@ -295,6 +295,10 @@ def grid_of(cell: Cell, schedule: NoiseSchedule, scheduler: Any) -> Tensor:
             return timestep_grid(schedule, cell.steps)
         sigmas = scheduler.sigmas[:-1].double().tolist()
         return torch.tensor(list(dict.fromkeys(sigmas)), dtype=torch.float64) * 1000
+    if cell.peer.noisy_ratio_space and cell.grid == "linspace":
+        # Real timesteps, between which theirs interpolates σ/α and ours its logarithm.
+        ratios = list(dict.fromkeys(scheduler.sigmas[:-1].tolist()))
+        return torch.tensor([schedule.timestep_at(r) for r in ratios], dtype=torch.float32)
     style = get_sampler(cell.sampler).grid
     if cell.peer.name == "DPMSolverSinglestep":
         return timestep_grid(schedule, 2 * cell.steps, cell.grid)[::2]

@@ -107,8 +107,6 @@ def test_only_multistep_samplers_need_their_history(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_stopping_at_a_level_is_the_state_that_the_whole_run_has_there(name: str) -> None:
-    if name in ("unipc",):
-        pytest.skip("its order falls towards the end of the grid it is given")
     grid = timestep_grid(SCHEDULE, 9).tolist()
     noise, x_T = step_noise([4], SHAPE), batch_noise([4], SHAPE)
     states = list(run(name, DENOISER, x_T, SCHEDULE, grid, noise))
@@ -151,6 +149,18 @@ def test_samplers_that_are_one_in_other_coordinates() -> None:
     torch.testing.assert_close(result("euler_ancestral"), result("ddpm"), **close)
     torch.testing.assert_close(result("euler_ancestral", eta=0.0), result("euler"), **close)
     torch.testing.assert_close(result("dpmpp_2m_sde", eta=0.0), result("dpmpp_2m"), **close)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_last_step_of_no_length_changes_nothing(name: str) -> None:
+    """diffusers' set_alpha_to_one=False on a leading grid without offset ends where it is."""
+    grid = timestep_grid(SCHEDULE, 6).tolist()
+    assert grid[-1] == 0
+    x_T = batch_noise([0], SHAPE)
+    *_, before, last = run(name, DENOISER, x_T, SCHEDULE, grid, NOISE, final_timestep=0)
+    if name not in ("lcm", "unipc"):  # new noise; the corrector still moves the state
+        torch.testing.assert_close(last.x_t, before.x_t)
+    assert last.x_t.isfinite().all()
 
 
 def test_dynamic_thresholding_is_that_of_the_paper() -> None:

@@ -62,6 +62,8 @@ def combined(
     """
     h = Step(0, now, to, 1).h
     newest, differences, ratios = history[0][1], [], []
+    if h == 0:
+        return newest
     for t, x_0 in history[1:]:
         r = (level(schedule, t).log_snr - now.log_snr) / h
         if math.isfinite(r) and r != 0:  # a step from pure noise, or to the image, has no slope
@@ -88,7 +90,7 @@ def unipc(
     """UniPC in its data-prediction form with B_2; one evaluation a step.
 
     Args:    as for `ddpm`; noise is never asked.  order: 1 … 3, of the predictor; the corrector
-             adds one. Towards the end of the grid the order falls to 1.
+             adds one. Towards the clean image the order falls to 1.
     Source:  Zhao et al. 2023, Algorithms 5-8, arXiv:2302.04867.
     """
     if order not in (1, 2, 3):
@@ -102,7 +104,8 @@ def unipc(
             estimate = combined(tuple(known), before, step.now, schedule, x_0)
             x = advance(x_before, estimate, before, step.now)
         # The corrector of this step must use as many estimates as its predictor.
-        used = ((step.now.t, x_0), *history[1:])[: min(order, step.remaining)]
+        most = order if final_timestep is not None else min(order, step.remaining)
+        used = ((step.now.t, x_0), *history[1:])[:most]
         estimate = combined(used, step.now, step.next, schedule)
         history = ((step.now.t, x), *used)
         x = advance(x, estimate, step.now, step.next)
