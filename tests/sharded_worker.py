@@ -88,12 +88,12 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         unet, ema, optimizer, accelerator, folder / "checkpoints", 1, config.keep_every, facts
     )
     first, seconds = state.resume()
-    order, samples = Order(range(PICTURES), seed=5), list[tuple[int, int, int]]()
+    order, samples = Order(range(PICTURES), seed=5), list[list[int]]()
 
     def make_batch(step: int, micro: int) -> tuple[Tensor, Tensor]:
         chosen = shape.samples(step, micro)
         found = order(chosen)
-        samples.extend((step, n, row) for n, row in zip(chosen, found, strict=True))
+        samples.extend([step, n, row] for n, row in zip(chosen, found, strict=True))
         clean = torch.stack([picture(row, 0) for row in found])
         return clean, torch.stack([picture(row, n) for n, row in zip(chosen, found, strict=True)])
 
