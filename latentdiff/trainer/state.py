@@ -82,6 +82,8 @@ class TrainingState:
         manifest = read_manifest(checkpoint)
         _compare(manifest["facts"], self.facts, checkpoint)
         self._load(checkpoint)
+        if self.accelerator.is_main_process:  # a kill may have come before the old ones were gone
+            delete_old(self.folder, self.keep_last, self.keep_every)
         if self.accelerator.scaler is not None and manifest["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(manifest["scaler"])
         return int(manifest["step"]), float(manifest["seconds"])
