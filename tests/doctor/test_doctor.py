@@ -20,6 +20,7 @@ from latentdiff.data.quarantine import read_quarantine
 from latentdiff.data.source import DataConfig, open_source, problems_of
 from latentdiff.doctor.command import main
 from latentdiff.doctor.findings import KINDS as FINDINGS
+from latentdiff.doctor.tokens import open_counter
 
 
 def kinds_by_name(output: Path) -> dict[str, set[str]]:
@@ -162,12 +163,13 @@ def test_nothing_is_said_of_good_pictures(tmp_path: Path, capsys) -> None:
 
 def test_captions_are_measured_with_the_models_own_tokenizer(tmp_path: Path) -> None:
     folder = write_good(tmp_path / "d")
-    (folder / "2.txt").write_text("short\n" + "a cat and " * 12)
+    (folder / "2.txt").write_text("short\n" + "a cat and " * 40)
     options = ["--text-encoder", "embedded", "--quarantine", "long-caption"]
     assert main([str(folder), "--output", str(tmp_path / "o"), *options]) == 0
     listed = read_quarantine(tmp_path / "o" / "quarantine.jsonl")
     assert list(listed) == ["2.png"]
-    assert re.fullmatch(r"\d+ tokens, 32 fit \(1 of 2 captions\)", listed["2.png"])
+    limit = open_counter("embedded", None).limit
+    assert re.fullmatch(rf"\d+ tokens, {limit} fit \(1 of 2 captions\)", listed["2.png"])
 
 
 def test_limits_can_be_moved(tmp_path: Path) -> None:
