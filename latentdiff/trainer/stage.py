@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Batch = TypeVar("Batch")
+STATE_FILE = "state.pt"
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,19 @@ def prefetch(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[tu
 def check_stage_output(config: StageConfig, resume: bool) -> None:
     """Make the output folder, or refuse one that holds something else, before any work.
 
-    Raises: UserError: a file, a folder with other things in it, or no permission.
+    Raises: UserError: a file, a folder with other things in it, no permission, a training that is
+            there when `resume` is false, or none when it is true.
     """
     folder = Path(config.output)
     found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if found and "state.pt" not in found and not resume:
+    if resume and STATE_FILE not in found:
+        raise UserError(f"--resume: no checkpoint in {folder}. Leave --resume out.")
+    if STATE_FILE in found and not resume:
+        raise UserError(
+            f"{folder} already holds a training. Add --resume to go on with it, or choose another "
+            "output folder."
+        )
+    if found and not resume:
         raise UserError(
             f"stage.output={folder} is not empty (it holds {', '.join(found[:6])}), and nothing is "
             "ever overwritten. Choose another stage.output=FOLDER."
@@ -160,22 +169,12 @@ class Stage:
 
     @property
     def state_file(self) -> Path:
-        return self.folder / "state.pt"
+        return self.folder / STATE_FILE
 
     def resume(self, wanted: bool) -> int:
-        """Return the first step to run; 0 for a new stage.
-
-        Raises: UserError: when a stage is there and `wanted` is false, or the other way round.
-        """
-        if not self.state_file.exists():
-            if wanted:
-                raise UserError(f"--resume: no checkpoint in {self.folder}. Leave --resume out.")
-            return 0
+        """Return the first step to run; 0 for a new stage (see `check_stage_output`)."""
         if not wanted:
-            raise UserError(
-                f"{self.folder} already holds a training. Add --resume to go on with it, or choose "
-                "another output folder."
-            )
+            return 0
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
