@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
+# Test files run side by side in this many processes; more than the cores is slower.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: install demo test test-slow lint verify clean
 
@@ -23,10 +26,10 @@ demo: install
 	$(BIN)/python training/demo.py --output $(DEMO)
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 lint: install
 	$(BIN)/ruff check .
