@@ -143,10 +143,15 @@ def train(cache: LatentCache, steps: int) -> tuple[dict[str, float], Memory]:
     from latentdiff.trainer.optimizer import make_optimizer
 
     config, channels = TrainConfig(), SHAPE[0] // 2
-    shape = dataclasses.replace(config.model.unet, in_channels=channels, out_channels=channels)
+    text = load_text_encoder(EMBEDDED_MODEL / "text_encoder", EMBEDDED_MODEL / "tokenizer")
+    shape = dataclasses.replace(
+        config.model.unet,
+        in_channels=channels,
+        out_channels=channels,
+        cross_attention_dim=text.width,
+    )
     unet = UNet(shape).init_for_training().train()
     schedule, optimizer = NoiseSchedule(config.schedule), make_optimizer(unet, config.optimizer)
-    text = load_text_encoder(EMBEDDED_MODEL / "text_encoder", EMBEDDED_MODEL / "tokenizer")
     autoencoder = load_autoencoder(EMBEDDED_MODEL / "vae")
     context = ContextCache(text, config.latents.context_megabytes * 2**20)
     make = batch_maker(cache, context, config, schedule)

@@ -51,7 +51,7 @@ def train(config_file: Path, overrides: list[str], rate: float) -> Path:
     make_batch = BatchMaker(
         latents.data,
         Order(latents.train, config.loop.seed),
-        batch_shape(config, accelerator),
+        batch_shape(config, accelerator, before=None)[0],
         ContextCache(parts.text_encoder),
         ObjectiveConfig(condition_dropout=0.0),
         NoiseSchedule(ScheduleConfig()),
