@@ -24,8 +24,9 @@ from killing import Fate, arm  # noqa: E402
 
 from latentdiff.models.unet import UNet  # noqa: E402
 from latentdiff.models.unet_config import UNetConfig  # noqa: E402
+from latentdiff.trainer.descent import Descent  # noqa: E402
 from latentdiff.trainer.ema import Ema  # noqa: E402
-from latentdiff.trainer.loop import Descent, LoopConfig, training_loop  # noqa: E402
+from latentdiff.trainer.loop import LoopConfig, training_loop  # noqa: E402
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from latentdiff.trainer.order import BatchShape, Order  # noqa: E402
 from latentdiff.trainer.processes import start_processes, was_restarted  # noqa: E402

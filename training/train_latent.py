@@ -30,23 +30,22 @@ from latentdiff.trainer.batches import BatchMaker
 from latentdiff.trainer.bucket_order import make_order
 from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_config
 from latentdiff.trainer.context import ContextCache
+from latentdiff.trainer.descent import Descent
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.environment import environment, write_environment
 from latentdiff.trainer.extras import check_extras
 from latentdiff.trainer.interrupt import Interrupted
 from latentdiff.trainer.latent_run import (
-    Validator,
     batch_shape,
     export,
     load_parts,
-    long_captions,
     make_gauges,
     more_writers,
-    open_latents,
     prepare_unet,
     save_config,
 )
-from latentdiff.trainer.loop import Descent, training_loop
+from latentdiff.trainer.loop import training_loop
+from latentdiff.trainer.open_data import long_captions, open_latents
 from latentdiff.trainer.optimizer import learning_rate, make_optimizer
 from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_loss
 from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
@@ -56,6 +55,7 @@ from latentdiff.trainer.report import write_report
 from latentdiff.trainer.sharding import prepare
 from latentdiff.trainer.state import TrainingState, stored_facts
 from latentdiff.trainer.tracking import Tracker
+from latentdiff.trainer.validator import Validator
 
 
 def train(given: Given, resume: bool) -> Path:
