@@ -1,0 +1,27 @@
+"""What all tests share."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def flops_of_a_network_are_counted_once() -> Iterator[None]:
+    """Every training counts them at its start, which is a quarter of a tiny training.
+
+    The tests of the count itself call it directly.
+    """
+    from latentdiff.trainer import flops
+
+    count, known = flops.count_flops, dict[str, int]()
+
+    def counted(unet: Any, *what: Any, **more: Any) -> int:
+        key = repr((unet.config, what, more))
+        if key not in known:
+            known[key] = count(unet, *what, **more)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flops, "count_flops", counted)
+        yield
