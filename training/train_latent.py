@@ -30,7 +30,6 @@ from latentdiff.trainer.batches import BatchMaker
 from latentdiff.trainer.bucket_order import make_order
 from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_config
 from latentdiff.trainer.context import ContextCache
-from latentdiff.trainer.descent import Descent
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.environment import environment, write_environment
 from latentdiff.trainer.extras import check_extras
@@ -56,6 +55,7 @@ from latentdiff.trainer.sharding import prepare
 from latentdiff.trainer.state import TrainingState, stored_facts
 from latentdiff.trainer.tracking import Tracker
 from latentdiff.trainer.validator import Validator
+from latentdiff.trainer.zero import descent_kind
 
 
 def train(given: Given, resume: bool) -> Path:
@@ -76,7 +76,7 @@ def train(given: Given, resume: bool) -> Path:
     unet = prepare_unet(components, config, accelerator.device)
     gauges = make_gauges(components, latents, accelerator)
     optimizer = make_optimizer(unet, config.optimizer)
-    model, prepared_optimizer = prepare(accelerator, unet, optimizer)
+    model, prepared_optimizer = prepare(accelerator, unet, optimizer, config.optimizer.clip_norm)
     ema = Ema(unet, config.loop.ema_decay)
     powers = PowerEmas(unet, config.power_ema, output, accelerator.is_main_process)
     before = stored_facts(output / CHECKPOINTS) if resume else None
@@ -115,7 +115,7 @@ def train(given: Given, resume: bool) -> Path:
         config.captions,
     )
     validate = Validator(config, components, latents, context, ema, tracker, accelerator)
-    descent = Descent(
+    descent = descent_kind(accelerator)(
         accelerator,
         model,
         prepared_optimizer,

@@ -20,6 +20,7 @@ from latentdiff.trainer.order import BatchShape, recut
 from latentdiff.trainer.output import MODEL
 from latentdiff.trainer.sharding import gather_state, is_sharded
 from latentdiff.trainer.tracking import Writer
+from latentdiff.trainer.zero import arithmetic
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -209,7 +210,7 @@ def make_gauges(
     channels, height, width = latents.data.shape
     tokens = components.text_encoder.max_length
     flops = count_flops(components.unet, (channels // 2, height, width), tokens)
-    peak = peak_flops(accelerator.device, accelerator.mixed_precision)
+    peak = peak_flops(accelerator.device, arithmetic(accelerator))
     return Gauges(accelerator.device, flops, peak * accelerator.num_processes)
 
 
