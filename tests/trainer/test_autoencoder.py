@@ -2,8 +2,8 @@
 
 import json
 import math
+import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -87,18 +87,8 @@ def test_perceptual_distance_grows_with_the_damage_and_has_a_gradient():
     assert not any(p.requires_grad for p in distance.parameters())
 
 
-#: Runs the script given as arguments and dies without a word when its second checkpoint is whole.
-KILLED_AFTER_STEP_6 = """
-import os, runpy, sys, torch
-replace = os.replace
-def replace_and_die(source, target):
-    replace(source, target)
-    if torch.load(target, weights_only=True)["step"] == 6:
-        os._exit(9)
-os.replace = replace_and_die
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+class KilledError(BaseException):
+    """What no script catches."""
 
 
 @pytest.fixture
@@ -134,10 +124,16 @@ def test_script_trains_resumes_exactly_and_writes_a_diffusers_folder(
         runpy.run_path(arguments[1], run_name="__main__")
 
     here(command("whole"))
-    driver = KILLED_AFTER_STEP_6
-    arguments = command("cut")
-    cut = subprocess.run([arguments[0], "-c", driver, *arguments[1:]], capture_output=True)
-    assert cut.returncode == 9, cut.stderr.decode()
+    replace = os.replace
+
+    def replace_and_die(source: Path, target: Path) -> None:
+        replace(source, target)
+        if torch.load(target, weights_only=True)["step"] == 6:
+            raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(os, "replace", replace_and_die)  # its second checkpoint is whole by then
+        here(command("cut"))
     here([*command("cut"), "--resume"])
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     vae = load_autoencoder(tmp_path / "cut" / "vae", torch.float32)
