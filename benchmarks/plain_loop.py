@@ -31,7 +31,8 @@ from latentdiff.precision import has_fast_bf16
 from latentdiff.trainer.batches import BatchMaker
 from latentdiff.trainer.config import read_config
 from latentdiff.trainer.context import ContextCache
-from latentdiff.trainer.latent_run import batch_shape, load_parts, open_latents, prepare_unet
+from latentdiff.trainer.latent_run import batch_shape, load_parts, prepare_unet
+from latentdiff.trainer.open_data import open_latents
 from latentdiff.trainer.order import Order
 
 #: train_text_to_image.py at its defaults.

@@ -45,9 +45,9 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.formats.diffusers_folder import load_components
 from latentdiff.trainer.batches import BatchMaker, LatentBatch, Prefetch
 from latentdiff.trainer.context import ContextCache
+from latentdiff.trainer.descent import Descent
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.flops import count_flops
-from latentdiff.trainer.loop import Descent
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
 from latentdiff.trainer.order import BatchShape, Order
 

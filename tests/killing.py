@@ -42,7 +42,7 @@ def arm(fate: Fate, patch: Callable[[Any, str, Any], None] = setattr) -> None:
     import safetensors.torch
 
     from latentdiff.trainer import tracking
-    from latentdiff.trainer.loop import Descent
+    from latentdiff.trainer.descent import Descent
 
     save_file, fsync, rename, unlink = safetensors.torch.save_file, os.fsync, os.rename, Path.unlink
     write_text, write_rows = Path.write_text, tracking.Tracker.write

@@ -3,8 +3,9 @@
     python tests/sharded_worker.py FOLDER '{"steps": 20, "batch": 2, "accumulation": 2, ...}'
 
 It goes on from a checkpoint that is there, and writes FOLDER/rank-R.json (what this process held
-and did) and FOLDER/exported.safetensors (the averaged weights). With "dies at" the second process
-kills itself at that event (see killing.py), unless the launcher has started it again.
+and did), FOLDER/exported.safetensors (the averaged weights) and FOLDER/ema (power averages). With
+"dies at" the second process kills itself at that event (see killing.py), unless the launcher has
+started it again.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from killing import Fate, arm  # noqa: E402
 from latentdiff.models.unet import UNet  # noqa: E402
 from latentdiff.models.unet_config import UNetConfig  # noqa: E402
 from latentdiff.trainer.ema import Ema  # noqa: E402
-from latentdiff.trainer.loop import Descent, LoopConfig, training_loop  # noqa: E402
+from latentdiff.trainer.loop import LoopConfig, training_loop  # noqa: E402
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from latentdiff.trainer.order import BatchShape, Order  # noqa: E402
+from latentdiff.trainer.power_ema import AllAverages, PowerEmaConfig, PowerEmas  # noqa: E402
 from latentdiff.trainer.processes import start_processes, was_restarted  # noqa: E402
 from latentdiff.trainer.sharding import gather_state, is_sharded, local, prepare  # noqa: E402
 from latentdiff.trainer.state import TrainingState  # noqa: E402
 from latentdiff.trainer.tracking import Tracker, read_metrics  # noqa: E402
+from latentdiff.trainer.zero import descent_kind, is_divided  # noqa: E402
 
 PICTURES = 7
 SHAPE = UNetConfig(
@@ -66,10 +69,12 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if "dies at" in settings and accelerator.process_index == 1 and not was_restarted():
         arm(Fate(settings["dies at"]))
     torch.manual_seed(0)
-    unet = UNet(SHAPE).double()
-    optimizer = make_optimizer(unet, OptimizerConfig(lr=3e-3, clip_norm=0.05))
-    model, prepared = prepare(accelerator, unet, optimizer)
-    ema = Ema(unet, 0.9)
+    dtype = getattr(torch, settings.get("dtype", "float64"))
+    unet = UNet(SHAPE).to(dtype)
+    optimizer = make_optimizer(unet, OptimizerConfig(lr=3e-3, eps=settings.get("eps", 1e-8)))
+    model, prepared = prepare(accelerator, unet, optimizer, clip_norm=0.05)
+    ema, writes = Ema(unet, 0.9), accelerator.is_main_process
+    powers = PowerEmas(unet, PowerEmaConfig(every=10, dtype="float32"), folder, writes)
     shape = BatchShape(
         settings["batch"],
         settings["accumulation"],
@@ -85,7 +90,14 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     )
     facts = {"pictures per step": shape.total}
     state = TrainingState(
-        unet, ema, optimizer, accelerator, folder / "checkpoints", 1, config.keep_every, facts
+        unet,
+        AllAverages(ema, powers),
+        optimizer,
+        accelerator,
+        folder / "checkpoints",
+        1,
+        config.keep_every,
+        facts,
     )
     first, seconds = state.resume()
     order, samples = Order(range(PICTURES), seed=5), list[list[int]]()
@@ -99,28 +111,35 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(folder, first, config, accelerator.is_main_process)
-    descent = Descent(
+    descent = descent_kind(accelerator)(
         accelerator, model, prepared, lambda step: 3e-3, 0.05, settings["accumulation"]
     )
     loop = training_loop(descent, make_batch, shape, config, tracker, state.save, first, seconds)
-    context = torch.linspace(-1, 1, 3 * 12, dtype=torch.float64).view(1, 3, 12)
+    context = torch.linspace(-1, 1, 3 * 12, dtype=dtype).view(1, 3, 12)
     for step, (clean, noisy) in loop:
         t = torch.full((len(clean),), 100.0 + step.number)
+        clean, noisy = clean.to(dtype), noisy.to(dtype)
         predicted = model(noisy, t, context.expand(len(clean), -1, -1))
         step.backward((predicted - clean).square().mean())
         if step.update():
             ema.update(step.number)
+            powers.update(step.number)
     tracker.close()
     moments = [m for s in optimizer.state.values() for k, m in s.items() if k != "step"]
     found = {
         "processes": accelerator.num_processes,
         "sharded": is_sharded(unet),
+        "divided": is_divided(unet),
         "first step": first,
         "weights": held_bytes(p for p in unet.parameters()),
         "moments": held_bytes(moments),
         "average": (
             sum(a.nbytes for a in ema.average.values()),
             held_bytes(ema.placed().values())[1],
+        ),
+        "power averages": (
+            sum(a.nbytes for track in powers.tracks for a in track.average.values()),
+            sum(held_bytes(track.placed().values())[1] for track in powers.tracks),
         ),
         "samples": sorted(samples),
     }

@@ -76,6 +76,7 @@ def check_with_the_embedded_autoencoder(output: Path, *overrides: str) -> None:
         assert own_share(matrix).mean() < 1.15 * own_share(best[name]).mean() + 0.05, name
 
 
+@pytest.mark.slow
 def test_it_learns_two_pictures(tmp_path: Path) -> None:
     check_with_the_embedded_autoencoder(
         tmp_path / "run",

@@ -18,6 +18,8 @@ import tiny_training  # noqa: E402
 from launching import launch  # noqa: E402
 from tiny_training import arguments, make_parts, make_pictures  # noqa: E402
 
+from latentdiff.trainer.power_ema import reconstruct  # noqa: E402
+
 pytestmark = pytest.mark.slow
 WORKER = ROOT / "tests" / "sharded_worker.py"
 SCRIPT = ROOT / "training" / "train_latent.py"
@@ -52,14 +54,15 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
 
 
 def same_training(one: Path, two: Path, steps: int = STEPS) -> None:
-    """Losses to 1e-5 and, after all steps, averaged weights to 1e-5."""
+    """Losses to 1e-5 and, after all steps, all averages of the weights to 1e-5."""
     ours, theirs = sharded_worker.losses(one), sharded_worker.losses(two)
     assert sorted(ours) == list(range(1, steps + 1))
     assert max(abs(ours[n] - theirs[n]) for n in ours) < 1e-5
     if steps == STEPS:
-        a, b = (load_file(folder / "exported.safetensors") for folder in (one, two))
-        assert a.keys() == b.keys()
-        assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-5
+        for name in ("exported.safetensors", *(f"ema/step-{n:08d}.safetensors" for n in (10, 20))):
+            a, b = (load_file(folder / name) for folder in (one, two))
+            assert a.keys() == b.keys()
+            assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-5
 
 
 def all_samples(said: list[dict[str, Any]], steps: range) -> list[list[int]]:
@@ -72,15 +75,25 @@ def test_each_process_holds_half_of_weights_moments_and_average(halves) -> None:
     assert len(said) == 2
     for one in said:
         assert (one["processes"], one["sharded"]) == (2, True)
-        for what in ("weights", "moments", "average"):
+        for what in ("weights", "moments", "average", "power averages"):
             here, total = one[what]
             assert 0.45 < here / total < 0.55, (what, here, total)
-    for what in ("weights", "moments", "average"):
+    for what in ("weights", "moments", "average", "power averages"):
         assert sum(one[what][0] for one in said) == said[0][what][1]
 
 
 def test_the_halves_learn_what_one_process_learns(alone: Path, halves) -> None:
     same_training(halves[0], alone)
+
+
+def test_averages_of_other_lengths_are_built_from_what_the_halves_stored(alone, halves) -> None:
+    ours, theirs = (reconstruct(folder, 0.07) for folder in (halves[0], alone))
+    assert (ours.step, ours.weights.keys()) == (STEPS, theirs.weights.keys())
+    assert max(float((ours.weights[n] - w).abs().max()) for n, w in theirs.weights.items()) < 1e-5
+    whole = load_file(halves[0] / "exported.safetensors")
+    assert {name: w.shape for name, w in ours.weights.items()} == {
+        name: w.shape for name, w in whole.items()
+    }
 
 
 def test_every_process_saves_its_half_and_torch_reads_them(halves, tmp_path: Path) -> None:

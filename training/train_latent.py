@@ -35,18 +35,16 @@ from latentdiff.trainer.environment import environment, write_environment
 from latentdiff.trainer.extras import check_extras
 from latentdiff.trainer.interrupt import Interrupted
 from latentdiff.trainer.latent_run import (
-    Validator,
     batch_shape,
     export,
     load_parts,
-    long_captions,
     make_gauges,
     more_writers,
-    open_latents,
     prepare_unet,
     save_config,
 )
-from latentdiff.trainer.loop import Descent, training_loop
+from latentdiff.trainer.loop import training_loop
+from latentdiff.trainer.open_data import long_captions, open_latents
 from latentdiff.trainer.optimizer import learning_rate, make_optimizer
 from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_loss
 from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
@@ -56,6 +54,8 @@ from latentdiff.trainer.report import write_report
 from latentdiff.trainer.sharding import prepare
 from latentdiff.trainer.state import TrainingState, stored_facts
 from latentdiff.trainer.tracking import Tracker
+from latentdiff.trainer.validator import Validator
+from latentdiff.trainer.zero import descent_kind
 
 
 def train(given: Given, resume: bool) -> Path:
@@ -76,7 +76,7 @@ def train(given: Given, resume: bool) -> Path:
     unet = prepare_unet(components, config, accelerator.device)
     gauges = make_gauges(components, latents, accelerator)
     optimizer = make_optimizer(unet, config.optimizer)
-    model, prepared_optimizer = prepare(accelerator, unet, optimizer)
+    model, prepared_optimizer = prepare(accelerator, unet, optimizer, config.optimizer.clip_norm)
     ema = Ema(unet, config.loop.ema_decay)
     powers = PowerEmas(unet, config.power_ema, output, accelerator.is_main_process)
     before = stored_facts(output / CHECKPOINTS) if resume else None
@@ -115,7 +115,7 @@ def train(given: Given, resume: bool) -> Path:
         config.captions,
     )
     validate = Validator(config, components, latents, context, ema, tracker, accelerator)
-    descent = Descent(
+    descent = descent_kind(accelerator)(
         accelerator,
         model,
         prepared_optimizer,

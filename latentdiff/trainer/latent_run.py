@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,47 +11,22 @@ import torch
 
 from latentdiff.config import to_dict
 from latentdiff.config_yaml import to_yaml
-from latentdiff.data.source import open_source, report_skipped, split
 from latentdiff.diffusion.objective import check_objective
-from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
 from latentdiff.trainer.config import Given, TrainConfig, adopt, check_given
-from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.ema import Ema
+from latentdiff.trainer.open_data import Latents
 from latentdiff.trainer.order import BatchShape, recut
-from latentdiff.trainer.output import MODEL, SAMPLES, default_cache
+from latentdiff.trainer.output import MODEL
 from latentdiff.trainer.sharding import gather_state, is_sharded
-from latentdiff.trainer.tracking import Tracker, Writer
-from latentdiff.trainer.validation import held_out_loss, picture_grid, pictures, write_png
+from latentdiff.trainer.tracking import Writer
+from latentdiff.trainer.zero import arithmetic
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from latentdiff.formats.diffusers_folder import Components
     from latentdiff.models.unet import UNet
-
-
-@dataclass(frozen=True)
-class Latents:
-    """The encoded pictures and which of them are held out."""
-
-    data: Any
-    """A LatentCache, LatentPack, OnlineLatents or StreamLatents."""
-    train: list[int]
-    """Indices to train on."""
-    held_out: list[int]
-    """Indices never trained on; may be empty."""
-
-    def facts(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged."""
-        digest = hashlib.blake2b(digest_size=12)
-        for index in self.train:
-            digest.update("\x1f".join((*self.data.captions(index), "\x1e")).encode())
-        return {
-            "pictures": self.data.fingerprint(),
-            "training pictures": len(self.train),
-            "captions": digest.hexdigest(),
-        }
 
 
 def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
@@ -192,82 +164,6 @@ def check_fit(components: Components, config: TrainConfig) -> None:
         )
 
 
-def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Latents:
-    """Open the data without what data.quarantine lists. Raises: UserError: see open_all."""
-    found = open_all(config, autoencoder, accelerator)
-    if config.latents.pack is None or config.data.quarantine is None:
-        return found  # where pictures are opened, open_source leaves them out
-    train, held_out = (unlisted(found.data, part, config) for part in (found.train, found.held_out))
-    return Latents(found.data, train, held_out)
-
-
-def open_all(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Latents:
-    """Open the data; encode what is not in the cache yet, on one process of each machine.
-
-    Raises: UserError: no data, no captions, no usable picture.
-    """
-    if config.data.streaming:
-        from latentdiff.data.stream import StreamLatents
-
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        stream = StreamLatents(
-            config.data, autoencoder, accelerator.device, rank, ranks, config.loop.seed
-        )
-        return Latents(stream, [], [])  # nothing is held out of what is not known beforehand
-    if config.latents.online:
-        from latentdiff.data.online import OnlineLatents
-
-        data: Any = OnlineLatents(
-            open_source(config.data), autoencoder, config.data, accelerator.device
-        )
-        return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
-    if config.latents.pack is not None:
-        from latentdiff.data.latent_pack import LatentPack
-
-        data = LatentPack(config.latents.pack)
-    else:
-        from latentdiff.data.latent_cache import build_latent_cache
-
-        source = open_source(config.data)
-        folder = Path(config.latents.cache_dir or default_cache())
-        with accelerator.local_main_process_first():
-            data = build_latent_cache(
-                source,
-                autoencoder,
-                config.data,
-                folder,
-                batch_size=config.latents.batch_size,
-                device=accelerator.device,
-                progress=accelerator.is_local_main_process,
-            )
-        if accelerator.is_main_process and (text := report_skipped(data.skipped)):
-            print(text, flush=True)
-        if accelerator.is_main_process and (text := bucket_table(data)):
-            print(text, flush=True)
-    return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
-
-
-def unlisted(data: Any, indices: list[int], config: TrainConfig) -> list[int]:
-    """Leave out of a latent pack what data.quarantine lists, as opening pictures does."""
-    from latentdiff.data.quarantine import read_quarantine
-
-    listed = read_quarantine(config.data.quarantine or "")
-    kept = [index for index in indices if data.name(index) not in listed]
-    if indices and not kept:
-        raise UserError(f"data.quarantine: {config.data.quarantine} lists all of the pictures.")
-    return kept
-
-
-def bucket_table(data: Any) -> str:
-    """Say how many pictures each aspect-ratio bucket has, or "" where there is one."""
-    shapes = getattr(data, "shapes", ())
-    if len(shapes) < 2:
-        return ""
-    numbers = data.buckets.tolist()
-    lines = [f"  {h}x{w} latents: {numbers.count(i)}" for i, (_, h, w) in enumerate(shapes)]
-    return "\n".join(["pictures per bucket (height x width):", *lines])
-
-
 def prepare_unet(components: Components, config: TrainConfig, device: torch.device) -> UNet:
     """Put the U-Net on the device in float32, with the configured kernels and memory layout."""
     unet = components.unet.to(device, torch.float32)
@@ -278,22 +174,6 @@ def prepare_unet(components: Components, config: TrainConfig, device: torch.devi
     if config.model.compile:
         unet.compile()
     return unet.train()
-
-
-def long_captions(latents: Latents, text_encoder: Any, looked_at: int = 500) -> list[str]:
-    """Say how many captions are too long for the text encoder, judged by some of them."""
-    # The encoder warns for each such prompt; of a training set once is enough.
-    warnings.filterwarnings("ignore", message="the text encoder takes")
-    rows = latents.train[:: max(1, len(latents.train) // looked_at)]
-    limit = text_encoder.max_length
-    long = [row for row in rows if text_encoder.count_tokens(latents.data.captions(row)[0]) > limit]
-    if not long:
-        return []
-    example = latents.data.captions(long[0])[0]
-    return [
-        f"note: about {len(long) / len(rows):.0%} of the captions are longer than the {limit} "
-        f"tokens that the text encoder takes and are cut off there, for example {example[:200]!r}"
-    ]
 
 
 def batch_shape(
@@ -320,93 +200,6 @@ def batch_shape(
     ]
 
 
-class Validator:
-    """Writes OUTPUT/samples/step-N.png (averaged weights), step-N-raw.png (the newest) and the
-    held-out loss on the main process.
-
-    The others wait, or compute along where the U-Net is sharded: a pass needs all shards.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        components: Components,
-        latents: Latents,
-        context: ContextCache,
-        ema: Ema,
-        tracker: Tracker,
-        accelerator: Accelerator,
-    ) -> None:
-        self._config, self._parts, self._latents = config, components, latents
-        self._context, self._ema, self._tracker = context, ema, tracker
-        self._accelerator = accelerator
-        self._schedule = NoiseSchedule(config.schedule)
-        self._prompts = config.validation.prompts or self._captions(config.validation.pictures)
-
-    def due(self, step: int) -> bool:
-        """Whether to validate after so many steps (the end comes by itself)."""
-        every = self._config.validation.every
-        return bool(every) and step % every == 0
-
-    def __call__(self, step: int) -> None:
-        """Validate the averaged weights; the other processes wait."""
-        unet = self._parts.unet
-        if self._accelerator.is_main_process or is_sharded(unet):
-            was_training = unet.training
-            with self._ema.applied(), self._accelerator.autocast():
-                unet.eval()
-                self._loss(step)
-                self._grid(step, "")
-            if self._config.validation.raw:
-                with self._accelerator.autocast():
-                    self._grid(step, "-raw")
-            unet.train(was_training)
-        self._accelerator.wait_for_everyone()
-
-    def _loss(self, step: int) -> None:
-        if not self._latents.held_out:
-            return
-        loss = held_out_loss(
-            self._parts.unet,
-            self._parts.autoencoder,
-            self._latents.data,
-            self._latents.held_out,
-            self._context,
-            self._schedule,
-            self._config.objective,
-            self._config.validation.samples,
-            self._config.loop.seed,
-        )
-        self._tracker.write([{"step": step, **loss.row()}])
-        self._tracker.say(f"step {step}: validation loss {loss.mean:.4f}")
-
-    def _grid(self, step: int, kind: str) -> None:
-        if not self._prompts:
-            return
-        validation, (channels, height, width) = self._config.validation, self._latents.data.shape
-        images = pictures(
-            self._parts.unet,
-            self._parts.autoencoder,
-            self._context,
-            self._schedule,
-            self._config.objective.prediction,
-            self._prompts,
-            (channels // 2, height, width),
-            steps=validation.steps,
-            guidance=validation.guidance,
-            seed=validation.seed,
-        )
-        grid = picture_grid(images)
-        if self._accelerator.is_main_process:
-            write_png(grid, Path(self._config.output) / SAMPLES / f"step-{step:08d}{kind}.png")
-        self._tracker.image(f"samples{kind}", step, grid)
-
-    def _captions(self, count: int) -> Sequence[str]:
-        rows = self._latents.held_out or self._latents.train
-        chosen = rows[:: max(1, len(rows) // max(1, count))][:count]
-        return [self._latents.data.captions(row)[0] for row in chosen]
-
-
 def make_gauges(
     components: Components, latents: Latents, accelerator: Accelerator
 ) -> Callable[[float], dict[str, float]]:
@@ -417,7 +210,7 @@ def make_gauges(
     channels, height, width = latents.data.shape
     tokens = components.text_encoder.max_length
     flops = count_flops(components.unet, (channels // 2, height, width), tokens)
-    peak = peak_flops(accelerator.device, accelerator.mixed_precision)
+    peak = peak_flops(accelerator.device, arithmetic(accelerator))
     return Gauges(accelerator.device, flops, peak * accelerator.num_processes)
 
 

@@ -12,34 +12,24 @@ device and reads them every `log_every` steps, so a GPU is not waited for.
 
 from __future__ import annotations
 
-import math
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.diffusion.noise import mix
-from latentdiff.errors import UserError
 from latentdiff.trainer.batches import Prefetch
 from latentdiff.trainer.checkpoint import CheckpointError
-from latentdiff.trainer.diagnosis import diagnose
+from latentdiff.trainer.descent import Descent
 from latentdiff.trainer.interrupt import Interrupted, StopSignal
-from latentdiff.trainer.optimizer import set_learning_rate, step_if_finite
+from latentdiff.trainer.loop_log import Log
 from latentdiff.trainer.order import BatchShape
-from latentdiff.trainer.sharding import is_sharded, whole
 from latentdiff.trainer.tracking import Tracker
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 Batch = TypeVar("Batch")
-#: So many steps in a row without a finite loss end the run.
-MAX_BAD_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -98,61 +88,6 @@ class LoopConfig:
         return problems
 
 
-class Descent:
-    """A model on its way down: backward, clip, update, clear.
-
-    Args:
-        accelerator: processes and precision.
-        model, optimizer: as `accelerator.prepare` returned them.
-        rate: optimizer step → learning rate.
-        clip_norm: largest gradient norm, 0 for none.
-        accumulation: micro-batches per optimizer step.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: Any,
-        rate: Callable[[int], float],
-        clip_norm: float,
-        accumulation: int,
-    ) -> None:
-        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
-        self.rate, self.clip_norm, self.accumulation = rate, clip_norm, accumulation
-        self.history: list[tuple[int, Tensor, Tensor]] = []
-        self._loss: Tensor | None = None
-
-    def no_sync(self) -> AbstractContextManager[Any]:
-        """Within it processes do not exchange gradients (the last micro-batch of a step does).
-
-        Shards exchange theirs at once: only so do gradients take as little memory as weights.
-        """
-        return nullcontext() if is_sharded(self.model) else self.accelerator.no_sync(self.model)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's share of the step's gradient."""
-        share = loss / self.accumulation
-        self.accelerator.backward(share)
-        share = share.detach().float()
-        self._loss = share if self._loss is None else self._loss + share
-
-    def update(self, number: int) -> None:
-        """Clip, change the weights (unless the gradient is not finite) and note the loss."""
-        if self._loss is None:
-            raise RuntimeError("step.update() before step.backward(loss)")
-        parameters = list(self.model.parameters())
-        norm = whole(self.accelerator.clip_grad_norm_(parameters, self.clip_norm or math.inf))
-        set_learning_rate(self.optimizer.optimizer, self.rate(number))
-        if self.accelerator.scaler is None:
-            step_if_finite(self.optimizer.optimizer, norm)
-        else:
-            self.optimizer.step()  # the fp16 gradient scaler has the same check
-        self.optimizer.zero_grad()
-        self.history.append((number + 1, self._loss, norm.detach()))
-        self._loss = None
-
-
 class Step:
     """One micro-batch of an optimizer step, as the loop yields it.
 
@@ -205,7 +140,7 @@ def training_loop(
         for micro in range(shape.accumulation)
     )
     batches = Prefetch(make_batch, keys)
-    log = _Log(descent, shape, config, tracker, batches, seconds, gauges)
+    log = Log(descent, shape, config, tracker, batches, seconds, gauges)
     with StopSignal() as signal:
         for number, micro, batch in batches:
             last = micro == shape.accumulation - 1
@@ -231,111 +166,3 @@ def training_loop(
             if stop:
                 tracker.say(f"loop.max_minutes={config.max_minutes} is over at step {done}.")
                 return
-
-
-class _Log:
-    """Reads the kept losses from the device now and then, and decides when to stop."""
-
-    def __init__(
-        self,
-        descent: Descent,
-        shape: BatchShape,
-        config: LoopConfig,
-        tracker: Tracker,
-        batches: Prefetch[Any],
-        seconds: float,
-        gauges: Callable[[float], dict[str, float]] | None,
-    ) -> None:
-        self._gauges = gauges or (lambda images_per_second: {})
-        self._descent, self._shape, self._config = descent, shape, config
-        self._tracker, self._batches = tracker, batches
-        self._began = time.monotonic() - seconds
-        self._window = (time.monotonic(), 0.0)
-        self._bad = self._skipped = 0
-        self._finite: deque[dict[str, Any]] = deque(maxlen=5)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the run so far, earlier parts included."""
-        return time.monotonic() - self._began
-
-    def after(self, done: int, signal: StopSignal) -> bool:
-        """Log if it is time to; say whether the run has to stop now."""
-        due = done % self._config.log_every == 0
-        if due:
-            self.flush(done)
-        accelerator, limit = self._descent.accelerator, self._config.max_minutes
-        stop = bool(signal.number) or (limit is not None and self.seconds > 60 * limit)
-        if accelerator.num_processes == 1:
-            return stop
-        if not due:  # processes agree only now and then: each time they have to wait for each other
-            return False
-        votes = torch.tensor([float(stop), float(signal.number)], device=accelerator.device)
-        votes = accelerator.reduce(votes, "sum")
-        signal.number = signal.number or int(votes[1] / votes[0].clamp(min=1))
-        return bool(votes[0] > 0)
-
-    def flush(self, done: int) -> None:
-        """Write the losses of the steps since the last time."""
-        history, self._descent.history = self._descent.history, []
-        if not history:
-            return
-        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm in history])
-        # Each process has the mean of its own samples; the gradient norm is common to all.
-        values = self._descent.accelerator.reduce(values, "mean").cpu()
-        rows: list[dict[str, Any]] = []
-        for (step, _, _), (loss, norm) in zip(history, values.tolist(), strict=True):
-            rate = self._descent.rate(step - 1)
-            rows.append({"step": step, "loss": _finite(loss), "grad_norm": _finite(norm)})
-            rows[-1]["lr"] = rate
-            self._count(rows[-1])
-        rows[-1] |= self._speed(len(rows))
-        rows[-1] |= {"skipped_steps": self._skipped}
-        self._tracker.write(rows)
-        finite = [row["loss"] for row in rows if row["loss"] is not None]
-        mean = sum(finite) / len(finite) if finite else math.nan
-        self._tracker.progress(
-            done,
-            {
-                "loss": f"{mean:.4f}",
-                "images/s": f"{rows[-1]['images_per_second']:.1f}",
-                "waiting": f"{rows[-1]['waiting']:.0%}",
-            },
-        )
-        if self._bad >= MAX_BAD_STEPS:
-            self._tracker.close()
-            raise UserError(self._not_finite(done, rows[-1]))
-
-    def _count(self, row: dict[str, Any]) -> None:
-        if row["loss"] is not None and row["grad_norm"] is not None:
-            self._bad = 0
-            self._finite.append(row)
-        else:
-            self._bad += 1
-            self._skipped += 1
-
-    def _not_finite(self, done: int, bad: dict[str, Any]) -> str:
-        found = diagnose(list(self._finite), bad, self._descent.model.named_parameters())
-        return (
-            f"the loss or its gradient was not finite in the last {self._bad} steps (now at step "
-            f"{done}; those steps changed no weights). {' '.join(found)} Usual causes: "
-            f"optimizer.lr too high, loop.mixed_precision={self._config.mixed_precision} (try bf16 "
-            "or no), or broken pretrained weights. The last checkpoint is kept."
-        )
-
-    def _speed(self, steps: int) -> dict[str, float]:
-        now, waited = time.monotonic(), self._batches.waited
-        elapsed = max(now - self._window[0], 1e-9)
-        share = (waited - self._window[1]) / elapsed
-        self._window = (now, waited)
-        speed = steps * self._shape.total / elapsed
-        return {
-            "images_per_second": round(speed, 2),
-            "waiting": round(min(share, 1.0), 4),
-            **self._gauges(speed),
-            "seconds": round(self.seconds, 1),
-        }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON knows no NaN

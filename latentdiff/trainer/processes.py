@@ -15,6 +15,7 @@ import torch
 from latentdiff.errors import UserError
 from latentdiff.precision import settle_precision
 from latentdiff.trainer.sharding import fsdp_plugin, let_cpus_shard, wants_sharding
+from latentdiff.trainer.zero import let_cpus_divide, wants_zero, zero_plugin
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,18 +44,21 @@ def start_processes(mixed_precision: str, cpu: bool = False, shards: bool = Fals
     patience = InitProcessGroupKwargs(timeout=_PATIENCE)
     device = "cpu" if cpu else torch.accelerator.current_accelerator()
     precision = settle_precision(mixed_precision, device or "cpu")
-    _refuse_deepspeed()
-    sharding = wants_sharding()
-    if sharding and not shards:
+    sharding, zero = wants_sharding(), wants_zero()
+    if (sharding or zero) and not shards:
         raise UserError(
             "this script trains copies, not shards: its networks are small. Launch it with "
             "training/accelerate/ddp.yaml, or with `python` on one process."
         )
+    plugin = zero_plugin(precision) if zero else None
     if sharding and cpu:
         let_cpus_shard(_PATIENCE)
+    if zero and cpu:
+        let_cpus_divide(_PATIENCE)
     accelerator = Accelerator(
-        cpu=cpu,
+        cpu=cpu and not zero,
         mixed_precision=precision,
+        deepspeed_plugin=plugin,
         fsdp_plugin=fsdp_plugin(precision) if sharding else None,
         kwargs_handlers=[patience],
     )
@@ -66,15 +70,6 @@ def start_processes(mixed_precision: str, cpu: bool = False, shards: bool = Fals
 def was_restarted() -> bool:
     """Whether the launcher has started this run again after a failure (its `max_restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def _refuse_deepspeed() -> None:
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError(
-            "DeepSpeed launches are not supported. FSDP2 divides the same things: "
-            "training/accelerate/fsdp2_shard_grad_op.yaml as ZeRO-2 does, fsdp2_full_shard.yaml "
-            "as ZeRO-3 does."
-        )
 
 
 def _check_accumulation(steps: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 from latentdiff.trainer.checkpoint import delete_old, latest, read_manifest, write_checkpoint
@@ -17,6 +17,7 @@ from latentdiff.trainer.power_ema import AllAverages
 from latentdiff.trainer.ranks import share
 from latentdiff.trainer.sharding import local, release, rows
 from latentdiff.trainer.tensor_files import read_tensors
+from latentdiff.trainer.zero import divide_state, gathered_moments, is_divided
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,7 +56,7 @@ class TrainingState:
         tensors = {
             "unet": self.unet.state_dict(),
             "ema": self.ema.placed(),
-            "optimizer": named_state(self.optimizer, self.unet),
+            "optimizer": self._moments(),
         }
         scaler = self.accelerator.scaler
         facts = {
@@ -68,6 +69,11 @@ class TrainingState:
         write_checkpoint(self.folder, step, tensors, facts)
         if self.accelerator.is_main_process:
             delete_old(self.folder, self.keep_last, self.keep_every)
+
+    def _moments(self) -> dict[str, Tensor]:
+        if is_divided(self.unet):
+            return gathered_moments(self.accelerator, self.unet)
+        return named_state(self.optimizer, self.unet)
 
     def resume(self) -> tuple[int, float]:
         """Load the newest complete checkpoint; return (steps made, seconds spent).
@@ -101,7 +107,10 @@ class TrainingState:
         release(self.unet)
         self.ema.load(read_tensors(checkpoint, "ema", of_moment))
         moments = read_tensors(checkpoint, "optimizer", of_moment)
-        load_named_state(self.optimizer, self.unet, moments)
+        if is_divided(self.unet):
+            divide_state(self.accelerator, self.unet, moments)
+        else:
+            load_named_state(self.optimizer, self.unet, moments)
 
 
 def stored_facts(folder: Path) -> dict[str, Any] | None:

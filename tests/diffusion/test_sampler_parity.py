@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import sampler_parity
-from sampler_parity import LIMIT, PEERS, cells, compare, reason_against
+from sampler_parity import LIMIT, compare
+from sampler_peers import PEERS, Cell, Peer, cells, reason_against
 
 
 @pytest.mark.parametrize("row", PEERS)
@@ -39,8 +39,8 @@ def test_every_sampler_has_a_counterpart() -> None:
 
 
 def test_a_wrong_sampler_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = sampler_parity.Cell("dpmpp_2m", "scaled_linear", "v", 10, "linspace")
-    wrong = sampler_parity.Peer("UniPCMultistep", ("linspace",))
+    cell = Cell("dpmpp_2m", "scaled_linear", "v", 10, "linspace")
+    wrong = Peer("UniPCMultistep", ("linspace",))
     monkeypatch.setitem(PEERS, "dpmpp_2m", wrong)
     difference = compare(cell)
     assert difference is not None and difference > 10 * LIMIT

@@ -62,7 +62,7 @@ def test_a_list_holds_for_a_latent_pack_too(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     from latentdiff.data.latent_pack import write_pack
     from latentdiff.trainer.config import read_config
-    from latentdiff.trainer.latent_run import open_latents
+    from latentdiff.trainer.open_data import open_latents
 
     write_pack(build(write_good(tmp_path / "data"), tmp_path / "cache"), tmp_path / "pack")
     pack = [f"latents.pack={tmp_path / 'pack'}", "data.validation_share=0"]

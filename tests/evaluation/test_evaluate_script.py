@@ -1,6 +1,7 @@
 """evaluate.py from the command line on a small model."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ def evaluate(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_bad_numbers_are_refused_at_once(tmp_path: Path) -> None:
-    result = evaluate("--concepts", "3", "--output", str(tmp_path / "out"))
-    assert result.returncode == 1
-    assert result.stderr.strip() == "error: --concepts must be at least 12; got 3."
+def test_bad_numbers_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--concepts", "3", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == "error: --concepts must be at least 12; got 3."
 
 
 @pytest.mark.slow

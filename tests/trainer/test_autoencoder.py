@@ -2,7 +2,8 @@
 
 import json
 import math
-import subprocess
+import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -86,18 +87,8 @@ def test_perceptual_distance_grows_with_the_damage_and_has_a_gradient():
     assert not any(p.requires_grad for p in distance.parameters())
 
 
-#: Runs the script given as arguments and dies without a word when its second checkpoint is whole.
-KILLED_AFTER_STEP_6 = """
-import os, runpy, sys, torch
-replace = os.replace
-def replace_and_die(source, target):
-    replace(source, target)
-    if torch.load(target, weights_only=True)["step"] == 6:
-        os._exit(9)
-os.replace = replace_and_die
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+class KilledError(BaseException):
+    """What no script catches."""
 
 
 @pytest.fixture
@@ -124,16 +115,29 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["l1"] for row in map(json.loads, lines)}
 
 
-def test_script_trains_resumes_exactly_and_writes_a_diffusers_folder(command, tmp_path):
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    driver = KILLED_AFTER_STEP_6
-    arguments = command("cut")
-    cut = subprocess.run([arguments[0], "-c", driver, *arguments[1:]], capture_output=True)
-    assert cut.returncode == 9, cut.stderr.decode()
-    subprocess.run([*command("cut"), "--resume"], check=True, capture_output=True)
+def test_script_trains_resumes_exactly_and_writes_a_diffusers_folder(
+    command, tmp_path, monkeypatch
+):
+    def here(arguments: list[str]) -> None:
+        """The script in this process, which has imported torch already."""
+        monkeypatch.setattr(sys, "argv", arguments[1:])
+        runpy.run_path(arguments[1], run_name="__main__")
+
+    here(command("whole"))
+    replace = os.replace
+
+    def replace_and_die(source: Path, target: Path) -> None:
+        replace(source, target)
+        if torch.load(target, weights_only=True)["step"] == 6:
+            raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(os, "replace", replace_and_die)  # its second checkpoint is whole by then
+        here(command("cut"))
+    here([*command("cut"), "--resume"])
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     vae = load_autoencoder(tmp_path / "cut" / "vae", torch.float32)
     images = torch.zeros(1, 3, 32, 32)
     assert vae.decode(vae.encode(images)).shape == images.shape
-    again = subprocess.run(command("cut"), capture_output=True, text=True)
-    assert again.returncode != 0 and "--resume" in again.stderr
+    with pytest.raises(SystemExit, match="--resume"):
+        here(command("cut"))

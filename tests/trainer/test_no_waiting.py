@@ -21,8 +21,9 @@ from latentdiff.diffusion.objective import ObjectiveConfig, draw, per_sample_los
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.models.unet import UNet
 from latentdiff.trainer.batches import LatentBatch
+from latentdiff.trainer.descent import Descent
 from latentdiff.trainer.ema import Ema
-from latentdiff.trainer.loop import Descent, LoopConfig, training_loop
+from latentdiff.trainer.loop import LoopConfig, training_loop
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer, step_if_finite
 from latentdiff.trainer.order import BatchShape
 from latentdiff.trainer.power_ema import PowerEmaConfig, PowerEmas

@@ -51,9 +51,10 @@ def test_what_needs_whole_weights_is_refused(case: str) -> None:
     if case == "channels_last":
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(unet, OptimizerConfig(kind="muon" if case == "muon" else "adamw"))
-    accelerator = SimpleNamespace(is_fsdp2=True)
-    with pytest.raises(UserError, match=case):
-        prepare(accelerator, unet, optimizer)  # type: ignore[arg-type]
+    for plugin in (None, object()):  # FSDP2 and DeepSpeed
+        accelerator = SimpleNamespace(is_fsdp2=True, deepspeed_plugin=plugin)
+        with pytest.raises(UserError, match=case if plugin is None else f"(?i){case}.*ddp"):
+            prepare(accelerator, unet, optimizer, 1.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])

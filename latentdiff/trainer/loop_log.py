@@ -1,0 +1,133 @@
+"""The numbers of a run: losses read from the device now and then, speed, and when to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from latentdiff.errors import UserError
+from latentdiff.trainer.batches import Prefetch
+from latentdiff.trainer.descent import Descent
+from latentdiff.trainer.diagnosis import diagnose
+from latentdiff.trainer.interrupt import StopSignal
+from latentdiff.trainer.order import BatchShape
+from latentdiff.trainer.tracking import Tracker
+
+if TYPE_CHECKING:
+    from latentdiff.trainer.loop import LoopConfig
+
+#: So many steps in a row without a finite loss end the run.
+MAX_BAD_STEPS = 20
+
+
+class Log:
+    """Reads the kept losses from the device now and then, and decides when to stop."""
+
+    def __init__(
+        self,
+        descent: Descent,
+        shape: BatchShape,
+        config: LoopConfig,
+        tracker: Tracker,
+        batches: Prefetch[Any],
+        seconds: float,
+        gauges: Callable[[float], dict[str, float]] | None,
+    ) -> None:
+        self._gauges = gauges or (lambda images_per_second: {})
+        self._descent, self._shape, self._config = descent, shape, config
+        self._tracker, self._batches = tracker, batches
+        self._began = time.monotonic() - seconds
+        self._window = (time.monotonic(), 0.0)
+        self._bad = self._skipped = 0
+        self._finite: deque[dict[str, Any]] = deque(maxlen=5)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, earlier parts included."""
+        return time.monotonic() - self._began
+
+    def after(self, done: int, signal: StopSignal) -> bool:
+        """Log if it is time to; say whether the run has to stop now."""
+        due = done % self._config.log_every == 0
+        if due:
+            self.flush(done)
+        accelerator, limit = self._descent.accelerator, self._config.max_minutes
+        stop = bool(signal.number) or (limit is not None and self.seconds > 60 * limit)
+        if accelerator.num_processes == 1:
+            return stop
+        if not due:  # processes agree only now and then: each time they have to wait for each other
+            return False
+        votes = torch.tensor([float(stop), float(signal.number)], device=accelerator.device)
+        votes = accelerator.reduce(votes, "sum")
+        signal.number = signal.number or int(votes[1] / votes[0].clamp(min=1))
+        return bool(votes[0] > 0)
+
+    def flush(self, done: int) -> None:
+        """Write the losses of the steps since the last time."""
+        history, self._descent.history = self._descent.history, []
+        if not history:
+            return
+        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm in history])
+        # Each process has the mean of its own samples; the gradient norm is common to all.
+        values = self._descent.accelerator.reduce(values, "mean").cpu()
+        rows: list[dict[str, Any]] = []
+        for (step, _, _), (loss, norm) in zip(history, values.tolist(), strict=True):
+            rate = self._descent.rate(step - 1)
+            rows.append({"step": step, "loss": _finite(loss), "grad_norm": _finite(norm)})
+            rows[-1]["lr"] = rate
+            self._count(rows[-1])
+        rows[-1] |= self._speed(len(rows))
+        rows[-1] |= {"skipped_steps": self._skipped}
+        self._tracker.write(rows)
+        finite = [row["loss"] for row in rows if row["loss"] is not None]
+        mean = sum(finite) / len(finite) if finite else math.nan
+        self._tracker.progress(
+            done,
+            {
+                "loss": f"{mean:.4f}",
+                "images/s": f"{rows[-1]['images_per_second']:.1f}",
+                "waiting": f"{rows[-1]['waiting']:.0%}",
+            },
+        )
+        if self._bad >= MAX_BAD_STEPS:
+            self._tracker.close()
+            raise UserError(self._not_finite(done, rows[-1]))
+
+    def _count(self, row: dict[str, Any]) -> None:
+        if row["loss"] is not None and row["grad_norm"] is not None:
+            self._bad = 0
+            self._finite.append(row)
+        else:
+            self._bad += 1
+            self._skipped += 1
+
+    def _not_finite(self, done: int, bad: dict[str, Any]) -> str:
+        found = diagnose(list(self._finite), bad, self._descent.model.named_parameters())
+        return (
+            f"the loss or its gradient was not finite in the last {self._bad} steps (now at step "
+            f"{done}; those steps changed no weights). {' '.join(found)} Usual causes: "
+            f"optimizer.lr too high, loop.mixed_precision={self._config.mixed_precision} (try bf16 "
+            "or no), or broken pretrained weights. The last checkpoint is kept."
+        )
+
+    def _speed(self, steps: int) -> dict[str, float]:
+        now, waited = time.monotonic(), self._batches.waited
+        elapsed = max(now - self._window[0], 1e-9)
+        share = (waited - self._window[1]) / elapsed
+        self._window = (now, waited)
+        speed = steps * self._shape.total / elapsed
+        return {
+            "images_per_second": round(speed, 2),
+            "waiting": round(min(share, 1.0), 4),
+            **self._gauges(speed),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON knows no NaN

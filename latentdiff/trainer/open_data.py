@@ -1,0 +1,132 @@
+"""The pictures of a run: from a cache, a pack or a stream, or encoded at each step."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.data.source import open_source, report_skipped, split
+from latentdiff.errors import UserError
+from latentdiff.trainer.config import TrainConfig
+from latentdiff.trainer.output import default_cache
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The encoded pictures and which of them are held out."""
+
+    data: Any
+    """A LatentCache, LatentPack, OnlineLatents or StreamLatents."""
+    train: list[int]
+    """Indices to train on."""
+    held_out: list[int]
+    """Indices never trained on; may be empty."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged."""
+        digest = hashlib.blake2b(digest_size=12)
+        for index in self.train:
+            digest.update("\x1f".join((*self.data.captions(index), "\x1e")).encode())
+        return {
+            "pictures": self.data.fingerprint(),
+            "training pictures": len(self.train),
+            "captions": digest.hexdigest(),
+        }
+
+
+def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Latents:
+    """Open the data without what data.quarantine lists. Raises: UserError: see open_all."""
+    found = open_all(config, autoencoder, accelerator)
+    if config.latents.pack is None or config.data.quarantine is None:
+        return found  # where pictures are opened, open_source leaves them out
+    train, held_out = (unlisted(found.data, part, config) for part in (found.train, found.held_out))
+    return Latents(found.data, train, held_out)
+
+
+def open_all(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Latents:
+    """Open the data; encode what is not in the cache yet, on one process of each machine.
+
+    Raises: UserError: no data, no captions, no usable picture.
+    """
+    if config.data.streaming:
+        from latentdiff.data.stream import StreamLatents
+
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        stream = StreamLatents(
+            config.data, autoencoder, accelerator.device, rank, ranks, config.loop.seed
+        )
+        return Latents(stream, [], [])  # nothing is held out of what is not known beforehand
+    if config.latents.online:
+        from latentdiff.data.online import OnlineLatents
+
+        data: Any = OnlineLatents(
+            open_source(config.data), autoencoder, config.data, accelerator.device
+        )
+        return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
+    if config.latents.pack is not None:
+        from latentdiff.data.latent_pack import LatentPack
+
+        data = LatentPack(config.latents.pack)
+    else:
+        from latentdiff.data.latent_cache import build_latent_cache
+
+        source = open_source(config.data)
+        folder = Path(config.latents.cache_dir or default_cache())
+        with accelerator.local_main_process_first():
+            data = build_latent_cache(
+                source,
+                autoencoder,
+                config.data,
+                folder,
+                batch_size=config.latents.batch_size,
+                device=accelerator.device,
+                progress=accelerator.is_local_main_process,
+            )
+        if accelerator.is_main_process and (text := report_skipped(data.skipped)):
+            print(text, flush=True)
+        if accelerator.is_main_process and (text := bucket_table(data)):
+            print(text, flush=True)
+    return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
+
+
+def unlisted(data: Any, indices: list[int], config: TrainConfig) -> list[int]:
+    """Leave out of a latent pack what data.quarantine lists, as opening pictures does."""
+    from latentdiff.data.quarantine import read_quarantine
+
+    listed = read_quarantine(config.data.quarantine or "")
+    kept = [index for index in indices if data.name(index) not in listed]
+    if indices and not kept:
+        raise UserError(f"data.quarantine: {config.data.quarantine} lists all of the pictures.")
+    return kept
+
+
+def bucket_table(data: Any) -> str:
+    """Say how many pictures each aspect-ratio bucket has, or "" where there is one."""
+    shapes = getattr(data, "shapes", ())
+    if len(shapes) < 2:
+        return ""
+    numbers = data.buckets.tolist()
+    lines = [f"  {h}x{w} latents: {numbers.count(i)}" for i, (_, h, w) in enumerate(shapes)]
+    return "\n".join(["pictures per bucket (height x width):", *lines])
+
+
+def long_captions(latents: Latents, text_encoder: Any, looked_at: int = 500) -> list[str]:
+    """Say how many captions are too long for the text encoder, judged by some of them."""
+    # The encoder warns for each such prompt; of a training set once is enough.
+    warnings.filterwarnings("ignore", message="the text encoder takes")
+    rows = latents.train[:: max(1, len(latents.train) // looked_at)]
+    limit = text_encoder.max_length
+    long = [row for row in rows if text_encoder.count_tokens(latents.data.captions(row)[0]) > limit]
+    if not long:
+        return []
+    example = latents.data.captions(long[0])[0]
+    return [
+        f"note: about {len(long) / len(rows):.0%} of the captions are longer than the {limit} "
+        f"tokens that the text encoder takes and are cut off there, for example {example[:200]!r}"
+    ]
