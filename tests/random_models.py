@@ -49,7 +49,7 @@ def write_plain_vocabulary(folder: Path, pad_token: str = EOS) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def make_text_model(seed: int = 0) -> Any:
+def make_text_model(seed: int = 0, **changes: Any) -> Any:
     """transformers' CLIPTextModel, two layers."""
     from transformers.models.clip.modeling_clip import CLIPTextConfig, CLIPTextModel
 
@@ -65,6 +65,7 @@ def make_text_model(seed: int = 0) -> Any:
         bos_token_id=vocab[BOS],
         eos_token_id=vocab[EOS],
         pad_token_id=vocab[EOS],
+        **changes,
     )
     return CLIPTextModel(config).eval()
 
