@@ -44,9 +44,13 @@ def write_folder(folder: Path) -> None:
         empty_autoencoder(config["vae"], "benchmark"),
         empty_text_tower(config["text_encoder"], "benchmark"),
     ]
+    numbers = torch.randn(65_521).half() / 50
     for network in networks:
-        filled = {n: torch.randn(t.shape).half() / 50 for n, t in network.state_dict().items()}
-        network.load_state_dict(filled, assign=True)
+        network.load_state_dict(
+            {n: numbers.repeat(-(-t.numel() // len(numbers)))[: t.numel()].reshape(t.shape)
+             for n, t in network.state_dict().items()},
+            assign=True,
+        )  # fmt: skip
     unet, vae, text = networks
     schedule, prediction, sampling = read_scheduler(config["scheduler"])
     tokenizer = tokenizer_of(config["tokenizer"], 77)

@@ -55,19 +55,18 @@ def make_text_model(seed: int = 0, **changes: Any) -> Any:
 
     torch.manual_seed(seed)
     vocab, _ = vocabulary()
-    config = CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=vocab[BOS],
-        eos_token_id=vocab[EOS],
-        pad_token_id=vocab[EOS],
-        **changes,
-    )
-    return CLIPTextModel(config).eval()
+    fields: dict[str, Any] = {
+        "vocab_size": len(vocab),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": vocab[BOS],
+        "eos_token_id": vocab[EOS],
+        "pad_token_id": vocab[EOS],
+    }
+    return CLIPTextModel(CLIPTextConfig(**(fields | changes))).eval()
 
 
 def make_vae(kind: str = "kl", seed: int = 0) -> Any:

@@ -53,7 +53,7 @@ def lora_facts(tensors: Mapping[str, Tensor]) -> LoraFacts:
         layout=_layout(tensors),
         ranks=tuple(rank for rank, _ in ranks.most_common()),
         alphas=tuple(alpha for alpha, _ in alphas.most_common()),
-        targets=dict(Counter(_part(name) for name in downs)),
+        targets=dict(sorted(Counter(_part(name) for name in downs).items())),
         base=_BASES.get(width, f"context of {width} channels" if width else None),
         dora=any("dora_scale" in n or "lora_magnitude_vector" in n for n in tensors),
     )
