@@ -3,31 +3,31 @@
     python benchmarks/loading.py [--rounds 5] [--folder DIR]
 
 Writes a Stable Diffusion 1.x folder of random float16 weights (a smaller U-Net, the real
-autoencoder and text tower) and opens it in turn with both, each in a process of its own that has
-imported everything before. Every number of the weights is read once: what is only mapped into
-memory would be free otherwise. Prints seconds, peak memory over the weights' size, and the ratio.
+autoencoder and text tower) and opens it with both in turn, in one process that has imported
+everything before; the first round of each is not counted. Every number of the weights is read once:
+what is only mapped into memory would be free otherwise. Prints the medians of seconds on the clock
+and of seconds of this process's CPU, which other work on the machine does not change, the peak
+memory over the weights' size, and the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import gc
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+import torch
+
 OURS, THEIRS = "latentdiff", "diffusers"
 
 
 def write_folder(folder: Path) -> None:
-    """About 1 GB: half of it the U-Net."""
-    import torch
-
+    """About 1 GB: more than half of it the U-Net."""
     from latentdiff.formats.components import Components, empty_unet
     from latentdiff.formats.diffusers_folder import save_components
     from latentdiff.formats.scheduler_config import read_scheduler
@@ -58,73 +58,60 @@ def write_folder(folder: Path) -> None:
     save_components(folder, Components(*parts), torch.float16)
 
 
-def open_once(which: str, folder: str) -> None:
-    """In a process of its own: open, read every number, print what it took."""
-    import time
+def load_ours(folder: str) -> list[Any]:
+    """The networks, opened here."""
+    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
-    import torch
+    pipe = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
+    return [pipe.unet, pipe.autoencoder.module, pipe.text_encoder.module]
 
-    def resident(what: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
-    if which == OURS:
-        from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+def load_theirs(folder: str) -> list[Any]:
+    """The networks, opened by diffusers."""
+    from diffusers import StableDiffusionPipeline
 
-        def load() -> list[Any]:
-            pipe = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
-            return [pipe.unet, pipe.autoencoder.module, pipe.text_encoder.module]
-    else:
-        from diffusers import StableDiffusionPipeline
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # noqa: F401
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel  # noqa: F401
-        from transformers.models.clip.modeling_clip import CLIPTextModel  # noqa: F401
+    options = {"torch_dtype": torch.float16, "safety_checker": None}
+    pipe = StableDiffusionPipeline.from_pretrained(folder, **options)
+    return [pipe.unet, pipe.vae, pipe.text_encoder]
 
-        def load() -> list[Any]:
-            options = {"torch_dtype": torch.float16, "safety_checker": None}
-            pipe = StableDiffusionPipeline.from_pretrained(folder, **options)
-            return [pipe.unet, pipe.vae, pipe.text_encoder]
 
-    before, start = resident("VmRSS"), time.perf_counter()
-    tensors = [t for part in load() for t in part.state_dict().values()]
-    opened = time.perf_counter() - start
+def resident(what: str) -> int:
+    """Bytes of this process in RAM, mapped files included: VmRSS now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def measure(load: Callable[[str], list[Any]], folder: Path) -> dict[str, float]:
+    """Open once and read every number."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    before, clock, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
+    networks = load(str(folder))
+    opened, opened_cpu = time.perf_counter() - clock, time.process_time() - cpu
+    tensors = [tensor for network in networks for tensor in network.state_dict().values()]
     for tensor in tensors:
-        tensor.sum(dtype=torch.float32)
-    read = time.perf_counter() - start
-    peak = resident("VmHWM")
-    size = sum(tensor.nbytes for tensor in tensors)
-    print(json.dumps({"open": opened, "read": read, "memory": (peak - before) / size}))
-
-
-def measure(which: str, folder: Path) -> dict[str, float]:
-    """One process's answer."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--open", which, "--folder", str(folder)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        tensor.view(torch.uint8).flatten()[::64].sum()  # one byte of every cache line
+    return {
+        "opened, s": opened,
+        "opened, CPU s": opened_cpu,
+        "opened and read, s": time.perf_counter() - clock,
+        "opened and read, CPU s": time.process_time() - cpu,
+        "peak memory / weights": (resident("VmHWM") - before) / sum(t.nbytes for t in tensors),
+    }
 
 
 def compare(folder: Path, rounds: int) -> None:
     """Take turns, so that both see the same machine; print medians."""
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{size / 1e9:.2f} GB in float16, {rounds} rounds each, in turn")
     found: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
-    for which in (OURS, THEIRS) * (rounds + 1):
-        found[which].append(measure(which, folder))
-    middle = {
-        which: {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
-        for which, rows in found.items()  # the first round warms the disk's cache
-    }
-    for which, row in middle.items():
-        print(
-            f"{which:10}  opened in {row['open']:.2f} s, every number read after "
-            f"{row['read']:.2f} s, peak memory {row['memory']:.2f} of the weights in memory"
-        )
-    ratios = [middle[OURS][key] / middle[THEIRS][key] for key in ("open", "read")]
-    print(f"ratio       opened {ratios[0]:.2f}, read {ratios[1]:.2f}")
+    for _ in range(rounds + 1):
+        for name, load in ((OURS, load_ours), (THEIRS, load_theirs)):
+            found[name].append(measure(load, folder))
+    print(f"{size / 1e9:.2f} GB in float16, {rounds} rounds each, in turn; medians")
+    print(f"{'':24}{OURS:>12}{THEIRS:>12}{'ratio':>8}")
+    for key in found[OURS][0]:
+        ours, theirs = (statistics.median(r[key] for r in found[n][1:]) for n in (OURS, THEIRS))
+        print(f"{key:24}{ours:12.3f}{theirs:12.3f}{ours / theirs:8.2f}")
 
 
 def main() -> None:
@@ -134,11 +121,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="a model to open instead of a random one")
-    parser.add_argument("--open", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.open:
-        open_once(args.open, str(args.folder))
-        return
+    disable_progress_bars()
     if args.folder:
         compare(args.folder, args.rounds)
         return
@@ -147,5 +131,15 @@ def main() -> None:
         compare(Path(temporary) / "model", args.rounds)
 
 
+def disable_progress_bars() -> None:
+    """Drawing them would count against the others."""
+    import diffusers.utils.logging as theirs
+    import transformers.utils.logging as text
+
+    for logging in (theirs, text):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

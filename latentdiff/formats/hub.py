@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from latentdiff.errors import UserError
 
@@ -53,8 +54,8 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     ignored = [pattern for pattern in _IGNORED if variant is None or variant not in pattern]
+    options: dict[str, Any] = {"revision": revision, "ignore_patterns": ignored}
     try:
-        options = {"revision": revision, "ignore_patterns": ignored}
         found = Path(snapshot_download(name, allow_patterns=_PATTERNS, **options))
         if any(not list(found.glob(f"{p.split('/')[0]}/*.safetensors")) for p in _PICKLES):
             found = Path(snapshot_download(name, allow_patterns=_PATTERNS + _PICKLES, **options))
