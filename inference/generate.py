@@ -38,8 +38,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT", help="what to draw")
     add("--output", "-o", type=Path, default=Path("picture.png"), help="default: %(default)s")
-    add("--model", help="folder or Hugging Face id; default: the embedded model")
+    add("--model", help="folder, single file or Hugging Face id; default: the embedded model")
     add("--revision", help="branch, tag or commit on the hub")
+    add("--variant", help="which weights, where there are several: fp16, non_ema")
+    add("--prediction", choices=("eps", "v"), help="instead of what the model says")
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     add("--guidance", help="1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
@@ -97,7 +99,11 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
 
     dtype = getattr(torch, args.dtype)
     pipeline = LatentDiffusionPipeline.from_pretrained(
-        args.model, dtype=dtype, revision=args.revision
+        args.model,
+        dtype=dtype,
+        revision=args.revision,
+        variant=args.variant,
+        prediction=args.prediction,
     )
     height, width = picture_size(args.size)
     interval = args.guidance_interval

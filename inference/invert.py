@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--output", "-o", type=Path, default=Path("inverted.png"), help="default: %(default)s")
     add("--noise", type=Path, metavar="FILE", help="write x_T there as safetensors, key `latents`")
-    add("--model", help="folder or Hugging Face id; default: the embedded model")
+    add("--model", help="folder, single file or Hugging Face id; default: the embedded model")
     add("--steps", type=int, default=50, help="sampling steps; default: %(default)s")
     add("--iterations", type=int, default=3, help="network calls per step; default: %(default)s")
     add("--guidance", type=float, default=1.0, help="of the way there and back; %(default)s = off")

@@ -7,6 +7,8 @@ from importlib import import_module
 
 #: word → (module, what it is for).
 COMMANDS = {
+    "inspect": ("latentdiff.commands.inspect", "say what a file or folder of weights is"),
+    "convert": ("latentdiff.commands.convert", "turn a model into a folder or a single file"),
     "doctor": ("latentdiff.doctor.command", "look a data set over before training on it"),
 }
 

@@ -1,76 +1,107 @@
-"""Reading and writing one component's weights: safetensors, whole or in shards.
+"""Reading and writing one component's weights: safetensors or pickles, whole or in shards.
 
-STEM.safetensors, or STEM-00001-of-0000N.safetensors … with STEM.safetensors.index.json
-STEM.fp16.safetensors is read when nothing else is there; STEM.bin through weights_only=True
+STEM.safetensors           or STEM-00001-of-0000N.safetensors … with STEM.safetensors.index.json
+STEM.VARIANT.safetensors   the same of a variant: fp16, non_ema
+STEM.bin …                 the same as pickles (pytorch_model for `model`), never run as code
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.tensor_file import read_tensor_file
 
 UNET_STEM = VAE_STEM = "diffusion_pytorch_model"
 TEXT_STEM = "model"
+#: What transformers calls the pickle of what it calls `model` as safetensors.
+_PICKLE_STEM = {TEXT_STEM: "pytorch_model"}
+#: Variants that are read unasked, when nothing else is there.
+_STAND_INS = ("fp16", "bf16")
 #: Weights that stay float32 in a 16-bit file: frequencies, where rounding changes whole turns.
 KEEP_FLOAT32 = ("time_proj.weight",)
 
 
-def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
+def read_weights(
+    folder: Path, stem: str, variant: str | None = None, *, insist: bool = False
+) -> dict[str, Tensor]:
     """Read a component's state dict, in the dtype that is on disk.
 
-    Raises:  UserError: no weights, a missing shard, or a file that cannot be read.
+    Args:    variant: fp16, non_ema, …; None: the plain files, or the half-precision ones where
+             there are no others.
+             insist: do not take the plain files where the variant is missing.
+    Raises:  UserError: no such weights, a missing shard, or a file that cannot be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    files = _safetensors(folder, stem)
-    state: dict[str, Tensor] = {}
-    try:
-        for file in files:
-            state |= load_file(file)
-        if not files:
-            pickle = folder / f"{stem}.bin"
-            # weights_only refuses everything that could run code.
-            state = torch.load(pickle, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        # PyTorch's own text tells how to turn the protection off.
-        raise UserError(
-            f"the weights in {folder} cannot be read: {stem}.bin is damaged, or a pickle that "
-            "holds more than tensors. Ask for the model as safetensors."
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"the weights in {folder} cannot be read: {error}") from error
-    return state
+    tried = [variant] if variant and insist else [variant, None, *_STAND_INS]
+    for name in dict.fromkeys(tried):
+        if files := _find(folder, stem, name):
+            state: dict[str, Tensor] = {}
+            for file in files:
+                state |= read_tensor_file(file).tensors
+            return state
+    present = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
+    expected = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    raise UserError(
+        f"no weights in {folder}: expected {expected} (or shards with an index, or .bin); "
+        f"there is {', '.join(present) or 'none'}."
+    )
 
 
 def place_weights(
-    module: nn.Module, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
-) -> None:
-    """Put the tensors of a file into a network built on the meta device; others are ignored.
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str | Path,
+    dtype: torch.dtype | None,
+    *,
+    useless: Collection[str] = (),
+) -> list[str]:
+    """Put the tensors of a file into a network built on the meta device, without copying them.
 
-    Raises: UserError: a weight of the network is missing or has another shape.
+    Args:    where: the file or folder, for the message.
+             dtype: of the weights in memory, `KEEP_FLOAT32` excepted; None: as they are.
+             useless: names that files of this kind may hold although the network has no use for
+             them.
+    Returns: those of `useless` that were there.
+    Raises:  UserError: a weight is missing, unexpected or of another shape.
     """
     wanted = module.state_dict()
     refuse_misfit(
-        [n for n, t in wanted.items() if n not in state or state[n].shape != t.shape], folder
+        [name for name in wanted if name not in state],
+        [name for name in state if name not in wanted and name not in useless],
+        [n for n, t in wanted.items() if n in state and state[n].shape != t.shape],
+        where,
     )
-    module.load_state_dict({n: state[n].to(dtype) for n in wanted}, assign=True)
+    cast = {
+        name: state[name] if dtype is None or name.endswith(KEEP_FLOAT32) else state[name].to(dtype)
+        for name in wanted
+    }
+    module.load_state_dict(cast, assign=True)
+    return [name for name in state if name not in wanted]
 
 
-def refuse_misfit(names: list[str], folder: Path) -> None:
+def refuse_misfit(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    misshapen: Sequence[str],
+    where: str | Path,
+) -> None:
     """Name weights that do not fit. Raises: UserError: unless there are none."""
-    if names:
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
+    if found:
         raise UserError(
-            f"the weights in {folder} do not fit its config.json; missing or of another shape: "
-            f"{', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''}"
+            f"the weights in {where} do not fit its configuration; {'; '.join(found)}. "
+            "Nothing was loaded."
         )
+
+
+def _some(names: Sequence[str], shown: int = 6) -> str:
+    return ", ".join(sorted(names)[:shown]) + (" …" if len(names) > shown else "")
 
 
 def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
@@ -95,15 +126,15 @@ def write_weights(
              max_shard_bytes: split into files of at most this size (a single larger tensor gets
              its own); None: one file.
     """
-    tensors = {name: _stored(name, tensor, dtype) for name, tensor in state.items()}
+    tensors = {name: stored_tensor(name, tensor, dtype) for name, tensor in state.items()}
     shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        _save(tensors, folder / f"{stem}.safetensors")
+        save_tensors(tensors, folder / f"{stem}.safetensors")
         return
     placed: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save({name: tensors[name] for name in names}, folder / file)
+        save_tensors({name: tensors[name] for name in names}, folder / file)
         placed |= dict.fromkeys(names, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
@@ -111,37 +142,45 @@ def write_weights(
     (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    """safetensors makes files that only their owner can read; a new file of ours is as usual."""
+def save_tensors(
+    tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one file; safetensors' own can be read by their owner only, ours are as usual."""
     from safetensors.torch import save_file
 
     file.touch()
     usual = file.stat().st_mode
-    save_file(tensors, file, {"format": "pt"})
+    save_file(tensors, file, {"format": "pt", **(metadata or {})})
     file.chmod(usual)
 
 
-def _safetensors(folder: Path, stem: str) -> list[Path]:
-    """The files that together hold the weights; empty when there is only a pickle."""
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(placed.values()))]
-        for file in files:
-            if file.parent != folder or not file.is_file():
-                raise UserError(f"{index} names {file.name}, which is not in {folder}.")
-        return files
-    half = folder / f"{stem}.fp16.safetensors"
-    if half.is_file():
-        return [half]
-    if not (folder / f"{stem}.bin").is_file():
-        raise UserError(f"no weights in {folder}: expected {whole.name} (or shards with an index).")
+def _find(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """The files that together hold a variant of the weights; empty when it is not there."""
+    dot = f".{variant}" if variant else ""
+    for name, ending in ((stem, "safetensors"), (_PICKLE_STEM.get(stem, stem), "bin")):
+        whole = folder / f"{name}{dot}.{ending}"
+        if whole.is_file():
+            return [whole]
+        index = folder / f"{name}.{ending}.index{dot}.json"
+        if index.is_file():
+            return _shard_files(index)
     return []
 
 
-def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _shard_files(index: Path) -> list[Path]:
+    try:
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = [index.parent / name for name in sorted(set(placed.values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of shards: {error!r}") from error
+    for file in files:
+        if file.parent != index.parent or not file.is_file():
+            raise UserError(f"{index} names {file.name}, which is not in {index.parent}.")
+    return files
+
+
+def stored_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as it is written in files of a dtype."""
     keep = name.endswith(KEEP_FLOAT32) or not tensor.is_floating_point()
     return tensor.detach().to("cpu", tensor.dtype if keep else dtype).contiguous()
 

@@ -49,24 +49,24 @@ def write_plain_vocabulary(folder: Path, pad_token: str = EOS) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def make_text_model(seed: int = 0) -> Any:
+def make_text_model(seed: int = 0, **changes: Any) -> Any:
     """transformers' CLIPTextModel, two layers."""
     from transformers.models.clip.modeling_clip import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
     vocab, _ = vocabulary()
-    config = CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=vocab[BOS],
-        eos_token_id=vocab[EOS],
-        pad_token_id=vocab[EOS],
-    )
-    return CLIPTextModel(config).eval()
+    fields: dict[str, Any] = {
+        "vocab_size": len(vocab),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": vocab[BOS],
+        "eos_token_id": vocab[EOS],
+        "pad_token_id": vocab[EOS],
+    }
+    return CLIPTextModel(CLIPTextConfig(**(fields | changes))).eval()
 
 
 def make_vae(kind: str = "kl", seed: int = 0) -> Any:

@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "latentdiff"
 #: Lower may not import higher, and parts of the same level do not know each other.
 LEVEL = {
     "errors": 0, "embedded": 0, "precision": 0,
-    "weight_files": 1, "config_types": 1, "config_yaml": 1, "config": 2,
+    "tensor_file": 1, "weight_files": 2, "config_types": 1, "config_yaml": 1, "config": 2,
     "diffusion": 3, "models": 3, "data": 3, "formats": 4, "pipelines": 5, "trainer": 5, "doctor": 5,
-    "command_line": 6, "evaluation": 6, "__init__": 7, "__main__": 7,
+    "command_line": 6, "commands": 6, "evaluation": 6, "__init__": 7, "__main__": 7,
 }  # fmt: skip
 CONFIG = {"config", "config_types", "config_yaml", "errors"}
 

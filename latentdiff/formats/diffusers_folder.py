@@ -8,21 +8,18 @@ round.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.prediction import check_prediction
-from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError
 from latentdiff.formats.atomic import atomic_folder
+from latentdiff.formats.components import Components, check_inputs, empty_unet, fill_unet
+from latentdiff.formats.generation_config import generation_defaults, with_generation
 from latentdiff.formats.hub import resolve_folder
 from latentdiff.formats.scheduler_config import (
     SamplingDefaults,
@@ -30,12 +27,11 @@ from latentdiff.formats.scheduler_config import (
     scheduler_class,
     write_scheduler,
 )
-from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
+from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 from latentdiff.models.unet import UNet
-from latentdiff.models.unet_config import DIFFUSERS_VERSION
+from latentdiff.models.unet_config import DIFFUSERS_VERSION, config_from_dict
 from latentdiff.weight_files import (
-    KEEP_FLOAT32,
     TEXT_STEM,
     UNET_STEM,
     VAE_STEM,
@@ -54,74 +50,60 @@ LAYOUT = (*PARTS, "model_index.json", GENERATION, "safety_checker", "feature_ext
 SMALL_SHARDS = 15 * 2**20 - 2**16
 
 
-@dataclass
-class Components:
-    """Everything that a text-to-image model consists of."""
-
-    unet: UNet
-    """The denoiser."""
-    autoencoder: Autoencoder
-    """Images ↔ latents."""
-    text_encoder: TextEncoder
-    """Prompts → context."""
-    schedule: ScheduleConfig
-    """The noise schedule of the training."""
-    prediction: str
-    """What the U-Net predicts: eps, x0, v or flow."""
-    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """How to sample when the caller does not say."""
-    dtype_on_disk: torch.dtype = torch.float32
-    """What the U-Net was stored in; `save_components` keeps to it unless told otherwise."""
-
-    def check(self) -> None:
-        """Refuse parts that do not fit together.
-
-        Raises: UserError: latent channels, text width or prediction do not match.
-        """
-        unet, latent = self.unet.config, self.autoencoder.latent_channels
-        for name, value in (("in_channels", unet.in_channels), ("out_channels", unet.out_channels)):
-            if value != latent:
-                raise UserError(
-                    f"the U-Net's {name} must equal the autoencoder's latent channels ({latent}); "
-                    f"got {value}. They come from different models."
-                )
-        if unet.cross_attention_dim != self.text_encoder.width:
-            raise UserError(
-                f"the U-Net's cross_attention_dim must equal the text encoder's width "
-                f"({self.text_encoder.width}); got {unet.cross_attention_dim}. "
-                "They come from different models."
-            )
-        check_prediction(self.prediction, self.schedule)
+#: Pipelines of diffusers for models of another kind, by how their names begin.
+OTHER_MODELS = {
+    "StableDiffusionXL": "Stable Diffusion XL",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "StableDiffusionInpaint": "a Stable Diffusion inpainting model",
+    "StableDiffusionDepth": "a Stable Diffusion depth model",
+    "StableDiffusionUpscale": "a Stable Diffusion upscaler",
+    "StableDiffusionLatentUpscale": "a Stable Diffusion upscaler",
+    "StableDiffusionInstructPix2Pix": "an InstructPix2Pix model",
+    "StableUnCLIP": "Stable unCLIP",
+    "StableVideo": "Stable Video Diffusion",
+    "StableCascade": "Stable Cascade",
+    "Flux": "FLUX",
+    "PixArt": "PixArt",
+    "Kandinsky": "Kandinsky",
+    "LatentConsistency": "a latent consistency model",
+    "AltDiffusion": "AltDiffusion",
+}
 
 
 def load_components(
     folder_or_hub_id: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     revision: str | None = None,
+    variant: str | None = None,
 ) -> Components:
     """Read a model in the Stable Diffusion layout.
 
     Args:    folder_or_hub_id: a local folder, which never touches the network, or a hub id.
              dtype: of U-Net and text encoder in memory; the autoencoder is always float32,
-             because Stable Diffusion's decoders overflow in float16.
+             because Stable Diffusion's decoders overflow in float16. None: everything as it is on
+             disk, for converting.
              revision: branch, tag or commit on the hub.
+             variant: fp16, non_ema, …: the U-Net must have it, other parts take it if they do.
     Raises:  UserError: a part is missing, unsupported, damaged or does not fit the others.
     """
-    folder = resolve_folder(folder_or_hub_id, revision)
-    _check_layout(folder)
+    folder = resolve_folder(folder_or_hub_id, revision, variant)
+    check_layout(folder)
     schedule, prediction, sampling = read_scheduler(
         _read_json(folder / "scheduler" / "scheduler_config.json")
     )
-    unet, on_disk = _read_unet(folder / "unet", dtype)
+    unet, on_disk = _read_unet(folder / "unet", dtype, variant)
+    text = load_text_encoder(folder / "text_encoder", folder / "tokenizer", dtype, variant)
+    vae_dtype = None if dtype is None else torch.float32
     components = Components(
         unet=unet,
-        autoencoder=load_autoencoder(folder / "vae"),
-        text_encoder=load_text_encoder(folder / "text_encoder", folder / "tokenizer", dtype),
+        autoencoder=load_autoencoder(folder / "vae", vae_dtype, variant),
+        text_encoder=text,
         schedule=schedule,
         prediction=prediction,
-        sampling=_with_guidance(sampling, folder / GENERATION),
+        sampling=_with_generation(sampling, folder / GENERATION),
         dtype_on_disk=on_disk,
+        dropped=[f"text_encoder: {name}" for name in text.dropped],
     )
     components.check()
     return components
@@ -145,13 +127,13 @@ def save_components(
     """Write a model in the Stable Diffusion layout, all at once.
 
     Args:    folder: new, empty, or a model folder, which is replaced only when all is written.
-             dtype: on disk; None: what the model was read from.
+             dtype: on disk; None: what each part was read from.
              max_shard_bytes: split weights into files of this size, see `SMALL_SHARDS`.
     Returns: the folder.
     Raises:  UserError: parts that do not fit together, or a folder that cannot be written.
     """
     components.check()
-    dtype = components.dtype_on_disk if dtype is None else dtype
+    dtypes = components.part_dtypes(dtype)
     target = Path(folder).expanduser()
     vae, text = components.autoencoder, components.text_encoder
     parts: list[tuple[str, dict[str, Any], Mapping[str, Tensor], str]] = [
@@ -163,14 +145,14 @@ def save_components(
         for name, config, state, stem in parts:
             (new / name).mkdir()
             _write_json(new / name / "config.json", config)
-            write_weights(new / name, stem, state, dtype, max_shard_bytes)
+            write_weights(new / name, stem, state, dtypes[name], max_shard_bytes)
         text.tokenizer.save(new / "tokenizer")
         (new / "scheduler").mkdir()
         scheduler = write_scheduler(components.schedule, components.prediction, components.sampling)
         _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(new / "model_index.json", _model_index(components))
-        if (scale := components.sampling.guidance_scale) is not None:
-            _write_json(new / GENERATION, {"guidance_scale": scale})
+        if own := generation_defaults(components.sampling):
+            _write_json(new / GENERATION, own)
     return target
 
 
@@ -187,44 +169,31 @@ def save_text_encoder(
     return folder
 
 
-def _with_guidance(sampling: SamplingDefaults, file: Path) -> SamplingDefaults:
-    """Take the model's own guidance scale from a file that need not be there."""
-    scale = _read_json(file).get("guidance_scale") if file.is_file() else None
-    if scale is None:
-        return sampling
-    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
-        raise UserError(f"guidance_scale in {file} must be a number of at least 0; got {scale!r}.")
-    return dataclasses.replace(sampling, guidance_scale=float(scale))
+def _with_generation(sampling: SamplingDefaults, file: Path) -> SamplingDefaults:
+    return with_generation(sampling, _read_json(file), file) if file.is_file() else sampling
 
 
-def _read_unet(folder: Path, dtype: torch.dtype) -> tuple[UNet, torch.dtype]:
+def _read_unet(
+    folder: Path, dtype: torch.dtype | None, variant: str | None = None
+) -> tuple[UNet, torch.dtype]:
     if not (folder / "config.json").is_file():
         raise UserError(f"no U-Net at {folder}: config.json does not exist there.")
-    config, state = _read_json(folder / "config.json"), read_weights(folder, UNET_STEM)
-    on_disk = stored_dtype(state)
-    # On the meta device nothing is allocated or initialised; the file's tensors are put in place.
-    with torch.device("meta"):
-        unet = UNet.from_config(config)
-    state = {
-        name: tensor if name.endswith(KEEP_FLOAT32) else tensor.to(dtype)
-        for name, tensor in state.items()
-    }
-    try:
-        unet.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise UserError(_misfit(folder, error)) from error
-    for parameter in unet.parameters():
-        parameter.requires_grad_(True)
-    unet.time_proj.requires_grad_(False)
-    return unet.eval(), on_disk
+    config = config_from_dict(_read_json(folder / "config.json"))
+    check_inputs(config)
+    state = read_weights(folder, UNET_STEM, variant, insist=True)
+    return fill_unet(empty_unet(config), state, folder, dtype), stored_dtype(state)
 
 
-def _misfit(folder: Path, error: RuntimeError) -> str:
-    lines = [line.strip() for line in str(error).splitlines()[1:4]]
-    return f"the weights in {folder} do not fit its config.json: {' '.join(lines)[:400]}"
-
-
-def _check_layout(folder: Path) -> None:
+def check_layout(folder: Path) -> None:
+    """Refuse a folder of another kind of model, by name. Raises: UserError."""
+    index = folder / "model_index.json"
+    kind = str(_read_json(index).get("_class_name")) if index.is_file() else ""
+    for start, name in OTHER_MODELS.items():
+        if kind.startswith(start) and not kind.endswith("Legacy"):
+            raise UserError(
+                f"{folder} is {name} (diffusers' {kind}), which is not supported. Stable Diffusion "
+                "1.x and 2.x for text to image are."
+            )
     missing = [name for name in PARTS if not (folder / name).is_dir()]
     if missing:
         raise UserError(

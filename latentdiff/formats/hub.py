@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from latentdiff.errors import UserError
 
@@ -18,15 +19,20 @@ _PATTERNS = [
     "vae/diffusion_pytorch_model*.safetensors",
     "text_encoder/model*.safetensors",
 ]
-_IGNORED = ["*.fp16*", "*.non_ema*"]
+_IGNORED = ["*.fp16*", "*.bf16*", "*.non_ema*"]
+#: Taken where a part has no safetensors.
+_PICKLES = ["unet/*.bin", "vae/*.bin", "text_encoder/*.bin"]
 
 
-def resolve_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
+def resolve_folder(
+    folder_or_hub_id: str | Path, revision: str | None = None, variant: str | None = None
+) -> Path:
     """The local folder behind a path or hub id.
 
     Args:    folder_or_hub_id: an existing folder, never looked up on the network; otherwise
              `owner/name` on the Hugging Face hub, downloaded once into its cache.
              revision: branch, tag or commit on the hub.
+             variant: download these weights too, for example fp16.
     Raises:  UserError: neither; a file; or the hub does not have it or cannot be reached.
     """
     path = Path(folder_or_hub_id).expanduser()
@@ -41,16 +47,18 @@ def resolve_folder(folder_or_hub_id: str | Path, revision: str | None = None) ->
             f"no model at {name}: this folder does not exist. "
             "Give an existing folder, or a Hugging Face id such as owner/name."
         )
-    return _download(name, revision)
+    return _download(name, revision, variant)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, variant: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    ignored = [pattern for pattern in _IGNORED if variant is None or variant not in pattern]
+    options: dict[str, Any] = {"revision": revision, "ignore_patterns": ignored}
     try:
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED
-        )
+        found = Path(snapshot_download(name, allow_patterns=_PATTERNS, **options))
+        if any(not list(found.glob(f"{p.split('/')[0]}/*.safetensors")) for p in _PICKLES):
+            found = Path(snapshot_download(name, allow_patterns=_PATTERNS + _PICKLES, **options))
     except Exception as error:
         # The hub's client raises a dozen types, of httpx too; each means that there is no model.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -58,4 +66,4 @@ def _download(name: str, revision: str | None) -> Path:
             f"no folder {name} here, and it could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}: {reason}). Check the spelling, the revision and the network."
         ) from error
-    return Path(found)
+    return found

@@ -10,6 +10,8 @@ Source: Rombach et al. 2022, section 3.1 and appendix G, arXiv:2112.10752.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from latentdiff.errors import UserError, choice_error
 from latentdiff.models.quiet import quiet
 from latentdiff.models.vae import AutoencoderKL, covers, modern_names
-from latentdiff.weight_files import VAE_STEM, place_weights, read_weights, refuse_misfit
+from latentdiff.weight_files import VAE_STEM, place_weights, read_weights, stored_dtype
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 #: Log-variance given to an autoencoder without one; e^(−30) is no noise at all.
@@ -37,6 +39,8 @@ class Autoencoder(nn.Module):
         """
         super().__init__()
         self.module: Any = module
+        self.dtype_on_disk: torch.dtype | None = None
+        """What the weights were stored in; None: they come from no file."""
         config: Any = module.config
         self.kind = type(module).__name__
         if self.kind not in AUTOENCODERS:
@@ -133,10 +137,13 @@ class Autoencoder(nn.Module):
                 )
 
 
-def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
+def load_autoencoder(
+    folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None
+) -> Autoencoder:
     """Read an autoencoder from a local folder with config.json and weights.
 
-    Args:    folder: for example `model/vae`.  dtype: of the weights in memory.
+    Args:    folder: for example `model/vae`.  dtype: of the weights in memory; None: as they are.
+             variant: see `read_weights`.
     Returns: frozen, in evaluation mode.
     Raises:  UserError: folder or weights missing, unknown class, weights that do not fit.
     """
@@ -145,31 +152,39 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"no autoencoder at {folder}: {file} does not exist.")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind == "AutoencoderKL" and covers(config):
-        try:
-            with torch.device("meta"):
-                module: nn.Module = AutoencoderKL(config)
-        except (ValueError, TypeError, RuntimeError, KeyError) as error:
-            raise UserError(f"{file} describes no autoencoder: {error}") from error
-        place_weights(module, modern_names(read_weights(file.parent, VAE_STEM)), file.parent, dtype)
-    else:
-        module = _from_diffusers(file.parent, kind, dtype)
-    return Autoencoder(module.eval().requires_grad_(False))
+    module = empty_autoencoder(json.loads(file.read_text(encoding="utf-8")), file)
+    return fill_autoencoder(module, read_weights(file.parent, VAE_STEM, variant), folder, dtype)
 
 
-def _from_diffusers(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
-    network = _network_class(kind)
+def empty_autoencoder(config: Mapping[str, Any], where: str | Path) -> nn.Module:
+    """Build a network whose weights take no memory yet.
+
+    Args:    config: diffusers' config.json; where: what it was read from, for the message.
+    Raises:  UserError: unknown class, or a configuration that no network has.
+    """
+    kind = str(config.get("_class_name", "AutoencoderKL"))
+    ours = kind == "AutoencoderKL" and covers(config)
+    build = AutoencoderKL if ours else partial(_from_diffusers, _network_class(kind))
+    try:
+        with torch.device("meta"):
+            return build(config)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise UserError(f"{where} describes no autoencoder: {error}") from error
+
+
+def fill_autoencoder(
+    module: nn.Module, state: Mapping[str, Tensor], where: str | Path, dtype: torch.dtype | None
+) -> Autoencoder:
+    """Put weights into an empty network. Raises: UserError: they do not fit."""
+    place_weights(module, modern_names(state), where, dtype)
+    autoencoder = Autoencoder(module.eval().requires_grad_(False))
+    autoencoder.dtype_on_disk = stored_dtype(state)
+    return autoencoder
+
+
+def _from_diffusers(network: Any, config: Mapping[str, Any]) -> nn.Module:
     with quiet("diffusers"):
-        try:
-            module, info = network.from_pretrained(
-                str(folder), torch_dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"the autoencoder in {folder} cannot be read: {error}") from error
-    refuse_misfit([*info["missing_keys"], *map(str, info["mismatched_keys"])], folder)
-    return module
+        return network.from_config(dict(config))
 
 
 def _network_class(kind: str) -> Any:

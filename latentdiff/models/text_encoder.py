@@ -6,7 +6,7 @@ padding included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from latentdiff.errors import UserError
 from latentdiff.models.clip_text import ClipText
 from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
-from latentdiff.weight_files import TEXT_STEM, place_weights, read_weights
+from latentdiff.weight_files import TEXT_STEM, place_weights, read_weights, stored_dtype
 
-#: The file of folders that have no safetensors.
-PICKLE = "pytorch_model.bin"
 #: What Stable Diffusion folders, and their readers, put before every weight's name.
 PREFIX = "text_model."
+#: What files of text towers hold besides it: a constant, and projections next to the image tower.
+USELESS = ("embeddings.position_ids", "text_projection.weight")
 
 
 class TextEncoder(nn.Module):
@@ -32,6 +32,10 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.module = module
         self.tokenizer = tokenizer
+        self.dtype_on_disk: torch.dtype | None = None
+        """What the weights were stored in; None: they come from no file."""
+        self.dropped: list[str] = []
+        """Names in the file that the tower has no use for."""
 
     @property
     def width(self) -> int:
@@ -82,30 +86,50 @@ class TextEncoder(nn.Module):
 
 
 def load_text_encoder(
-    text_folder: str | Path, tokenizer_folder: str | Path, dtype: torch.dtype = torch.float32
+    text_folder: str | Path,
+    tokenizer_folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    variant: str | None = None,
 ) -> TextEncoder:
     """Read a text encoder and its tokenizer from local folders.
 
     Args:    text_folder: for example `model/text_encoder`.
-             tokenizer_folder: for example `model/tokenizer`.  dtype: of the weights in memory.
+             tokenizer_folder: for example `model/tokenizer`.
+             dtype: of the weights in memory; None: as they are.  variant: see `read_weights`.
     Returns: frozen, in evaluation mode.
     Raises:  UserError: something missing, another class of model, weights that do not fit.
     """
     folder = Path(text_folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"no text encoder at {folder}: config.json does not exist there.")
-    config = _read_config(folder)
+    module = empty_text_tower(_read_config(folder), folder / "config.json")
+    state = {n.removeprefix(PREFIX): t for n, t in read_weights(folder, TEXT_STEM, variant).items()}
+    tokenizer = load_tokenizer(tokenizer_folder, module.config["max_position_embeddings"])
+    return fill_text_encoder(module, state, tokenizer, folder, dtype)
+
+
+def empty_text_tower(config: Mapping[str, Any], where: str | Path) -> ClipText:
+    """Build a tower whose weights take no memory yet. Raises: UserError: no such tower."""
     try:
         with torch.device("meta"):
-            module = ClipText(config)
+            return ClipText(config)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder / 'config.json'} describes no text tower: {error}") from error
-    pickled = (folder / PICKLE).is_file() and not list(folder.glob("*.safetensors"))
-    state = read_weights(folder, Path(PICKLE).stem if pickled else TEXT_STEM)
-    place_weights(module, {n.removeprefix(PREFIX): t for n, t in state.items()}, folder, dtype)
-    tokenizer = load_tokenizer(tokenizer_folder, module.config["max_position_embeddings"])
+        raise UserError(f"{where} describes no text tower: {error}") from error
+
+
+def fill_text_encoder(
+    module: ClipText,
+    state: Mapping[str, Tensor],
+    tokenizer: ClipTokenizer,
+    where: str | Path,
+    dtype: torch.dtype | None,
+) -> TextEncoder:
+    """Put weights into an empty tower. Raises: UserError: they or the tokenizer do not fit."""
+    dropped = place_weights(module, state, where, dtype, useless=USELESS)
     _check_vocabulary(tokenizer, module.config["vocab_size"])
-    return TextEncoder(module.eval().requires_grad_(False), tokenizer)
+    encoder = TextEncoder(module.eval().requires_grad_(False), tokenizer)
+    encoder.dtype_on_disk, encoder.dropped = stored_dtype(state), dropped
+    return encoder
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -97,6 +97,7 @@ def load_tokenizer(folder: str | Path, max_length: int) -> ClipTokenizer:
     Raises:  UserError: neither form is there.
     """
     from tokenizers import Tokenizer
+    from tokenizers.models import BPE
 
     folder = Path(folder)
     config = _read_json(folder / "special_tokens_map.json")
@@ -104,7 +105,9 @@ def load_tokenizer(folder: str | Path, max_length: int) -> ClipTokenizer:
     if (folder / "tokenizer.json").is_file():
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        backend = _build(folder, config)
+        files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
+        bpe = BPE.from_file(*files, unk_token=EOS, end_of_word_suffix="</w>")
+        backend = build_backend(bpe, config)
     else:
         raise UserError(
             f"no tokenizer at {folder}: it must hold tokenizer.json, or vocab.json and merges.txt."
@@ -113,15 +116,12 @@ def load_tokenizer(folder: str | Path, max_length: int) -> ClipTokenizer:
     return ClipTokenizer(backend, config, stated)
 
 
-def _build(folder: Path, config: dict[str, Any]) -> Any:
-    """CLIP's tokenizer from its vocabulary and merges."""
+def build_backend(model: Any, config: dict[str, Any]) -> Any:
+    """CLIP's tokenizer around its vocabulary and merges, a `tokenizers.models.BPE`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
     from tokenizers.processors import RobertaProcessing
 
-    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
-    model = BPE.from_file(*files, unk_token=EOS, end_of_word_suffix="</w>")
     tokenizer: Any = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -29,7 +29,8 @@ from latentdiff.diffusion.samplers.registry import SAMPLERS, check_options, spli
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_folder import Components, load_components, save_components
+from latentdiff.formats.components import Components
+from latentdiff.formats.model import load_model, save_model
 from latentdiff.pipelines.inputs import (
     check_latents,
     check_output_type,
@@ -96,13 +97,17 @@ class LatentDiffusionPipeline:
         *,
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
+        variant: str | None = None,
+        prediction: str | None = None,
     ) -> LatentDiffusionPipeline:
-        """Load a model in diffusers' Stable Diffusion layout.
+        """Load a model: a folder of diffusers' Stable Diffusion layout, or a single file.
 
-        Args:    folder_or_hub_id: a local folder (never touches the network) or a Hugging Face
-                 id; None: the model that comes with the package.
+        Args:    folder_or_hub_id: a local folder or a .safetensors or .ckpt file (never touch the
+                 network), or a Hugging Face id; None: the model that comes with the package.
                  dtype: of U-Net and text encoder in memory; the autoencoder stays float32.
                  revision: branch, tag or commit on the hub.
+                 variant: which weights, where there are several: fp16, non_ema.
+                 prediction: eps or v instead of what the model says.
         Raises:  UserError: missing, incomplete, unsupported or inconsistent.
         """
         if folder_or_hub_id is None:
@@ -112,7 +117,8 @@ class LatentDiffusionPipeline:
                     "Give a model folder or a Hugging Face id."
                 )
             folder_or_hub_id = EMBEDDED_MODEL
-        return cls(load_components(folder_or_hub_id, dtype=dtype, revision=revision))
+        options = {"revision": revision, "variant": variant, "prediction": prediction}
+        return cls(load_model(folder_or_hub_id, dtype=dtype, **options))
 
     def save_pretrained(
         self,
@@ -121,8 +127,11 @@ class LatentDiffusionPipeline:
         *,
         max_shard_bytes: int | None = None,
     ) -> Path:
-        """Write the model, so that this class and diffusers load it; see `save_components`."""
-        return save_components(folder, self.components, dtype, max_shard_bytes=max_shard_bytes)
+        """Write the model, so that this class and diffusers load it; see `save_components`.
+
+        A name that ends in .safetensors makes it a single file; see `save_single_file`.
+        """
+        return save_model(folder, self.components, dtype, max_shard_bytes=max_shard_bytes)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,30 +47,18 @@ def frozen_autoencoder(given: Given) -> tuple[Any, TrainConfig]:
     The U-Net and the text encoder stay closed: of a pretrained model only its picture size is read.
     Raises: UserError: no such model.
     """
-    from latentdiff.formats.hub import resolve_folder
-    from latentdiff.models.autoencoder import load_autoencoder
+    from latentdiff.formats.model import latent_size, open_autoencoder
 
     config, model = given.config, given.config.model
-    base = EMBEDDED_MODEL
+    base: str | Path = EMBEDDED_MODEL
     if model.pretrained is not None and model.pretrained != "embedded":
-        base = resolve_folder(model.pretrained, model.revision)
-    found = base if model.vae is None else resolve_folder(model.vae)
-    inner = found / "vae"
-    autoencoder = load_autoencoder(inner if inner.is_dir() else found, torch.float32)
-    if model.pretrained is not None and "data.image_size" not in given.keys:
-        config = _own_size(config, base, autoencoder.downscale)
-    return autoencoder, config
-
-
-def _own_size(config: TrainConfig, base: Path, downscale: int) -> TrainConfig:
-    file = base / "unet" / "config.json"
-    try:
-        size = json.loads(file.read_text(encoding="utf-8")).get("sample_size")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{base} is not a model folder: {file} cannot be read ({error})."
-        ) from error
+        base = model.pretrained
+    revision = model.revision if model.vae is None else None
+    autoencoder = open_autoencoder(base if model.vae is None else model.vae, revision)
+    if model.pretrained is None or "data.image_size" in given.keys:
+        return autoencoder, config
+    size = latent_size(base, model.revision)
     if not isinstance(size, int):
-        return config
-    data = dataclasses.replace(config.data, image_size=size * downscale)
-    return dataclasses.replace(config, data=data)
+        return autoencoder, config
+    data = dataclasses.replace(config.data, image_size=size * autoencoder.downscale)
+    return autoencoder, dataclasses.replace(config, data=data)

@@ -40,14 +40,14 @@ class ModelConfig:
     """Which network is trained, and the frozen parts around it."""
 
     pretrained: str | None = None
-    """Folder or hub id of a model to fine-tune, or `embedded`; null trains from scratch."""
+    """Folder, single file or hub id of a model to fine-tune, or `embedded`; null: from scratch."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     vae: str | None = None
-    """Model folder (or its vae folder) of the autoencoder; null takes the pretrained model's, or
-    the embedded one."""
+    """Model (or its vae folder) of the autoencoder; null takes the pretrained model's, or the
+    embedded one."""
     text_encoder: str | None = None
-    """Model folder with text_encoder/ and tokenizer/; null takes the pretrained model's, or the
+    """Model of the text encoder and its tokenizer; null takes the pretrained model's, or the
     embedded one."""
     unet: UNetConfig = field(default_factory=_small_unet)
     """Shape of a U-Net that is trained from scratch. Channels in and out, cross_attention_dim and

@@ -35,14 +35,15 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     Returns: the components, the configuration with what the pretrained model decides, notes.
     Raises: UserError: a part is missing, or two do not fit together.
     """
-    from latentdiff.formats.diffusers_folder import Components, load_components
+    from latentdiff.formats.components import Components
+    from latentdiff.formats.model import load_model
 
     check_given(given)
     config, notes, model = given.config, list[str](), given.config.model
     base: Components | None = None
     if model.pretrained is not None:
         folder = _embedded() if model.pretrained == "embedded" else model.pretrained
-        base = load_components(folder, revision=model.revision)
+        base = load_model(folder, revision=model.revision)
         config, notes = adopt(given, base.schedule, base.prediction)
         config = settle_size(config, base, "data.image_size" in given.keys)
     # The maths is checked before anything else is opened.
@@ -107,25 +108,20 @@ def _embedded() -> Path:
     return Path(EMBEDDED_MODEL)
 
 
-def _autoencoder(folder: str | None, base: Components | None) -> Any:
-    from latentdiff.formats.diffusers_folder import resolve_folder
-    from latentdiff.models.autoencoder import load_autoencoder
+def _autoencoder(name: str | None, base: Components | None) -> Any:
+    from latentdiff.formats.model import open_autoencoder
 
-    if folder is None and base is not None:
+    if name is None and base is not None:
         return base.autoencoder
-    found = resolve_folder(folder) if folder is not None else _embedded()
-    inner = found / "vae"
-    return load_autoencoder(inner if inner.is_dir() else found, torch.float32)
+    return open_autoencoder(name if name is not None else _embedded())
 
 
-def _text_encoder(folder: str | None, base: Components | None) -> Any:
-    from latentdiff.formats.diffusers_folder import resolve_folder
-    from latentdiff.models.text_encoder import load_text_encoder
+def _text_encoder(name: str | None, base: Components | None) -> Any:
+    from latentdiff.formats.model import open_text_encoder
 
-    if folder is None and base is not None:
+    if name is None and base is not None:
         return base.text_encoder
-    found = resolve_folder(folder) if folder is not None else _embedded()
-    return load_text_encoder(found / "text_encoder", found / "tokenizer")
+    return open_text_encoder(name if name is not None else _embedded())
 
 
 def check_fit(components: Components, config: TrainConfig) -> None:

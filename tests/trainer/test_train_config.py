@@ -6,7 +6,10 @@ from random_models import make_pipeline
 from latentdiff.config import load_config
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError
+from latentdiff.formats.diffusers_folder import load_components
+from latentdiff.formats.model import save_model
 from latentdiff.trainer.autoencoder import AutoencoderTrainConfig
+from latentdiff.trainer.caching import frozen_autoencoder
 from latentdiff.trainer.clip import ClipTrainConfig
 from latentdiff.trainer.config import TrainConfig, adopt, deciding_facts, read_config
 from latentdiff.trainer.drawing import DrawingConfig
@@ -84,9 +87,23 @@ def test_an_objective_without_a_finite_weight_is_refused_before_anything_is_open
 @pytest.mark.parametrize(
     ("given", "pixels", "sample"), [([], 16, 8), (["data.image_size=32"], 32, 16)]
 )
-def test_a_fine_tune_keeps_the_picture_size_unless_told(given, pixels, sample, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["model", "model.safetensors"])
+def test_a_fine_tune_keeps_the_picture_size_unless_told(
+    name, given, pixels, sample, tmp_path
+) -> None:
     make_pipeline(sample_size=8).save_pretrained(tmp_path / "model")
-    overrides = [f"model.pretrained={tmp_path / 'model'}", *given]
-    parts, config, _ = load_parts(read_config(None, overrides))
+    save_model(tmp_path / "model.safetensors", load_components(tmp_path / "model"))
+    wanted = read_config(None, [f"model.pretrained={tmp_path / name}", *given])
+    parts, config, _ = load_parts(wanted)
     assert config.data.image_size == pixels
     assert parts.unet.config_dict()["sample_size"] == sample
+    assert frozen_autoencoder(wanted)[1].data == config.data  # what cache_latents.py takes
+
+
+def test_frozen_parts_out_of_a_single_file(tmp_path) -> None:
+    make_pipeline().save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "m.safetensors", load_components(tmp_path / "model"))
+    keys = ("model.vae", "model.text_encoder")
+    overrides = [f"{key}={tmp_path / 'm.safetensors'}" for key in keys]
+    parts = load_parts(read_config(None, [*overrides, "data.image_size=32"]))[0]
+    assert (parts.autoencoder.scale, parts.text_encoder.width) == (0.5, 24)

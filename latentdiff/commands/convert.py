@@ -1,0 +1,100 @@
+"""Turn a model into a diffusers folder, or into a single .safetensors file.
+
+    latentdiff convert SOURCE TARGET [--dtype float16] [--variant fp16] [--prediction v]
+
+SOURCE is a folder, a single file (.safetensors or .ckpt) or a hub id; a TARGET that ends in
+.safetensors becomes a single file in CompVis' layout, any other a folder. Weights keep the dtype
+they have on disk unless --dtype says otherwise. Nothing is written before all of SOURCE is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from latentdiff.formats.components import Components
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "latentdiff convert", description=__doc__, formatter_class=form
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder, single file or hub id")
+    add("target", metavar="TARGET", type=Path, help="new folder, or a name ending in .safetensors")
+    add("--dtype", choices=DTYPES, help="of the weights on disk; default: as they are")
+    add("--variant", help="which weights of SOURCE: fp16 or non_ema of a folder, non_ema of a file")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--prediction", choices=("eps", "v"), help="instead of what SOURCE says")
+    add("--title", help="shown by programs that open a single file; default: its name")
+    add("--overwrite", action="store_true", help="replace TARGET if it is there")
+    return parser.parse_args(arguments)
+
+
+def convert(args: argparse.Namespace) -> tuple[Path, Components]:
+    """Read all, then write all. Returns: what was written, and what was read. Raises: UserError."""
+    target: Path = args.target.expanduser()
+    _check(args.source, target, args.overwrite)
+    import torch
+
+    from latentdiff.formats.diffusers_folder import save_components
+    from latentdiff.formats.model import load_model
+    from latentdiff.formats.write_single_file import ENDING, check_target, save_single_file
+
+    single = target.suffix.lower() == ENDING
+    if single:
+        check_target(target)
+    options = {"variant": args.variant, "revision": args.revision, "prediction": args.prediction}
+    components = load_model(args.source, dtype=None, **options)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    if single:
+        return save_single_file(target, components, dtype, title=args.title), components
+    return save_components(target, components, dtype), components
+
+
+def _check(source: str, target: Path, overwrite: bool) -> None:
+    if target.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(f"TARGET is a folder or ends in .safetensors; got {target}.")
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise UserError(f"SOURCE and TARGET are the same: {target}.")
+    filled = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if filled and not overwrite:
+        raise UserError(f"{target} exists. Choose another name, or add --overwrite.")
+
+
+def report(written: Path, components: Components) -> str:
+    """Say what was written and what was left out."""
+    from latentdiff.commands.keys import grouped
+    from latentdiff.formats.write_single_file import ENDING, sd_version
+
+    lines = [f"wrote {written}"]
+    if components.dropped:
+        lines.append(f"left out {len(components.dropped)} keys that no part has a use for:")
+        lines += [f"  {line}" for line in grouped(components.dropped)]
+    if written.suffix.lower() == ENDING and sd_version(components) is None:
+        lines.append(
+            "note: not of Stable Diffusion's size. Its configuration is in the metadata, so "
+            "it opens here; programs that take sizes from the keys alone will not open it."
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns: the exit code."""
+    args = parse(arguments)
+    try:
+        print(report(*convert(args)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

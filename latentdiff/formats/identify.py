@@ -1,0 +1,101 @@
+"""What a file of weights is, from the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from latentdiff.errors import UserError
+from latentdiff.formats.components import SPECIAL_INPUTS
+from latentdiff.formats.compvis_keys import UNET_PREFIX
+from latentdiff.formats.lora_facts import is_lora
+from latentdiff.formats.sd_facts import VERSIONS
+
+Shapes = Mapping[str, tuple[int, ...]]
+#: Metadata of a safetensors file: the configuration of a model that we wrote, as JSON.
+CONFIGURATION = "latentdiff.configuration"
+_FIRST = UNET_PREFIX + "input_blocks.0.0.weight"
+#: Beginning or middle of a key → what has such keys; the first that is found counts.
+_OTHERS = (
+    (r"^conditioner\.embedders\.1\.", "Stable Diffusion XL"),
+    (r"^conditioner\.embedders\.0\.", "the refiner of Stable Diffusion XL"),
+    (r"joint_blocks\.\d", "Stable Diffusion 3"),
+    (r"double_blocks\.\d", "FLUX"),
+    (r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\.", "a ControlNet"),
+    (r"motion_modules\.\d", "a motion module of AnimateDiff"),
+    (r"^string_to_param\.|^emb_params$|^<.*>$|^clip_[lg]$", "a textual inversion"),
+    (r"^down_blocks\.\d+\.(resnets|attentions)\.", "the U-Net of a diffusers folder, alone"),
+    (r"^(encoder|decoder)\.(down|up)_blocks\.", "the autoencoder of a diffusers folder, alone"),
+    (r"^(encoder|decoder)\.(down|up)\.\d+\.block\.", "an autoencoder alone"),
+    (r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.", "a CLIP text encoder alone"),
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file is."""
+
+    name: str
+    """For people: Stable Diffusion 1.x, an inpainting model …"""
+    version: str | None = None
+    """1 or 2 for a text-to-image Stable Diffusion, `own` for a file with its configuration."""
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether it opens as a text-to-image model."""
+        return self.version is not None
+
+
+def identify(shapes: Shapes, metadata: Mapping[str, str]) -> Identity:
+    """Name what a file is.
+
+    Args:    shapes: of its tensors.  metadata: of a safetensors file.
+    """
+    if CONFIGURATION in metadata:
+        return Identity("a text-to-image model with its configuration (latentdiff)", "own")
+    if is_lora(shapes):
+        return Identity("a LoRA")
+    for pattern, name in _OTHERS:
+        if any(re.search(pattern, key) for key in shapes):
+            return Identity(name)
+    if _FIRST not in shapes:
+        some = ", ".join(sorted(shapes)[:3])
+        return Identity(f"something unknown (keys such as {some})" if some else "without tensors")
+    return _stable_diffusion(shapes)
+
+
+def refuse_unsupported(identity: Identity, where: object) -> None:
+    """Raises: UserError: naming what the file is, unless it can be opened."""
+    if not identity.is_supported:
+        raise UserError(
+            f"{where} is {identity.name}, which does not open as a text-to-image model. Stable "
+            "Diffusion 1.x and 2.x checkpoints do, and files written here."
+        )
+
+
+def _stable_diffusion(shapes: Shapes) -> Identity:
+    channels, width = shapes[_FIRST][1], context_width(shapes)
+    version = VERSIONS.get(width or 0)
+    if any(key.startswith(UNET_PREFIX + "label_emb.") for key in shapes):
+        other = "Stable unCLIP" if version == "2" else "Stable Diffusion XL (its U-Net)"
+        return Identity(other)
+    of = f" of Stable Diffusion {version}.x" if version else ""
+    if channels in SPECIAL_INPUTS:
+        return Identity(SPECIAL_INPUTS[channels] + of)
+    if version is None or channels != 4:
+        return Identity(
+            f"a diffusion model of a size of its own ({channels} input channels, context of "
+            f"{width}) that does not say its configuration"
+        )
+    return Identity(f"Stable Diffusion {version}.x", version)
+
+
+def context_width(shapes: Shapes) -> int | None:
+    """Channels of the text states that a U-Net in CompVis' layout takes; None: no attention."""
+    found = (
+        shape[1]
+        for key, shape in shapes.items()
+        if key.startswith(UNET_PREFIX) and key.endswith(".attn2.to_k.weight")
+    )
+    return next(found, None)

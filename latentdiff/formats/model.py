@@ -1,0 +1,108 @@
+"""A model by whatever name it has: a folder, a single file, a hub id."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentdiff.errors import UserError
+from latentdiff.formats.components import Components
+from latentdiff.formats.diffusers_folder import load_components, save_components
+from latentdiff.formats.hub import resolve_folder
+from latentdiff.formats.single_file import (
+    ENDINGS,
+    autoencoder_of_file,
+    latent_size_of_file,
+    load_single_file,
+    text_encoder_of_file,
+)
+from latentdiff.formats.write_single_file import ENDING, save_single_file
+from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
+from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction: str | None = None,
+) -> Components:
+    """Open a model.
+
+    Args:    name: a local folder or single file, which never touch the network, or a hub id.
+             dtype: of U-Net and text encoder in memory; the autoencoder is always float32. None:
+             everything as it is on disk, for converting.
+             revision: branch, tag or commit on the hub.
+             variant: fp16, non_ema, … of a folder; non_ema of a single file.
+             prediction: eps or v instead of what the model says.
+    Raises:  UserError: missing, damaged, unsupported, or parts that do not fit each other.
+    """
+    if file := as_file(name):
+        return load_single_file(file, dtype=dtype, variant=variant, prediction=prediction)
+    components = load_components(name, dtype=dtype, revision=revision, variant=variant)
+    if prediction is not None:
+        components = dataclasses.replace(components, prediction=prediction)
+        components.check()
+    return components
+
+
+def save_model(
+    path: str | Path,
+    components: Components,
+    dtype: torch.dtype | None = None,
+    *,
+    max_shard_bytes: int | None = None,
+) -> Path:
+    """Write a folder, or a single file where the name ends in .safetensors."""
+    if Path(path).suffix.lower() == ENDING:
+        return save_single_file(path, components, dtype)
+    return save_components(path, components, dtype, max_shard_bytes=max_shard_bytes)
+
+
+def open_autoencoder(name: str | Path, revision: str | None = None) -> Autoencoder:
+    """The autoencoder of a model, or of a folder that is one, in float32. Raises: UserError."""
+    if file := as_file(name):
+        return autoencoder_of_file(file)
+    folder = resolve_folder(name, revision)
+    inner = folder / "vae"
+    return load_autoencoder(inner if inner.is_dir() else folder)
+
+
+def open_text_encoder(name: str | Path, revision: str | None = None) -> TextEncoder:
+    """The text encoder of a model, in float32. Raises: UserError."""
+    if file := as_file(name):
+        return text_encoder_of_file(file)
+    folder = resolve_folder(name, revision)
+    return load_text_encoder(folder / "text_encoder", folder / "tokenizer")
+
+
+def latent_size(name: str | Path, revision: str | None = None) -> Any:
+    """Side of the latents that a model was trained on, (height, width), or None: not said."""
+    if file := as_file(name):
+        return latent_size_of_file(file)
+    config = resolve_folder(name, revision) / "unet" / "config.json"
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("sample_size")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{config.parents[1]} is not a model folder: {config} cannot be read ({error})."
+        ) from error
+
+
+def as_file(name: str | Path) -> Path | None:
+    """The single file of that name; None for folders and hub ids.
+
+    Raises: UserError: named like a file, and not there.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix.lower() in ENDINGS and not path.is_dir():
+        raise UserError(f"no model at {name}: this file does not exist.")
+    return None

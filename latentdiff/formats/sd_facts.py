@@ -1,0 +1,109 @@
+"""What Stable Diffusion 1.x and 2.x are, for files that hold weights and nothing else.
+
+As configuration files of the diffusers layout, so that a file of this kind and a folder are read
+alike. The numbers are those of the original YAML files:
+
+    1.x       github.com/CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml
+    2.x base  github.com/Stability-AI/stablediffusion, configs/stable-diffusion/v2-inference.yaml
+    2.x v     the same, v2-inference-v.yaml
+
+and the text towers' of the two models that these name: OpenAI's CLIP ViT-L/14, and OpenCLIP's
+ViT-H/14, of whose 24 layers Stable Diffusion 2 uses all but the last ("penultimate").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from latentdiff.diffusion.schedule import ScheduleConfig
+from latentdiff.formats.scheduler_config import SamplingDefaults, write_scheduler
+from latentdiff.models.unet_config import UNetConfig, config_to_dict
+
+#: Width of the text states → version.
+VERSIONS = {768: "1", 1024: "2"}
+#: Steps of the original trainings whose weights predict eps although they are of version 2.
+#: Source: the .ckpt files' global_step, as in diffusers' loaders/single_file_utils.py.
+EPS_STEPS = (875_000,)
+_HEADS_2 = (5, 10, 20, 20)
+_TEXT: dict[str, Any] = {
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "layer_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+
+
+def sd_unet(version: str, sample_size: int = 64) -> UNetConfig:
+    """The U-Net of version 1 or 2."""
+    first = UNetConfig(sample_size=sample_size, attention_head_dim=8, cross_attention_dim=768)
+    if version == "1":
+        return first
+    # Scores of version 2 exceed float16, which its YAML (use_fp16 with xformers) does not say.
+    return dataclasses.replace(
+        first,
+        attention_head_dim=_HEADS_2,  # num_head_channels: 64
+        cross_attention_dim=1024,
+        use_linear_projection=True,
+        upcast_attention=True,
+    )
+
+
+def sd_configuration(version: str, prediction: str, *, zero_snr: bool = False) -> dict[str, Any]:
+    """The configuration files of a Stable Diffusion model, by the names of their folders.
+
+    Args:    version: 1 or 2.  prediction: eps, v, …: version 2 with v was trained on 768 pixels.
+             zero_snr: trained on a schedule that ends in pure noise.
+    """
+    size = 96 if version == "2" and prediction == "v" else 64
+    schedule = ScheduleConfig(zero_terminal_snr=zero_snr)
+    sampling = SamplingDefaults(final_timestep=None if zero_snr else 0)
+    return {
+        "unet": config_to_dict(sd_unet(version, size)),
+        "vae": sd_autoencoder(size * 8),
+        "text_encoder": _TEXT | (_CLIP_L if version == "1" else _OPENCLIP_H),
+        "scheduler": write_scheduler(schedule, prediction, sampling),
+        "tokenizer": {"clip": {"pad_token": "<|endoftext|>" if version == "1" else "!"}},
+    }
+
+
+def sd_autoencoder(sample_size: int = 512) -> dict[str, Any]:
+    """The autoencoder of both versions."""
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "in_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": sample_size,
+        "scaling_factor": 0.18215,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+
+
+_CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+    "pad_token_id": 1,
+}
+_OPENCLIP_H = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+    "projection_dim": 512,
+    "pad_token_id": 1,
+}
