@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.finetune import full
+from latentdiff.finetune import full, lora
 from latentdiff.finetune.full import FullConfig
+from latentdiff.finetune.lora import LoraConfig
 from latentdiff.finetune.trainee import Trainee
 
 if TYPE_CHECKING:
     from latentdiff.formats.diffusers_folder import Components
 
-FinetuneConfig = FullConfig
+FinetuneConfig = FullConfig | LoraConfig
 """Any method's configuration."""
 
 METHODS: dict[str, Callable[[Components, Any], Trainee]] = {
     "full": full.apply,
+    "lora": lora.apply,
 }
 
 
