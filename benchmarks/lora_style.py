@@ -90,7 +90,7 @@ def main() -> None:
     text, minutes = train(pictures, run, *SHORT, *options.more)
     losses = re.findall(r"step (\d+): validation loss ([\d.]+)", text)
     print(*(f"step {step}: held-out loss {loss}" for step, loss in losses), sep="\n")
-    print(next(line for line in text.splitlines() if "trained: " in line))
+    print(*re.findall(r"trained: .*", text))
     print(f"{minutes:.1f} minutes; peak memory {peak(text):.0f} MB")
     if options.images:
         grids = sorted((run / "samples").glob("step-????????.png"))
