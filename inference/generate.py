@@ -42,6 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--revision", help="branch, tag or commit on the hub")
     add("--variant", help="which weights, where there are several: fp16, non_ema")
     add("--prediction", choices=("eps", "v"), help="instead of what the model says")
+    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     add("--guidance", help="1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
@@ -78,6 +79,20 @@ def numbers(option: str, text: str) -> list[float]:
         raise UserError(f"{option} must be numbers with commas between; got {text!r}.") from None
 
 
+def lora_and_weight(text: str) -> tuple[str, float]:
+    """("style.safetensors", 0.7) from "style.safetensors:0.7"; the weight may be left out.
+
+    Raises: UserError: the weight is no number.
+    """
+    file, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists() or "/" in weight or "\\" in weight:  # C:\style
+        return text, 1.0
+    try:
+        return file, float(weight)
+    except ValueError:
+        raise UserError(f"--lora must be FILE or FILE:WEIGHT; got {text!r}.") from None
+
+
 def check_output(output: Path) -> None:
     """Make the folder before the work is done. Raises: UserError: it cannot hold a picture."""
     from PIL import Image
@@ -105,6 +120,8 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         variant=args.variant,
         prediction=args.prediction,
     )
+    for text in args.lora:
+        pipeline.load_lora(*lora_and_weight(text))
     height, width = picture_size(args.size)
     interval = args.guidance_interval
     result = pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))(

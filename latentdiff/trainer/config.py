@@ -14,6 +14,8 @@ from latentdiff.data.source import DataConfig
 from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError
+from latentdiff.finetune.full import FullConfig
+from latentdiff.finetune.registry import FinetuneConfig
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.trainer.captions import CaptionConfig
 from latentdiff.trainer.loop import LoopConfig
@@ -127,6 +129,8 @@ class TrainConfig:
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, samples/, model/."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network and the frozen parts."""
+    finetune: FinetuneConfig = field(default_factory=FullConfig)
+    """Which weights are trained, and how."""
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(zero_terminal_snr=True))
     """The noise levels; a pretrained model's own where a key is not given."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -200,6 +204,7 @@ _FREE = (
     "validation.",
     "power_ema.",
     "export.",
+    "finetune.fuse",
     "latents.",
     "data.path",
     "data.quarantine",  # which pictures there are is compared by their content
@@ -217,6 +222,7 @@ _FREE = (
 
 #: Options newer than the first checkpoints: not mentioned at their default, so that those resume.
 _NEWER = (
+    "finetune.kind",
     "objective.loss",
     "objective.huber_delta",
     "objective.multires_noise",
@@ -265,6 +271,17 @@ def _flat(data: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def check_given(given: Given) -> None:
     """Refuse keys that cannot have the effect that their writer expects. Raises: UserError."""
+    kind = given.config.finetune.kind
+    if kind != "full" and given.config.model.pretrained is None:
+        raise UserError(
+            f"finetune.kind={kind} adds to a model that exists. Name it: model.pretrained=FOLDER, "
+            "a hub id, or embedded."
+        )
+    if kind != "full" and given.config.power_ema.every:
+        raise UserError(
+            f"power_ema.every={given.config.power_ema.every} goes with finetune.kind=full; the "
+            f"averages of finetune.kind={kind} are no whole model. Set power_ema.every=0."
+        )
     shape = sorted(key for key in given.keys if key.startswith("model.unet."))
     if given.config.model.pretrained is not None and shape:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.trainer.config import TrainConfig
@@ -38,8 +38,10 @@ class Validator:
         ema: Ema,
         tracker: Tracker,
         accelerator: Accelerator,
+        model: Any = None,
     ) -> None:
         self._config, self._parts, self._latents = config, components, latents
+        self._model = components.unet if model is None else model
         self._context, self._ema, self._tracker = context, ema, tracker
         self._accelerator = accelerator
         self._schedule = NoiseSchedule(config.schedule)
@@ -52,7 +54,7 @@ class Validator:
 
     def __call__(self, step: int) -> None:
         """Validate the averaged weights; the other processes wait."""
-        unet = self._parts.unet
+        unet = self._model
         if self._accelerator.is_main_process or is_sharded(unet):
             was_training = unet.training
             with self._ema.applied(), self._accelerator.autocast():
@@ -69,7 +71,7 @@ class Validator:
         if not self._latents.held_out:
             return
         loss = held_out_loss(
-            self._parts.unet,
+            self._model,
             self._parts.autoencoder,
             self._latents.data,
             self._latents.held_out,
@@ -87,7 +89,7 @@ class Validator:
             return
         validation, (channels, height, width) = self._config.validation, self._latents.data.shape
         images = pictures(
-            self._parts.unet,
+            self._model,
             self._parts.autoencoder,
             self._context,
             self._schedule,
