@@ -41,6 +41,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", help="folder or Hugging Face id; default: the embedded model")
     add("--revision", help="branch, tag or commit on the hub")
     add("--negative", metavar="TEXT", help="what to steer away from")
+    reading = parser.add_mutually_exclusive_group().add_argument
+    reading("--long", action="store_true", help="prompts of any length; else what is over is cut")
+    reading("--weighted", action="store_true", help="so too, with (red:1.3), [red] and BREAK")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     add("--guidance", help="1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
     add("--guidance-interval", metavar="LOW,HIGH", help="guide only at these timesteps")
@@ -104,6 +107,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     result = pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))(
         args.prompts,
         negative_prompt=args.negative,
+        prompt_syntax="a1111" if args.weighted else "long" if args.long else "plain",
         height=height,
         width=width,
         num_inference_steps=args.steps,
@@ -116,6 +120,9 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         seed=args.seed,
         progress=not args.quiet,
     )
+    if args.long or args.weighted:
+        for read in result.prompts:
+            print(f"{read.text[:40]!r}: {read}", file=sys.stderr)
     return result.images, result.seeds
 
 

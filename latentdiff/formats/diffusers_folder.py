@@ -47,7 +47,7 @@ from latentdiff.weight_files import (
 __all__ = ["Components", "load_components", "load_unet", "resolve_folder", "save_components"]
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-#: Optional, ours: {"guidance_scale": what the pipeline takes when its caller gives none}.
+#: Optional, ours: what the pipeline takes when its caller gives nothing, see `SamplingDefaults`.
 GENERATION = "generation_config.json"
 LAYOUT = (*PARTS, "model_index.json", GENERATION, "safety_checker", "feature_extractor")
 #: Shards of this size suit version control; a file's head comes on top.
@@ -120,7 +120,7 @@ def load_components(
         text_encoder=load_text_encoder(folder / "text_encoder", folder / "tokenizer", dtype),
         schedule=schedule,
         prediction=prediction,
-        sampling=_with_guidance(sampling, folder / GENERATION),
+        sampling=_with_generation(sampling, folder / GENERATION),
         dtype_on_disk=on_disk,
     )
     components.check()
@@ -169,8 +169,10 @@ def save_components(
         scheduler = write_scheduler(components.schedule, components.prediction, components.sampling)
         _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(new / "model_index.json", _model_index(components))
-        if (scale := components.sampling.guidance_scale) is not None:
-            _write_json(new / GENERATION, {"guidance_scale": scale})
+        own = {"guidance_scale": components.sampling.guidance_scale}
+        own["chunk_tokens"] = components.sampling.chunk_tokens
+        if own := {key: value for key, value in own.items() if value is not None}:
+            _write_json(new / GENERATION, own)
     return target
 
 
@@ -187,14 +189,22 @@ def save_text_encoder(
     return folder
 
 
-def _with_guidance(sampling: SamplingDefaults, file: Path) -> SamplingDefaults:
-    """Take the model's own guidance scale from a file that need not be there."""
-    scale = _read_json(file).get("guidance_scale") if file.is_file() else None
-    if scale is None:
-        return sampling
-    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+def _with_generation(sampling: SamplingDefaults, file: Path) -> SamplingDefaults:
+    """Take the model's own guidance scale and chunks from a file that need not be there."""
+    data = _read_json(file) if file.is_file() else {}
+    scale, chunk = data.get("guidance_scale"), data.get("chunk_tokens")
+    number = isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0
+    if scale is not None and not number:
         raise UserError(f"guidance_scale in {file} must be a number of at least 0; got {scale!r}.")
-    return dataclasses.replace(sampling, guidance_scale=float(scale))
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise UserError(
+            f"chunk_tokens in {file} must be a whole number of at least 1; got {chunk!r}."
+        )
+    return dataclasses.replace(
+        sampling,
+        guidance_scale=None if scale is None else float(scale),
+        chunk_tokens=chunk,
+    )
 
 
 def _read_unet(folder: Path, dtype: torch.dtype) -> tuple[UNet, torch.dtype]:

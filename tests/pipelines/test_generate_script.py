@@ -61,6 +61,22 @@ def test_grid_and_numbered_files(
     assert sorted(p.name for p in tmp_path.glob("g-*.png")) == [f"g-{k:03d}.png" for k in range(3)]
 
 
+def test_long_and_weighted_prompts_say_how_they_were_read(
+    script: ModuleType,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fast = ("--model", model, "--steps", "1", "--quiet", "--output", str(tmp_path / "a.png"))
+    call(script, monkeypatch, "a (cat:1.2) BREAK dog", *fast, "--weighted")
+    said = capsys.readouterr().err
+    assert "'a (cat:1.2) BREAK dog': 3 tokens in 2 chunks (14 fit into one)" in said
+    call(script, monkeypatch, "cat " * 15, *fast, "--long")
+    said = capsys.readouterr().err
+    assert "15 tokens in 2 chunks" in said and "warning" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
