@@ -10,8 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "latentdiff"
 LEVEL = {
     "errors": 0, "embedded": 0, "precision": 0,
     "weight_files": 1, "config_types": 1, "config_yaml": 1, "config": 2,
-    "diffusion": 3, "models": 3, "data": 3, "formats": 4, "pipelines": 5, "trainer": 5, "doctor": 5,
-    "command_line": 6, "evaluation": 6, "__init__": 7, "__main__": 7,
+    "diffusion": 3, "models": 3, "data": 3, "formats": 4, "finetune": 5,
+    "pipelines": 6, "trainer": 6, "doctor": 6,
+    "command_line": 7, "evaluation": 7, "__init__": 8, "__main__": 8,
 }  # fmt: skip
 CONFIG = {"config", "config_types", "config_yaml", "errors"}
 

@@ -26,6 +26,7 @@ from latentdiff.config import describe
 from latentdiff.diffusion.objective import per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
+from latentdiff.finetune.registry import apply_method
 from latentdiff.trainer.batches import BatchMaker
 from latentdiff.trainer.bucket_order import make_order
 from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_config
@@ -73,22 +74,30 @@ def train(given: Given, resume: bool) -> Path:
     accelerator.wait_for_everyone()  # all have looked at the output folder before one writes there
     lock = open_output(output) if accelerator.is_main_process else None
 
-    unet = prepare_unet(components, config, accelerator.device)
-    gauges = make_gauges(components, latents, accelerator)
+    prepare_unet(components, config, accelerator.device)
+    trainee = apply_method(components, config.finetune)
+    unet = trainee.module
+    gauges = make_gauges(components, latents, accelerator, frozen=trainee.adds)
     optimizer = make_optimizer(unet, config.optimizer)
     model, prepared_optimizer = prepare(accelerator, unet, optimizer)
     ema = Ema(unet, config.loop.ema_decay)
     powers = PowerEmas(unet, config.power_ema, output, accelerator.is_main_process)
     before = stored_facts(output / CHECKPOINTS) if resume else None
     shape, recut = batch_shape(config, accelerator, before)
-    context = ContextCache(
-        components.text_encoder.to(accelerator.device), config.latents.context_megabytes * 2**20
-    )
+    components.text_encoder.to(accelerator.device)
+    context = ContextCache(trainee.encoder, config.latents.context_megabytes * 2**20)
     facts = {**deciding_facts(config), **latents.facts(), "pictures per step": shape.total}
     keep = (config.loop.keep_last, config.loop.keep_every)
     averages = AllAverages(ema, powers)
     state = TrainingState(
-        unet, averages, optimizer, accelerator, output / CHECKPOINTS, *keep, facts
+        unet,
+        averages,
+        optimizer,
+        accelerator,
+        output / CHECKPOINTS,
+        *keep,
+        facts,
+        whole=not trainee.adds,
     )
     first_step, seconds = state.resume() if resume else (0, 0.0)
     if config.loop.probe_memory:
@@ -114,7 +123,7 @@ def train(given: Given, resume: bool) -> Path:
         accelerator.device,
         config.captions,
     )
-    validate = Validator(config, components, latents, context, ema, tracker, accelerator)
+    validate = Validator(config, components, latents, context, ema, tracker, accelerator, unet)
     descent = Descent(
         accelerator,
         model,

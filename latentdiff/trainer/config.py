@@ -14,6 +14,8 @@ from latentdiff.data.source import DataConfig
 from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError
+from latentdiff.finetune.full import FullConfig
+from latentdiff.finetune.registry import FinetuneConfig
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.trainer.captions import CaptionConfig
 from latentdiff.trainer.loop import LoopConfig
@@ -127,6 +129,8 @@ class TrainConfig:
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, samples/, model/."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network and the frozen parts."""
+    finetune: FinetuneConfig = field(default_factory=FullConfig)
+    """Which weights are trained, and how."""
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(zero_terminal_snr=True))
     """The noise levels; a pretrained model's own where a key is not given."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -217,6 +221,7 @@ _FREE = (
 
 #: Options newer than the first checkpoints: not mentioned at their default, so that those resume.
 _NEWER = (
+    "finetune.kind",
     "objective.loss",
     "objective.huber_delta",
     "objective.multires_noise",

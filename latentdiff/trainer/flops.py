@@ -38,14 +38,17 @@ PEAKS: dict[str, tuple[float, float]] = {
 }
 
 
-def count_flops(unet: UNet, latent_shape: tuple[int, ...], tokens: int) -> int:
+def count_flops(
+    unet: UNet, latent_shape: tuple[int, ...], tokens: int, frozen: bool = False
+) -> int:
     """FLOPs of the forward and backward pass for one picture.
 
     Args:   latent_shape: (C, h, w).  tokens: positions of the context.
+            frozen: gradients pass through the weights, and the weights themselves get none.
     """
     with torch.device("meta"):
-        twin = UNet(unet.config)
-        x_t = torch.empty(1, *latent_shape)
+        twin = UNet(unet.config).requires_grad_(not frozen)
+        x_t = torch.empty(1, *latent_shape, requires_grad=frozen)
         context = torch.empty(1, tokens, unet.config.cross_attention_dim)
         t = torch.zeros(1)
     return count_module_flops(twin, x_t, t, context)

@@ -336,8 +336,10 @@ class Validator:
         ema: Ema,
         tracker: Tracker,
         accelerator: Accelerator,
+        model: Any = None,
     ) -> None:
         self._config, self._parts, self._latents = config, components, latents
+        self._model = components.unet if model is None else model
         self._context, self._ema, self._tracker = context, ema, tracker
         self._accelerator = accelerator
         self._schedule = NoiseSchedule(config.schedule)
@@ -350,7 +352,7 @@ class Validator:
 
     def __call__(self, step: int) -> None:
         """Validate the averaged weights; the other processes wait."""
-        unet = self._parts.unet
+        unet = self._model
         if self._accelerator.is_main_process or is_sharded(unet):
             was_training = unet.training
             with self._ema.applied(), self._accelerator.autocast():
@@ -367,7 +369,7 @@ class Validator:
         if not self._latents.held_out:
             return
         loss = held_out_loss(
-            self._parts.unet,
+            self._model,
             self._parts.autoencoder,
             self._latents.data,
             self._latents.held_out,
@@ -385,7 +387,7 @@ class Validator:
             return
         validation, (channels, height, width) = self._config.validation, self._latents.data.shape
         images = pictures(
-            self._parts.unet,
+            self._model,
             self._parts.autoencoder,
             self._context,
             self._schedule,
@@ -408,15 +410,18 @@ class Validator:
 
 
 def make_gauges(
-    components: Components, latents: Latents, accelerator: Accelerator
+    components: Components, latents: Latents, accelerator: Accelerator, frozen: bool = False
 ) -> Callable[[float], dict[str, float]]:
-    """Count the U-Net's FLOPs and find the machine's, once; see `flops`."""
+    """Count the U-Net's FLOPs and find the machine's, once; see `flops`.
+
+    Args:    frozen: the U-Net's own weights get no gradient.
+    """
     from latentdiff.trainer.flops import count_flops, peak_flops
     from latentdiff.trainer.gauges import Gauges
 
     channels, height, width = latents.data.shape
     tokens = components.text_encoder.max_length
-    flops = count_flops(components.unet, (channels // 2, height, width), tokens)
+    flops = count_flops(components.unet, (channels // 2, height, width), tokens, frozen)
     peak = peak_flops(accelerator.device, accelerator.mixed_precision)
     return Gauges(accelerator.device, flops, peak * accelerator.num_processes)
 

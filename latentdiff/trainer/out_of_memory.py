@@ -139,7 +139,7 @@ def trial_loss(
         random = draw(0, range(pictures), latent, objective, schedule)
         moments = torch.zeros(pictures, *data.shape, device=device)
         x_0 = autoencoder.latents_from_moments(moments, random.posterior_eps.to(device))
-        states = context([""]).to(device).expand(pictures, -1, -1)
+        states = context([""]).to(device).repeat_interleave(pictures, dim=0)
         return per_sample_loss(unet, x_0, states, random, schedule, objective).mean()
 
     return loss

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 from latentdiff.trainer.checkpoint import delete_old, latest, read_manifest, write_checkpoint
@@ -45,6 +45,8 @@ class TrainingState:
     """Checkpoints after a multiple of so many steps are never deleted."""
     facts: dict[str, Any]
     """Dotted configuration keys and data fingerprints that decide the numbers."""
+    whole: bool = True
+    """Whether frozen weights are stored too; not where a pretrained model has them."""
 
     def save(self, step: int, seconds: float) -> None:
         """Write a checkpoint after `step` steps; every process writes its own rows.
@@ -53,7 +55,7 @@ class TrainingState:
         """
         release(self.unet)
         tensors = {
-            "unet": self.unet.state_dict(),
+            "unet": self._weights(),
             "ema": self.ema.placed(),
             "optimizer": named_state(self.optimizer, self.unet),
         }
@@ -88,8 +90,14 @@ class TrainingState:
             self.accelerator.scaler.load_state_dict(manifest["scaler"])
         return int(manifest["step"]), float(manifest["seconds"])
 
+    def _weights(self) -> dict[str, Tensor]:
+        state = self.unet.state_dict()
+        if self.whole:
+            return state
+        return {n: state[n] for n, p in self.unet.named_parameters() if p.requires_grad}
+
     def _load(self, checkpoint: Path) -> None:
-        weights = self.unet.state_dict()
+        weights = self._weights()
         parameters = dict(self.unet.named_parameters())
 
         def of_moment(key: str) -> slice | None:

@@ -1,0 +1,53 @@
+"""What a fine-tuning method makes of a model: the part to train, and how to hand it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenIds:
+    """Stands where a text encoder would: says what was written, not what it means.
+
+    Args: tokenizer: texts → ids (B, tokens).
+    """
+
+    def __init__(self, tokenizer: Callable[[Sequence[str]], Tensor]) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (B, tokens), int64."""
+        return self._tokenizer(texts)
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained, and what becomes of it.
+
+    Args that a method may leave out are those of training the whole U-Net.
+    """
+
+    module: Any
+    """(x_t, timestep, context) → prediction. Its parameters that require a gradient are trained,
+    averaged and checkpointed; the U-Net itself, or a `TextConditioned` around it."""
+    encoder: Any
+    """What turns captions into the module's context: the frozen text encoder, or `TokenIds`."""
+    export: Callable[[Path, torch.dtype], list[Path]] | None = None
+    """(the run's folder, number format) → the files written; called on one process while the
+    module holds the averaged weights. None: the run exports a whole model folder."""
+    usage: str = ""
+    """How generate.py is told to use what was written: its options, with {output} in them."""
+
+    @property
+    def adds(self) -> bool:
+        """Whether the model's own weights stay as they are, so that nobody need store them."""
+        return self.export is not None
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
