@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.finetune import full
+from latentdiff.finetune import full, textual_inversion
 from latentdiff.finetune.full import FullConfig
+from latentdiff.finetune.textual_inversion import TextualInversionConfig
 from latentdiff.finetune.trainee import Trainee
 
 if TYPE_CHECKING:
     from latentdiff.formats.diffusers_folder import Components
 
-FinetuneConfig = FullConfig
+FinetuneConfig = FullConfig | TextualInversionConfig
 """Any method's configuration."""
 
 METHODS: dict[str, Callable[[Components, Any], Trainee]] = {
     "full": full.apply,
+    "textual_inversion": textual_inversion.apply,
 }
 
 

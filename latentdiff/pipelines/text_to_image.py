@@ -29,6 +29,8 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_folder import Components, load_components, save_components
+from latentdiff.formats.embedding_file import read_embedding
+from latentdiff.models.learned_words import add_word
 from latentdiff.models.long_prompts import PromptSyntax, ReadPrompt, check_syntax, read_prompt
 from latentdiff.pipelines.contexts import batch_contexts, image_contexts, passes
 from latentdiff.pipelines.inputs import (
@@ -126,6 +128,20 @@ class LatentDiffusionPipeline:
     ) -> Path:
         """Write the model, so that this class and diffusers load it; see `save_components`."""
         return save_components(folder, self.components, dtype, max_shard_bytes=max_shard_bytes)
+
+    def load_embedding(self, path: str | Path, token: str | None = None) -> str:
+        """Teach the text encoder a word from a file of textual inversion.
+
+        Args:    path: .safetensors, .bin or A1111's .pt, or a folder with learned_embeds.
+                 token: how prompts will name it; None: as the file says, or as it is called.
+        Returns: that name.
+        Raises:  UserError: no such file, not for this text encoder, or a name that means
+                 something already; the model is as it was.
+        """
+        word = read_embedding(path)
+        name = word.token if token is None else token
+        add_word(self.text_encoder, name, word.vectors)
+        return name
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
