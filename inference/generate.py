@@ -40,8 +40,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", "-o", type=Path, default=Path("picture.png"), help="default: %(default)s")
     add("--model", help="folder or Hugging Face id; default: the embedded model")
     add("--revision", help="branch, tag or commit on the hub")
-    add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="may be repeated")
     add("--negative", metavar="TEXT", help="what to steer away from")
+    add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="may be repeated")
     reading = parser.add_mutually_exclusive_group().add_argument
     reading("--long", action="store_true", help="prompts of any length; else what is over is cut")
     reading("--weighted", action="store_true", help="so too, with (red:1.3), [red] and BREAK")
@@ -80,12 +80,6 @@ def numbers(option: str, text: str) -> list[float]:
         raise UserError(f"{option} must be numbers with commas between; got {text!r}.") from None
 
 
-def embedding_and_token(text: str) -> tuple[str, str | None]:
-    """("cat.pt", "<my-cat>") from "cat.pt=<my-cat>"; the token may be left out."""
-    file, sign, token = text.rpartition("=")
-    return (file, token) if sign and not Path(text).exists() else (text, None)
-
-
 def check_output(output: Path) -> None:
     """Make the folder before the work is done. Raises: UserError: it cannot hold a picture."""
     from PIL import Image
@@ -99,6 +93,12 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output: {output.parent} cannot be made ({error.strerror}).") from error
 
 
+def embedding_and_token(text: str) -> tuple[str, str | None]:
+    """("cat.pt", "<my-cat>") from "cat.pt=<my-cat>"; the token may be left out."""
+    file, sign, token = text.rpartition("=")
+    return (file, token) if sign and not Path(text).exists() else (text, None)
+
+
 def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     """The pictures and their seeds, prompt by prompt."""
     import torch
@@ -109,11 +109,11 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     pipeline = LatentDiffusionPipeline.from_pretrained(
         args.model, dtype=dtype, revision=args.revision
     )
+    height, width = picture_size(args.size)
+    interval = args.guidance_interval
     for text in args.embedding:
         name = pipeline.load_embedding(*embedding_and_token(text))
         print(f"word: {name}", file=sys.stderr)
-    height, width = picture_size(args.size)
-    interval = args.guidance_interval
     result = pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))(
         args.prompts,
         negative_prompt=args.negative,

@@ -129,20 +129,6 @@ class LatentDiffusionPipeline:
         """Write the model, so that this class and diffusers load it; see `save_components`."""
         return save_components(folder, self.components, dtype, max_shard_bytes=max_shard_bytes)
 
-    def load_embedding(self, path: str | Path, token: str | None = None) -> str:
-        """Teach the text encoder a word from a file of textual inversion.
-
-        Args:    path: .safetensors, .bin or A1111's .pt, or a folder with learned_embeds.
-                 token: how prompts will name it; None: as the file says, or as it is called.
-        Returns: that name.
-        Raises:  UserError: no such file, not for this text encoder, or a name that means
-                 something already; the model is as it was.
-        """
-        word = read_embedding(path)
-        name = word.token if token is None else token
-        add_word(self.text_encoder, name, word.vectors)
-        return name
-
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LatentDiffusionPipeline:
@@ -281,6 +267,20 @@ class LatentDiffusionPipeline:
         """
         room = self.components.sampling.chunk_tokens
         return read_prompt(self.text_encoder, prompt, prompt_syntax, room)
+
+    def load_embedding(self, path: str | Path, token: str | None = None) -> str:
+        """Teach the text encoder a word from a file of textual inversion.
+
+        Args:    path: .safetensors, .bin or A1111's .pt, or a folder with learned_embeds.
+                 token: how prompts will name it; None: as the file says, or as it is called.
+        Returns: that name.
+        Raises:  UserError: no such file, not for this text encoder, or a name that means
+                 something already; the model is as it was.
+        """
+        word = read_embedding(path)
+        name = word.token if token is None else token
+        add_word(self.text_encoder, name, word.vectors)
+        return name
 
     def invert(self, image: Any, prompt: str | Sequence[str] = "", **options: Any) -> Inversion:
         """Find the noise that DDIM turns into given pictures; arguments: `inversion.invert`."""
