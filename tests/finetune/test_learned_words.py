@@ -39,19 +39,18 @@ def open_theirs(folder: Path) -> Any:
     return theirs
 
 
-@pytest.mark.parametrize("count", [1, 3])
+# diffusers spells a word of several vectors out only where its name has no capitals.
+@pytest.mark.parametrize(("word", "count"), [("<My-cat>", 1), ("<my-cat>", 3)])
 def test_diffusers_reads_our_file_and_draws_the_same(
-    folder: Path, pipeline: LatentDiffusionPipeline, tmp_path: Path, count: int
+    folder: Path, pipeline: LatentDiffusionPipeline, tmp_path: Path, word: str, count: int
 ) -> None:
-    file = write_embedding(tmp_path / "learned_embeds.safetensors", "<My-cat>", VECTORS[:count])
+    file = write_embedding(tmp_path / "learned_embeds.safetensors", word, VECTORS[:count])
     theirs = open_theirs(folder)
     theirs.load_textual_inversion(str(tmp_path))
     before = pipeline.text_encoder.encode(["a dog", "a cat"])
-    assert pipeline.load_embedding(file) == "<My-cat>"
+    assert pipeline.load_embedding(file) == word
     assert torch.equal(pipeline.text_encoder.encode(["a dog", "a cat"]), before)
-    # Multi-vector words are spelt out by diffusers as they stand in the vocabulary.
-    texts = [text.replace("<MY", "<My").replace("<my", "<My") for text in TEXTS]
-    texts = [text.replace("<My-CAT", "<My-cat") for text in texts]
+    texts = [text.lower() for text in TEXTS]
     with torch.no_grad():
         expected = [theirs.encode_prompt(t, "cpu", 1, False)[0][0] for t in texts]
         found = pipeline.text_encoder.encode(TEXTS)
