@@ -40,6 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", "-o", type=Path, default=Path("picture.png"), help="default: %(default)s")
     add("--model", help="folder or Hugging Face id; default: the embedded model")
     add("--revision", help="branch, tag or commit on the hub")
+    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="may be repeated")
     reading = parser.add_mutually_exclusive_group().add_argument
@@ -80,6 +81,20 @@ def numbers(option: str, text: str) -> list[float]:
         raise UserError(f"{option} must be numbers with commas between; got {text!r}.") from None
 
 
+def lora_and_weight(text: str) -> tuple[str, float]:
+    """("style.safetensors", 0.7) from "style.safetensors:0.7"; the weight may be left out.
+
+    Raises: UserError: the weight is no number.
+    """
+    file, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists() or "/" in weight or "\\" in weight:  # C:\style
+        return text, 1.0
+    try:
+        return file, float(weight)
+    except ValueError:
+        raise UserError(f"--lora must be FILE or FILE:WEIGHT; got {text!r}.") from None
+
+
 def check_output(output: Path) -> None:
     """Make the folder before the work is done. Raises: UserError: it cannot hold a picture."""
     from PIL import Image
@@ -109,6 +124,8 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     pipeline = LatentDiffusionPipeline.from_pretrained(
         args.model, dtype=dtype, revision=args.revision
     )
+    for text in args.lora:
+        pipeline.load_lora(*lora_and_weight(text))
     height, width = picture_size(args.size)
     interval = args.guidance_interval
     for text in args.embedding:

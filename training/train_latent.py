@@ -34,11 +34,13 @@ from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.environment import environment, write_environment
 from latentdiff.trainer.extras import check_extras
+from latentdiff.trainer.gauges import MEBI, peak_memory
 from latentdiff.trainer.interrupt import Interrupted
 from latentdiff.trainer.latent_run import (
     Validator,
     batch_shape,
-    export,
+    ending,
+    export_trained,
     load_parts,
     long_captions,
     make_gauges,
@@ -59,11 +61,11 @@ from latentdiff.trainer.state import TrainingState, stored_facts
 from latentdiff.trainer.tracking import Tracker
 
 
-def train(given: Given, resume: bool) -> Path:
-    """Check everything, train, export. Returns: the model folder."""
+def train(given: Given, resume: bool) -> str:
+    """Check everything, train, export. Returns: what was written, and how to use it."""
     config, output = given.config, Path(given.config.output)
     check_output(output, resume)
-    check_extras(config.optimizer.kind, config.loop.wandb)
+    check_extras(config.optimizer.kind, config.loop.wandb, config.finetune.kind)
     accelerator = start_processes(config.loop.mixed_precision, shards=True)
     components, config, notes = load_parts(given)
     autoencoder, schedule = (
@@ -75,6 +77,8 @@ def train(given: Given, resume: bool) -> Path:
     lock = open_output(output) if accelerator.is_main_process else None
 
     prepare_unet(components, config, accelerator.device)
+    components.text_encoder.to(accelerator.device)
+    torch.manual_seed(config.loop.seed)
     trainee = apply_method(components, config.finetune)
     unet = trainee.module
     gauges = make_gauges(components, latents, accelerator, frozen=trainee.adds)
@@ -84,9 +88,9 @@ def train(given: Given, resume: bool) -> Path:
     powers = PowerEmas(unet, config.power_ema, output, accelerator.is_main_process)
     before = stored_facts(output / CHECKPOINTS) if resume else None
     shape, recut = batch_shape(config, accelerator, before)
-    components.text_encoder.to(accelerator.device)
     context = ContextCache(trainee.encoder, config.latents.context_megabytes * 2**20)
     facts = {**deciding_facts(config), **latents.facts(), "pictures per step": shape.total}
+    facts |= trainee.facts()
     keep = (config.loop.keep_last, config.loop.keep_every)
     averages = AllAverages(ema, powers)
     state = TrainingState(
@@ -111,6 +115,7 @@ def train(given: Given, resume: bool) -> Path:
     tracker = Tracker(
         output, first_step, config.loop, accelerator.is_main_process, partial(more_writers, config)
     )
+    notes += [trainee.about()] if trainee.adds else []
     for note in notes + recut + long_captions(latents, components.text_encoder):
         tracker.say(note)
     make_batch = BatchMaker(
@@ -162,15 +167,16 @@ def train(given: Given, resume: bool) -> Path:
     if not validate.due(done):
         validate(done)
     powers.store(done)
+    tracker.say(f"peak memory: {peak_memory(accelerator.device) / MEBI:.0f} MB")
     tracker.close()
-    folder = export(config, components, ema, writes=accelerator.is_main_process)
+    written = export_trained(config, components, trainee, ema, accelerator.is_main_process)
     if accelerator.is_main_process:
         write_report(output)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if lock is not None:
         lock.close()
-    return folder
+    return ending(config, written, trainee.usage)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = read_config(options.config, options.overrides)
         again = was_restarted() and is_started(Path(given.config.output))
-        folder = train(given, options.resume or again)
+        end = train(given, options.resume or again)
     except UserError as error:
         # Any process may be the one that fails, and the launcher then stops the others.
         where = "" if is_first_process() else f" (process {os.environ['RANK']})"
@@ -201,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(stop, file=sys.stderr)
         return stop.exit_code
     if is_first_process():
-        print(f'\nmodel: {folder}\nuse it: python inference/generate.py "a cat" --model {folder}')
+        print(end)
     return 0
 
 

@@ -44,6 +44,7 @@ from latentdiff.pipelines.inputs import (
     prompt_list,
 )
 from latentdiff.pipelines.inversion import Inversion, invert
+from latentdiff.pipelines.lora import Loras
 from latentdiff.pipelines.pictures import to_output
 
 #: Guidance scale when neither the caller nor the model's folder gives one.
@@ -93,6 +94,7 @@ class LatentDiffusionPipeline:
         self.text_encoder = components.text_encoder
         self.schedule = NoiseSchedule(components.schedule)
         self.prediction = components.prediction
+        self.loras = Loras({"unet": self.unet, "text_encoder": self.text_encoder.module})
 
     @classmethod
     def from_pretrained(
@@ -126,8 +128,32 @@ class LatentDiffusionPipeline:
         *,
         max_shard_bytes: int | None = None,
     ) -> Path:
-        """Write the model, so that this class and diffusers load it; see `save_components`."""
+        """Write the model, so that this class and diffusers load it; see `save_components`.
+
+        Fused LoRA files are in the weights that are written.
+        Raises:  UserError: LoRA files are attached, or the folder cannot be written.
+        """
+        self.loras.check_saved()
         return save_components(folder, self.components, dtype, max_shard_bytes=max_shard_bytes)
+
+    def load_lora(self, path: str | Path, weight: float = 1.0, *, name: str | None = None) -> str:
+        """Attach a LoRA file, in diffusers' or kohya's layout, beside those loaded before.
+
+        Args:    path: .safetensors, or a folder with one.  weight: strength; 1 as trained, 0 none.
+                 name: to unload it by; None: the file's.
+        Returns: its name.
+        Raises:  UserError: no LoRA, or not for this model, with what does not fit; the model is
+                 as it was.
+        """
+        return self.loras.load(path, weight, name)
+
+    def fuse_lora(self) -> None:
+        """Add the attached LoRA files to the weights: the same pictures, no more to compute."""
+        self.loras.fuse()
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take one LoRA file off, or all, fused or not; the weights are what they were, exactly."""
+        self.loras.unload(name)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -204,6 +204,7 @@ _FREE = (
     "validation.",
     "power_ema.",
     "export.",
+    "finetune.fuse",
     "latents.",
     "data.path",
     "data.quarantine",  # which pictures there are is compared by their content
@@ -270,6 +271,17 @@ def _flat(data: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def check_given(given: Given) -> None:
     """Refuse keys that cannot have the effect that their writer expects. Raises: UserError."""
+    kind = given.config.finetune.kind
+    if kind != "full" and given.config.model.pretrained is None:
+        raise UserError(
+            f"finetune.kind={kind} adds to a model that exists. Name it: model.pretrained=FOLDER, "
+            "a hub id, or embedded."
+        )
+    if kind != "full" and given.config.power_ema.every:
+        raise UserError(
+            f"power_ema.every={given.config.power_ema.every} goes with finetune.kind=full; the "
+            f"averages of finetune.kind={kind} are no whole model. Set power_ema.every=0."
+        )
     shape = sorted(key for key in given.keys if key.startswith("model.unet."))
     if given.config.model.pretrained is not None and shape:
         raise UserError(

@@ -30,6 +30,7 @@ from latentdiff.trainer.validation import held_out_loss, picture_grid, pictures,
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from latentdiff.finetune.trainee import Trainee
     from latentdiff.formats.diffusers_folder import Components
     from latentdiff.models.unet import UNet
 
@@ -435,6 +436,23 @@ def more_writers(config: TrainConfig) -> list[Writer]:
     return [WandbWriter(config.loop.wandb, Path(config.output), to_dict(config))]
 
 
+def export_trained(
+    config: TrainConfig, components: Components, trainee: Trainee, ema: Ema, writes: bool
+) -> list[Path]:
+    """Write what the run has made, with the averaged weights; return files and folders.
+
+    All processes must call this; see `export`.
+    """
+    if trainee.export is None:
+        return [export(config, components, ema, writes)]
+    with ema.applied():
+        return trainee.export(Path(config.output), _dtype(config)) if writes else []
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    return getattr(torch, config.export.dtype)
+
+
 def export(config: TrainConfig, components: Components, ema: Ema, writes: bool) -> Path:
     """Write OUTPUT/model with the averaged weights; return the folder.
 
@@ -453,7 +471,7 @@ def export(config: TrainConfig, components: Components, ema: Ema, writes: bool) 
                 whole.load_state_dict(state, assign=True)
             components = dataclasses.replace(components, unet=whole)
         if writes:
-            save_components(folder, components, getattr(torch, config.export.dtype))
+            save_components(folder, components, _dtype(config))
     return folder
 
 
@@ -464,3 +482,13 @@ def save_config(config: TrainConfig) -> None:
         del resolved["model"]["unet"]
     file = Path(config.output) / "config.yaml"
     file.write_text(to_yaml(resolved), encoding="utf-8")
+
+
+def ending(config: TrainConfig, written: list[Path], usage: str) -> str:
+    """Say what a run has written and how to use it; usage: see `Trainee`."""
+    base = config.model.pretrained
+    model = "" if base in (None, "embedded") else f"--model {base} "
+    adds = model + usage.replace("{output}", config.output)
+    usage = adds if usage else f"--model {''.join(map(str, written))}"
+    files = "".join(f"\nmodel: {path}" for path in written)
+    return f'{files}\nuse it: python inference/generate.py "a cat" {usage}'

@@ -107,6 +107,12 @@ def _check_shardable(unet: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             "optimizer.kind=muon needs whole matrices, and a sharded process has only some of "
             "their rows. Use optimizer.kind=adamw, or launch with training/accelerate/ddp.yaml."
         )
+    frozen = [n for n, p in unet.named_parameters() if not p.requires_grad]
+    if any(not name.startswith("time_proj.") for name in frozen):
+        raise UserError(
+            "finetune.kind=full alone can be sharded: the others train so little that copies "
+            "take no more memory. Launch with training/accelerate/ddp.yaml."
+        )
     if any(not p.is_contiguous() for p in unet.parameters()):
         raise UserError(
             "model.channels_last=true cannot be sharded: rows must lie one after the other. "

@@ -128,3 +128,34 @@ def test_help_names_every_sampler(script: ModuleType) -> None:
     from latentdiff.diffusion.samplers import SAMPLERS
 
     assert set(script.SAMPLER_NAMES) == set(SAMPLERS)
+
+
+def test_lora_option(
+    script: ModuleType,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    from latentdiff.formats.lora_files import write_lora
+    from latentdiff.models.low_rank import LowRank
+
+    torch.manual_seed(0)
+    name = "unet.mid_block.attentions.0.proj_in"
+    file = tmp_path / "style.safetensors"
+    write_lora(file, {name: LowRank(torch.randn(2, 32), torch.randn(32, 2), 2.0)})
+    pictures = []
+    fast = ("a cat", "--model", model, "--steps", "2", "--seed", "3", "--quiet", "--output")
+    for lora in ([], [f"{file}"], [f"{file}:0.5"], [f"{file}:0"]):
+        options = ["--lora", *lora] if lora else []
+        output = tmp_path / f"{len(pictures)}.png"
+        call(script, monkeypatch, *fast, str(output), *options)
+        pictures.append(output.read_bytes())
+    assert pictures[0] == pictures[3]
+    assert len(set(pictures)) == 3
+    with pytest.raises(SystemExit, match=r"--lora must be FILE or FILE:WEIGHT; got .*:much"):
+        call(script, monkeypatch, *fast, str(tmp_path / "x.png"), "--lora", f"{file}:much")
+    with pytest.raises(SystemExit, match=r"no LoRA file at .*none"):
+        call(script, monkeypatch, *fast, str(tmp_path / "x.png"), "--lora", "none")

@@ -1,0 +1,294 @@
+"""LoRA files, read and written in the two layouts that tools exchange.
+
+    diffusers  unet.<module>.lora_A.weight .lora_B.weight .lora_magnitude_vector; α: in the header
+    kohya      lora_unet_<module>.lora_down.weight .lora_up.weight .alpha .dora_scale, with _ for .
+
+Read besides: diffusers' earlier spellings (`.lora.down`, `.processor.to_q_lora.down`,
+`.lora_linear_layer.down`), peft's own files, and pickles of tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError, choice_error
+from latentdiff.formats.lora_names import PARTS, foreign_kind, kohya_name, plain_name
+from latentdiff.models.low_rank import LowRank
+
+#: What diffusers and others look for in a folder.
+FILE = "pytorch_lora_weights.safetensors"
+LAYOUTS = ("diffusers", "kohya")
+Layout = Literal["diffusers", "kohya"]
+_ADAPTERS = "lora_adapter_metadata"
+_OLD_ATTENTION = re.compile(r"\.(?:processor\.)?to_(q|k|v|out)_lora\.(down|up)\.weight$")
+_ROLES = {
+    "down": r"\.(?:lora_down|lora\.down|lora_linear_layer\.down|lora_A(?:\.\w+)??)\.weight$",
+    "up": r"\.(?:lora_up|lora\.up|lora_linear_layer\.up|lora_B(?:\.\w+)??)\.weight$",
+    "alpha": r"\.alpha$",
+    "magnitude": r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)*)$",
+}
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What a LoRA file holds, before it is known which model it is for."""
+
+    path: Path
+    """Where it came from."""
+    weights: dict[str, LowRank]
+    """Changes by the layer's name: `unet.…` and `text_encoder.…` with dots, or kohya's spelling
+    with underscores, whose dots only a model's own names tell."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """The safetensors header's texts."""
+
+    @property
+    def layout(self) -> Layout:
+        """diffusers or kohya."""
+        return "kohya" if any(name.startswith("lora_") for name in self.weights) else "diffusers"
+
+
+def find_lora(path: str | Path) -> Path:
+    """The file behind a path: itself, or the usual one in a folder. Raises: UserError: none."""
+    found = Path(path).expanduser()
+    if found.is_dir():
+        candidates = [found / FILE, found / "adapter_model.safetensors"]
+        files = [f for f in candidates if f.is_file()] or sorted(found.glob("*.safetensors"))
+        if len(files) == 0 or (len(files) > 1 and files[0] not in candidates):
+            raise UserError(
+                f"the folder {found} holds {len(files)} safetensors files and no {FILE}; name the "
+                "LoRA file itself."
+            )
+        return files[0]
+    if not found.is_file():
+        raise UserError(f"no LoRA file at {found}.")
+    return found
+
+
+def read_lora(path: str | Path) -> LoraFile:
+    """Read a LoRA file of either layout, in the number format it has.
+
+    Args:    path: .safetensors, a pickle of tensors, or a folder with one.
+    Raises:  UserError: missing, damaged, another kind of adapter, or keys that belong together
+             and are not together, each named.
+    """
+    path = find_lora(path)
+    state, metadata = _read(path)
+    if kind := foreign_kind(state):
+        raise UserError(f"{path} cannot be used: {kind}")
+    pieces: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in state.items():
+        name, role = _split(key)
+        if role is None:
+            unknown.append(key)
+        else:
+            pieces.setdefault(plain_name(name), {})[role] = tensor
+    broken = [name for name, roles in pieces.items() if not {"down", "up"} <= set(roles)]
+    if unknown or broken or not pieces:
+        raise UserError(_not_lora(path, unknown, broken))
+    adapters = _adapter_facts(path, metadata)
+    weights = {name: _change(name, roles, adapters) for name, roles in pieces.items()}
+    return LoraFile(path, weights, metadata)
+
+
+def write_lora(
+    path: Path,
+    weights: Mapping[str, LowRank],
+    layout: Layout = "diffusers",
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write changes by layer name (`unet.…`, `text_encoder.…`, with dots).
+
+    Args:    dtype: on disk; None: as the tensors are.
+             metadata: texts for the header, beside those that say α and rank.
+    Returns: the file.
+    """
+    from safetensors.torch import save_file
+
+    if layout not in LAYOUTS:
+        raise choice_error("layout", layout, LAYOUTS)
+    about = {"format": "pt", **(metadata or {})}
+    if layout == "kohya":
+        about |= _kohya_facts(weights)
+    else:
+        about[_ADAPTERS] = json.dumps(_diffusers_facts(weights), indent=2, sort_keys=True)
+    state: dict[str, Tensor] = {}
+    for name, change in weights.items():
+        state |= (_kohya_keys if layout == "kohya" else _diffusers_keys)(name, change)
+    # α is exact whatever the weights are stored in.
+    stored = {k: _stored(t, None if k.endswith(".alpha") else dtype) for k, t in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        partial.touch()  # safetensors makes files that only their owner can read
+        usual = partial.stat().st_mode
+        save_file(stored, partial, about)
+        partial.chmod(usual)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}).") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(
+            f"{path} is damaged, or a pickle that holds more than tensors, which is never run. "
+            "Ask for the file as safetensors."
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as a LoRA file: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(f"{path} is no LoRA file: it holds no table of tensors.")
+    return state, {}
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """A key's layer name and what it is of that layer: down, up, alpha, magnitude."""
+    if old := _OLD_ATTENTION.search(key):
+        name, (which, role) = key[: old.start()], old.groups()
+        if ".self_attn" in name:
+            return f"{name}.{which}_proj", role
+        return f"{name}.to_{which}" + (".0" if which == "out" else ""), role
+    for role, pattern in _ROLES.items():
+        if found := re.search(pattern, key):
+            return key[: found.start()], role
+    return key, None
+
+
+def _change(name: str, roles: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> LowRank:
+    rank = len(roles["down"])
+    alpha = float(roles["alpha"]) if "alpha" in roles else _alpha(name, rank, adapters)
+    magnitude = roles.get("magnitude")
+    if magnitude is not None and magnitude.numel() != len(roles["up"]):
+        raise UserError(
+            f"{name} has a DoRA magnitude per input channel; only per output channel is supported."
+        )
+    return LowRank(
+        roles["down"], roles["up"], alpha, None if magnitude is None else magnitude.flatten()
+    )
+
+
+def _adapter_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """peft's settings by part: {"unet.lora_alpha": 8, …}; empty when the file does not say."""
+    beside = path.with_name("adapter_config.json")
+    try:
+        if _ADAPTERS in metadata:
+            return json.loads(metadata[_ADAPTERS])
+        if path.name.startswith("adapter_model") and beside.is_file():
+            found = json.loads(beside.read_text(encoding="utf-8"))
+            return {f"unet.{key}": value for key, value in found.items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"the adapter settings of {path} are not valid JSON: {error}") from error
+    return {}
+
+
+def _alpha(name: str, rank: int, adapters: Mapping[str, Any]) -> float:
+    """α of a layer as peft finds it; the rank where the file does not say."""
+    part, _, module = name.partition(".")
+    alpha = float(adapters.get(f"{part}.lora_alpha", rank))
+    for pattern, value in (adapters.get(f"{part}.alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(?:.*\.)?{pattern.removeprefix('text_model.')}", module):
+            alpha = float(value)
+            break
+    # Rank-stabilised: the change is α/√r B A.
+    return alpha * rank**0.5 if adapters.get(f"{part}.use_rslora") else alpha
+
+
+def _not_lora(path: Path, unknown: list[str], broken: list[str]) -> str:
+    if len(unknown) and not broken and not any("lora" in key for key in unknown):
+        return (
+            f"{path} is no LoRA file: none of its {len(unknown)} other keys says lora (the first: "
+            f"{', '.join(unknown[:3])}). A whole model is opened with --model."
+        )
+    texts = []
+    if unknown:
+        texts.append(f"{len(unknown)} keys that are no part of a LoRA: {some(unknown)}")
+    if broken:
+        texts.append(f"{len(broken)} layers with only half of their matrices: {some(broken)}")
+    return f"{path} is damaged or of an unknown kind: {'; '.join(texts) or 'it is empty'}."
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    # Copies: safetensors refuses tensors that share memory.
+    return tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
+
+
+def _diffusers_keys(name: str, change: LowRank) -> dict[str, Tensor]:
+    name = name.replace("text_encoder.", "text_encoder.text_model.", 1)
+    state = {f"{name}.lora_A.weight": change.down, f"{name}.lora_B.weight": change.up}
+    if change.magnitude is not None:  # peft: (out,), of a convolution (1, out, 1, 1)
+        shape = (-1,) if change.up.ndim == 2 else (1, -1, 1, 1)
+        state[f"{name}.lora_magnitude_vector"] = change.magnitude.reshape(shape)
+    return state
+
+
+def _kohya_keys(name: str, change: LowRank) -> dict[str, Tensor]:
+    part, _, module = name.partition(".")
+    key = kohya_name(part, module)
+    state = {f"{key}.lora_down.weight": change.down, f"{key}.lora_up.weight": change.up}
+    state[f"{key}.alpha"] = torch.tensor(float(change.alpha))
+    if change.magnitude is not None:
+        state[f"{key}.dora_scale"] = change.magnitude.reshape(-1, *[1] * (change.up.ndim - 1))
+    return state
+
+
+def _kohya_facts(weights: Mapping[str, LowRank]) -> dict[str, str]:
+    first = next(iter(weights.values()))
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(first.rank),
+        "ss_network_alpha": f"{first.alpha:g}",
+    }
+
+
+def _diffusers_facts(weights: Mapping[str, LowRank]) -> dict[str, Any]:
+    """peft's settings that diffusers rebuilds the adapters from, by part."""
+    facts: dict[str, Any] = {}
+    for part in PARTS:
+        own = {n.partition(".")[2]: c for n, c in weights.items() if n.startswith(f"{part}.")}
+        if not own:
+            continue
+        first = next(iter(own.values()))
+        ranks = {n: c.rank for n, c in own.items() if c.rank != first.rank}
+        alphas = {n: _whole(c.alpha) for n, c in own.items() if c.alpha != first.alpha}
+        settings = {
+            "r": first.rank,
+            "lora_alpha": _whole(first.alpha),
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+            "target_modules": sorted(own),
+            "use_dora": any(c.magnitude is not None for c in own.values()),
+        }
+        facts |= {f"{part}.{key}": value for key, value in settings.items()}
+    return facts
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number

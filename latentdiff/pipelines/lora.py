@@ -1,0 +1,176 @@
+"""LoRA files on a model that generates: attached beside its weights, added to them, taken off.
+
+Attached (unfused), a file is a hook on each layer: W x + s ΔW x. Strengths can be changed and files
+removed, the weights and their names stay the model's own. Fused, s ΔW is in the weights: nothing
+is left to compute, and what was there is kept for going back to the bit.
+Every change is one of the model's own weights W, also where several files change the same layer:
+W' = W + Σ s_k ΔW_k, so the order does not matter and fused equals attached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+from latentdiff.formats.lora_files import LoraFile, read_lora, some
+from latentdiff.formats.lora_names import places
+from latentdiff.models.low_rank import Branch, Layer, LowRank, add_to, layers_of
+
+#: (part, module name), for example ("unet", "mid_block.attentions.0.proj_in").
+Place = tuple[str, str]
+
+
+@dataclass
+class _Loaded:
+    """One file on the model."""
+
+    changes: dict[Place, LowRank]
+    strength: float
+    hooks: list[Any] = field(default_factory=list)
+
+
+class Loras:
+    """The LoRA files of one pipeline.
+
+    Args:    parts: the networks by the names that files use: unet, text_encoder.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        self._parts = dict(parts)
+        self._loaded: dict[str, _Loaded] = {}
+        self._before: dict[Place, Tensor] = {}
+
+    @property
+    def names(self) -> dict[str, float]:
+        """The files on the model and their strengths, in the order of loading."""
+        return {name: one.strength for name, one in self._loaded.items()}
+
+    @property
+    def attached(self) -> bool:
+        """Whether some file is not fused."""
+        return any(one.hooks for one in self._loaded.values())
+
+    def check_saved(self) -> None:
+        """Raises: UserError: some file would be missing from weights that are saved now."""
+        if self.attached:
+            raise UserError(
+                f"the LoRA files {', '.join(self.names)} are attached and no part of the weights. "
+                "Call fuse_lora() to save the model with them, or unload_lora() first."
+            )
+
+    def load(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
+        """Attach a file; other files stay.
+
+        Args:    path: see `read_lora`.  weight: strength; 1 as trained, 0 none.
+                 name: to unload it by; None: the file's.
+        Returns: its name.
+        Raises:  UserError: the file is not for this model, or the name is taken; nothing changes.
+        """
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight != weight:
+            raise UserError(f"the weight of a LoRA must be a number; got {weight!r}.")
+        file = read_lora(path)
+        name = name or file.path.stem
+        if name in self._loaded:
+            raise UserError(
+                f"a LoRA named {name!r} is loaded already; unload it first, or give this one "
+                "another name."
+            )
+        one = _Loaded(match(file, self._parts), float(weight))
+        for place, change in one.changes.items():
+            layer = self._layer(place)
+            branch = Branch(change, layer, self._before.get(place, layer.weight), one.strength)
+            one.hooks.append(layer.register_forward_hook(branch))
+        self._loaded[name] = one
+        return name
+
+    def fuse(self) -> None:
+        """Add all attached files to the weights."""
+        for one in self._loaded.values():
+            if not one.hooks:
+                continue
+            self._unhook(one)
+            for place, change in one.changes.items():
+                layer = self._layer(place)
+                own = self._before.setdefault(place, layer.weight.detach().clone())
+                add_to(layer, one.strength * change.delta(own.to(layer.weight.device)))
+
+    def unload(self, name: str | None = None) -> None:
+        """Take a file off, or all; the weights are then what they were.
+
+        Raises: UserError: no such file; or it is fused together with others.
+        """
+        if name is not None and name not in self._loaded:
+            known = ", ".join(self._loaded) or "none is loaded"
+            raise UserError(f"no LoRA named {name!r} is loaded ({known}).")
+        names = list(self._loaded) if name is None else [name]
+        fused = [n for n, one in self._loaded.items() if not one.hooks]
+        if name in fused and len(fused) > 1:
+            raise UserError(
+                f"{name} is fused together with {', '.join(n for n in fused if n != name)}; unload "
+                "all with unload_lora(), and load again what should stay."
+            )
+        for each in names:
+            self._unhook(self._loaded[each])
+        if any(each in fused for each in names):
+            for place, weight in self._before.items():
+                self._layer(place).weight.data.copy_(weight)
+            self._before.clear()
+        for each in names:
+            del self._loaded[each]
+
+    def _layer(self, place: Place) -> Layer:
+        part, module = place
+        layer: Any = self._parts[part].get_submodule(module)
+        return layer
+
+    @staticmethod
+    def _unhook(one: _Loaded) -> None:
+        for hook in one.hooks:
+            hook.remove()
+        one.hooks.clear()
+
+
+def match(file: LoraFile, parts: Mapping[str, nn.Module]) -> dict[Place, LowRank]:
+    """Find the layer of every change in a file.
+
+    Raises: UserError: naming what matches nothing, or what has other shapes than the model.
+    """
+    layers = {part: layers_of(module) for part, module in parts.items()}
+    known = places({part: {n: m.weight for n, m in own.items()} for part, own in layers.items()})
+    lost = [name for name in file.weights if name not in known]
+    if lost:
+        count = "nothing" if len(lost) == len(file.weights) else "not everything"
+        raise UserError(
+            f"{file.path} changes layers that this model does not have, so {count} of it fits; it "
+            f"was made for another model. Not found here: {some(lost)}.{_guess(file.weights)}"
+        )
+    found = {known[name]: change for name, change in file.weights.items()}
+    unfit = []
+    for (part, module), change in found.items():
+        weight = layers[part][module].weight
+        if not change.fits(weight):
+            unfit.append(
+                f"{part}.{module} is {tuple(weight.shape)} here and the file changes "
+                f"({len(change.up)}, {', '.join(map(str, change.down.shape[1:]))})"
+            )
+    if unfit:
+        raise UserError(
+            f"{file.path} was made for another base model, whose layers have other sizes: "
+            f"{some(unfit, 3)}.{_guess(file.weights)}"
+        )
+    return found
+
+
+def _guess(changes: Mapping[str, LowRank]) -> str:
+    """Which family has such a text width, where one layer shows it."""
+    widths = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+    for name, change in changes.items():
+        if name.endswith(("attn2.to_k", "attn2_to_k")) and change.down.shape[1] in widths:
+            width = change.down.shape[1]
+            return f" Its text states are {width} wide, as those of {widths[width]} are."
+    return ""

@@ -1,0 +1,73 @@
+"""What LoRA and DoRA do to a weight, against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from latentdiff.models.low_rank import Branch, Layer, LowRank, add_to
+
+
+def make(layer: Layer, rank: int = 3, alpha: float = 5.0, dora: bool = False) -> LowRank:
+    shape = layer.weight.shape
+    torch.manual_seed(1)
+    return LowRank(
+        torch.randn(rank, *shape[1:]),
+        torch.randn(shape[0], rank, *[1] * (len(shape) - 2)),
+        alpha,
+        torch.rand(shape[0]) + 0.5 if dora else None,
+    )
+
+
+def layers() -> list[Layer]:
+    torch.manual_seed(0)
+    return [
+        nn.Linear(6, 4),
+        nn.Conv2d(6, 4, 1),
+        nn.Conv2d(6, 4, 3, padding=1),
+        nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=False),
+    ]
+
+
+def test_lora_is_the_scaled_product() -> None:
+    layer = layers()[0]
+    change = make(layer)
+    expected = 5 / 3 * torch.einsum("or,ri->oi", change.up, change.down)
+    torch.testing.assert_close(change.delta(layer.weight), expected)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_dora_gives_every_output_channel_its_magnitude(number: int) -> None:
+    layer = layers()[number]
+    change, plain = make(layer, dora=True), make(layer)
+    new = layer.weight + change.delta(layer.weight)
+    torch.testing.assert_close(new.flatten(1).norm(dim=1), change.magnitude)
+    direction = layer.weight + plain.delta(layer.weight)
+    cosine = torch.cosine_similarity(new.flatten(1), direction.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(4))
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("dora", (False, True))
+def test_beside_the_weight_is_the_same_as_in_it(number: int, dora: bool) -> None:
+    layer = layers()[number]
+    change, strength = make(layer, dora=dora), -0.7
+    x = torch.randn(2, 5, 6) if number == 0 else torch.randn(2, 6, 8, 8)
+    hook = layer.register_forward_hook(Branch(change, layer, layer.weight, strength))
+    beside = layer(x)
+    hook.remove()
+    without = layer(x)
+    add_to(layer, strength * change.delta(layer.weight))
+    torch.testing.assert_close(layer(x), beside, rtol=1e-5, atol=1e-5)
+    assert (without - beside).abs().max() > 0.1
+
+
+def test_what_fits() -> None:
+    linear, one, three, _ = layers()
+    assert make(linear).fits(linear.weight)
+    assert make(linear).fits(one.weight), "a 1×1 convolution is a matrix"
+    assert not make(linear).fits(three.weight)
+    assert not make(three).fits(nn.Linear(6, 5).weight)
+    change = make(linear)
+    assert not LowRank(change.down, change.up[:, :2], 5.0).fits(linear.weight)

@@ -1,0 +1,238 @@
+"""LoRA files on a pipeline: ours in diffusers, diffusers' here, several at once, and what does not
+fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError
+from latentdiff.formats.lora_files import write_lora
+from latentdiff.models.low_rank import LowRank, layers_of
+from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+from tests.random_models import make_pipeline
+
+ENDS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.2", "q_proj", "k_proj")
+ENDS += ("v_proj", "out_proj")
+LAYOUTS = ("diffusers", "kohya")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+def make(pipeline: LatentDiffusionPipeline, seed: int, dora: bool = False) -> dict[str, LowRank]:
+    """Changes of all kinds of layers; α ≠ rank."""
+    torch.manual_seed(seed)
+    found = {}
+    for part, network in (("unet", pipeline.unet), ("text_encoder", pipeline.text_encoder.module)):
+        for name, layer in layers_of(network).items():
+            if not name.endswith(ENDS):
+                continue
+            weight, rank = layer.weight, 2
+            down = torch.randn(rank, *weight.shape[1:]) / weight[0].numel() ** 0.5
+            up = torch.randn(len(weight), rank, *[1] * (weight.ndim - 2)) * 0.1
+            magnitude = weight.detach().flatten(1).norm(dim=1) * 1.2 if dora else None
+            found[f"{part}.{name}"] = LowRank(down, up, 5.0, magnitude)
+    return found
+
+
+def picture(pipeline: LatentDiffusionPipeline) -> Tensor:
+    """In 0 … 1."""
+    return pipeline(
+        "a cat", seed=0, num_inference_steps=3, output_type="pt", progress=False, sampler="ddim"
+    ).images
+
+
+def output(pipeline: LatentDiffusionPipeline) -> Tensor:
+    """What the U-Net says of a fixed input with the text encoder's context, about 1 in size."""
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return pipeline.unet(
+            x.to(pipeline.unet.dtype), 300, pipeline.text_encoder.encode(["a cat"])
+        )
+
+
+@pytest.mark.parametrize("dora", (False, True))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused_equals_attached(model: Path, tmp_path: Path, layout: Any, dora: bool) -> None:
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    before = {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    plain = output(pipeline)
+    files = [
+        write_lora(tmp_path / f"{n}.safetensors", make(pipeline, n, dora), layout) for n in (1, 2)
+    ]
+    pipeline.load_lora(files[0], 0.8)
+    pipeline.load_lora(files[1], -0.5, name="other")
+    assert pipeline.loras.names == {"1": 0.8, "other": -0.5}
+    attached = output(pipeline)
+    assert pipeline.unet.state_dict().keys() == before.keys()
+    assert (attached - plain).abs().max() > 0.1
+    pipeline.fuse_lora()
+    scale = attached.abs().max()
+    assert (output(pipeline) - attached).abs().max() < 1e-5 * scale
+    pipeline.unload_lora()
+    assert all(torch.equal(v, before[k]) for k, v in pipeline.unet.state_dict().items())
+    assert torch.equal(output(pipeline), plain)
+    # In the other order, one fused before the other comes: the same.
+    pipeline.load_lora(files[1], -0.5)
+    pipeline.fuse_lora()
+    pipeline.load_lora(files[0], 0.8)
+    assert (output(pipeline) - attached).abs().max() < 1e-5 * scale
+    pipeline.unload_lora("1")
+    pipeline.unload_lora("2")
+    assert torch.equal(output(pipeline), plain)
+
+
+def test_strength_is_a_straight_line_in_the_weights(model: Path, tmp_path: Path) -> None:
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    file = write_lora(tmp_path / "a.safetensors", make(pipeline, 1, dora=True))
+    plain, layer = output(pipeline), "mid_block.attentions.0.proj_in.weight"
+    own = pipeline.unet.state_dict()[layer].clone()
+    pipeline.load_lora(file, 0.0)
+    assert torch.equal(output(pipeline), plain)
+    pipeline.unload_lora()
+    moved = []
+    for strength in (1.0, 0.25):
+        pipeline.load_lora(file, strength)
+        pipeline.fuse_lora()
+        moved.append(pipeline.unet.state_dict()[layer] - own)
+        pipeline.unload_lora()
+    torch.testing.assert_close(0.25 * moved[0], moved[1], rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_and_moving(model: Path, tmp_path: Path) -> None:
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    file = write_lora(tmp_path / "a.safetensors", make(pipeline, 1))
+    pipeline.load_lora(file)
+    exact = output(pipeline)
+    pipeline.to(dtype=torch.bfloat16)
+    assert (output(pipeline).float() - exact).abs().max() < 0.1 * exact.abs().max()
+    pipeline.fuse_lora()
+    assert pipeline.unet.dtype == torch.bfloat16
+    assert (output(pipeline).float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_saving_says_that_attached_files_would_be_lost(model: Path, tmp_path: Path) -> None:
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    pipeline.load_lora(write_lora(tmp_path / "a.safetensors", make(pipeline, 1)))
+    with pytest.raises(UserError, match=r"a are attached.*fuse_lora"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipeline.fuse_lora()
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = LatentDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(output(again), output(pipeline))
+
+
+def open_theirs(folder: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+def assert_same_picture(theirs: Any, ours: LatentDiffusionPipeline) -> None:
+    """At most 2/255 apart, not flat."""
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 10, "guidance_scale": 4.0, "latents": noise}
+    expected = np.asarray(theirs("a cat", **options).images[0], int)
+    found = np.asarray(ours("a cat", **options, sampler="ddim", progress=False).images[0], int)
+    assert np.abs(found - expected).max() <= 2
+    assert found.std() >= 15
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_diffusers_reads_what_is_written_here(model: Path, tmp_path: Path, layout: Any) -> None:
+    ours, theirs = LatentDiffusionPipeline.from_pretrained(model), open_theirs(model)
+    plain = picture(ours)
+    file = write_lora(tmp_path / "ours.safetensors", make(ours, 1), layout)
+    theirs.load_lora_weights(tmp_path, weight_name=file.name)
+    ours.load_lora(file)
+    assert (picture(ours) - plain).abs().max() > 0.05
+    assert_same_picture(theirs, ours)
+
+
+def test_what_diffusers_writes_is_read_here(model: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    theirs, ours = open_theirs(model), LatentDiffusionPipeline.from_pretrained(model)
+    plain = picture(ours)
+    settings = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_out.0", "conv1"])
+    theirs.unet.add_adapter(settings)
+    text = LoraConfig(r=3, lora_alpha=2, target_modules=["q_proj", "out_proj"])
+    theirs.text_encoder.add_adapter(text)
+    torch.manual_seed(0)
+    for network in (theirs.unet, theirs.text_encoder):
+        for name, parameter in network.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.2)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs.unet)),
+        convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs.text_encoder)),
+        **_collate_lora_metadata({"unet": theirs.unet, "text_encoder": theirs.text_encoder}),
+    )
+    ours.load_lora(tmp_path)
+    assert (picture(ours) - plain).abs().max() > 0.05
+    assert_same_picture(theirs, ours)
+
+
+def refused(pipeline: LatentDiffusionPipeline, file: Path, *words: str) -> None:
+    plain = output(pipeline)
+    with pytest.raises(UserError) as error:
+        pipeline.load_lora(file)
+    for word in (str(file), *words):
+        assert word in str(error.value), error.value
+    assert pipeline.loras.names == {}
+    assert torch.equal(output(pipeline), plain)
+
+
+def test_files_for_other_models_are_refused_by_name(model: Path, tmp_path: Path) -> None:
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    changes = make(pipeline, 1)
+    stray = {name.replace("blocks.0", "blocks.7"): change for name, change in changes.items()}
+    strays = {name: change for name, change in stray.items() if name not in changes}
+    for layout in LAYOUTS:
+        file = tmp_path / f"{layout}.safetensors"
+        write_lora(file, strays, layout)  # type: ignore[arg-type]
+        told = "down_blocks.7" if layout == "diffusers" else "down_blocks_7"
+        refused(pipeline, file, "nothing of it fits", told)
+        write_lora(file, changes | strays, layout)  # type: ignore[arg-type]
+        refused(pipeline, file, "not everything of it fits", told)
+    wide = {
+        name: LowRank(torch.randn(2, 2048), torch.randn(len(change.up), 2), 2.0)
+        for name, change in changes.items()
+        if name.endswith("attn2.to_k")
+    }
+    write_lora(tmp_path / "wide.safetensors", wide)
+    refused(pipeline, tmp_path / "wide.safetensors", "(16, 24) here", "2048", "SDXL")
+
+
+def test_names(model: Path, tmp_path: Path) -> None:
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    files = [write_lora(tmp_path / f"{n}.safetensors", make(pipeline, int(n))) for n in "12"]
+    pipeline.load_lora(files[0])
+    with pytest.raises(UserError, match="'1' is loaded already"):
+        pipeline.load_lora(files[0])
+    with pytest.raises(UserError, match="no LoRA named '3'"):
+        pipeline.unload_lora("3")
+    with pytest.raises(UserError, match="must be a number"):
+        pipeline.load_lora(files[1], "1")  # type: ignore[arg-type]
+    pipeline.load_lora(files[1])
+    pipeline.fuse_lora()
+    with pytest.raises(UserError, match="fused together with 2"):
+        pipeline.unload_lora("1")
