@@ -41,8 +41,7 @@ def add_word(encoder: TextEncoder, word: str, vectors: Tensor) -> list[int]:
     table[: len(old)] = old.detach()
     table[ids] = vectors.to(old)
     encoder.tokenizer = tokenizer
-    encoder.module.embeddings.token_embedding = nn.Embedding(*table.shape, _weight=table)
-    encoder.module.embeddings.token_embedding.requires_grad_(False)
+    encoder.module.embeddings.token_embedding = nn.Embedding.from_pretrained(table)
     encoder.module.config["vocab_size"] = len(table)
     return ids
 
