@@ -137,10 +137,11 @@ def changes(network: nn.Module, config: LoraConfig) -> dict[str, LowRank]:
     found = {}
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer):
-            down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+            adapter: Any = layer
+            down, up = adapter.lora_A[_ADAPTER].weight, adapter.lora_B[_ADAPTER].weight
             magnitude = None
-            if _ADAPTER in layer.lora_magnitude_vector:
-                magnitude = layer.lora_magnitude_vector[_ADAPTER].weight.detach().flatten()
+            if _ADAPTER in adapter.lora_magnitude_vector:
+                magnitude = adapter.lora_magnitude_vector[_ADAPTER].weight.detach().flatten()
             found[name] = LowRank(down.detach(), up.detach(), _alpha(config), magnitude)
     return found
 
