@@ -44,6 +44,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prediction", choices=("eps", "v"), help="instead of what the model says")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
     add("--negative", metavar="TEXT", help="what to steer away from")
+    add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="may be repeated")
+    reading = parser.add_mutually_exclusive_group().add_argument
+    reading("--long", action="store_true", help="prompts of any length; else what is over is cut")
+    reading("--weighted", action="store_true", help="so too, with (red:1.3), [red] and BREAK")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     add("--guidance", help="1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
     add("--guidance-interval", metavar="LOW,HIGH", help="guide only at these timesteps")
@@ -106,6 +110,12 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output: {output.parent} cannot be made ({error.strerror}).") from error
 
 
+def embedding_and_token(text: str) -> tuple[str, str | None]:
+    """("cat.pt", "<my-cat>") from "cat.pt=<my-cat>"; the token may be left out."""
+    file, sign, token = text.rpartition("=")
+    return (file, token) if sign and not Path(text).exists() else (text, None)
+
+
 def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     """The pictures and their seeds, prompt by prompt."""
     import torch
@@ -124,9 +134,13 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         pipeline.load_lora(*lora_and_weight(text))
     height, width = picture_size(args.size)
     interval = args.guidance_interval
+    for text in args.embedding:
+        name = pipeline.load_embedding(*embedding_and_token(text))
+        print(f"word: {name}", file=sys.stderr)
     result = pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))(
         args.prompts,
         negative_prompt=args.negative,
+        prompt_syntax="a1111" if args.weighted else "long" if args.long else "plain",
         height=height,
         width=width,
         num_inference_steps=args.steps,
@@ -139,6 +153,9 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         seed=args.seed,
         progress=not args.quiet,
     )
+    if args.long or args.weighted:
+        for read in result.prompts:
+            print(f"{read.text[:40]!r}: {read}", file=sys.stderr)
     return result.images, result.seeds
 
 

@@ -105,8 +105,10 @@ def main() -> None:
     if arguments.text:
         embed_text(arguments.text, EMBEDDED_MODEL)
     if arguments.guidance is not None:
-        text = json.dumps({"guidance_scale": arguments.guidance}, indent=2) + "\n"
-        (EMBEDDED_MODEL / GENERATION).write_text(text)
+        file = EMBEDDED_MODEL / GENERATION
+        own = json.loads(file.read_text()) if file.is_file() else {}
+        own["guidance_scale"] = arguments.guidance
+        file.write_text(json.dumps(own, indent=2) + "\n")
     for file in sorted(EMBEDDED_MODEL.rglob("*.safetensors")):
         print(f"{file.stat().st_size / 1e6:7.2f} MB  {file.relative_to(EMBEDDED_MODEL)}")
 

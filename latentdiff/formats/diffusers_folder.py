@@ -43,7 +43,7 @@ from latentdiff.weight_files import (
 __all__ = ["Components", "load_components", "load_unet", "resolve_folder", "save_components"]
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-#: Optional, ours: {"guidance_scale": what the pipeline takes when its caller gives none}.
+#: Optional, ours: what the pipeline takes when its caller gives nothing, see `SamplingDefaults`.
 GENERATION = "generation_config.json"
 LAYOUT = (*PARTS, "model_index.json", GENERATION, "safety_checker", "feature_extractor")
 #: Shards of this size suit version control; a file's head comes on top.

@@ -13,17 +13,24 @@ from latentdiff.formats.scheduler_config import SamplingDefaults
 
 def generation_defaults(sampling: SamplingDefaults) -> dict[str, Any]:
     """What the file says; empty when there is nothing to say."""
-    scale = sampling.guidance_scale
-    return {} if scale is None else {"guidance_scale": scale}
+    own = {"guidance_scale": sampling.guidance_scale, "chunk_tokens": sampling.chunk_tokens}
+    return {key: value for key, value in own.items() if value is not None}
 
 
 def with_generation(
     sampling: SamplingDefaults, data: Mapping[str, Any], where: object
 ) -> SamplingDefaults:
     """Take them over. Raises: UserError: a value outside its range."""
-    scale = data.get("guidance_scale")
-    if scale is None:
-        return sampling
-    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+    scale, chunk = data.get("guidance_scale"), data.get("chunk_tokens")
+    number = isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0
+    if scale is not None and not number:
         raise UserError(f"guidance_scale in {where} must be a number of at least 0; got {scale!r}.")
-    return dataclasses.replace(sampling, guidance_scale=float(scale))
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise UserError(
+            f"chunk_tokens in {where} must be a whole number of at least 1; got {chunk!r}."
+        )
+    return dataclasses.replace(
+        sampling,
+        guidance_scale=None if scale is None else float(scale),
+        chunk_tokens=chunk,
+    )

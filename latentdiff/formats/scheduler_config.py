@@ -54,6 +54,9 @@ class SamplingDefaults:
     """Where the last step leads: None the clean image, 0 the first noise level."""
     guidance_scale: float | None = None
     """What this model is best guided with (generation_config.json); None: the usual scale."""
+    chunk_tokens: int | None = None
+    """Tokens of a prompt that one pass of the text encoder reads when a prompt is cut into chunks
+    (generation_config.json); None: all that fit."""
 
 
 def read_scheduler(

@@ -38,8 +38,10 @@ class ClipTokenizer:
         self.backend, self.config, self.max_length = backend, config, max_length
         backend.no_padding()
         backend.no_truncation()
+        self.begin_id = self._id(config.get("bos_token", BOS))
         self.end_id = self._id(config.get("eos_token", EOS))
         self.pad_id = self._id(config.get("pad_token", EOS))
+        self.learned = learned_words(backend)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Ids of texts, (B, max_length) int64; warns with the words that do not fit."""
@@ -48,7 +50,21 @@ class ClipTokenizer:
 
     def count(self, text: str) -> int:
         """How many ids a text needs, begin and end mark included."""
-        return len(self.backend.encode(text).ids)
+        return sum(map(len, self.pieces(text))) + 2
+
+    def pieces(self, text: str) -> list[tuple[int, ...]]:
+        """The ids of a text without marks; those of a learned word of several vectors together."""
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [self.learned.get(token, (token,)) for token in ids]
+
+    def padded(self, ids: Sequence[int]) -> list[int]:
+        """A row of max_length ids: begin mark, at most max_length - 2 ids, end mark, padding."""
+        row = [self.begin_id, *ids, self.end_id]
+        return row + [self.pad_id] * (self.max_length - len(row))
+
+    def left_out(self, text: str) -> str:
+        """The words from the one on that no longer fits; empty when all do."""
+        return self._fit(text)[1]
 
     def save(self, folder: Path) -> None:
         """Write every form that readers of a Stable Diffusion folder look for."""
@@ -70,24 +86,49 @@ class ClipTokenizer:
         _write_json(folder / "special_tokens_map.json", marks)
 
     def _row(self, text: str) -> list[int]:
-        encoding = self.backend.encode(text)
-        ids = encoding.ids
-        if len(ids) > self.max_length:
-            first_cut = encoding.offsets[self.max_length - 1][0]
-            start = text.rfind(" ", 0, first_cut + 1) + 1  # the word that token belongs to
+        ids, left_out = self._fit(text)
+        if left_out:
             warnings.warn(
-                f"the text encoder takes {self.max_length} tokens and this prompt has {len(ids)}; "
-                f"cut off: {text[start:]!r}",
+                f"the text encoder takes {self.max_length} tokens and this prompt has "
+                f"{self.count(text)}; cut off: {left_out!r} (prompt_syntax='long', or generate.py "
+                "--long, takes them all)",
                 stacklevel=4,
             )
-            ids = [*ids[: self.max_length - 1], self.end_id]
-        return ids + [self.pad_id] * (self.max_length - len(ids))
+        return self.padded(ids)
+
+    def _fit(self, text: str) -> tuple[list[int], str]:
+        """The ids that have room between the marks, and the words that have not."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
+            ids += self.learned.get(token, (token,))
+            if len(ids) > self.max_length - 2:
+                begin = text.rfind(" ", 0, start + 1) + 1  # the word that token belongs to
+                return ids[: self.max_length - 2], text[begin:]
+        return ids, ""
 
     def _id(self, token: Any) -> int:
         found = self.backend.token_to_id(_text(token))
         if found is None:
             raise UserError(f"the tokenizer's vocabulary does not hold its mark {_text(token)!r}.")
         return found
+
+
+def learned_words(backend: Any) -> dict[int, tuple[int, ...]]:
+    """Added tokens that stand for several: id → its own and those of NAME_1, NAME_2, …
+
+    This is how diffusers names the vectors of one learned word.
+    """
+    ids = {
+        token.content: index
+        for index, token in backend.get_added_tokens_decoder().items()
+        if not token.special
+    }
+    found = {name: [ids[name]] for name in ids}
+    for name, own in found.items():
+        while (following := f"{name}_{len(own)}") in ids:
+            own.append(ids[following])
+    return {own[0]: tuple(own) for own in found.values() if len(own) > 1}
 
 
 def load_tokenizer(folder: str | Path, max_length: int) -> ClipTokenizer:

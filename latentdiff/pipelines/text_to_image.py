@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from latentdiff.diffusion.guidance import (
     Predict,
-    guidance_context,
     guide,
     needs_unconditional,
 )
@@ -30,7 +29,11 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.formats.components import Components
+from latentdiff.formats.embedding_file import read_embedding
 from latentdiff.formats.model import load_model, save_model
+from latentdiff.models.learned_words import add_word
+from latentdiff.models.long_prompts import PromptSyntax, ReadPrompt, check_syntax, read_prompt
+from latentdiff.pipelines.contexts import batch_contexts, image_contexts, passes
 from latentdiff.pipelines.inputs import (
     check_latents,
     check_output_type,
@@ -59,6 +62,8 @@ class PipelineOutput:
     (B, C, h, w), as `output_type` asked."""
     seeds: list[int]
     """The seed of each image: give it as `seed` to get that image again."""
+    prompts: list[ReadPrompt] = field(default_factory=list)
+    """How each prompt was read: its tokens, its chunks, words that did not fit."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,7 @@ class LatentDiffusionPipeline:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        prompt_syntax: PromptSyntax = "plain",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
@@ -214,6 +220,9 @@ class LatentDiffusionPipeline:
 
         Args:    prompt: one text or several.
                  negative_prompt: what to steer away from, one for all or one for each prompt.
+                 prompt_syntax: plain: what does not fit into the text encoder is cut off, with a
+                 warning; long: it goes on in further chunks; a1111: so too, with weights such as
+                 (red:1.3) and with BREAK, see `prompt_syntax`. For negative prompts too.
                  height, width: in pixels, multiples of the autoencoder's downscale; None: the
                  size of the training.
                  num_inference_steps: 1 … T; more is finer and slower.
@@ -234,7 +243,7 @@ class LatentDiffusionPipeline:
                  output_type: pil, np, pt or latent; see `PipelineOutput`.
                  batch_size: images per pass; does not change them.
                  progress: show a bar on the terminal.
-        Returns: images and their seeds.
+        Returns: images, their seeds, and how the prompts were read.
         Raises:  UserError: any argument outside what is described here, before any work.
         """
         prompts = prompt_list(prompt, "prompt")
@@ -243,6 +252,7 @@ class LatentDiffusionPipeline:
         scales = guidance_scales(guidance_scale, len(prompts))
         interval = guidance_interval_of(guidance_interval)
         check_output_type(output_type)
+        check_syntax(prompt_syntax)
         for name, value in (
             ("num_images_per_prompt", num_images_per_prompt),
             ("num_inference_steps", num_inference_steps),
@@ -258,42 +268,80 @@ class LatentDiffusionPipeline:
         x_T = batch_noise(seeds, shape) if latents is None else latents
         check_latents(x_T, (len(seeds), *shape))
 
-        contexts = self._contexts(prompts, negatives, scales, num_images_per_prompt)
+        read = [self.read_prompt(text, prompt_syntax) for text in prompts]
+        room = self.components.sampling.chunk_tokens
+        contexts = image_contexts(
+            self.text_encoder,
+            prompts,
+            negatives,
+            scales,
+            num_images_per_prompt,
+            prompt_syntax,
+            room,
+        )
         scales = [scale for scale in scales for _ in range(num_images_per_prompt)]
-        parts = []
-        with _progress_bar(len(grid) * -(-len(seeds) // batch_size), progress) as bar:
-            for start in range(0, len(seeds), batch_size):
-                own = slice(start, start + batch_size)
-                predict = self._guided([half[own] for half in contexts], scales[own], plan)
-                x_0 = self._denoise(predict, x_T[own], seeds[own], plan, bar)
-                parts.append(x_0 if output_type == "latent" else self.autoencoder.decode(x_0))
-        return PipelineOutput(to_output(torch.cat(parts), output_type), list(seeds))
+        found: dict[int, Tensor] = {}
+        rounds = passes(contexts, batch_size)
+        with _progress_bar(len(grid) * len(rounds), progress) as bar:
+            for own in rounds:
+                predict = self._guided(
+                    batch_contexts(contexts, own), [scales[i] for i in own], plan
+                )
+                x_0 = self._denoise(predict, x_T[own], [seeds[i] for i in own], plan, bar)
+                images = x_0 if output_type == "latent" else self.autoencoder.decode(x_0)
+                found |= zip(own, images, strict=True)
+        images = torch.stack([found[i] for i in range(len(seeds))])
+        return PipelineOutput(to_output(images, output_type), list(seeds), read)
+
+    def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
+        """How a prompt would be read: its tokens, its chunks, words that do not fit.
+
+        Raises:  UserError: an unknown reading, or syntax that cannot be read.
+        """
+        room = self.components.sampling.chunk_tokens
+        return read_prompt(self.text_encoder, prompt, prompt_syntax, room)
+
+    def load_embedding(self, path: str | Path, token: str | None = None) -> str:
+        """Teach the text encoder a word from a file of textual inversion.
+
+        Args:    path: .safetensors, .bin or A1111's .pt, or a folder with learned_embeds.
+                 token: how prompts will name it; None: as the file says, or as it is called.
+        Returns: that name.
+        Raises:  UserError: no such file, not for this text encoder, or a name that means
+                 something already; the model is as it was.
+        """
+        word = read_embedding(path)
+        name = word.token if token is None else token
+        add_word(self.text_encoder, name, word.vectors)
+        return name
 
     def invert(self, image: Any, prompt: str | Sequence[str] = "", **options: Any) -> Inversion:
         """Find the noise that DDIM turns into given pictures; arguments: `inversion.invert`."""
         return invert(self, image, prompt, **options)
-
-    def _contexts(
-        self, prompts: list[str], negatives: list[str], scales: list[float], copies: int
-    ) -> list[Tensor]:
-        """Contexts per image: [of the prompts], or [of the negative prompts, of the prompts]."""
-        words = list(dict.fromkeys([*prompts, *negatives]))  # each text is encoded once
-        rows = dict(zip(words, self.text_encoder.encode(words), strict=True))
-        context, empty = (torch.stack([rows[t] for t in texts]) for texts in (prompts, negatives))
-        halves = guidance_context(context, empty, scales).split(len(prompts))
-        return [half.repeat_interleave(copies, dim=0) for half in halves]
 
     def _guided(self, contexts: list[Tensor], scales: list[float], plan: _Plan) -> Predict:
         """The guided network, the context's keys and values already projected."""
         if len(contexts) == 1 or not needs_unconditional(scales):
             return self._network(contexts[-1])
         return guide(
-            self._network(torch.cat(contexts)),
+            self._networks(contexts),
             scales,
             rescale=plan.rescale,
             interval=plan.interval,
             predict_conditional=self._network(contexts[-1]) if plan.interval else None,
         )
+
+    def _networks(self, contexts: list[Tensor]) -> Predict:
+        """The network on the doubled batch: one pass, or one for each length of context."""
+        if len({context.shape[1] for context in contexts}) == 1:
+            return self._network(torch.cat(contexts))
+        networks = [self._network(context) for context in contexts]
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            halves = zip(networks, x_t.chunk(2), t.chunk(2), strict=True)
+            return torch.cat([network(x, level) for network, x, level in halves])
+
+        return predict
 
     def _network(self, context: Tensor) -> Predict:
         kv = self.unet.project_context(context)

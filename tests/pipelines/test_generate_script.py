@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from tests.random_models import make_pipeline
+from tests.random_models import TEXT_WIDTH, make_pipeline
 
 SCRIPT = Path(__file__).parents[2] / "inference" / "generate.py"
 
@@ -59,6 +59,42 @@ def test_grid_and_numbered_files(
     assert Image.open(output).size == (3 * 34 - 2, 2 * 18 - 2)
     call(script, monkeypatch, "a cat", "--output", str(output), "--separate", *fast)
     assert sorted(p.name for p in tmp_path.glob("g-*.png")) == [f"g-{k:03d}.png" for k in range(3)]
+
+
+def test_long_and_weighted_prompts_say_how_they_were_read(
+    script: ModuleType,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fast = ("--model", model, "--steps", "1", "--quiet", "--output", str(tmp_path / "a.png"))
+    call(script, monkeypatch, "a (cat:1.2) BREAK dog", *fast, "--weighted")
+    said = capsys.readouterr().err
+    assert "'a (cat:1.2) BREAK dog': 3 tokens in 2 chunks (14 fit into one)" in said
+    call(script, monkeypatch, "cat " * 15, *fast, "--long")
+    said = capsys.readouterr().err
+    assert "15 tokens in 2 chunks" in said and "warning" not in said
+
+
+def test_learned_words_by_file_and_by_name(
+    script: ModuleType,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    from latentdiff.formats.embedding_file import write_embedding
+
+    file = str(write_embedding(tmp_path / "a=b.safetensors", "<a>", torch.ones(2, TEXT_WIDTH)))
+    fast = ("--model", model, "--steps", "1", "--quiet", "--output", str(tmp_path / "a.png"))
+    call(script, monkeypatch, "a <a> <b>", *fast, "--embedding", file, "--embedding", f"{file}=<b>")
+    said = capsys.readouterr().err
+    assert "word: <a>" in said and "word: <b>" in said
+    with pytest.raises(SystemExit, match="knows already"):
+        call(script, monkeypatch, "a", *fast, "--embedding", f"{file}=cat")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""Textual inversion: a new word is learned, the model is not.
+
+    min over v of  E |y − unet(x_t, t, tower(… v …))|²     v: the word's token embeddings
+
+All weights stay; the gradient goes through U-Net and text tower to the word's vectors. The loss is
+that of any training, with every caption said in a template that has the word in it.
+
+Source: Gal et al. 2022, eq. 2, arXiv:2208.01618.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError
+from latentdiff.finetune.text_conditioned import TextConditioned
+from latentdiff.finetune.trainee import Trainee
+from latentdiff.formats.embedding_file import FILE, write_embedding
+from latentdiff.models.learned_words import TrainedRows, add_word, starting_vectors
+from latentdiff.models.tokenizer import ClipTokenizer
+
+if TYPE_CHECKING:
+    from latentdiff.formats.diffusers_folder import Components
+
+
+@dataclass(frozen=True)
+class TextualInversionConfig:
+    """A word for what the pictures have in common; the model stays as it is."""
+
+    kind: Literal["textual_inversion"] = "textual_inversion"
+    """textual_inversion: a new word's token embeddings; the run ends with
+    OUTPUT/learned_embeds.safetensors, which this package, diffusers and A1111 open."""
+    token: str = "<thing>"
+    """The new word, as prompts will have it; it must not mean anything yet."""
+    vectors: int = 1
+    """How many tokens it takes: more say more, and leave less room in a prompt."""
+    initial: str = ""
+    """Words that come near what is learned, to start from; empty starts from the mean token."""
+    template: str = "{caption} in the style of {token}"
+    """What is said of a picture whose caption does not name the word itself; for one thing in all
+    pictures `a photo of {token}`."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        problems = []
+        if self.token.split() != [self.token]:
+            problems.append(f"token must be a word without spaces; got {self.token!r}.")
+        if self.vectors < 1:
+            problems.append(f"vectors must be at least 1; got {self.vectors}.")
+        if "{token}" not in self.template:
+            problems.append(f"template must hold {{token}}; got {self.template!r}.")
+        return problems
+
+
+class Sayings:
+    """Captions → token ids (B, tokens) of what is said: the template, with the word in it.
+
+    The empty caption, for guidance, stays empty. One that is too long loses its own last words, not
+    the learned one.
+    """
+
+    def __init__(self, tokenizer: ClipTokenizer, token: str, template: str) -> None:
+        self._tokenizer, self._token, self._template = tokenizer, token, template
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, int64."""
+        return self._tokenizer([self.say(text) for text in texts])
+
+    def say(self, caption: str) -> str:
+        """The text that is trained on."""
+        if not caption or self._token.lower() in caption.lower():
+            return caption
+        words = caption.split()
+        while True:
+            text = self._template.replace("{token}", self._token)
+            text = text.replace("{caption}", " ".join(words))
+            if not words or not self._tokenizer.left_out(text):
+                return text
+            words.pop()
+
+
+def apply(components: Components, config: TextualInversionConfig) -> Trainee:
+    """Freeze the model and give its text encoder, which is changed in place, the new word.
+
+    Raises: UserError: the word is known already, or does not fit into a prompt.
+    """
+    encoder = components.text_encoder
+    if config.vectors > encoder.max_length // 2:
+        raise UserError(
+            f"finetune.vectors must be at most {encoder.max_length // 2}, half of what the text "
+            f"encoder takes; got {config.vectors}."
+        )
+    components.unet.requires_grad_(False)
+    encoder.requires_grad_(False)
+    start = starting_vectors(encoder, config.initial, config.vectors)
+    ids = add_word(encoder, config.token, start)
+    rows = TrainedRows(encoder.module.embeddings.token_embedding, ids)
+    encoder.module.embeddings.token_embedding = rows
+    module = TextConditioned(components.unet, encoder)
+
+    def export(output: Path, dtype: torch.dtype) -> list[Path]:
+        # Small and easily rounded to another meaning: float32, whatever the models are kept in.
+        return [write_embedding(output / FILE, config.token, rows.vectors)]
+
+    sayings = Sayings(encoder.tokenizer, config.token, config.template)
+    return Trainee(module, sayings, export, f"--embedding {{output}}/{FILE}")
