@@ -241,7 +241,8 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch, theirs: Path) -> None:
 
 
 def test_a_models_own_guidance_is_kept_and_used(components: Components, tmp_path: Path) -> None:
-    from latentdiff.pipelines.text_to_image import DEFAULT_GUIDANCE, LatentDiffusionPipeline
+    from latentdiff.pipelines.loaded_model import DEFAULT_GUIDANCE
+    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
     sampling = dataclasses.replace(components.sampling, guidance_scale=2.0)
     save_components(tmp_path / "own", dataclasses.replace(components, sampling=sampling))

@@ -176,6 +176,6 @@ def test_half_precision_keeps_the_autoencoder_float32(tmp_path: Path) -> None:
 def test_missing_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="does not exist"):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "nothing")
-    monkeypatch.setattr("latentdiff.pipelines.text_to_image.EMBEDDED_MODEL", tmp_path / "none")
+    monkeypatch.setattr("latentdiff.pipelines.loaded_model.EMBEDDED_MODEL", tmp_path / "none")
     with pytest.raises(UserError, match="no embedded model"):
         LatentDiffusionPipeline.from_pretrained()

@@ -1,0 +1,147 @@
+"""What a pipeline is made of: opening, saving and moving a model, LoRA files, learned words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.embedded import EMBEDDED_MODEL
+from latentdiff.errors import UserError
+from latentdiff.formats.components import Components
+from latentdiff.formats.embedding_file import read_embedding
+from latentdiff.formats.model import load_model, save_model
+from latentdiff.models.learned_words import add_word
+from latentdiff.pipelines.lora import Loras
+
+#: Guidance scale when neither the caller nor the model's folder gives one.
+DEFAULT_GUIDANCE = 5.0
+
+
+class LoadedModel:
+    """The parts of a model, ready for use, and what can be added to them."""
+
+    def __init__(self, components: Components) -> None:
+        """Put parts together.
+
+        Raises: UserError: they do not fit each other.
+        """
+        components.check()
+        self.components = components
+        self.unet = components.unet
+        self.autoencoder = components.autoencoder
+        self.text_encoder = components.text_encoder
+        self.schedule = NoiseSchedule(components.schedule)
+        self.prediction = components.prediction
+        self.loras = Loras({"unet": self.unet, "text_encoder": self.text_encoder.module})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        variant: str | None = None,
+        prediction: str | None = None,
+    ) -> Self:
+        """Load a model: a folder of diffusers' Stable Diffusion layout, or a single file.
+
+        Args:    folder_or_hub_id: a local folder or a .safetensors or .ckpt file (never touch the
+                 network), or a Hugging Face id; None: the model that comes with the package.
+                 dtype: of U-Net and text encoder in memory; the autoencoder stays float32.
+                 revision: branch, tag or commit on the hub.
+                 variant: which weights, where there are several: fp16, non_ema.
+                 prediction: eps or v instead of what the model says.
+        Raises:  UserError: missing, incomplete, unsupported or inconsistent.
+        """
+        if folder_or_hub_id is None:
+            if not EMBEDDED_MODEL.is_dir():
+                raise UserError(
+                    f"this installation holds no embedded model ({EMBEDDED_MODEL} does not exist). "
+                    "Give a model folder or a Hugging Face id."
+                )
+            folder_or_hub_id = EMBEDDED_MODEL
+        options = {"revision": revision, "variant": variant, "prediction": prediction}
+        return cls(load_model(folder_or_hub_id, dtype=dtype, **options))
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        *,
+        max_shard_bytes: int | None = None,
+    ) -> Path:
+        """Write the model, so that this class and diffusers load it; see `save_components`.
+
+        A name that ends in .safetensors makes it a single file; see `save_single_file`. Fused LoRA
+        files are in the weights that are written.
+        Raises:  UserError: LoRA files are attached, or the folder cannot be written.
+        """
+        self.loras.check_saved()
+        return save_model(folder, self.components, dtype, max_shard_bytes=max_shard_bytes)
+
+    def load_lora(self, path: str | Path, weight: float = 1.0, *, name: str | None = None) -> str:
+        """Attach a LoRA file, in diffusers' or kohya's layout, beside those loaded before.
+
+        Args:    path: .safetensors, or a folder with one.  weight: strength; 1 as trained, 0 none.
+                 name: to unload it by; None: the file's.
+        Returns: its name.
+        Raises:  UserError: no LoRA, or not for this model, with what does not fit; the model is
+                 as it was.
+        """
+        return self.loras.load(path, weight, name)
+
+    def fuse_lora(self) -> None:
+        """Add the attached LoRA files to the weights: the same pictures, no more to compute."""
+        self.loras.fuse()
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take one LoRA file off, or all, fused or not; the weights are what they were, exactly."""
+        self.loras.unload(name)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Move to a device and set the dtype of U-Net and text encoder; returns itself.
+
+        The autoencoder stays float32: Stable Diffusion's decoders overflow in float16.
+        """
+        self.unet.to(device=device, dtype=dtype)
+        self.text_encoder.to(device=device, dtype=dtype)
+        self.autoencoder.to(device=device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        return self.unet.device
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) of the images the model was trained on."""
+        size = self.unet.config.sample_size or 64
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.autoencoder.downscale, width * self.autoencoder.downscale
+
+    @property
+    def default_guidance(self) -> float:
+        """The guidance scale of a call that names none: the model's own, or the usual 5."""
+        own = self.components.sampling.guidance_scale
+        return DEFAULT_GUIDANCE if own is None else own
+
+    def load_embedding(self, path: str | Path, token: str | None = None) -> str:
+        """Teach the text encoder a word from a file of textual inversion.
+
+        Args:    path: .safetensors, .bin or A1111's .pt, or a folder with learned_embeds.
+                 token: how prompts will name it; None: as the file says, or as it is called.
+        Returns: that name.
+        Raises:  UserError: no such file, not for this text encoder, or a name that means
+                 something already; the model is as it was.
+        """
+        word = read_embedding(path)
+        name = word.token if token is None else token
+        add_word(self.text_encoder, name, word.vectors)
+        return name
