@@ -29,9 +29,10 @@ lady beetle; honeybee; baby chick; tropical fish; red apple; strawberry; waterme
 tangerine; tomato; hamburger; doughnut; mushroom; sunflower; birthday cake; castle;
 jack-o-lantern; rabbit; monkey; pig
 """
-SHORT = ("loop.max_steps=120", "loop.checkpoint_every=120", "loop.tensorboard=false")
-SHORT += ("validation.every=0", "validation.raw=false", "validation.samples=100")
-SHORT += ("validation.pictures=12", "validation.steps=20")
+SHORT = """
+loop.max_steps=120 loop.checkpoint_every=120 loop.tensorboard=false validation.every=0
+validation.raw=false validation.samples=100 validation.pictures=12 validation.steps=20
+""".split()
 #: Both halves are 20 with this one.
 SPLIT_SEED = 14
 
@@ -39,7 +40,8 @@ SPLIT_SEED = 14
 def pick(archive: Path, folder: Path) -> Path:
     """Unpack the chosen pictures with their names as captions."""
     wanted = {" ".join(name.split()) for name in NAMES.split(";")}
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        sys.exit(f"error: {folder} exists, and nothing is overwritten. Choose another --output.")
     folder.mkdir(parents=True)
     with zipfile.ZipFile(archive) as files:
         rows = [json.loads(line) for line in files.read("metadata.jsonl").decode().splitlines()]

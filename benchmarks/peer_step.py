@@ -75,7 +75,12 @@ class Peer:
             weight_decay=self.flags.adam_weight_decay,
             eps=self.flags.adam_epsilon,
         )
-        rate = get_scheduler(self.flags.lr_scheduler, optimizer, self.flags.lr_warmup_steps, 10_000)
+        rate = get_scheduler(
+            self.flags.lr_scheduler,
+            optimizer,
+            num_warmup_steps=self.flags.lr_warmup_steps,
+            num_training_steps=10_000,
+        )
         loader = self._loader(pictures, batch)
         self.unet, self.optimizer, self.loader, self.rate = accelerator.prepare(
             unet, optimizer, loader, rate

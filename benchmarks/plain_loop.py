@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -46,7 +47,9 @@ def train(config_file: Path, overrides: list[str], rate: float) -> Path:
     parts, config, _ = load_parts(read_config(config_file, overrides))
     latents = open_latents(config, parts.autoencoder, accelerator)
     unet = prepare_unet(parts, config, torch.device("cpu"))
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler: Any = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
     optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, weight_decay=1e-2, fused=True)
     ema = EMAModel(unet.parameters(), decay=EMA_DECAY)
     make_batch = BatchMaker(

@@ -47,7 +47,7 @@ SHAPE = (2, 4, 8, 8)
 LIMIT = 1e-4
 
 
-def network(schedule: NoiseSchedule, prediction: str) -> Callable[[Tensor, Tensor], Tensor]:
+def network(schedule: NoiseSchedule, prediction: str) -> Callable[[Tensor, float], Tensor]:
     """A small nonlinear network that mixes channels and neighbours and depends on t.
 
     Its opinion is an image of values up to ±1.3, told as the prediction, so that the state stays of
@@ -141,7 +141,7 @@ def run_theirs(cell: Cell, scheduler: Any, model: Any, x_T: Tensor, alpha: float
     times = scheduler.timesteps
     if peer.name == "DPMSolverSinglestep":
         times = times[:-2]  # its last steps are of first order
-    module = importlib.import_module(type(scheduler).__module__)
+    module: Any = importlib.import_module(type(scheduler).__module__)
     original = getattr(module, "randn_tensor", None)
     try:
         for step, t in enumerate(times):

@@ -109,7 +109,7 @@ def _sd15(divisor: int, resolution: int) -> Components:
     return Components(
         unet=unet,
         autoencoder=Autoencoder(next(frozen)),
-        text_encoder=TextEncoder(next(frozen), tokenizer),  # type: ignore[arg-type]
+        text_encoder=TextEncoder(next(frozen), tokenizer),
         schedule=ScheduleConfig(),
         prediction="eps",
     )

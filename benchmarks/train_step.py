@@ -102,6 +102,11 @@ class Ours:
         self.descent.update(number)
         self.ema.update(number)
 
+    def unet_steps(self, batch: LatentBatch, count: int) -> None:
+        """So many of them on the same batch."""
+        for number in range(count):
+            self.unet_step(batch, number)
+
 
 def encoder_flops(autoencoder: Any, resolution: int) -> int:
     """FLOPs of encoding one picture."""
@@ -200,7 +205,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     latents = ours.parts.autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
     inner = alternate(
         lambda: [peer.unet_step(latents, batch.context) for _ in range(count)],
-        lambda: [ours.unet_step(batch, n) for n in range(count)],
+        lambda: ours.unet_steps(batch, count),
         options.pairs,
         device,
     )
