@@ -29,10 +29,16 @@ lady beetle; honeybee; baby chick; tropical fish; red apple; strawberry; waterme
 tangerine; tomato; hamburger; doughnut; mushroom; sunflower; birthday cake; castle;
 jack-o-lantern; rabbit; monkey; pig
 """
-SHORT = """
-loop.max_steps=120 loop.checkpoint_every=120 loop.tensorboard=false validation.every=0
-validation.raw=false validation.samples=100 validation.pictures=12 validation.steps=20
-""".split()
+SHORT = (
+    "loop.max_steps=120",
+    "loop.checkpoint_every=120",
+    "loop.tensorboard=false",
+    "validation.every=0",
+    "validation.raw=false",
+    "validation.samples=100",
+    "validation.pictures=12",
+    "validation.steps=20",
+)
 #: Both halves are 20 with this one.
 SPLIT_SEED = 14
 
