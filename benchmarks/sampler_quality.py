@@ -101,7 +101,7 @@ def measure(model: str | None, count: int, state: Path) -> Cells:
     galleries = Galleries(drawings, pipeline.default_size[0], ClassifierFeatures(), CACHE, print)
     gallery = galleries("plain", "white")
     asked = [item.prompt for item in prompts.concept_prompts(drawings, count)]
-    weights = sum(float(p.double().sum()) for p in pipeline.unet.parameters())
+    weights = sum(float(p.detach().double().sum()) for p in pipeline.unet.parameters())
     of = f"{count} prompts, weights {weights!r}"
     kept = json.loads(state.read_text()) if state.is_file() else {}
     cells: Cells = kept.get("cells", {}) if kept.get("of") == of else {}
