@@ -13,7 +13,7 @@ import importlib.util
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -137,7 +137,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     for text in args.embedding:
         name = pipeline.load_embedding(*embedding_and_token(text))
         print(f"word: {name}", file=sys.stderr)
-    result = pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))(
+    result = pipeline.to(device_of(args.device))(
         args.prompts,
         negative_prompt=args.negative,
         prompt_syntax="a1111" if args.weighted else "long" if args.long else "plain",
@@ -157,6 +157,21 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         for read in result.prompts:
             print(f"{read.text[:40]!r}: {read}", file=sys.stderr)
     return result.images, result.seeds
+
+
+def device_of(given: str | None) -> Any:
+    """The device to compute on. Raises: UserError: no such device here."""
+    import torch
+
+    try:
+        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {given} cannot be used here: {str(error).splitlines()[0]} Leave --device "
+            "out, or take one that this machine has: cpu, cuda, cuda:1, mps."
+        ) from error
+    return device
 
 
 def save(images: list[Image], args: argparse.Namespace) -> list[Path]:

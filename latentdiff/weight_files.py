@@ -145,12 +145,19 @@ def write_weights(
 def save_tensors(
     tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write one file; safetensors' own can be read by their owner only, ours are as usual."""
+    """Write one file; safetensors' own can be read by their owner only, ours are as usual.
+
+    Raises: OSError: it cannot be written; a full disk too, which safetensors calls otherwise.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     file.touch()
     usual = file.stat().st_mode
-    save_file(tensors, file, {"format": "pt", **(metadata or {})})
+    try:
+        save_file(tensors, file, {"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     file.chmod(usual)
 
 

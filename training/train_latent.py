@@ -1,10 +1,11 @@
-"""Train the U-Net of a latent diffusion model, from scratch or from a pretrained folder.
+"""Train the U-Net of a latent diffusion model, from scratch or from a pretrained model.
 
     accelerate launch training/train_latent.py [--config FILE] [--resume] [section.key=value ...]
     python training/train_latent.py ...                          (the same on one process)
 
 With no argument it trains the embedded default: emoji, the embedded autoencoder and text encoder.
-It ends with OUTPUT/model, a folder that this package's pipeline and diffusers both open.
+It ends with OUTPUT/model, a folder that this package's pipeline and diffusers both open; with
+finetune.kind=lora or textual_inversion, with the small file that holds what was learned.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def convert(args: argparse.Namespace) -> tuple[Path, Components]:
 def _check(source: str, target: Path, overwrite: bool) -> None:
     if target.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(f"TARGET is a folder or ends in .safetensors; got {target}.")
-    if target.exists() and Path(source).exists() and target.samefile(source):
+    if target.exists() and (own := Path(source).expanduser()).exists() and target.samefile(own):
         raise UserError(f"SOURCE and TARGET are the same: {target}.")
     filled = target.is_file() or (target.is_dir() and any(target.iterdir()))
     if filled and not overwrite:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.commands.keys import grouped, joined, size
+from latentdiff.embedded import named
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "latentdiff inspect", description=__doc__, formatter_class=form
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="file or folder")
+    parser.add_argument("file", metavar="FILE", help="file or folder; `embedded` is the package's")
     parser.add_argument("--keys", action="store_true", help="list every key, its shape and dtype")
     return parser.parse_args(arguments)
 
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns: the exit code."""
     args = parse(arguments)
     try:
-        rows = inspect(args.file, args.keys)
+        rows = inspect(Path(named(args.file)), args.keys)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,7 +29,7 @@ class TextConditioned(nn.Module):
 
     def project_context(self, token_ids: Tensor) -> ContextKV:
         """`UNet.project_context` of the texts with these ids (B, tokens)."""
-        return self.unet.project_context(self.text_encoder.encode_tokens(token_ids))
+        return self.unet.project_context(self._context(token_ids))
 
     def forward(
         self,
@@ -42,6 +42,9 @@ class TextConditioned(nn.Module):
         """As `UNet.forward`, with token ids (B, tokens) in place of the context."""
         if kv is not None or token_ids is None:
             return self.unet(x_t, timestep, kv=kv)
-        with torch.autocast(x_t.device.type, enabled=False):  # a small tower: no need to round
-            context = self.text_encoder.encode_tokens(token_ids)
-        return self.unet(x_t, timestep, context)
+        return self.unet(x_t, timestep, self._context(token_ids))
+
+    def _context(self, token_ids: Tensor) -> Tensor:
+        # The tower is small, and generating does not round it either.
+        with torch.autocast(token_ids.device.type, enabled=False):
+            return self.text_encoder.encode_tokens(token_ids)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.weight_files import save_tensors
 
 #: What diffusers looks for in a folder.
 FILE, PICKLE = "learned_embeds.safetensors", "learned_embeds.bin"
@@ -53,17 +54,21 @@ def read_embedding(path: str | Path) -> LearnedWord:
 
 
 def write_embedding(file: Path, token: str, vectors: Tensor) -> Path:
-    """Write a word's vectors (n, width), for diffusers and A1111 too. Returns: the file."""
-    from safetensors.torch import save_file
+    """Write a word's vectors (n, width), for diffusers and A1111 too.
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    Returns: the file.
+    Raises:  UserError: it cannot be written; an older one is as it was.
+    """
     new = file.with_name(file.name + ".new")
-    new.touch()
-    usual = new.stat().st_mode  # safetensors lets only the owner read what it writes
     tensors = {token: vectors.detach().to("cpu", torch.float32).contiguous()}
-    save_file(tensors, new, {"format": "pt"})
-    new.chmod(usual)
-    new.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, new)
+        new.replace(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror or error}).") from error
+    finally:
+        new.unlink(missing_ok=True)
     return file
 
 

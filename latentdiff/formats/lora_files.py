@@ -23,6 +23,7 @@ from torch import Tensor
 from latentdiff.errors import UserError, choice_error
 from latentdiff.formats.lora_names import PARTS, foreign_kind, kohya_name, plain_name
 from latentdiff.models.low_rank import LowRank
+from latentdiff.weight_files import save_tensors
 
 #: What diffusers and others look for in a folder.
 FILE = "pytorch_lora_weights.safetensors"
@@ -112,9 +113,8 @@ def write_lora(
     Args:    dtype: on disk; None: as the tensors are.
              metadata: texts for the header, beside those that say α and rank.
     Returns: the file.
+    Raises:  UserError: an unknown layout, or the file cannot be written; an older one is as it was.
     """
-    from safetensors.torch import save_file
-
     if layout not in LAYOUTS:
         raise choice_error("layout", layout, LAYOUTS)
     about = {"format": "pt", **(metadata or {})}
@@ -130,10 +130,7 @@ def write_lora(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
-        partial.touch()  # safetensors makes files that only their owner can read
-        usual = partial.stat().st_mode
-        save_file(stored, partial, about)
-        partial.chmod(usual)
+        save_tensors(stored, partial, about)
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}).") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from latentdiff.embedded import named
 from latentdiff.errors import UserError
 from latentdiff.formats.components import Components
 from latentdiff.formats.diffusers_folder import load_components, save_components
@@ -35,7 +36,8 @@ def load_model(
 ) -> Components:
     """Open a model.
 
-    Args:    name: a local folder or single file, which never touch the network, or a hub id.
+    Args:    name: a local folder or single file, which never touch the network, a hub id, or
+             `embedded`, the model that comes with the package.
              dtype: of U-Net and text encoder in memory; the autoencoder is always float32. None:
              everything as it is on disk, for converting.
              revision: branch, tag or commit on the hub.
@@ -43,6 +45,7 @@ def load_model(
              prediction: eps or v instead of what the model says.
     Raises:  UserError: missing, damaged, unsupported, or parts that do not fit each other.
     """
+    name = named(name)
     if file := as_file(name):
         return load_single_file(file, dtype=dtype, variant=variant, prediction=prediction)
     components = load_components(name, dtype=dtype, revision=revision, variant=variant)

@@ -2,7 +2,8 @@
 
 A new word gets one token, or n of them, behind all that there are; NAME, NAME_1, NAME_2, … as
 diffusers calls them. Its embeddings are new rows of the tower's table, and nothing else changes: a
-text without the word has the tokens and states that it had.
+text in which the word does not occur, not even within another, has the tokens and states that it
+had. Names between < and > occur in no other word.
 
 Source: Gal et al. 2022, arXiv:2208.01618.
 """

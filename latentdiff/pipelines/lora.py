@@ -9,6 +9,7 @@ W' = W + Σ s_k ΔW_k, so the order does not matter and fused equals attached.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,14 +68,22 @@ class Loras:
         """Attach a file; other files stay.
 
         Args:    path: see `read_lora`.  weight: strength; 1 as trained, 0 none.
-                 name: to unload it by; None: the file's.
+                 name: to unload it by; None: the file's, with a number where it is taken.
         Returns: its name.
         Raises:  UserError: the file is not for this model, or the name is taken; nothing changes.
         """
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight != weight:
-            raise UserError(f"the weight of a LoRA must be a number; got {weight!r}.")
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not math.isfinite(weight)
+        ):
+            raise UserError(f"the weight of a LoRA must be a finite number; got {weight!r}.")
         file = read_lora(path)
-        name = name or file.path.stem
+        if name is None:  # most files are called pytorch_lora_weights
+            stem, more = file.path.stem, 2
+            name = stem
+            while name in self._loaded:
+                name, more = f"{stem}-{more}", more + 1
         if name in self._loaded:
             raise UserError(
                 f"a LoRA named {name!r} is loaded already; unload it first, or give this one "

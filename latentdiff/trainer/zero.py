@@ -138,7 +138,7 @@ def prepare_engine(
 
 
 class EngineDescent(Descent):
-    """A descent whose steps the engine makes: it clips, and leaves out what is not finite."""
+    """A descent whose steps the engine makes: it clips. Non-finite steps are not left out."""
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -109,6 +109,7 @@ def test_learned_words_by_file_and_by_name(
         (("--sampler", "dpmpp_2n"), "Did you mean 'dpmpp_2m'"),
         (("--spacing", "karas"), "Did you mean 'karras'"),
         (("--timesteps", "5,6"), "timesteps must decrease strictly"),
+        (("--device", "tpu"), "--device tpu cannot be used here"),
     ],
 )
 def test_mistakes_end_with_one_line(

@@ -227,11 +227,15 @@ def test_names(model: Path, tmp_path: Path) -> None:
     files = [write_lora(tmp_path / f"{n}.safetensors", make(pipeline, int(n))) for n in "12"]
     pipeline.load_lora(files[0])
     with pytest.raises(UserError, match="'1' is loaded already"):
-        pipeline.load_lora(files[0])
+        pipeline.load_lora(files[1], name="1")
+    other = write_lora(tmp_path / "other" / "1.safetensors", make(pipeline, 3))
+    assert pipeline.load_lora(other) == "1-2"  # two runs' files are called the same
+    pipeline.unload_lora("1-2")
     with pytest.raises(UserError, match="no LoRA named '3'"):
         pipeline.unload_lora("3")
-    with pytest.raises(UserError, match="must be a number"):
-        pipeline.load_lora(files[1], "1")  # type: ignore[arg-type]
+    for wrong in ("1", float("nan"), float("inf")):
+        with pytest.raises(UserError, match="must be a finite number"):
+            pipeline.load_lora(files[1], wrong)  # type: ignore[arg-type]
     pipeline.load_lora(files[1])
     pipeline.fuse_lora()
     with pytest.raises(UserError, match="fused together with 2"):
