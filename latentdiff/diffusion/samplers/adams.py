@@ -75,10 +75,14 @@ def lms(
         else:
             history = ((now.t, slope(x, x_0, now, flow)), *history)[:order]
             times = [frame(level(schedule, t), flow)[1] for t, _ in history]
-            (scale, time), (next_scale, next_time) = frame(now, flow), frame(to, flow)
-            parts = lagrange_integrals(times, time, next_time)
-            moved = sum(w * d for w, (_, d) in zip(parts, history, strict=True))
-            x = next_scale * (x / scale + moved)
+            next_scale, next_time = frame(to, flow)
+            parts = lagrange_integrals(times, times[0], next_time)
+            # The weights add up to the step, so this is Euler's step and a bend; taken together,
+            # x/α and the slopes would cancel in the first digits where α is tiny.
+            x = advance(x, x_0, now, to)
+            newest = history[0][1]
+            for weight, (_, older) in list(zip(parts, history, strict=True))[1:]:
+                x = x + next_scale * weight * (older - newest)
         yield SamplerState(step.number, now.t, x, x_0, history)
 
 
