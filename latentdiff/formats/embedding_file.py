@@ -42,7 +42,10 @@ def read_embedding(path: str | Path) -> LearnedWord:
     """
     file = _find(Path(path).expanduser())
     data = _load(file)
-    token, vectors = _pick(data, file)
+    try:
+        token, vectors = _pick(data, file)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise UserError(f"{file} is no textual inversion, or damaged ({error}).") from error
     if vectors.ndim == 1:
         vectors = vectors[None]
     if vectors.ndim != 2 or not vectors.is_floating_point():

@@ -96,8 +96,14 @@ def read_lora(path: str | Path) -> LoraFile:
     broken = [name for name, roles in pieces.items() if not {"down", "up"} <= set(roles)]
     if unknown or broken or not pieces:
         raise UserError(_not_lora(path, unknown, broken))
-    adapters = _adapter_facts(path, metadata)
-    weights = {name: _change(name, roles, adapters) for name, roles in pieces.items()}
+    try:
+        adapters = _adapter_facts(path, metadata)
+        weights = {name: _change(name, roles, adapters) for name, roles in pieces.items()}
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, re.error) as error:
+        raise UserError(
+            f"{path} is damaged, or no LoRA file: a shape, alpha or setting in it has no meaning "
+            f"({error}). Get it again."
+        ) from error
     return LoraFile(path, weights, metadata)
 
 
