@@ -36,3 +36,8 @@ def flops_of_a_network_are_counted_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flops, "count_flops", counted)
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: "test_it_learns" not in item.nodeid)
