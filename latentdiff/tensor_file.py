@@ -43,31 +43,48 @@ def read_tensor_file(file: Path) -> TensorFile:
 
     Raises:  UserError: missing, cut off, damaged, or a pickle that holds more than tensors.
     """
+    content, metadata = load_content(file)
+    if file.suffix.lower() in PICKLES:
+        return _named_tensors(file, content)
+    return TensorFile(file, content, metadata)
+
+
+def load_content(file: Path) -> tuple[Any, dict[str, str]]:
+    """What a file holds, as it is, and the free text of a safetensors file.
+
+    Returns: a table of tensors; of a pickle, whatever it holds of tensors, numbers and containers.
+    Raises:  UserError: as `read_tensor_file`.
+    """
+    from safetensors import SafetensorError
+
     try:
-        return _unpickle(file) if file.suffix.lower() in PICKLES else _read_safetensors(file)
+        return _load(file)
     except UnpicklingError as error:
         # PyTorch's own text tells how to turn the protection off.
         raise UserError(
-            f"the weights in {file} cannot be read: the file is damaged, or a pickle that holds "
-            "more than tensors and could run code. Ask for the model as safetensors."
+            f"{file} cannot be read: it is damaged, or a pickle that holds more than tensors and "
+            "could run code. Ask for it as safetensors."
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        raise UserError(f"the weights in {file} cannot be read: {_first_line(error)}") from error
-
-
-def _read_safetensors(file: Path) -> TensorFile:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-        return TensorFile(file, load_file(file), metadata)
     except SafetensorError as error:
         raise UserError(
-            f"the weights in {file} cannot be read: it is no safetensors file, or one that was cut "
-            f"off or damaged ({_first_line(error)}). Get it again."
+            f"{file} cannot be read: it is no safetensors file, or one that was cut off or damaged "
+            f"({_first_line(error)}). Get it again."
         ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
+
+
+def _load(file: Path) -> tuple[Any, dict[str, str]]:
+    if file.suffix.lower() in PICKLES:
+        mapped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None), {}
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata() or {})
+    return load_file(file), metadata
 
 
 class _Inert:
@@ -89,15 +106,13 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
-def _unpickle(file: Path) -> TensorFile:
-    mapped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
-    with torch.serialization.safe_globals(_HARMLESS):
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
+def _named_tensors(file: Path, data: Any) -> TensorFile:
     if not isinstance(data, Mapping):
-        raise ValueError(f"it holds a {type(data).__name__} instead of named tensors")
+        kind = type(data).__name__
+        raise UserError(f"{file} cannot be read: it holds a {kind} instead of named tensors.")
     state = data.get("state_dict", data)
     if not isinstance(state, dict | OrderedDict):
-        raise ValueError("its state_dict holds no named tensors")
+        raise UserError(f"{file} cannot be read: its state_dict holds no named tensors.")
     nested = {
         f"{k}.{i}": t for k, v in state.items() if isinstance(v, Mapping) for i, t in v.items()
     }

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.tensor_file import load_content
 from latentdiff.weight_files import save_tensors
 
 #: What diffusers looks for in a folder.
@@ -41,7 +41,7 @@ def read_embedding(path: str | Path) -> LearnedWord:
     Raises:  UserError: not there, damaged, code in a pickle, or another kind of file, named.
     """
     file = _find(Path(path).expanduser())
-    data = _load(file)
+    data, _ = load_content(file)
     try:
         token, vectors = _pick(data, file)
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -84,24 +84,6 @@ def _find(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"no textual inversion at {path}: this file does not exist.")
     return path
-
-
-def _load(file: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        # PyTorch's own text tells how to turn the protection off.
-        raise UserError(
-            f"{file} cannot be read: it is damaged, or a pickle that holds more than tensors. Ask "
-            "for the embedding as safetensors."
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
 
 
 def _pick(data: Any, file: Path) -> tuple[str, Tensor]:

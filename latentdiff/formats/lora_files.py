@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from latentdiff.errors import UserError, choice_error
 from latentdiff.formats.lora_names import PARTS, foreign_kind, kohya_name, plain_name
 from latentdiff.models.low_rank import LowRank
+from latentdiff.tensor_file import load_content
 from latentdiff.weight_files import save_tensors
 
 #: What diffusers and others look for in a folder.
@@ -99,6 +99,8 @@ def read_lora(path: str | Path) -> LoraFile:
     try:
         adapters = _adapter_facts(path, metadata)
         weights = {name: _change(name, roles, adapters) for name, roles in pieces.items()}
+    except UserError:
+        raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, re.error) as error:
         raise UserError(
             f"{path} is damaged, or no LoRA file: a shape, alpha or setting in it has no meaning "
@@ -146,23 +148,10 @@ def write_lora(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise UserError(
-            f"{path} is damaged, or a pickle that holds more than tensors, which is never run. "
-            "Ask for the file as safetensors."
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as a LoRA file: {error}") from error
+    state, metadata = load_content(path)
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{path} is no LoRA file: it holds no table of tensors.")
-    return state, {}
+    return state, metadata
 
 
 def _split(key: str) -> tuple[str, str | None]:
