@@ -64,6 +64,11 @@ class _Opened:
     dropped: list[str]
     """Keys that nothing has a use for."""
 
+    @property
+    def says_no_prediction(self) -> bool:
+        """Whether it could be either of Stable Diffusion 2's two kinds."""
+        return self.identity.version == "2" and stated_prediction(self.file) is None
+
     def state(self, part: str) -> dict[str, Tensor]:
         """The weights of one part, under our names."""
         return take(self.file.tensors, getattr(self.layout, part), _shapes(self.networks[part]))
@@ -90,7 +95,7 @@ def load_single_file(
     unet = fill_unet(opened.networks["unet"], unet_state, path, dtype)
     text = _text_encoder(opened, dtype)
     config = opened.config
-    if opened.identity.version == "2" and (prediction or stated_prediction(opened.file)) is None:
+    if prediction is None and opened.says_no_prediction:
         found = measured_prediction(unet, text)
         config = sd_configuration("2", found, zero_snr=has_zero_snr(opened.file) and found == "v")
         unet.config = config_from_dict(config["unet"])
@@ -121,8 +126,18 @@ def text_encoder_of_file(file: Path) -> TextEncoder:
 
 
 def latent_size_of_file(file: Path) -> Any:
-    """The side of the latents that a single file's U-Net was trained on."""
-    return _open(file).config["unet"].get("sample_size")
+    """The side of the latents that a single file's U-Net was trained on.
+
+    A version 2 that does not say what it predicts is read and asked, since its two kinds differ.
+    """
+    opened = _open(file)
+    config = opened.config
+    if opened.says_no_prediction:
+        unet = fill_unet(opened.networks["unet"], opened.state("unet"), file, torch.float32)
+        config = sd_configuration(
+            "2", measured_prediction(unet, _text_encoder(opened, torch.float32))
+        )
+    return config["unet"].get("sample_size")
 
 
 def _open(file: Path, variant: str | None = None, prediction: str | None = None) -> _Opened:

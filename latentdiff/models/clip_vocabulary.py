@@ -59,7 +59,8 @@ def describe_tokenizer(tokenizer: ClipTokenizer) -> dict[str, Any]:
     """What `tokenizer_of` makes the same tokenizer of: CLIP's by its name, others as a whole."""
     if tokenizer.backend.get_vocab(with_added_tokens=True) == clip_vocabulary():
         pad = tokenizer.config.get("pad_token", EOS)
-        return {CLIP: {"pad_token": pad["content"] if isinstance(pad, dict) else pad}}
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        return {CLIP: {"pad_token": pad, "max_length": tokenizer.max_length}}
     config = {k: v for k, v in tokenizer.config.items() if k != "name_or_path"}
     return {
         "tokenizer.json": tokenizer.backend.to_str(),
@@ -77,7 +78,9 @@ def tokenizer_of(description: Mapping[str, Any], max_length: int) -> ClipTokeniz
 
     try:
         if CLIP in description:
-            return clip_tokenizer(str(description[CLIP]["pad_token"]), max_length)
+            said = description[CLIP]
+            stated = min(int(said.get("max_length", max_length)), max_length)
+            return clip_tokenizer(str(said["pad_token"]), stated)
         config = dict(description["tokenizer_config.json"])
         backend = Tokenizer.from_str(description["tokenizer.json"])
         stated = min(int(config.get("model_max_length") or max_length), max_length)

@@ -46,6 +46,6 @@ def test_described_and_made_again() -> None:
         again = tokenizer_of(describe_tokenizer(tokenizer), tokenizer.max_length)
         assert (again(TEXTS) == tokenizer(TEXTS)).all()
         assert (again.max_length, again.pad_id) == (tokenizer.max_length, tokenizer.pad_id)
-    assert describe_tokenizer(clip_tokenizer("!")) == {"clip": {"pad_token": "!"}}
+    assert describe_tokenizer(clip_tokenizer("!")) == {"clip": {"pad_token": "!", "max_length": 77}}
     with pytest.raises(UserError, match="describes no tokenizer"):
         tokenizer_of({"tokenizer.json": "{}"}, 77)
