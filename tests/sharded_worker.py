@@ -5,13 +5,15 @@
 It goes on from a checkpoint that is there, and writes FOLDER/rank-R.json (what this process held
 and did), FOLDER/exported.safetensors (the averaged weights) and FOLDER/ema (power averages). With
 "dies at" the second process kills itself at that event (see killing.py), unless the launcher has
-started it again.
+started it again; then it comes "late" by so many seconds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ def picture(row: int, sample: int) -> Tensor:
 
 def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Train; returns what is written to rank-R.json too."""
+    if was_restarted() and os.environ["RANK"] == "1":
+        time.sleep(settings.get("late", 0))  # so the other finds what the dead one left behind
     accelerator = start_processes("no", cpu=True, shards=True)
     if "dies at" in settings and accelerator.process_index == 1 and not was_restarted():
         arm(Fate(settings["dies at"]))

@@ -128,11 +128,14 @@ def test_two_then_one_then_two_processes_keep_the_order(alone: Path, tmp_path: P
     same_training(tmp_path, alone)
 
 
-def test_one_process_dies_while_saving_and_the_launcher_goes_on(halves, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_one_process_dies_while_saving_and_the_launcher_goes_on(
+    halves, tmp_path: Path, backend: str
+) -> None:
     # The second process dies half-way through a file of its second checkpoint.
     fate = EVENTS_TO_SECOND_CHECKPOINT
-    more = ["--max_restarts", "1", "--rdzv_backend", "c10d"]
-    settings = {"steps": STEPS, "batch": 2, "accumulation": 2, "dies at": fate}
+    more = ["--max_restarts", "1", "--rdzv_backend", backend]
+    settings = {"steps": STEPS, "batch": 2, "accumulation": 2, "dies at": fate, "late": 2}
     said = train(tmp_path, "fsdp2_cpu_2.yaml", *more, **settings)
     assert [one["first step"] for one in said] == [4, 4]
     assert sharded_worker.losses(tmp_path) == sharded_worker.losses(halves[0])

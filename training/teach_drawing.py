@@ -2,6 +2,9 @@
 
     python training/teach_drawing.py --config training/configs/drawing_whole.yaml
     python training/teach_drawing.py [--config training/configs/drawing.yaml] [--resume] [a.b=value]
+    python training/teach_drawing.py --config training/configs/drawing_more.yaml
+
+The last one goes on with the second lesson, from a tower that draws already.
 
 The second ends with OUTPUT/text_encoder, OUTPUT/tokenizer and OUTPUT/clip_head.safetensors; U-Nets
 trained on another tower do not fit it.
@@ -30,7 +33,7 @@ from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_folder import save_text_encoder
 from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.models.clip_scorer import HEAD, scorer_text_tower
-from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 from latentdiff.trainer.drawing import (
     DrawingConfig,
     Lesson,
@@ -47,7 +50,7 @@ from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
 from latentdiff.trainer.output import default_cache
 from latentdiff.trainer.processes import start_one_process
 from latentdiff.trainer.stage import Stage, check_stage_output, sample_indices
-from latentdiff.trainer.unfolding import principal_head, unfolding
+from latentdiff.trainer.unfolding import fitted_reader, principal_head, unfolding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,6 +123,8 @@ class OldFeatures:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(N, D) of texts."""
+        if not texts:
+            return torch.empty(0, len(self.projection))
         ids = self.old.tokenizer(texts)
         ends = end_places(ids, self.old.tokenizer.end_id)
         states = self.old.encode_tokens(ids[:, : int(ends.max()) + 1]).float()
@@ -143,7 +148,8 @@ def make_lesson(
         return whole
     file = Path(config.start) / "lesson.safetensors"
     if not file.is_file():
-        raise UserError(f"start={config.start}: there is no {file.name}. Has the lesson ended?")
+        raise UserError(f"start={config.start}: there is neither {file.name} nor text_encoder/. "
+                        "Has the lesson ended?")  # fmt: skip
     whole.load_state_dict(load_file(file))
     tower.config["num_hidden_layers"] = layers
     size = channels * config.patch**2
@@ -152,6 +158,22 @@ def make_lesson(
     lesson = PatchLesson(tower, size, projection, config.patch)
     lesson.head = unfolding(tower, whole.head, order, old.tokenizer(texts))
     lesson.projection.load_state_dict(whole.projection.state_dict())
+    return lesson
+
+
+def further_lesson(
+    start: Path, draw: Texts, pictures: Tensor, side: int, projection: int
+) -> PatchLesson:
+    """The second lesson, gone on with from a tower that draws; its head is fitted anew.
+
+    Args: start: a folder with the tower in text_encoder/.  draw: the texts, to fit the head with.
+    """
+    tower = load_text_encoder(start / "text_encoder", start / "tokenizer").module
+    tower.float().requires_grad_(True)
+    _, ids, rows = draw(0, START_TEXTS)
+    wanted = patches(pictures[rows], side)
+    lesson = PatchLesson(tower, wanted.shape[2], projection, side)
+    lesson.head = fitted_reader(tower, ids, wanted)
     return lesson
 
 
@@ -181,8 +203,10 @@ class Teaching:
         for part in torch.arange(len(ids)).chunk(GROUPS):
             # The rows whose old features are compared come first.
             every = max(1, len(ids) // CLIP_TEXTS)
-            lead = torch.cat([part[::every], part[torch.arange(len(part)) % every > 0]])
-            wanted = self.features([texts[i] for i in part[::every].tolist()])
+            judged = part[::every] if self.config.clip_weight else part[:0]
+            others = part[~torch.isin(part, judged)]
+            lead = torch.cat([judged, others])
+            wanted = self.features([texts[i] for i in judged.tolist()])
             with accelerator.autocast():
                 error, distance = self.lesson(
                     self.rows(ids[lead], generator), self.pictures[places[lead]], wanted
@@ -213,13 +237,18 @@ def train(config: DrawingConfig, resume: bool) -> None:
     longer.tokenizer.max_length = config.tower.max_tokens
     some = range(0, len(source), max(1, len(source) // START_TEXTS))
     captions = [source.captions(i)[-1] for i in some]
-    lesson = make_lesson(config, longer, pictures, captions, len(head["text_projection.weight"]))
+    draw = Texts(source, rows, longer.tokenizer, stage_config.seed)
+    space = len(head["text_projection.weight"])
+    start = Path(EMBEDDED_MODEL if config.start == "embedded" else config.start or "")
+    if config.start and (start / "text_encoder").is_dir():
+        lesson: Lesson = further_lesson(start, draw, pictures, config.patch, space)
+    else:
+        lesson = make_lesson(config, longer, pictures, captions, space)
     shape = OptimizerConfig(kind="muon", lr=stage_config.learning_rate, momentum=config.momentum,
                             weight_decay=stage_config.weight_decay)  # fmt: skip
     stage = Stage(
         {"lesson": lesson}, {"lesson": make_optimizer(lesson, shape)}, stage_config, accelerator
     )
-    draw = Texts(source, rows, longer.tokenizer, stage_config.seed)
     teaching = Teaching(config, lesson, pictures, OldFeatures(old, head), draw)
     for step in range(stage.resume(resume), stage_config.max_steps):
         stage.set_rate(step)

@@ -54,13 +54,14 @@ class DrawingConfig:
     model: str = "embedded"
     """Model folder, or `embedded`: its autoencoder, vocabulary and old text tower are used."""
     start: str | None = None
-    """Output folder of the first lesson, which the second goes on from; null is the first."""
+    """Output folder of the first lesson, which the second goes on from, or of a second one (or
+    `embedded`), to go further; null is the first."""
     tower: TowerConfig = field(default_factory=TowerConfig)
     """The new tower."""
     patch: int = 4
     """Side of a patch in latent positions."""
     clip_weight: float = 0.1
-    """Weight of the cosine distance to the old tower's features."""
+    """Weight of the cosine distance to the old tower's features; 0 does without the CLIP."""
     momentum: float = 0.95
     """Of the optimizer, Muon."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -168,6 +169,8 @@ class Lesson(nn.Module):
 
     def clip_distance(self, end_states: Tensor, wanted: Tensor) -> Tensor:
         """Mean cosine distance of the projected end states to the first rows' old features."""
+        if not len(wanted):
+            return end_states.new_zeros(())
         said = self.projection(end_states[: len(wanted)])
         return 1 - F.cosine_similarity(said, wanted, dim=1).mean()
 

@@ -14,6 +14,7 @@ import torch
 
 from latentdiff.errors import UserError
 from latentdiff.precision import settle_precision
+from latentdiff.trainer.rendezvous import init_method
 from latentdiff.trainer.sharding import fsdp_plugin, let_cpus_shard, wants_sharding
 from latentdiff.trainer.zero import let_cpus_divide, wants_zero, zero_plugin
 
@@ -41,7 +42,8 @@ def start_processes(mixed_precision: str, cpu: bool = False, shards: bool = Fals
     AcceleratorState._reset_state(reset_partial_state=False)
     # Without cpu=True two processes launched on a machine without a GPU would not find each other.
     cpu = cpu or not torch.accelerator.is_available()
-    patience = InitProcessGroupKwargs(timeout=_PATIENCE)
+    meeting = init_method()
+    patience = InitProcessGroupKwargs(init_method=meeting, timeout=_PATIENCE)
     device = "cpu" if cpu else torch.accelerator.current_accelerator()
     precision = settle_precision(mixed_precision, device or "cpu")
     sharding, zero = wants_sharding(), wants_zero()
@@ -52,9 +54,9 @@ def start_processes(mixed_precision: str, cpu: bool = False, shards: bool = Fals
         )
     plugin = zero_plugin(precision) if zero else None
     if sharding and cpu:
-        let_cpus_shard(_PATIENCE)
+        let_cpus_shard(_PATIENCE, meeting)
     if zero and cpu:
-        let_cpus_divide(_PATIENCE)
+        let_cpus_divide(_PATIENCE, meeting)
     accelerator = Accelerator(
         cpu=cpu and not zero,
         mixed_precision=precision,

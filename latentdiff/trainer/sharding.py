@@ -65,7 +65,7 @@ def fsdp_plugin(precision: str) -> Any:
     return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
 
 
-def let_cpus_shard(patience: timedelta) -> None:
+def let_cpus_shard(patience: timedelta, meeting: str | None) -> None:
     """Make Accelerate shard on CPUs (gloo), where it would fall back to copies without a word.
 
     It decides by the kind of device whether FSDP applies and leaves CPUs out; several of them say
@@ -74,7 +74,7 @@ def let_cpus_shard(patience: timedelta) -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    if PartialState(cpu=True, timeout=patience).num_processes > 1:
+    if PartialState(cpu=True, timeout=patience, init_method=meeting).num_processes > 1:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
 
 

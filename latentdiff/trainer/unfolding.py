@@ -99,8 +99,17 @@ def unfolding(tower: ClipText, whole: nn.Linear, order: Tensor, token_ids: Tenso
         fc1.weight[alone], fc1.bias[alone] = gates[j], offsets[j]
         fc2.weight[:, units] = DRAWN * frame
         fc2.weight[:, alone] = -DRAWN * frame.sum(1)
-    reader = nn.Linear(whole.in_features, size)
-    states = tower(token_ids)[:, -count:]
+    return fitted_reader(tower, token_ids, wanted)
+
+
+@torch.no_grad()
+def fitted_reader(tower: ClipText, token_ids: Tensor, wanted: Tensor) -> nn.Linear:
+    """The linear map from the last positions' states to what they should say, by regression.
+
+    Args: token_ids: texts (N, T).  wanted: (N, patches, values of a patch).
+    """
+    states = tower(token_ids)[:, -wanted.shape[1] :]
+    reader = nn.Linear(states.shape[2], wanted.shape[2])
     reader.weight[:], reader.bias[:] = ridge(states.flatten(0, 1), wanted.flatten(0, 1))
     return reader
 

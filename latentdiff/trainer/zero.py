@@ -86,7 +86,7 @@ def _check_launch(precision: str) -> None:
         )
 
 
-def let_cpus_divide(patience: timedelta) -> None:
+def let_cpus_divide(patience: timedelta, meeting: str | None) -> None:
     """Let Accelerate use DeepSpeed on CPUs (gloo), where it would leave it out.
 
     Accelerate joins the processes as CPUs do and is then told what they are; it must not be asked
@@ -95,7 +95,7 @@ def let_cpus_divide(patience: timedelta) -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    if PartialState(cpu=True, timeout=patience).num_processes > 1:
+    if PartialState(cpu=True, timeout=patience, init_method=meeting).num_processes > 1:
         PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
     os.environ.pop("ACCELERATE_USE_CPU", None)
 

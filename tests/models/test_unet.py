@@ -225,6 +225,24 @@ def test_xformers_layout_equals_sdpa() -> None:
     torch.testing.assert_close(xformers(q, k, v, operators), sdpa(q, k, v))
 
 
+@pytest.mark.parametrize("tokens", [16, 65])  # products, and more pairs than they are used for
+def test_training_on_a_cpu_computes_the_same_attention(tokens: int) -> None:
+    from latentdiff.models.attention_backend import sdpa
+
+    given = [torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (tokens, 65, 65)]
+    q, k, v = (x.requires_grad_() for x in given)
+    weights = ((q @ k.transpose(-1, -2)) / 8**0.5).softmax(-1)
+    wanted, pull = weights @ v, torch.randn(2, 3, tokens, 8, dtype=torch.float64)
+    for ours, theirs in zip(
+        (sdpa(q, k, v), *torch.autograd.grad(sdpa(q, k, v), (q, k, v), pull)),
+        (wanted, *torch.autograd.grad(wanted, (q, k, v), pull)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(sdpa(q, k, v), wanted)
+
+
 def test_unknown_attention(unet: UNet) -> None:
     with pytest.raises(UserError, match="Did you mean 'sdpa'"):
         unet.set_attention("spda")

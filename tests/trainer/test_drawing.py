@@ -19,7 +19,7 @@ from latentdiff.trainer.drawing import (
     rows_with_patches,
     short_rows,
 )
-from latentdiff.trainer.unfolding import principal_head, ridge, unfolding
+from latentdiff.trainer.unfolding import fitted_reader, principal_head, ridge, unfolding
 
 SHAPE = TowerConfig(width=64, layers=3, hidden=256, heads=2, max_tokens=20)
 PICTURE = (3, 4, 4)  # two by two patches of side 2: 4 · (12 + 1) hidden units are enough
@@ -104,6 +104,18 @@ def test_both_lessons(old: TextEncoder) -> None:
     assert float(error) < 0.35 * float(pictures.var())
     assert learn(second, rows_with_patches(ids, end, COUNT), pictures, 100) < 0.05
     assert first.tower.config["num_hidden_layers"] == 3
+    _gone_on_with(second, rows_with_patches(ids, end, COUNT), ids, pictures)
+
+
+def _gone_on_with(
+    lesson: PatchLesson, rows: object, ids: torch.Tensor, pictures: torch.Tensor
+) -> None:
+    """A tower that draws says so again through a head that is fitted anew, with no CLIP to keep."""
+    again = PatchLesson(lesson.tower, 12, 8, 2)
+    again.head = fitted_reader(lesson.tower, ids, patches(pictures, 2))
+    with torch.no_grad():
+        error, distance = again(rows, pictures, torch.empty(0, 8))
+    assert float(error) < 0.05 and float(distance) == 0
 
 
 def test_ridge_finds_a_linear_map() -> None:
