@@ -1,0 +1,87 @@
+"""How well a model that draws emoji finds the clean latents, level by level.
+
+    python benchmarks/denoising_error.py [MODEL_FOLDER ...] [--pictures 64] [--text FOLDER]
+
+Prints the mean squared error of the predicted x_0 from noisy latents x_t of plain pictures that the
+evaluation draws by its seed, each with the prompt that names it and fixed noise. At t = 999 of a
+schedule that ends in pure noise that is how well the prompt alone says the picture; at the small
+levels, how fine the details are. The latents' variance about their mean stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from latentdiff.data.emoji import EmojiSource
+from latentdiff.data.transforms import to_tensor
+from latentdiff.diffusion.noise import batch_noise
+from latentdiff.diffusion.prediction import to_x_0
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.embedded import EMBEDDED_MODEL
+from latentdiff.errors import UserError
+from latentdiff.evaluation.prompts import concept_prompts, gallery_drawings
+from latentdiff.formats.diffusers_folder import load_components
+from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+
+LEVELS = (999, 900, 750, 600, 400, 200, 50)
+
+
+def asked_for(count: int, side: int) -> tuple[list[str], Tensor]:
+    """The prompts, and the pictures (N, 3, side, side) in [−1, 1] that they name."""
+    asked = concept_prompts(gallery_drawings(), count)
+    source = EmojiSource([one.rendering for one in asked], side)
+    images = [to_tensor(source[i].image, side) for i in range(len(source))]
+    return [one.prompt for one in asked], torch.stack(images)
+
+
+@torch.no_grad()
+def errors(folder: Path, text: TextEncoder | None, count: int) -> tuple[list[float], float]:
+    """Mean squared error of x_0 at every level, and the variance of x_0 about its mean picture."""
+    parts: Any = load_components(folder)
+    side = parts.unet.config.sample_size * parts.autoencoder.downscale
+    prompts, images = asked_for(count, side)
+    moments = parts.autoencoder.encode_moments(images)
+    x_0 = parts.autoencoder.latents_from_moments(moments, torch.zeros(()))
+    context = (text or parts.text_encoder).encode(prompts).float()
+    unet, schedule = parts.unet.float(), NoiseSchedule(parts.schedule)
+    eps = batch_noise(range(len(x_0)), x_0.shape[1:])
+    found = []
+    for level in LEVELS:
+        t = torch.full((len(x_0),), level)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        x_t = schedule.q_sample(x_0, eps, t)
+        said = to_x_0(parts.prediction, unet(x_t, t, context), x_t, alpha, sigma)
+        found.append(float((said - x_0).square().mean()))
+    return found, float((x_0 - x_0.mean(0)).square().mean())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the models named, or the embedded one."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("models", nargs="*", type=Path, default=[EMBEDDED_MODEL])
+    parser.add_argument("--pictures", type=int, default=64, help="how many, 1 or more")
+    parser.add_argument("--text", type=Path, help="folder whose text_encoder/ is taken instead")
+    given = parser.parse_args(arguments)
+    text = given.text and load_text_encoder(given.text / "text_encoder", given.text / "tokenizer")
+    print("model".ljust(40), *(f"t={level}".rjust(8) for level in LEVELS), "variance".rjust(9))
+    for folder in given.models:
+        found, variance = errors(folder, text, max(1, given.pictures))
+        row = [f"{error:8.4f}" for error in found]
+        print(str(folder)[-40:].ljust(40), *row, f"{variance:9.3f}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
