@@ -6,7 +6,7 @@
 Writes COUNT synthetic latents (4x16x16: 4 KB of moments each) into a temporary folder, reads every
 one of them once in training order on one core, then trains the default network on them for STEPS
 steps. Prints latents per second of the loader alone and the share of the training's time that was
-spent waiting for data, plots the memory of the process, and deletes the folder. Text states are kept
+spent waiting for data, plots the memory of the process, deletes the folder. Text states are kept
 in --context-megabytes (latents.context_megabytes of a training, 1024 there): 20 steps fill 32.
 """
 
