@@ -5,7 +5,8 @@
 It goes on from a checkpoint that is there, and writes FOLDER/rank-R.json (what this process held
 and did), FOLDER/exported.safetensors (the averaged weights) and FOLDER/ema (power averages). With
 "dies at" the second process kills itself at that event (see killing.py), unless the launcher has
-started it again; then it comes "late" by so many seconds.
+started it again; then it comes "late" by so many seconds. The first process's loss of the step
+"poisoned" is no number.
 """
 
 from __future__ import annotations
@@ -124,7 +125,10 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         t = torch.full((len(clean),), 100.0 + step.number)
         clean, noisy = clean.to(dtype), noisy.to(dtype)
         predicted = model(noisy, t, context.expand(len(clean), -1, -1))
-        step.backward((predicted - clean).square().mean())
+        loss = (predicted - clean).square().mean()
+        if step.number == settings.get("poisoned") and accelerator.process_index == 0:
+            loss = loss * torch.nan
+        step.backward(loss)
         if step.update():
             ema.update(step.number)
             powers.update(step.number)

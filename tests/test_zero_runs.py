@@ -5,6 +5,7 @@ pip install 'latentdiff[deepspeed]', a C++ compiler, a minute for DeepSpeed to b
 
 import importlib.util
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 import sharded_worker  # noqa: E402
 from launching import launch  # noqa: E402
+
+from latentdiff.trainer.tracking import read_metrics  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -84,3 +87,16 @@ def test_it_goes_on_bit_for_bit_and_on_one_process_too(two, tmp_path: Path) -> N
     found = sharded_worker.run(alone, SETTINGS | {"steps": STEPS, "batch": 8, "accumulation": 1})
     assert (found["first step"], found["processes"], found["divided"]) == (8, 1, False)
     same_training(alone, two[0])
+
+
+def test_a_step_that_is_not_finite_changes_nothing(two, tmp_path: Path) -> None:
+    train(tmp_path, steps=8, batch=2, accumulation=2, poisoned=3)
+    found, clean = sharded_worker.losses(tmp_path), sharded_worker.losses(two[0])
+    assert math.isnan(found[4])
+    # The step before it is as ever, and the one after it starts from the same weights.
+    assert [found[n] for n in (1, 2, 3)] == [clean[n] for n in (1, 2, 3)]
+    assert all(math.isfinite(found[n]) for n in range(5, 9))
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "skipped_steps" in row]
+    assert rows[-1]["skipped_steps"] == 1
+    weights = load_file(tmp_path / "exported.safetensors")
+    assert all(bool(value.isfinite().all()) for value in weights.values())

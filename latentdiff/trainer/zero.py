@@ -134,11 +134,13 @@ def prepare_engine(
     if arithmetic(accelerator) == "bf16":
         unet.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(unet.forward)
     engine, prepared = accelerator.prepare(unet, optimizer)
+    # The engine looks for gradients that are not finite in float16 only, unless it is told to.
+    engine.optimizer.check_grad_overflow = True
     return engine, prepared
 
 
 class EngineDescent(Descent):
-    """A descent whose steps the engine makes: it clips. Non-finite steps are not left out."""
+    """A descent whose steps the engine makes: it clips, and leaves out what is not finite."""
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -155,8 +157,9 @@ class EngineDescent(Descent):
     def _step(self, number: int) -> Tensor:
         set_learning_rate(self.optimizer.optimizer, self.rate(number))
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return torch.as_tensor(math.nan if norm is None else norm, device=self._engine.device)
+        left_out, norm = self._engine.optimizer.overflow, self._engine.get_global_grad_norm()
+        norm = math.nan if left_out or norm is None else norm
+        return torch.as_tensor(norm, device=self._engine.device)
 
     @property
     def _engine(self) -> Any:
