@@ -187,6 +187,7 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def _short(text: str) -> str:
+    text = " ".join(text.split())  # indented JSON would fill the screen
     return text if len(text) <= _LONG else f"{text[:_LONG]} … ({len(text):,} characters)"
 
 

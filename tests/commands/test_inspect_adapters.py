@@ -64,6 +64,7 @@ def test_alpha_is_found_wherever_it_is_said(tmp_path: Path) -> None:
     for layout in ("diffusers", "kohya"):
         file = write_lora(tmp_path / f"{layout}.safetensors", weights, layout)  # type: ignore[arg-type]
         assert rows(file)["alpha"] == "6, 2", layout
+        assert not any("\n" in text for text in rows(file).values())
     peft = {f"base_model.model.{READS}.lora_A.weight": torch.zeros(4, 768)}
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 12}))
     assert saved(tmp_path / "adapter_model.safetensors", peft)["alpha"] == "12"
