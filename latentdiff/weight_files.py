@@ -22,7 +22,7 @@ TEXT_STEM = "model"
 #: What transformers calls the pickle of what it calls `model` as safetensors.
 _PICKLE_STEM = {TEXT_STEM: "pytorch_model"}
 #: Variants that are read unasked, when nothing else is there.
-_STAND_INS = ("fp16", "bf16")
+STAND_INS = ("fp16", "bf16")
 #: Weights that stay float32 in a 16-bit file: frequencies, where rounding changes whole turns.
 KEEP_FLOAT32 = ("time_proj.weight",)
 
@@ -37,7 +37,7 @@ def read_weights(
              insist: do not take the plain files where the variant is missing.
     Raises:  UserError: no such weights, a missing shard, or a file that cannot be read.
     """
-    tried = [variant] if variant and insist else [variant, None, *_STAND_INS]
+    tried = [variant] if variant and insist else [variant, None, *STAND_INS]
     for name in dict.fromkeys(tried):
         if files := _find(folder, stem, name):
             state: dict[str, Tensor] = {}

@@ -75,18 +75,25 @@ def _check(source: str, target: Path, overwrite: bool) -> None:
 def report(written: Path, components: Components) -> str:
     """Say what was written and what was left out."""
     from latentdiff.commands.keys import grouped
-    from latentdiff.formats.write_single_file import ENDING, sd_version
+    from latentdiff.formats.sd_likeness import sd_differences
+    from latentdiff.formats.write_single_file import ENDING
 
     lines = [f"wrote {written}"]
     if components.dropped:
         lines.append(f"left out {len(components.dropped)} keys that no part has a use for:")
         lines += [f"  {line}" for line in grouped(components.dropped)]
-    if written.suffix.lower() == ENDING and sd_version(components) is None:
+    if written.suffix.lower() == ENDING and (differences := sd_differences(components)):
         lines.append(
             "note: not of Stable Diffusion's size. Its configuration is in the metadata, so "
             "it opens here; programs that take sizes from the keys alone will not open it."
         )
+        lines += [f"  {part}: {_some(texts)}" for part, texts in differences.items()]
     return "\n".join(lines)
+
+
+def _some(texts: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,8 @@
 
     latentdiff inspect FILE [--keys]
 
-FILE is a single-file checkpoint, a LoRA, a textual inversion, one part of a model, or a folder.
+FILE is a single-file checkpoint, a LoRA, a textual inversion, one part of a model, or a folder
+that holds a model or one of these.
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentdiff.commands.inspect_adapters import (
+    adapter_in,
+    beside,
+    lora_rows,
+    usable,
+    word_rows,
+)
 from latentdiff.commands.keys import grouped, joined, size
 from latentdiff.embedded import named
 from latentdiff.errors import UserError
@@ -45,12 +53,15 @@ def inspect(path: Path, keys: bool = False) -> list[tuple[str, str]]:
     Raises:  UserError: it does not exist or cannot be read.
     """
     path = path.expanduser()
+    from latentdiff.tensor_file import read_tensor_file
+
     if path.is_dir():
+        if inner := adapter_in(path):
+            first, *others = _file(read_tensor_file(inner), keys)
+            return [first, *beside(inner), *others]
         return _folder(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist.")
-    from latentdiff.tensor_file import read_tensor_file
-
     return _file(read_tensor_file(path), keys)
 
 
@@ -59,11 +70,18 @@ def _file(file: TensorFile, keys: bool) -> list[tuple[str, str]]:
 
     shapes = {name: tuple(t.shape) for name, t in file.tensors.items()}
     identity = identify(shapes, file.metadata)
-    opens = "opens here" if identity.is_supported else "does not open as a text-to-image model"
+    if identity.kind != "model":
+        opens = usable(file, identity)
+    elif identity.is_supported:
+        opens = "opens here"
+    else:
+        opens = "does not open as a text-to-image model"
     rows = [("file", f"{file.path}  ({size(file.path.stat().st_size)})")]
     rows += [("what", f"{identity.name}; {opens}"), *_amounts(file.tensors)]
-    if identity.name == "a LoRA":
-        rows += _lora(file.tensors)
+    if identity.kind == "adapter":
+        rows += lora_rows(file)
+    elif identity.kind == "word":
+        rows += word_rows(file)
     elif identity.is_supported:
         rows += _checkpoint(file, str(identity.version))
     rows += _record(file)
@@ -97,20 +115,6 @@ def _checkpoint(file: TensorFile, version: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _lora(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    from latentdiff.formats.lora_facts import lora_facts
-
-    found = lora_facts(tensors)
-    targets = joined([f"{count} layers of the {part}" for part, count in found.targets.items()])
-    return [
-        ("layout", found.layout + (" (DoRA)" if found.dora else "")),
-        ("rank", joined(found.ranks) or "not found"),
-        ("alpha", joined([f"{a:g}" for a in found.alphas]) or "not in tensors; else as the rank"),
-        ("changes", targets or "nothing known"),
-        ("made for", found.base or "unknown: it does not touch what reads the text"),
-    ]
-
-
 def _record(file: TensorFile) -> list[tuple[str, str]]:
     """What is said about the training, and the fields for people."""
     from latentdiff.formats.identify import CONFIGURATION
@@ -138,6 +142,7 @@ def _folder(folder: Path) -> list[tuple[str, str]]:
     from latentdiff.formats.diffusers_folder import PARTS, check_layout
     from latentdiff.weight_files import TEXT_STEM, UNET_STEM, read_weights
 
+    _refuse_without_weights(folder, PARTS)
     check_layout(folder)
     scheduler = _json((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     unet = _json((folder / "unet" / "config.json").read_text(encoding="utf-8"))
@@ -151,6 +156,17 @@ def _folder(folder: Path) -> list[tuple[str, str]]:
         tensors = read_weights(folder / part, stem)
         rows += [(part, joined([text for _, text in reversed(_amounts(tensors))]) + " tensors")]
     return rows
+
+
+def _refuse_without_weights(folder: Path, parts: Sequence[str]) -> None:
+    """Say what a folder could hold, where it holds nothing of the kind. Raises: UserError."""
+    from latentdiff.formats import embedding_file, lora_files
+
+    if not any((folder / name).exists() for name in (*parts, "model_index.json")):
+        raise UserError(
+            f"{folder} holds no model ({joined(parts)}), no LoRA ({lora_files.FILE}) and no "
+            f"textual inversion ({embedding_file.FILE}). Name such a folder, or a file in it."
+        )
 
 
 def _prediction(scheduler: Mapping[str, Any]) -> str:
@@ -171,6 +187,7 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def _short(text: str) -> str:
+    text = " ".join(text.split())  # indented JSON would fill the screen
     return text if len(text) <= _LONG else f"{text[:_LONG]} … ({len(text):,} characters)"
 
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from latentdiff.errors import UserError
+from latentdiff.weight_files import STAND_INS, TEXT_STEM, UNET_STEM, VAE_STEM
 
 #: owner/name, as the Hugging Face hub spells its ids.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+#: Part → how the names of its weights begin.
+_STEMS = {"unet": UNET_STEM, "vae": VAE_STEM, "text_encoder": TEXT_STEM}
 #: What a Stable Diffusion folder needs; leaves out other formats, half-precision copies and ONNX.
 _PATTERNS = [
     "*.json",
     "*/*.json",
     "tokenizer/*.txt",
-    "unet/diffusion_pytorch_model*.safetensors",
-    "vae/diffusion_pytorch_model*.safetensors",
-    "text_encoder/model*.safetensors",
+    *(f"{part}/{stem}*.safetensors" for part, stem in _STEMS.items()),
 ]
-_IGNORED = ["*.fp16*", "*.bf16*", "*.non_ema*"]
-#: Taken where a part has no safetensors.
-_PICKLES = ["unet/*.bin", "vae/*.bin", "text_encoder/*.bin"]
+_VARIANTS = (*STAND_INS, "non_ema")
 
 
 def resolve_folder(
@@ -32,7 +32,8 @@ def resolve_folder(
     Args:    folder_or_hub_id: an existing folder, never looked up on the network; otherwise
              `owner/name` on the Hugging Face hub, downloaded once into its cache.
              revision: branch, tag or commit on the hub.
-             variant: download these weights too, for example fp16.
+             variant: download these weights too, for example fp16. Without it, parts that have
+             half-precision weights alone get those.
     Raises:  UserError: neither; a file; or the hub does not have it or cannot be reached.
     """
     path = Path(folder_or_hub_id).expanduser()
@@ -53,12 +54,22 @@ def resolve_folder(
 def _download(name: str, revision: str | None, variant: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    ignored = [pattern for pattern in _IGNORED if variant is None or variant not in pattern]
-    options: dict[str, Any] = {"revision": revision, "ignore_patterns": ignored}
+    others = [f"*.{other}*" for other in _VARIANTS if other != variant]
+
+    def get(patterns: list[str], ignored: list[str] | None = None) -> Path:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
+            )
+        )
+
     try:
-        found = Path(snapshot_download(name, allow_patterns=_PATTERNS, **options))
-        if any(not list(found.glob(f"{p.split('/')[0]}/*.safetensors")) for p in _PICKLES):
-            found = Path(snapshot_download(name, allow_patterns=_PATTERNS + _PICKLES, **options))
+        found = get(_PATTERNS, others)
+        if lacking := _lacking(found, [".safetensors"], others):
+            get([*_PATTERNS, *(f"{part}/*.bin" for part in lacking)], others)
+        # What the repository holds is known only by asking for it; most have the plain files.
+        if variant is None:
+            _get_stand_ins(found, get)
     except Exception as error:
         # The hub's client raises a dozen types, of httpx too; each means that there is no model.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -67,3 +78,24 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
             f"({type(error).__name__}: {reason}). Check the spelling, the revision and the network."
         ) from error
     return found
+
+
+def _get_stand_ins(folder: Path, get: Callable[[list[str]], Path]) -> None:
+    """Fetch half-precision weights of parts that have no others, as `read_weights` takes them."""
+    wanted = [f"*.{other}*" for other in _VARIANTS]
+    for stand_in in STAND_INS:
+        wanted.remove(f"*.{stand_in}*")
+        for ending in (".safetensors", ".bin"):
+            if lacking := _lacking(folder, [".safetensors", ".bin"], wanted):
+                # Weights, and the index of those that are in shards.
+                kinds = (f"*.{stand_in}*{ending}", f"*.{stand_in}*.json")
+                get([f"{part}/{kind}" for part in lacking for kind in kinds])
+
+
+def _lacking(folder: Path, endings: Collection[str], others: Collection[str]) -> list[str]:
+    """Parts without a file of weights; files of the variants `others` do not count."""
+
+    def counts(file: Path) -> bool:
+        return file.suffix in endings and not any(fnmatch(file.name, other) for other in others)
+
+    return [part for part in _STEMS if not any(map(counts, (folder / part).glob("*")))]

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from latentdiff.errors import UserError
 from latentdiff.formats.components import SPECIAL_INPUTS
 from latentdiff.formats.compvis_keys import UNET_PREFIX
-from latentdiff.formats.lora_facts import is_lora
+from latentdiff.formats.lora_facts import adapter_kind
 from latentdiff.formats.sd_facts import VERSIONS
 
 Shapes = Mapping[str, tuple[int, ...]]
 #: Metadata of a safetensors file: the configuration of a model that we wrote, as JSON.
 CONFIGURATION = "latentdiff.configuration"
+#: A word's vectors in a file that holds nothing else: no fewer numbers each, no more of them.
+_WORD_WIDTH, _WORD_VECTORS = 64, 75
+_WORD = re.compile(r"^string_to_param\.|^emb_params$|^<.*>$|^clip_[lg]$")
 _FIRST = UNET_PREFIX + "input_blocks.0.0.weight"
 #: Beginning or middle of a key → what has such keys; the first that is found counts.
 _OTHERS = (
@@ -24,7 +28,6 @@ _OTHERS = (
     (r"double_blocks\.\d", "FLUX"),
     (r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\.", "a ControlNet"),
     (r"motion_modules\.\d", "a motion module of AnimateDiff"),
-    (r"^string_to_param\.|^emb_params$|^<.*>$|^clip_[lg]$", "a textual inversion"),
     (r"^down_blocks\.\d+\.(resnets|attentions)\.", "the U-Net of a diffusers folder, alone"),
     (r"^(encoder|decoder)\.(down|up)_blocks\.", "the autoencoder of a diffusers folder, alone"),
     (r"^(encoder|decoder)\.(down|up)\.\d+\.block\.", "an autoencoder alone"),
@@ -40,6 +43,8 @@ class Identity:
     """For people: Stable Diffusion 1.x, an inpainting model …"""
     version: str | None = None
     """1 or 2 for a text-to-image Stable Diffusion, `own` for a file with its configuration."""
+    kind: Literal["model", "adapter", "word"] = "model"
+    """Whole or part of a model; a LoRA or its kin; a textual inversion."""
 
     @property
     def is_supported(self) -> bool:
@@ -54,8 +59,10 @@ def identify(shapes: Shapes, metadata: Mapping[str, str]) -> Identity:
     """
     if CONFIGURATION in metadata:
         return Identity("a text-to-image model with its configuration (latentdiff)", "own")
-    if is_lora(shapes):
-        return Identity("a LoRA")
+    if adapter := adapter_kind(shapes):
+        return Identity(adapter, kind="adapter")
+    if any(map(_WORD.search, shapes)) or _is_bare_word(shapes):
+        return Identity("a textual inversion", kind="word")
     for pattern, name in _OTHERS:
         if any(re.search(pattern, key) for key in shapes):
             return Identity(name)
@@ -72,6 +79,16 @@ def refuse_unsupported(identity: Identity, where: object) -> None:
             f"{where} is {identity.name}, which does not open as a text-to-image model. Stable "
             "Diffusion 1.x and 2.x checkpoints do, and files written here."
         )
+
+
+def _is_bare_word(shapes: Shapes) -> bool:
+    """Whether the one tensor of a file could be vectors, named by a word without marks."""
+    if len(shapes) != 1:
+        return False
+    ((name, shape),) = shapes.items()
+    rows = 1 if len(shape) == 1 else shape[0] if shape else 0
+    fits = len(shape) in (1, 2) and rows <= _WORD_VECTORS and shape[-1] >= _WORD_WIDTH
+    return fits and not name.endswith((".weight", ".bias"))
 
 
 def _stable_diffusion(shapes: Shapes) -> Identity:

@@ -1,22 +1,34 @@
-"""What a LoRA file says about itself: layout, ranks, scale, what it is for."""
+"""What a LoRA file says about itself: kind, layout, ranks, scale, what it is for."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-#: The first of a pair of matrices, rank × inputs, in kohya's, diffusers' and PEFT's words.
-_DOWN = re.compile(r"(lora_down|lora_A|lora\.down|lora_A\.default)\.weight$")
+from latentdiff.errors import UserError
+from latentdiff.formats.lora_names import plain_name, split_key
+from latentdiff.formats.lora_settings import adapter_settings, alpha_of
+from latentdiff.tensor_file import TensorFile
+
+#: Other ways to write a small change of a large matrix, by how the last words of a key begin.
+_KIN = {
+    "hada_": "a LoHa (LyCORIS)",
+    "lokr_": "a LoKr (LyCORIS)",
+    "oft_": "an OFT adapter",
+    "ia3_": "an IA3 adapter",
+}
+_KIN_ROLE = re.compile(r"\.((?:hada|lokr|oft|ia3)_\w+)(?:\.\w+)*$")
+#: Matrices that are rank × inputs, or rank × a factor of them.
+_RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 #: Keys and values of cross-attention, whose inputs are text states.
-_OF_CONTEXT = re.compile(r"attn2[._](to_k|to_v|processor[._]to_[kv])")
-#: Other ways to write a small change of a large matrix.
-_KIN = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr", "oft_blocks": "OFT", "ia3": "IA3"}
+_OF_CONTEXT = re.compile(r"attn2[._]to_[kv]$")
 #: Columns of a matrix behind the text → the model whose text states are that wide.
-_BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
 
 @dataclass(frozen=True)
@@ -24,11 +36,13 @@ class LoraFacts:
     """What a LoRA file is."""
 
     layout: str
-    """kohya, diffusers, or the name of a kin such as LoHa."""
+    """How layers are called: kohya, diffusers or peft."""
     ranks: tuple[int, ...]
     """Every rank that occurs, the most frequent first."""
     alphas: tuple[float, ...]
-    """Every alpha that occurs; none where the file does not say: alpha = rank."""
+    """Every alpha that the file says, in tensors or settings."""
+    without_alpha: int
+    """How many layers it says no alpha for, which means alpha = rank."""
     targets: dict[str, int]
     """Part of the model → how many of its layers are changed."""
     base: str | None
@@ -37,34 +51,90 @@ class LoraFacts:
     """Whether magnitudes are learned too (DoRA)."""
 
 
-def is_lora(names: Mapping[str, object]) -> bool:
-    """Whether tensors of these names are a LoRA or its kin."""
-    return any(_DOWN.search(n) or any(kin in n for kin in _KIN) for n in names)
+def adapter_kind(names: Iterable[str]) -> str | None:
+    """What tensors of these names are: a LoRA, one of its kin by name, or None: neither."""
+    found = None
+    for name in names:
+        if kin := _KIN_ROLE.search(name):
+            return next(kind for start, kind in _KIN.items() if kin[1].startswith(start))
+        if split_key(name)[1] == "down":
+            found = "a LoRA"
+    return found
 
 
-def lora_facts(tensors: Mapping[str, Tensor]) -> LoraFacts:
-    """Describe a LoRA from its tensors."""
-    downs = {name: t for name, t in tensors.items() if _DOWN.search(name)}
-    ranks = Counter(int(t.shape[0]) for t in downs.values())
-    scales = (t for name, t in tensors.items() if name.endswith(".alpha") and t.numel() == 1)
-    alphas = Counter(float(t) for t in scales)
-    width = next((int(t.shape[1]) for name, t in downs.items() if _OF_CONTEXT.search(name)), 0)
+def lora_facts(file: TensorFile) -> LoraFacts:
+    """Describe a LoRA, or one of its kin, from its tensors and settings."""
+    layers = _layers(file.tensors)
+    try:
+        settings = adapter_settings(file.path, file.metadata)
+    except UserError:  # reading it to use it says so; this describes the rest
+        settings = {}
+    ranks = Counter(rank for roles in layers.values() if (rank := _rank(roles)))
+    said = [_alpha(name, roles, settings) for name, roles in layers.items()]
+    alphas = Counter(alpha for alpha in said if alpha is not None)
+    width = next((_inputs(roles) for name, roles in layers.items() if _OF_CONTEXT.search(name)), 0)
     return LoraFacts(
-        layout=_layout(tensors),
+        layout=_layout(file.tensors),
         ranks=tuple(rank for rank, _ in ranks.most_common()),
         alphas=tuple(alpha for alpha, _ in alphas.most_common()),
-        targets=dict(sorted(Counter(_part(name) for name in downs).items())),
-        base=_BASES.get(width, f"context of {width} channels" if width else None),
-        dora=any("dora_scale" in n or "lora_magnitude_vector" in n for n in tensors),
+        without_alpha=said.count(None),
+        targets=dict(sorted(Counter(map(_part, layers)).items())),
+        base=BASES.get(width, f"context of {width} channels" if width else None),
+        dora=any("magnitude" in roles for roles in layers.values()),
     )
 
 
-def _layout(names: Mapping[str, object]) -> str:
-    for kin, name in _KIN.items():
-        if any(kin in key for key in names):
-            return name
-    flat = any(key.startswith(("lora_unet_", "lora_te")) for key in names)
-    return "kohya" if flat else "diffusers"
+def _layers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Layer → what it has, by role; those alone that something is added to."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, role = split_key(key)
+        if kin := _KIN_ROLE.search(key):
+            name, role = key[: kin.start()], kin[1]
+        if role is not None:
+            found.setdefault(name, {})[role] = tensor
+    return {
+        name: roles for name, roles in found.items() if roles.keys() - {"up", "alpha", "magnitude"}
+    }
+
+
+def _rank(roles: Mapping[str, Tensor]) -> int | None:
+    shapes = (roles[role].shape for role in _RANKED if role in roles)
+    return next((int(shape[0]) for shape in shapes if shape), None)
+
+
+def _inputs(roles: Mapping[str, Tensor]) -> int:
+    """Columns of the matrix that is changed; 0 where they are not to be seen."""
+    outer, inner = (
+        next((t for end in ("", "_b") if (t := roles.get(f"lokr_w{i}{end}")) is not None), None)
+        for i in (1, 2)
+    )
+    if outer is not None and inner is not None and min(outer.ndim, inner.ndim) > 1:
+        return int(outer.shape[1] * inner.shape[1])  # of a Kronecker product
+    matrices = (roles[role] for role in ("down", "hada_w1_b") if role in roles)
+    return next((int(m.shape[1]) for m in matrices if m.ndim > 1), 0)
+
+
+def _alpha(name: str, roles: Mapping[str, Tensor], settings: Mapping[str, Any]) -> float | None:
+    """The alpha that is said for a layer; None: nothing is."""
+    if "alpha" in roles:
+        return float(roles["alpha"]) if roles["alpha"].numel() == 1 else None
+    plain = plain_name(name)
+    if f"{plain.partition('.')[0]}.lora_alpha" not in settings:
+        return None
+    try:
+        return alpha_of(plain, _rank(roles) or 1, settings)
+    except (AttributeError, TypeError, ValueError, re.error):
+        return None
+
+
+def _layout(names: Iterable[str]) -> str:
+    for name in names:
+        if name.startswith(("lora_unet_", "lora_te")):
+            return "kohya"
+        if name.startswith("base_model."):
+            return "peft"
+    return "diffusers"
 
 
 def _part(name: str) -> str:

@@ -20,23 +20,17 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError, choice_error
-from latentdiff.formats.lora_names import PARTS, foreign_kind, kohya_name, plain_name
+from latentdiff.formats.lora_names import foreign_kind, kohya_name, plain_name, split_key
+from latentdiff.formats.lora_settings import ADAPTERS, adapter_settings, alpha_of, settings_for
 from latentdiff.models.low_rank import LowRank
 from latentdiff.tensor_file import load_content
 from latentdiff.weight_files import save_tensors
 
 #: What diffusers and others look for in a folder.
 FILE = "pytorch_lora_weights.safetensors"
+USUAL = (FILE, "adapter_model.safetensors")
 LAYOUTS = ("diffusers", "kohya")
 Layout = Literal["diffusers", "kohya"]
-_ADAPTERS = "lora_adapter_metadata"
-_OLD_ATTENTION = re.compile(r"\.(?:processor\.)?to_(q|k|v|out)_lora\.(down|up)\.weight$")
-_ROLES = {
-    "down": r"\.(?:lora_down|lora\.down|lora_linear_layer\.down|lora_A(?:\.\w+)??)\.weight$",
-    "up": r"\.(?:lora_up|lora\.up|lora_linear_layer\.up|lora_B(?:\.\w+)??)\.weight$",
-    "alpha": r"\.alpha$",
-    "magnitude": r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)*)$",
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ def find_lora(path: str | Path) -> Path:
     """The file behind a path: itself, or the usual one in a folder. Raises: UserError: none."""
     found = Path(path).expanduser()
     if found.is_dir():
-        candidates = [found / FILE, found / "adapter_model.safetensors"]
+        candidates = [found / name for name in USUAL]
         files = [f for f in candidates if f.is_file()] or sorted(found.glob("*.safetensors"))
         if len(files) == 0 or (len(files) > 1 and files[0] not in candidates):
             raise UserError(
@@ -88,7 +82,7 @@ def read_lora(path: str | Path) -> LoraFile:
     pieces: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in state.items():
-        name, role = _split(key)
+        name, role = split_key(key)
         if role is None:
             unknown.append(key)
         else:
@@ -97,7 +91,7 @@ def read_lora(path: str | Path) -> LoraFile:
     if unknown or broken or not pieces:
         raise UserError(_not_lora(path, unknown, broken))
     try:
-        adapters = _adapter_facts(path, metadata)
+        adapters = adapter_settings(path, metadata)
         weights = {name: _change(name, roles, adapters) for name, roles in pieces.items()}
     except UserError:
         raise
@@ -129,7 +123,7 @@ def write_lora(
     if layout == "kohya":
         about |= _kohya_facts(weights)
     else:
-        about[_ADAPTERS] = json.dumps(_diffusers_facts(weights), indent=2, sort_keys=True)
+        about[ADAPTERS] = json.dumps(settings_for(weights), indent=2, sort_keys=True)
     state: dict[str, Tensor] = {}
     for name, change in weights.items():
         state |= (_kohya_keys if layout == "kohya" else _diffusers_keys)(name, change)
@@ -154,22 +148,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, metadata
 
 
-def _split(key: str) -> tuple[str, str | None]:
-    """A key's layer name and what it is of that layer: down, up, alpha, magnitude."""
-    if old := _OLD_ATTENTION.search(key):
-        name, (which, role) = key[: old.start()], old.groups()
-        if ".self_attn" in name:
-            return f"{name}.{which}_proj", role
-        return f"{name}.to_{which}" + (".0" if which == "out" else ""), role
-    for role, pattern in _ROLES.items():
-        if found := re.search(pattern, key):
-            return key[: found.start()], role
-    return key, None
-
-
 def _change(name: str, roles: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> LowRank:
     rank = len(roles["down"])
-    alpha = float(roles["alpha"]) if "alpha" in roles else _alpha(name, rank, adapters)
+    alpha = float(roles["alpha"]) if "alpha" in roles else alpha_of(name, rank, adapters)
     magnitude = roles.get("magnitude")
     if magnitude is not None and magnitude.numel() != len(roles["up"]):
         raise UserError(
@@ -178,32 +159,6 @@ def _change(name: str, roles: Mapping[str, Tensor], adapters: Mapping[str, Any])
     return LowRank(
         roles["down"], roles["up"], alpha, None if magnitude is None else magnitude.flatten()
     )
-
-
-def _adapter_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """peft's settings by part: {"unet.lora_alpha": 8, …}; empty when the file does not say."""
-    beside = path.with_name("adapter_config.json")
-    try:
-        if _ADAPTERS in metadata:
-            return json.loads(metadata[_ADAPTERS])
-        if path.name.startswith("adapter_model") and beside.is_file():
-            found = json.loads(beside.read_text(encoding="utf-8"))
-            return {f"unet.{key}": value for key, value in found.items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"the adapter settings of {path} are not valid JSON: {error}") from error
-    return {}
-
-
-def _alpha(name: str, rank: int, adapters: Mapping[str, Any]) -> float:
-    """α of a layer as peft finds it; the rank where the file does not say."""
-    part, _, module = name.partition(".")
-    alpha = float(adapters.get(f"{part}.lora_alpha", rank))
-    for pattern, value in (adapters.get(f"{part}.alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?{pattern.removeprefix('text_model.')}", module):
-            alpha = float(value)
-            break
-    # Rank-stabilised: the change is α/√r B A.
-    return alpha * rank**0.5 if adapters.get(f"{part}.use_rslora") else alpha
 
 
 def _not_lora(path: Path, unknown: list[str], broken: list[str]) -> str:
@@ -258,29 +213,3 @@ def _kohya_facts(weights: Mapping[str, LowRank]) -> dict[str, str]:
         "ss_network_dim": str(first.rank),
         "ss_network_alpha": f"{first.alpha:g}",
     }
-
-
-def _diffusers_facts(weights: Mapping[str, LowRank]) -> dict[str, Any]:
-    """peft's settings that diffusers rebuilds the adapters from, by part."""
-    facts: dict[str, Any] = {}
-    for part in PARTS:
-        own = {n.partition(".")[2]: c for n, c in weights.items() if n.startswith(f"{part}.")}
-        if not own:
-            continue
-        first = next(iter(own.values()))
-        ranks = {n: c.rank for n, c in own.items() if c.rank != first.rank}
-        alphas = {n: _whole(c.alpha) for n, c in own.items() if c.alpha != first.alpha}
-        settings = {
-            "r": first.rank,
-            "lora_alpha": _whole(first.alpha),
-            "rank_pattern": ranks,
-            "alpha_pattern": alphas,
-            "target_modules": sorted(own),
-            "use_dora": any(c.magnitude is not None for c in own.values()),
-        }
-        facts |= {f"{part}.{key}": value for key, value in settings.items()}
-    return facts
-
-
-def _whole(number: float) -> float | int:
-    return int(number) if number == int(number) else number

@@ -33,11 +33,33 @@ _FAMILIES = {
     "transformer.": "a diffusion transformer (Flux, Stable Diffusion 3 or later)",
     "diffusion_model.": "another family of models",
 }
+#: diffusers' first spelling, whose layers are named after what is done with them.
+_OLD_ATTENTION = re.compile(r"\.(?:processor\.)?to_(q|k|v|out)_lora\.(down|up)\.weight$")
+#: What a tensor is of its layer, by how its key ends; kohya's, diffusers' and peft's words.
+_ROLES = {
+    "down": r"\.(?:lora_down|lora\.down|lora_linear_layer\.down|lora_A(?:\.\w+)??)\.weight$",
+    "up": r"\.(?:lora_up|lora\.up|lora_linear_layer\.up|lora_B(?:\.\w+)??)\.weight$",
+    "alpha": r"\.alpha$",
+    "magnitude": r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)*)$",
+}
 
 
 def kohya_name(part: str, module: str) -> str:
     """How kohya's scripts write a layer's name."""
     return _KOHYA[part] + module.replace(".", "_")
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """A key's layer name and what it is of that layer: down, up, alpha, magnitude."""
+    if old := _OLD_ATTENTION.search(key):
+        name, (which, role) = key[: old.start()], old.groups()
+        if ".self_attn" in name:
+            return f"{name}.{which}_proj", role
+        return f"{name}.to_{which}" + (".0" if which == "out" else ""), role
+    for role, pattern in _ROLES.items():
+        if found := re.search(pattern, key):
+            return key[: found.start()], role
+    return key, None
 
 
 def plain_name(name: str) -> str:

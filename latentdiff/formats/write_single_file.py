@@ -6,7 +6,6 @@ files, with which any model comes back as it was and not only the sizes of Stabl
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from latentdiff.formats.compvis_keys import PARTS, Layout, compvis_layout, give
 from latentdiff.formats.generation_config import generation_defaults
 from latentdiff.formats.identify import CONFIGURATION
 from latentdiff.formats.scheduler_config import write_scheduler
-from latentdiff.formats.sd_facts import sd_unet
+from latentdiff.formats.sd_likeness import sd_version
 from latentdiff.formats.stated import MODELSPEC_WORDS
 from latentdiff.models.clip_vocabulary import describe_tokenizer
 from latentdiff.weight_files import save_tensors, stored_tensor
@@ -122,22 +121,6 @@ def modelspec(components: Components, title: str) -> dict[str, str]:
         "modelspec.prediction_type": words.get(prediction, prediction),
         "modelspec.hash_sha256": _NO_HASH,
     }
-
-
-def sd_version(components: Components) -> str | None:
-    """1 or 2 when the U-Net is Stable Diffusion's, which other programs can open; else None."""
-
-    def shape(config: Any) -> Any:
-        return dataclasses.replace(config, sample_size=None, upcast_attention=False, dropout=0.0)
-
-    own = shape(components.unet.config)
-    return next((v for v in ("1", "2") if _same_heads(own, shape(sd_unet(v)))), None)
-
-
-def _same_heads(own: Any, other: Any) -> bool:
-    return own.heads == other.heads and own == dataclasses.replace(
-        other, attention_head_dim=own.attention_head_dim
-    )
 
 
 def _write(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:

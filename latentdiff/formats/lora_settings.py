@@ -1,0 +1,74 @@
+"""peft's settings, from which a LoRA file without alpha tensors says its α.
+
+diffusers keeps them in the safetensors header, peft in a file beside.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from latentdiff.errors import UserError
+from latentdiff.formats.lora_names import PARTS
+from latentdiff.models.low_rank import LowRank
+
+#: The header's text that diffusers writes the settings into.
+ADAPTERS = "lora_adapter_metadata"
+
+
+def adapter_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """peft's settings by part: {"unet.lora_alpha": 8, …}; empty when the file does not say.
+
+    Raises:  UserError: they are no JSON.
+    """
+    beside = path.with_name("adapter_config.json")
+    try:
+        if ADAPTERS in metadata:
+            return dict(json.loads(metadata[ADAPTERS]))
+        if path.name.startswith("adapter_model") and beside.is_file():
+            found = json.loads(beside.read_text(encoding="utf-8"))
+            return {f"unet.{key}": value for key, value in found.items()}
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"the adapter settings of {path} are not valid JSON: {error}") from error
+    return {}
+
+
+def alpha_of(name: str, rank: int, adapters: Mapping[str, Any]) -> float:
+    """α of a layer as peft finds it; the rank where the file does not say."""
+    part, _, module = name.partition(".")
+    alpha = float(adapters.get(f"{part}.lora_alpha", rank))
+    for pattern, value in (adapters.get(f"{part}.alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(?:.*\.)?{pattern.removeprefix('text_model.')}", module):
+            alpha = float(value)
+            break
+    # Rank-stabilised: the change is α/√r B A.
+    return alpha * rank**0.5 if adapters.get(f"{part}.use_rslora") else alpha
+
+
+def settings_for(weights: Mapping[str, LowRank]) -> dict[str, Any]:
+    """The settings that diffusers rebuilds these adapters from, by part."""
+    facts: dict[str, Any] = {}
+    for part in PARTS:
+        own = {n.partition(".")[2]: c for n, c in weights.items() if n.startswith(f"{part}.")}
+        if not own:
+            continue
+        first = next(iter(own.values()))
+        ranks = {n: c.rank for n, c in own.items() if c.rank != first.rank}
+        alphas = {n: _whole(c.alpha) for n, c in own.items() if c.alpha != first.alpha}
+        settings = {
+            "r": first.rank,
+            "lora_alpha": _whole(first.alpha),
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+            "target_modules": sorted(own),
+            "use_dora": any(c.magnitude is not None for c in own.values()),
+        }
+        facts |= {f"{part}.{key}": value for key, value in settings.items()}
+    return facts
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
