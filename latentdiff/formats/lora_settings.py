@@ -22,18 +22,25 @@ ADAPTERS = "lora_adapter_metadata"
 def adapter_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """peft's settings by part: {"unet.lora_alpha": 8, …}; empty when the file does not say.
 
-    Raises:  UserError: they are no JSON.
+    Raises:  UserError: they are no JSON object.
     """
     beside = path.with_name("adapter_config.json")
     try:
         if ADAPTERS in metadata:
-            return dict(json.loads(metadata[ADAPTERS]))
+            return _settings(path, metadata[ADAPTERS])
         if path.name.startswith("adapter_model") and beside.is_file():
-            found = json.loads(beside.read_text(encoding="utf-8"))
+            found = _settings(beside, beside.read_text(encoding="utf-8"))
             return {f"unet.{key}": value for key, value in found.items()}
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"the adapter settings of {path} are not valid JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"the adapter settings of {path} are damaged: {error}") from error
     return {}
+
+
+def _settings(where: Path, text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{where.name} should hold a JSON object there, not {text[:40]}")
+    return found
 
 
 def alpha_of(name: str, rank: int, adapters: Mapping[str, Any]) -> float:
