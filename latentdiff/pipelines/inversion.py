@@ -14,6 +14,7 @@ from latentdiff.diffusion.inversion import ddim_inversion
 from latentdiff.diffusion.samplers import as_denoiser, timestep_grid
 from latentdiff.errors import UserError
 from latentdiff.pipelines.inputs import check_steps, guidance_scales, prompt_list
+from latentdiff.pipelines.size_limit import check_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,6 +73,7 @@ def invert(
     default = pipeline.default_size
     size = (height or default[0], width or default[1])
     pipeline.autoencoder.check_image_size(size)
+    check_pixels(*size)
     pixels = image_tensors(image, size)
     prompts = prompt_list(prompt, "prompt")
     if len(prompts) not in (1, len(pixels)):

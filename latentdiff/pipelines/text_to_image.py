@@ -39,6 +39,7 @@ from latentdiff.pipelines.inputs import (
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.loaded_model import LoadedModel
 from latentdiff.pipelines.pictures import to_output
+from latentdiff.pipelines.size_limit import check_pixels
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -104,8 +105,8 @@ class LatentDiffusionPipeline(LoadedModel):
                  prompt_syntax: plain: what does not fit into the text encoder is cut off, with a
                  warning; long: it goes on in further chunks; a1111: so too, with weights such as
                  (red:1.3) and with BREAK, see `prompt_syntax`. For negative prompts too.
-                 height, width: in pixels, multiples of the autoencoder's downscale; None: the
-                 size of the training.
+                 height, width: in pixels, multiples of the autoencoder's downscale, at most
+                 `MAX_PIXELS` in all; None: the size of the training.
                  num_inference_steps: 1 … T; more is finer and slower.
                  guidance_scale: 1 = off; higher follows the prompt more closely; None: the model's
                  own (generation_config.json in its folder), or 5. One for all or
@@ -235,6 +236,7 @@ class LatentDiffusionPipeline(LoadedModel):
         default = self.default_size
         size = (height or default[0], width or default[1])
         self.autoencoder.check_image_size(size)
+        check_pixels(*size)
         down = self.autoencoder.downscale
         return self.autoencoder.latent_channels, size[0] // down, size[1] // down
 

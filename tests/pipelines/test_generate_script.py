@@ -102,6 +102,8 @@ def test_learned_words_by_file_and_by_name(
     [
         (("--output", "cat.pgn"), "--output must be a picture file"),
         (("--size", "big"), "--size must be like 64 or 64x128"),
+        (("--size", "100000", "--model", "./nothing"), "--size must be at most 16,777,216 pixels"),
+        (("--size", "8192x4096"), "got 8192x4096, 33,554,432 pixels"),
         (("--model", "./nothing"), "this folder does not exist"),
         (("--output", "/proc/x/cat.png"), "cannot be made"),
         (("--columns", "0"), "--columns must be at least 1"),

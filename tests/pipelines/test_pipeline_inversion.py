@@ -91,6 +91,7 @@ def test_pictures_are_alone_and_together_the_same(pipeline: LatentDiffusionPipel
         ({"image": torch.zeros(3, 32, 32)}, r"\(pictures, 3, 32, 32\)"),
         ({"prompt": ["a", "b"]}, "one for each of the 1 pictures; got 2"),
         ({"height": 33}, "multiples of 2"),
+        ({"height": 100_000, "width": 100_000}, "at most 16,777,216 pixels"),
         ({"iterations": 0}, "iterations must be a whole number"),
         ({"num_inference_steps": 1001}, "1 … 1000"),
         ({"guidance_scale": -1}, "guidance_scale"),
