@@ -13,6 +13,7 @@ from latentdiff.diffusion.guidance import guidance_context, guide
 from latentdiff.diffusion.inversion import ddim_inversion
 from latentdiff.diffusion.samplers import as_denoiser, timestep_grid
 from latentdiff.errors import UserError
+from latentdiff.models.unknown_words import warn_of_unknown_words
 from latentdiff.pipelines.inputs import check_steps, guidance_scales, prompt_list
 from latentdiff.pipelines.size_limit import check_pixels
 
@@ -82,6 +83,7 @@ def invert(
             f"got {len(prompts)}."
         )
     prompts = prompts * len(pixels) if len(prompts) == 1 else prompts
+    warn_of_unknown_words(pipeline.text_encoder.tokenizer, prompts)
     defaults = pipeline.components.sampling
     spacing: Any = timestep_spacing or defaults.spacing
     grid = timestep_grid(pipeline.schedule, num_inference_steps, spacing, defaults.steps_offset)

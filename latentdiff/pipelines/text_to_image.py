@@ -25,6 +25,7 @@ from latentdiff.diffusion.noise import batch_noise, step_noise
 from latentdiff.diffusion.samplers import as_denoiser, custom_grid, run, timestep_grid
 from latentdiff.diffusion.samplers.registry import SAMPLERS, check_options, split_name
 from latentdiff.models.long_prompts import PromptSyntax, ReadPrompt, check_syntax, read_prompt
+from latentdiff.models.unknown_words import warn_of_unknown_words
 from latentdiff.pipelines.contexts import batch_contexts, image_contexts, passes
 from latentdiff.pipelines.inputs import (
     check_latents,
@@ -149,6 +150,7 @@ class LatentDiffusionPipeline(LoadedModel):
         plan = _Plan(sampler, grid, options, guidance_rescale, interval)
         x_T = batch_noise(seeds, shape) if latents is None else latents
         check_latents(x_T, (len(seeds), *shape))
+        warn_of_unknown_words(self.text_encoder.tokenizer, [*prompts, *negatives])
 
         read = [self.read_prompt(text, prompt_syntax) for text in prompts]
         room = self.components.sampling.chunk_tokens
