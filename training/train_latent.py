@@ -178,7 +178,7 @@ def train(given: Given, resume: bool) -> str:
     accelerator.end_training()
     if lock is not None:
         lock.close()
-    return ending(config, written, trainee.usage)
+    return ending(config, written, trainee)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
