@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 from latentdiff.pipelines.size_limit import check_pixels
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def main() -> None:
         images, seeds = generate(args)
         paths = save(images, args)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
     seen = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     print(f"seed {seen}", file=sys.stderr)
     for path in paths:

@@ -144,13 +144,18 @@ def test_the_script_writes_a_row_and_the_noise(
     [(("nothing.png",), "nothing.png"), (("in.png", "--model", "./no"), "does not exist")],
 )
 def test_mistakes_end_with_one_line(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     picture().save("in.png")
     with pytest.raises(SystemExit) as end:
         script(monkeypatch, *arguments)
-    assert message in str(end.value.code) and "\n" not in str(end.value.code)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
 
 
 @pytest.mark.slow
