@@ -36,7 +36,7 @@ from latentdiff.data.latent_cache import LatentCache
 from latentdiff.data.latent_index import LatentIndex
 from latentdiff.data.latent_store import LatentStore, LatentWriter, key_array
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 from latentdiff.trainer.batches import BatchMaker, Prefetch
 from latentdiff.trainer.config import TrainConfig
 from latentdiff.trainer.order import BatchShape, Order, choose_caption
@@ -291,4 +291,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

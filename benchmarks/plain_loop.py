@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 from latentdiff.formats.diffusers_folder import save_components
 from latentdiff.precision import has_fast_bf16
 from latentdiff.trainer.batches import BatchMaker
@@ -100,7 +100,7 @@ def main() -> None:
     try:
         print(train(arguments.config, arguments.overrides, arguments.lr))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
 
 
 if __name__ == "__main__":

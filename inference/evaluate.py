@@ -23,7 +23,7 @@ from typing import Any
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -159,7 +159,7 @@ def main() -> None:
             return write_likelihood(args, *likelihood(args))
         figures, pages = evaluate(args)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
     from latentdiff.evaluation.page import page
 
     for name, value in figures.items():

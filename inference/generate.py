@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
+from latentdiff.pipelines.size_limit import check_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--timesteps", metavar="T,T,…", help="your own, decreasing, instead of --steps")
     add("--seed", type=int, help="of the first picture; default: drawn and printed")
     add("--num-images", type=int, default=1, metavar="N", help="per prompt; default: %(default)s")
-    add("--size", metavar="N or HxW", help="in pixels; default: as trained")
+    add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
     add("--columns", type=int, metavar="N", help="of the grid; default: --num-images, or square")
     add("--separate", action="store_true", help="numbered files instead of a grid")
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
@@ -66,13 +67,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def picture_size(text: str | None) -> tuple[int | None, int | None]:
-    """(height, width) from "64" or "64x128". Raises: UserError: anything else."""
+    """(height, width) from "64" or "64x128". Raises: UserError: anything else, or too many."""
     if text is None:
         return None, None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r}.")
-    return int(parts[0]), int(parts[-1])
+    height, width = int(parts[0]), int(parts[-1])
+    check_pixels(height, width, "--size")
+    return height, width
 
 
 def numbers(option: str, text: str) -> list[float]:
@@ -206,7 +209,7 @@ def main() -> None:
         images, seeds = generate(args)
         paths = save(images, args)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
     seen = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     print(f"seed {seen}", file=sys.stderr)
     for path in paths:

@@ -18,7 +18,7 @@ from typing import Any
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,7 +106,7 @@ def main() -> None:
 
             save_file({"latents": noise.contiguous()}, args.noise)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
     print(f"round trip against the autoencoder's own picture: {decibels:.1f} dB")
     print(args.output)
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+from typing import NoReturn
+
+#: Exit code of every command for what its user can fix, as of argparse for a wrong option.
+BAD_INPUT = 2
 
 
 class UserError(ValueError):
     """Something the user can fix; entry scripts print its text without a traceback."""
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """End a script with the error's text on stderr and the exit code `BAD_INPUT`."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(BAD_INPUT)
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latentdiff.embedded import EMBEDDED_MODEL
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 from latentdiff.formats.diffusers_folder import GENERATION
 from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
 
@@ -117,4 +117,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

@@ -29,7 +29,7 @@ from latentdiff.command_line import command_line
 from latentdiff.data.latent_cache import build_latent_cache
 from latentdiff.data.source import Source, open_source
 from latentdiff.embedded import EMBEDDED_MODEL
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 from latentdiff.formats.diffusers_folder import save_text_encoder
 from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.models.clip_scorer import HEAD, scorer_text_tower
@@ -281,4 +281,4 @@ if __name__ == "__main__":
     try:
         train(*command_line(DrawingConfig, CONFIG, __doc__))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

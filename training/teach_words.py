@@ -20,7 +20,7 @@ from latentdiff.command_line import command_line
 from latentdiff.data.emoji_captions import keywords
 from latentdiff.data.source import Source, group_of, open_source
 from latentdiff.embedded import EMBEDDED_MODEL
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 from latentdiff.formats.diffusers_folder import save_text_encoder
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 from latentdiff.models.tokenizer import ClipTokenizer
@@ -122,4 +122,4 @@ if __name__ == "__main__":
     try:
         train(*command_line(WordsConfig, CONFIG, __doc__))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

@@ -20,7 +20,7 @@ from torch import Tensor
 from latentdiff.command_line import command_line
 from latentdiff.data.source import DataConfig, Source, open_source, split
 from latentdiff.data.transforms import to_tensor
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 from latentdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
 from latentdiff.trainer.autoencoder import (
     AutoencoderPass,
@@ -171,4 +171,4 @@ if __name__ == "__main__":
     try:
         train(*command_line(AutoencoderTrainConfig, CONFIG, __doc__))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

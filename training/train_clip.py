@@ -20,7 +20,7 @@ from torch import Tensor
 from latentdiff.command_line import command_line
 from latentdiff.data.source import Source, open_source
 from latentdiff.data.transforms import to_tensor
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 from latentdiff.models.tokenizer import load_tokenizer
 from latentdiff.trainer.clip import (
     ClipFeatures,
@@ -159,4 +159,4 @@ if __name__ == "__main__":
     try:
         train(*command_line(ClipTrainConfig, CONFIG, __doc__))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

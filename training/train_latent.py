@@ -48,7 +48,7 @@ from latentdiff.trainer.latent_run import (
     save_config,
 )
 from latentdiff.trainer.loop import training_loop
-from latentdiff.trainer.open_data import long_captions, open_latents
+from latentdiff.trainer.open_data import long_captions, none_held_out, open_latents
 from latentdiff.trainer.optimizer import learning_rate, make_optimizer
 from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_loss
 from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
@@ -117,7 +117,8 @@ def train(given: Given, resume: bool) -> str:
         output, first_step, config.loop, accelerator.is_main_process, partial(more_writers, config)
     )
     notes += [trainee.about()] if trainee.adds else []
-    for note in notes + recut + long_captions(latents, components.text_encoder):
+    notes += recut + none_held_out(latents, config)
+    for note in notes + long_captions(latents, components.text_encoder):
         tracker.say(note)
     make_batch = BatchMaker(
         latents.data,
@@ -177,7 +178,7 @@ def train(given: Given, resume: bool) -> str:
     accelerator.end_training()
     if lock is not None:
         lock.close()
-    return ending(config, written, trainee.usage)
+    return ending(config, written, trainee)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

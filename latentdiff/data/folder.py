@@ -54,6 +54,7 @@ class FolderSource:
         self._background, self._loss_mask = config.background, config.loss_mask
         self.problems: list[Skipped] = []
         names = self._tree.names()
+        self._all_names = {_normal(name) for name in names}
         images = [n for n in names if n.lower().endswith(IMAGE_ENDINGS)]
         masks: set[str] = set()
         if config.loss_mask == "file":
@@ -166,12 +167,23 @@ class FolderSource:
         given = str(row.get("file_name") or "")
         image = by_name.get(_normal(f"{folder}/{given}" if folder else given))
         if image is None:
-            reason = "not in the folder" if given else "no file_name"
+            reason = self._why_no_image(f"{folder}/{given}" if folder else given, given)
             self.problems.append((display_name(given or where), f"{reason} (named by {where})"))
         else:
             # Several lines for one image are several captions of it.
             texts = (*captions.get(image, ()), *clean_captions(row.get(column)))
             captions[image] = tuple(dict.fromkeys(texts))
+
+    def _why_no_image(self, path: str, given: str) -> str:
+        if not given:
+            return "no file_name"
+        if _normal(path) not in self._all_names:
+            return "not in the folder"
+        ending = splitext(given)[1] or "nothing"
+        return (
+            f"not taken for a picture, as its name ends in {ending} and not in one of "
+            f"{', '.join(IMAGE_ENDINGS)}"
+        )
 
     def _from_side_cars(self, names: set[str], images: list[str]) -> dict[str, tuple[str, ...]]:
         captions = {}

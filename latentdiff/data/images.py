@@ -13,6 +13,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
+from latentdiff.data.what_it_is import what_it_is
+
 T = TypeVar("T")
 RGB = tuple[int, int, int]
 WHITE: RGB = (255, 255, 255)
@@ -103,7 +105,9 @@ def _decode(
     except FileNotFoundError as error:
         raise UnreadableImage(label, "the file does not exist") from error
     except Image.UnidentifiedImageError as error:
-        raise UnreadableImage(label, "not a picture format that Pillow can read") from error
+        found = what_it_is(source)
+        reason = f"not a picture but {found}" if found else "not a picture format that Pillow reads"
+        raise UnreadableImage(label, reason) from error
     except UnreadableImage:
         raise
     except Exception as error:  # a decoder fed with broken data raises nearly anything

@@ -109,4 +109,5 @@ def apply(components: Components, config: TextualInversionConfig) -> Trainee:
         return [write_embedding(output / FILE, config.token, rows.vectors)]
 
     sayings = Sayings(encoder.tokenizer, config.token, config.template)
-    return Trainee(module, sayings, export, f"--embedding {{output}}/{FILE}")
+    usage = f"--embedding {{output}}/{FILE}"
+    return Trainee(module, sayings, export, usage, example=sayings.say("a cat"))

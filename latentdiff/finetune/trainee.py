@@ -44,6 +44,9 @@ class Trainee:
     usage: str = ""
     """How generate.py is told to use what was written: its options, with {output} in them."""
 
+    example: str = "a cat"
+    """A prompt that shows what was learned."""
+
     @property
     def adds(self) -> bool:
         """Whether the model's own weights stay as they are, so that nobody need store them."""

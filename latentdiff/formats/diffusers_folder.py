@@ -198,8 +198,29 @@ def check_layout(folder: Path) -> None:
     if missing:
         raise UserError(
             f"{folder} is not a Stable Diffusion folder: {', '.join(missing)} missing. "
-            f"It must hold {', '.join(PARTS)}."
+            f"It must hold {', '.join(PARTS)}.{_run_hint(folder)}"
         )
+
+
+def _run_hint(folder: Path) -> str:
+    """Where the model is in the output folder of a training, which holds other files beside it.
+
+    It is named and not opened: a run may hold several (model-sigma-…), or only a LoRA file.
+    """
+    if all((folder / "model" / name).is_dir() for name in PARTS):
+        return f" Did you mean {folder / 'model'}?"
+    models = sorted(index.parent.name for index in folder.glob("model*/model_index.json"))
+    if models:
+        return f" Did you mean {folder / models[0]}?"
+    if (lora := folder / "lora").is_dir() or (folder / "learned_embeds.safetensors").is_file():
+        option = f"--lora {lora}" if lora.is_dir() else f"--embedding {folder}"
+        return f" It holds what a fine-tuning learned, to be given with {option}."
+    if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
+        return (
+            f" It is the output of a training that has not written its model yet: go on with "
+            f"--resume output={folder}."
+        )
+    return ""
 
 
 def _model_index(components: Components) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import re
 from typing import NamedTuple
 
 from latentdiff.errors import UserError
+from latentdiff.models.unknown_words import NETWORK, how_to_load
 
 #: What one pair of brackets multiplies or divides by.
 STEP = 1.1
@@ -36,7 +37,6 @@ _SIGNS = re.compile(
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _AT_STEP = re.compile(r":\s*[+-]?[.\d]+\s*$")
-_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>")
 
 
 class Run(NamedTuple):
@@ -142,10 +142,10 @@ def _refuse_schedule(inside: str) -> None:
 
 
 def _refuse_networks(text: str) -> None:
-    if network := _NETWORK.search(text):
+    if network := NETWORK.search(text):
         raise UserError(
             f"the prompt holds {network[0][:60]!r}, which loads a file in A1111; a prompt loads "
-            "nothing here. Take it out and load the file before generating."
+            f"nothing here. Take it out; {how_to_load(*network.groups())}."
         )
     if re.search(r"\bAND\b", text):
         raise UserError(

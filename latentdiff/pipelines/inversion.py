@@ -13,7 +13,9 @@ from latentdiff.diffusion.guidance import guidance_context, guide
 from latentdiff.diffusion.inversion import ddim_inversion
 from latentdiff.diffusion.samplers import as_denoiser, timestep_grid
 from latentdiff.errors import UserError
+from latentdiff.models.unknown_words import warn_of_unknown_words
 from latentdiff.pipelines.inputs import check_steps, guidance_scales, prompt_list
+from latentdiff.pipelines.size_limit import check_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,6 +74,7 @@ def invert(
     default = pipeline.default_size
     size = (height or default[0], width or default[1])
     pipeline.autoencoder.check_image_size(size)
+    check_pixels(*size)
     pixels = image_tensors(image, size)
     prompts = prompt_list(prompt, "prompt")
     if len(prompts) not in (1, len(pixels)):
@@ -80,6 +83,7 @@ def invert(
             f"got {len(prompts)}."
         )
     prompts = prompts * len(pixels) if len(prompts) == 1 else prompts
+    warn_of_unknown_words(pipeline.text_encoder.tokenizer, prompts)
     defaults = pipeline.components.sampling
     spacing: Any = timestep_spacing or defaults.spacing
     grid = timestep_grid(pipeline.schedule, num_inference_steps, spacing, defaults.steps_offset)

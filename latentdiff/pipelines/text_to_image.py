@@ -25,6 +25,7 @@ from latentdiff.diffusion.noise import batch_noise, step_noise
 from latentdiff.diffusion.samplers import as_denoiser, custom_grid, run, timestep_grid
 from latentdiff.diffusion.samplers.registry import SAMPLERS, check_options, split_name
 from latentdiff.models.long_prompts import PromptSyntax, ReadPrompt, check_syntax, read_prompt
+from latentdiff.models.unknown_words import warn_of_unknown_words
 from latentdiff.pipelines.contexts import batch_contexts, image_contexts, passes
 from latentdiff.pipelines.inputs import (
     check_latents,
@@ -39,6 +40,7 @@ from latentdiff.pipelines.inputs import (
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.loaded_model import LoadedModel
 from latentdiff.pipelines.pictures import to_output
+from latentdiff.pipelines.size_limit import check_pixels
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -104,8 +106,8 @@ class LatentDiffusionPipeline(LoadedModel):
                  prompt_syntax: plain: what does not fit into the text encoder is cut off, with a
                  warning; long: it goes on in further chunks; a1111: so too, with weights such as
                  (red:1.3) and with BREAK, see `prompt_syntax`. For negative prompts too.
-                 height, width: in pixels, multiples of the autoencoder's downscale; None: the
-                 size of the training.
+                 height, width: in pixels, multiples of the autoencoder's downscale, at most
+                 `MAX_PIXELS` in all; None: the size of the training.
                  num_inference_steps: 1 … T; more is finer and slower.
                  guidance_scale: 1 = off; higher follows the prompt more closely; None: the model's
                  own (generation_config.json in its folder), or 5. One for all or
@@ -148,6 +150,7 @@ class LatentDiffusionPipeline(LoadedModel):
         plan = _Plan(sampler, grid, options, guidance_rescale, interval)
         x_T = batch_noise(seeds, shape) if latents is None else latents
         check_latents(x_T, (len(seeds), *shape))
+        warn_of_unknown_words(self.text_encoder.tokenizer, [*prompts, *negatives])
 
         read = [self.read_prompt(text, prompt_syntax) for text in prompts]
         room = self.components.sampling.chunk_tokens
@@ -235,6 +238,7 @@ class LatentDiffusionPipeline(LoadedModel):
         default = self.default_size
         size = (height or default[0], width or default[1])
         self.autoencoder.check_image_size(size)
+        check_pixels(*size)
         down = self.autoencoder.downscale
         return self.autoencoder.latent_channels, size[0] // down, size[1] // down
 

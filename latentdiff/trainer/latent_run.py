@@ -271,11 +271,11 @@ def save_config(config: TrainConfig) -> None:
     file.write_text(to_yaml(resolved), encoding="utf-8")
 
 
-def ending(config: TrainConfig, written: list[Path], usage: str) -> str:
-    """Say what a run has written and how to use it; usage: see `Trainee`."""
+def ending(config: TrainConfig, written: list[Path], trainee: Trainee) -> str:
+    """Say what a run has written and how to use it."""
     base = config.model.pretrained
     model = "" if base in (None, "embedded") else f"--model {base} "
-    adds = model + usage.replace("{output}", config.output)
-    usage = adds if usage else f"--model {''.join(map(str, written))}"
+    adds = model + trainee.usage.replace("{output}", config.output)
+    usage = adds if trainee.usage else f"--model {''.join(map(str, written))}"
     files = "".join(f"\nmodel: {path}" for path in written)
-    return f'{files}\nuse it: python inference/generate.py "a cat" {usage}'
+    return f'{files}\nuse it: python inference/generate.py "{trainee.example}" {usage}'

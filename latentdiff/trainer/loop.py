@@ -7,7 +7,7 @@
             ema.update(step.number)
 
 The generator owns accumulation, cadence, resume, logging and stopping; it keeps the losses on the
-device and reads them every `log_every` steps, so a GPU is not waited for.
+device and reads them after its first step and every `log_every`, so a GPU is not waited for.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LoopConfig:
     ema_decay: float = 0.999
     """Decay of the weights' moving average, with a warm-up; 0 exports the newest weights."""
     log_every: int = 20
-    """Steps between updates of the progress bar and the log."""
+    """Steps between updates of the progress bar and the log; the first comes after one step."""
     probe_memory: bool = True
     """On a GPU, try a micro-batch before the first step; if it does not fit, halve it and double
     gradient_accumulation."""

@@ -44,6 +44,7 @@ class Log:
         self._began = time.monotonic() - seconds
         self._window = (time.monotonic(), 0.0)
         self._bad = self._skipped = 0
+        self._has_logged = False
         self._finite: deque[dict[str, Any]] = deque(maxlen=5)
 
     @property
@@ -54,8 +55,10 @@ class Log:
     def after(self, done: int, signal: StopSignal) -> bool:
         """Log if it is time to; say whether the run has to stop now."""
         due = done % self._config.log_every == 0
-        if due:
-            self.flush(done)
+        # A long silence looks like a run that hangs, so the first step is shown at once.
+        early = not (due or self._has_logged) and done < self._config.max_steps
+        if due or early:
+            self.flush(done, speed=due)
         accelerator, limit = self._descent.accelerator, self._config.max_minutes
         stop = bool(signal.number) or (limit is not None and self.seconds > 60 * limit)
         if accelerator.num_processes == 1:
@@ -67,8 +70,12 @@ class Log:
         signal.number = signal.number or int(votes[1] / votes[0].clamp(min=1))
         return bool(votes[0] > 0)
 
-    def flush(self, done: int) -> None:
-        """Write the losses of the steps since the last time."""
+    def flush(self, done: int, speed: bool = True) -> None:
+        """Write the losses of the steps since the last time.
+
+        Args: speed: say too how fast they were. Of the first step alone it would mislead: it waits
+            for the first batch, and kernels are chosen or compiled in it.
+        """
         history, self._descent.history = self._descent.history, []
         if not history:
             return
@@ -81,19 +88,18 @@ class Log:
             rows.append({"step": step, "loss": _finite(loss), "grad_norm": _finite(norm)})
             rows[-1]["lr"] = rate
             self._count(rows[-1])
-        rows[-1] |= self._speed(len(rows))
-        rows[-1] |= {"skipped_steps": self._skipped}
+        found = self._speed(len(rows))
+        if speed:
+            rows[-1] |= found | {"skipped_steps": self._skipped}
+        self._has_logged = True
         self._tracker.write(rows)
         finite = [row["loss"] for row in rows if row["loss"] is not None]
         mean = sum(finite) / len(finite) if finite else math.nan
-        self._tracker.progress(
-            done,
-            {
-                "loss": f"{mean:.4f}",
-                "images/s": f"{rows[-1]['images_per_second']:.1f}",
-                "waiting": f"{rows[-1]['waiting']:.0%}",
-            },
-        )
+        shown = {"loss": f"{mean:.4f}"}
+        if speed:
+            shown["images/s"] = f"{found['images_per_second']:.1f}"
+            shown["waiting"] = f"{found['waiting']:.0%}"
+        self._tracker.progress(done, shown)
         if self._bad >= MAX_BAD_STEPS:
             self._tracker.close()
             raise UserError(self._not_finite(done, rows[-1]))

@@ -106,6 +106,24 @@ def unlisted(data: Any, indices: list[int], config: TrainConfig) -> list[int]:
     return kept
 
 
+def none_held_out(latents: Latents, config: TrainConfig) -> list[str]:
+    """Say that no loss on unseen pictures will be measured, where that was not asked for."""
+    share = config.data.validation_share
+    if latents.held_out or not share:  # a share of 0 is a decision, not a surprise
+        return []
+    if config.data.streaming:
+        return [
+            "note: no picture is held out, so no validation loss is measured: a stream's pictures "
+            "are not known beforehand. Set data.streaming=false to hold some out."
+        ]
+    return [
+        f"note: no picture is held out, so no validation loss is measured: of {len(latents.train)} "
+        f"pictures data.validation_share={share:g} chose none. Raise it (for example "
+        f"data.validation_share={max(0.2, min(2 * share, 0.5)):g}), try another data.split_seed, "
+        "or set it to 0 to train on all without this note."
+    ]
+
+
 def bucket_table(data: Any) -> str:
     """Say how many pictures each aspect-ratio bucket has, or "" where there is one."""
     shapes = getattr(data, "shapes", ())

@@ -64,7 +64,7 @@ class Tracker:
         active: bool,
         more: Callable[[], list[Writer]] = list,
     ) -> None:
-        self._active = active
+        self._active, self._has_shown = active, False
         if not active:
             return
         self._path = folder / METRICS
@@ -95,7 +95,10 @@ class Tracker:
         """Move the bar to a step and show some words beside it."""
         if self._active:
             self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
+            drawn = self._bar.update(step - self._bar.n)
+            if not (drawn or self._has_shown):  # the first is not held back as others may be
+                self._bar.refresh()
+            self._has_shown = True
 
     def image(self, name: str, step: int, picture: Tensor) -> None:
         """Show a picture, uint8 (3, H, W), in TensorBoard and W&B."""

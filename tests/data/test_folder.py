@@ -94,6 +94,19 @@ def test_entries_that_cannot_be_used_are_reported_and_left_out(tmp_path: Path) -
     assert report_skipped([]) == ""
 
 
+def test_metadata_that_names_a_text_file_says_that_it_is_no_picture(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"file_name": "images/0.png", "text": "fine"},
+        {"file_name": "images/notes.txt", "text": "what I thought"},
+    ]
+    folder = write_folder(tmp_path / "d", 1, rows)
+    (folder / "images" / "notes.txt").write_text("words")
+    [(name, reason)] = open_folder(folder).problems
+    assert name == "images/notes.txt"
+    assert "its name ends in .txt and not in one of .png, .jpg" in reason
+    assert "not in the folder" not in reason
+
+
 def test_unreadable_image_raises_by_name_and_stays_on_disk(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", 2)
     (folder / "images" / "1.png").write_bytes(png(1)[:50])

@@ -124,13 +124,39 @@ def test_no_damage_ever_escapes_as_another_exception() -> None:
 
 
 def test_what_is_no_picture(tmp_path: Path) -> None:
-    for data, reason in [(b"", "empty"), (b"hello", "not a picture format")]:
+    for data, reason in [
+        (b"", "empty"),
+        (b"hello", "not a picture but a text file that begins with 'hello'"),
+    ]:
         with pytest.raises(UnreadableImage, match=reason):
             open_image(data, "x")
     with pytest.raises(UnreadableImage, match="does not exist"):
         open_image(tmp_path / "none.png")
     with pytest.raises(UnreadableImage, match="cannot be decoded"):
         open_image(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("\ufeff  <!DOCTYPE html><title>404".encode(), "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"%PDF-1.7\n1 0 obj", "a PDF document"),
+        (b'<?xml version="1.0"?>\n<svg width="3">', "an SVG drawing"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "an HEIC picture"),
+        ("Grüße\n".encode() * 300, "a text file that begins with 'Grüße'"),
+        ("é".encode() * 400 + b"x", "a text file"),  # cut within a letter or not
+        (b"x" + "é".encode() * 400, "a text file"),
+        (b"\x89\x00\x01\x02" * 30, "not a picture format that Pillow reads"),
+        (b"letters\x00and zeros", "not a picture format that Pillow reads"),
+    ],
+)
+def test_what_is_no_picture_is_called_what_it_is(data: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(data)
+    for source in (data, tmp_path / "cat.png"):
+        with pytest.raises(UnreadableImage) as error:
+            open_image(source, "cat.png")
+        assert words in error.value.reason
 
 
 def test_decompression_bomb_says_how_to_proceed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,15 @@ def test_nothing_is_said_of_good_pictures(tmp_path: Path, capsys) -> None:
     assert "6 pictures with captions, 6 can be read" in printed and "quarantine  0" in printed
 
 
+def test_a_text_named_like_a_picture_is_called_a_text(tmp_path: Path) -> None:
+    folder = write_good(tmp_path / "d", 2)
+    (folder / "1.png").write_text("my notes about cats\nand dogs")
+    assert main([str(folder), "--output", str(tmp_path / "o")]) == 0
+    entry = json.loads((tmp_path / "o" / "findings.jsonl").read_text("utf-8"))
+    assert (entry["kind"], entry["name"]) == ("unreadable", "1.png")
+    assert entry["reason"] == "not a picture but a text file that begins with 'my notes about cats'"
+
+
 def test_captions_are_measured_with_the_models_own_tokenizer(tmp_path: Path) -> None:
     folder = write_good(tmp_path / "d")
     (folder / "2.txt").write_text("short\n" + "a cat and " * 40)

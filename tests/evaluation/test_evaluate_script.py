@@ -17,11 +17,14 @@ def evaluate(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_bad_numbers_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_numbers_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--concepts", "3", "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert end.value.code == "error: --concepts must be at least 12; got 3."
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: --concepts must be at least 12; got 3.\n"
 
 
 @pytest.mark.slow

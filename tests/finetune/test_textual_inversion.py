@@ -124,7 +124,9 @@ def test_a_run_writes_the_word_and_a_resumed_one_the_same(
     from latentdiff import LatentDiffusionPipeline
 
     assert main(given(folder, "straight")) == 0
-    assert f"--embedding {folder / 'straight' / FILE}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"--embedding {folder / 'straight' / FILE}" in said
+    assert 'in the style of <sq>" --model' in said  # the prompt has the word, ready to be copied
     assert main(given(folder, "resumed", "loop.max_steps=4")) == 0
     assert main([*given(folder, "resumed"), "--resume"]) == 0
     assert losses(folder / "straight") == losses(folder / "resumed")

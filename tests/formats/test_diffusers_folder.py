@@ -223,6 +223,31 @@ def test_names_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         resolve_folder("file")
 
 
+def test_the_output_of_a_training_says_where_its_model_is(
+    components: Components, tmp_path: Path
+) -> None:
+    run = tmp_path / "mine"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"has not written its model yet: go on with --resume"):
+        load_components(run)
+    (run / "learned_embeds.safetensors").touch()
+    with pytest.raises(UserError, match=r"to be given with --embedding .*mine\."):
+        load_components(run)
+    (run / "lora").mkdir()
+    with pytest.raises(UserError, match=r"to be given with --lora .*mine/lora\."):
+        load_components(run)
+    save_components(run / "model-sigma-0.1", components)
+    with pytest.raises(UserError, match=r"Did you mean .*mine/model-sigma-0\.1\?"):
+        load_components(run)
+    save_components(run / "model", components)
+    with pytest.raises(UserError, match=r"vae.* missing.*Did you mean .*mine/model\?$"):
+        load_components(run)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"tokenizer, scheduler\.$"):
+        load_components(tmp_path / "other")
+
+
 def test_hub_ids(monkeypatch: pytest.MonkeyPatch, theirs: Path) -> None:
     asked: dict[str, Any] = {}
 

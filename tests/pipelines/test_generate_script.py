@@ -93,8 +93,10 @@ def test_learned_words_by_file_and_by_name(
     call(script, monkeypatch, "a <a> <b>", *fast, "--embedding", file, "--embedding", f"{file}=<b>")
     said = capsys.readouterr().err
     assert "word: <a>" in said and "word: <b>" in said
-    with pytest.raises(SystemExit, match="knows already"):
+    assert "has learned" not in said  # a warning is for unknown words
+    with pytest.raises(SystemExit) as end:
         call(script, monkeypatch, "a", *fast, "--embedding", f"{file}=cat")
+    assert end.value.code == 2 and "knows already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,8 @@ def test_learned_words_by_file_and_by_name(
     [
         (("--output", "cat.pgn"), "--output must be a picture file"),
         (("--size", "big"), "--size must be like 64 or 64x128"),
+        (("--size", "100000", "--model", "./nothing"), "--size must be at most 16,777,216 pixels"),
+        (("--size", "8192x4096"), "got 8192x4096, 33,554,432 pixels"),
         (("--model", "./nothing"), "this folder does not exist"),
         (("--output", "/proc/x/cat.png"), "cannot be made"),
         (("--columns", "0"), "--columns must be at least 1"),
@@ -118,11 +122,28 @@ def test_mistakes_end_with_one_line(
     tmp_path: Path,
     arguments: tuple[str, ...],
     message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         call(script, monkeypatch, "a cat", *arguments)
-    assert message in str(end.value.code) and "\n" not in str(end.value.code)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ")
+    assert message in error and error.count("\n") == 1
+
+
+def test_unknown_words_and_lora_syntax_are_warned_of_once(
+    script: ModuleType,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fast = ("--model", model, "--steps", "1", "--quiet", "--output", str(tmp_path / "a.png"))
+    call(script, monkeypatch, "a <dog>", "cat <dog> <lora:fur:0.8>", *fast)
+    said = capsys.readouterr().err
+    assert said.count("holds '<dog>'") == said.count("holds '<lora:fur:0.8>'") == 1
+    assert '--embedding "FILE=<dog>"' in said and "--lora fur.safetensors:0.8" in said
 
 
 def test_help_names_every_sampler(script: ModuleType) -> None:
@@ -156,7 +177,10 @@ def test_lora_option(
         pictures.append(output.read_bytes())
     assert pictures[0] == pictures[3]
     assert len(set(pictures)) == 3
-    with pytest.raises(SystemExit, match=r"--lora must be FILE or FILE:WEIGHT; got .*:much"):
-        call(script, monkeypatch, *fast, str(tmp_path / "x.png"), "--lora", f"{file}:much")
-    with pytest.raises(SystemExit, match=r"no LoRA file at .*none"):
-        call(script, monkeypatch, *fast, str(tmp_path / "x.png"), "--lora", "none")
+    for given, message in (
+        (f"{file}:much", "--lora must be FILE or FILE:WEIGHT; got "),
+        ("none", "no LoRA file at none"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            call(script, monkeypatch, *fast, str(tmp_path / "x.png"), "--lora", given)
+        assert end.value.code == 2 and message in capsys.readouterr().err

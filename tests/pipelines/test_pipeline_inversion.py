@@ -91,6 +91,7 @@ def test_pictures_are_alone_and_together_the_same(pipeline: LatentDiffusionPipel
         ({"image": torch.zeros(3, 32, 32)}, r"\(pictures, 3, 32, 32\)"),
         ({"prompt": ["a", "b"]}, "one for each of the 1 pictures; got 2"),
         ({"height": 33}, "multiples of 2"),
+        ({"height": 100_000, "width": 100_000}, "at most 16,777,216 pixels"),
         ({"iterations": 0}, "iterations must be a whole number"),
         ({"num_inference_steps": 1001}, "1 … 1000"),
         ({"guidance_scale": -1}, "guidance_scale"),
@@ -143,13 +144,18 @@ def test_the_script_writes_a_row_and_the_noise(
     [(("nothing.png",), "nothing.png"), (("in.png", "--model", "./no"), "does not exist")],
 )
 def test_mistakes_end_with_one_line(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     picture().save("in.png")
     with pytest.raises(SystemExit) as end:
         script(monkeypatch, *arguments)
-    assert message in str(end.value.code) and "\n" not in str(end.value.code)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

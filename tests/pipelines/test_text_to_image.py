@@ -61,6 +61,14 @@ def test_output_types(pipeline: LatentDiffusionPipeline) -> None:
     torch.testing.assert_close(pipeline.autoencoder.decode(latents) / 2 + 0.5, unit)
 
 
+def test_a_size_that_no_memory_holds_is_refused_before_any_noise_is_drawn(
+    pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentdiff.pipelines.text_to_image.batch_noise", lambda *_: pytest.fail())
+    with pytest.raises(UserError, match=r"at most 16,777,216 pixels in all.*got 100000x3200"):
+        pipeline("a cat", height=100_000, width=3200, **FAST)
+
+
 def test_size_guidance_and_negative_matter(pipeline: LatentDiffusionPipeline) -> None:
     base = pipeline("a cat", seed=0, **FAST).images
     assert pipeline("a cat", height=16, width=48, **FAST).images.shape == (1, 3, 16, 48)

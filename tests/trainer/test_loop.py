@@ -81,6 +81,40 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
     assert ours[-1]["loss"] < ours[0]["loss"] / 2
 
 
+def test_the_first_step_is_logged_at_once_and_then_every_log_every(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, max_steps=10)
+    shown: list[tuple[int, dict[str, str]]] = []
+    written: list[list[int]] = []
+    progress, write = run.tracker.progress, run.tracker.write
+    run.tracker.progress = lambda n, words: (shown.append((n, words)), progress(n, words))  # type: ignore
+    run.tracker.write = lambda rows: (written.append([r["step"] for r in rows]), write(rows))  # type: ignore
+    run()
+    assert written == [[1], [2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    assert [step for step, _ in shown] == [1, 4, 8, 10]
+    # The bar itself may hold later steps back, but not the first.
+    assert "1/10 [" in (err := capsys.readouterr().err) and shown[0][1]["loss"] in err
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    # The first step compiles and warms up: no speed is said of it, nor does it enter the next.
+    assert [r["step"] for r in rows if "images_per_second" in r] == [4, 8, 10]
+    assert set(shown[0][1]) == {"loss"} and "images/s" in shown[1][1]
+
+
+def test_a_resumed_run_logs_its_own_first_step_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, max_steps=9)
+    steps = training_loop(
+        run.descent, run.batch, run.shape, run.config, run.tracker, run.save, first_step=5
+    )
+    for step, x in steps:
+        step.backward((run.net(x) - x).square().mean())
+        step.update()
+        if step.number == 6:
+            rows = read_metrics(tmp_path / "metrics.jsonl")
+            assert [row["step"] for row in rows] == [6]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [6, 7, 8, 9]
+
+
 def test_checkpoints_come_on_time_and_at_the_end(tmp_path: Path) -> None:
     run = Run(tmp_path, max_steps=10, checkpoint_every=4)
     run()

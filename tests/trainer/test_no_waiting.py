@@ -88,7 +88,7 @@ def make_batch(step: int, micro: int) -> LatentBatch:
 
 
 def run(folder: Path, steps: int, ask: bool = False) -> NoQuestions:
-    """Train up to the first log point, which is after the last step."""
+    """Train; the log points are after the first step and after the last."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -103,6 +103,7 @@ def run(folder: Path, steps: int, ask: bool = False) -> NoQuestions:
     )
     with NoQuestions([*unet.parameters(), *ema.average.values()]) as mode:
         for step, batch in loop:
+            mode.strict = True
             for tensor in (batch.moments, batch.context, batch.draw.eps, batch.draw.posterior_eps):
                 mode.follow(tensor)
             x_0 = batch.moments[:, :4] + batch.draw.posterior_eps
@@ -113,8 +114,8 @@ def run(folder: Path, steps: int, ask: bool = False) -> NoQuestions:
             step.update()
             ema.update(step.number)
             powers.update(step.number)
-            # After the last step the loop logs: there the kept losses are read.
-            mode.strict = step.number + 1 < steps
+            # After the first step and the last the loop logs: there the kept losses are read.
+            mode.strict = 0 < step.number < steps - 1
     tracker.close()
     return mode
 

@@ -1,0 +1,60 @@
+"""Words between < and > in a prompt that were meant to load something, and load nothing."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from latentdiff.models.tokenizer import ClipTokenizer
+
+#: A1111's way to load a file from within a prompt: kind, name, weight.
+NETWORK = re.compile(r"<(lora|lyco|hypernet):([^>:]*)(?::([^>]*))?>", re.IGNORECASE)
+#: What learned words are called; a letter, so that signs such as <-> are left alone.
+_WORD = re.compile(r"<[^<>\s:]*[^\W\d_][^<>\s:]*>")
+
+
+def warn_of_unknown_words(tokenizer: ClipTokenizer, texts: Iterable[str]) -> None:
+    """Warn, once each, of <words> that are not learned and of A1111's <lora:name:1>.
+
+    Such a prompt works, but its words are read as signs and letters and the picture is another.
+    """
+    found: dict[str, None] = {}
+    for text in texts:
+        for network in NETWORK.finditer(text):
+            found[_say_network(*network.groups())] = None
+        for word in _WORD.findall(text):
+            # A word that was learned is one piece, whatever the number of its vectors.
+            if len(tokenizer.pieces(word)) != 1:
+                found[_say_word(word)] = None
+    for message in found:
+        warnings.warn(message, stacklevel=3)
+
+
+def how_to_load(kind: str, name: str, weight: str | None) -> str:
+    """How to do here what <lora:name:weight> does in A1111."""
+    if kind.lower() == "hypernet":
+        return "hypernetworks are not supported"
+    weight = weight or "1"
+    return (
+        f"load the file with generate.py --lora {name}.safetensors:{weight}, or "
+        f"pipeline.load_lora('{name}.safetensors', {weight})"
+    )
+
+
+def _say_network(kind: str, name: str, weight: str | None) -> str:
+    shown = f"<{kind}:{name}>" if weight is None else f"<{kind}:{name}:{weight}>"
+    return (
+        f"the prompt holds {shown!r}, which loads a file in A1111; here it loads nothing and is "
+        f"read as words. Take it out; {how_to_load(kind, name, weight)}."
+    )
+
+
+def _say_word(word: str) -> str:
+    return (
+        f"the prompt holds {word!r}, which is not a word that this model has learned; it is read "
+        "as signs and letters. Load a textual inversion with generate.py --embedding "
+        f'"FILE={word}", or pipeline.load_embedding(file, {word!r}).'
+    )
