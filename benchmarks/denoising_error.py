@@ -26,7 +26,7 @@ from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.prediction import to_x_0
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, exit_with
 from latentdiff.evaluation.prompts import concept_prompts, gallery_drawings
 from latentdiff.formats.diffusers_folder import load_components
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
@@ -84,4 +84,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

@@ -70,11 +70,15 @@ def embed_unet(model: Path, target: Path) -> None:
 
 def embed_text(run: Path, target: Path) -> None:
     """Take a text tower in small files, and its vocabulary."""
+    from safetensors.torch import load_file
+
     from latentdiff.formats.diffusers_folder import SMALL_SHARDS, save_text_encoder
     from latentdiff.models.text_encoder import load_text_encoder
 
     tower = load_text_encoder(run / "text_encoder", run / "tokenizer")
-    if (run / HEAD).is_file() and not (target / TEXT_TOWER).exists():
+    width = load_file(target / HEAD)["text_projection.weight"].shape[1]
+    judges = tower.width == width and not (run / HEAD).is_file()
+    if not judges and not (target / TEXT_TOWER).exists():
         # A tower that has learnt to draw is no good judge any more: the scorer keeps the old one.
         shutil.copytree(target / "text_encoder", target / TEXT_TOWER)
     with tempfile.TemporaryDirectory() as folder:

@@ -6,8 +6,8 @@
 
 The last one goes on with the second lesson, from a tower that draws already.
 
-The second ends with OUTPUT/text_encoder, OUTPUT/tokenizer and OUTPUT/clip_head.safetensors; U-Nets
-trained on another tower do not fit it.
+The second ends with OUTPUT/text_encoder, OUTPUT/tokenizer and, unless clip_weight is 0,
+OUTPUT/clip_head.safetensors; U-Nets trained on another tower do not fit it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from latentdiff.trainer.drawing import (
     PatchLesson,
     WholeLesson,
     check_room,
+    check_same_tower,
     end_places,
     new_tower,
     patches,
@@ -162,19 +163,47 @@ def make_lesson(
 
 
 def further_lesson(
-    start: Path, draw: Texts, pictures: Tensor, side: int, projection: int
+    start: Path, draw: Texts, pictures: Tensor, config: DrawingConfig, projection: int
 ) -> PatchLesson:
     """The second lesson, gone on with from a tower that draws; its head is fitted anew.
 
-    Args: start: a folder with the tower in text_encoder/.  draw: the texts, to fit the head with.
+    Args:   start: a folder with the tower in text_encoder/.  draw: the texts, to fit the head with.
+    Raises: UserError: the tower is not what the configuration says, or should keep its CLIP.
     """
-    tower = load_text_encoder(start / "text_encoder", start / "tokenizer").module
-    tower.float().requires_grad_(True)
+    if config.clip_weight:
+        raise UserError(
+            f"clip_weight={config.clip_weight:g}: a tower that goes on learning to draw keeps no "
+            "place in a CLIP, since its projection into it is not stored. Set clip_weight=0."
+        )
+    side = config.patch
+    found = load_text_encoder(start / "text_encoder", start / "tokenizer")
+    check_same_tower(found, config.tower, draw.tokenizer, start)
+    tower = found.module.float().requires_grad_(True)
     _, ids, rows = draw(0, START_TEXTS)
     wanted = patches(pictures[rows], side)
     lesson = PatchLesson(tower, wanted.shape[2], projection, side)
     lesson.head = fitted_reader(tower, ids, wanted)
     return lesson
+
+
+def begin(
+    config: DrawingConfig,
+    text: TextEncoder,
+    source: Source,
+    draw: Texts,
+    pictures: Tensor,
+    space: int,
+) -> Lesson:
+    """The lesson of this run, at its start.
+
+    Args: text: the old tower, with a tokenizer of the new length.  space: the CLIP's dimensions.
+    """
+    start = Path(EMBEDDED_MODEL if config.start == "embedded" else config.start or "")
+    if config.start and (start / "text_encoder").is_dir():
+        return further_lesson(start, draw, pictures, config, space)
+    some = range(0, len(source), max(1, len(source) // START_TEXTS))
+    captions = [source.captions(i)[-1] for i in some]
+    return make_lesson(config, text, pictures, captions, space)
 
 
 class Teaching:
@@ -235,15 +264,8 @@ def train(config: DrawingConfig, resume: bool) -> None:
     check_room((channels, height, width), config.patch, config.tower)
     longer = scorer_text_tower(root)
     longer.tokenizer.max_length = config.tower.max_tokens
-    some = range(0, len(source), max(1, len(source) // START_TEXTS))
-    captions = [source.captions(i)[-1] for i in some]
     draw = Texts(source, rows, longer.tokenizer, stage_config.seed)
-    space = len(head["text_projection.weight"])
-    start = Path(EMBEDDED_MODEL if config.start == "embedded" else config.start or "")
-    if config.start and (start / "text_encoder").is_dir():
-        lesson: Lesson = further_lesson(start, draw, pictures, config.patch, space)
-    else:
-        lesson = make_lesson(config, longer, pictures, captions, space)
+    lesson = begin(config, longer, source, draw, pictures, len(head["text_projection.weight"]))
     shape = OptimizerConfig(kind="muon", lr=stage_config.learning_rate, momentum=config.momentum,
                             weight_decay=stage_config.weight_decay)  # fmt: skip
     stage = Stage(
@@ -272,9 +294,15 @@ def save(
     tower = TextEncoder(lesson.tower.eval().requires_grad_(False), text.tokenizer)
     save_text_encoder(tower, output / "text_encoder")
     text.tokenizer.save(output / "tokenizer")
-    projection = lesson.projection.weight.detach().half().contiguous()
-    save_file({**head, "text_projection.weight": projection}, output / HEAD)
-    print(f"text encoder, tokenizer and CLIP head written to {output}")
+    if config.clip_weight:
+        projection = lesson.projection.weight.detach().half().contiguous()
+        save_file({**head, "text_projection.weight": projection}, output / HEAD)
+    written = (
+        "text encoder, tokenizer and CLIP head"
+        if config.clip_weight
+        else "text encoder and tokenizer"
+    )
+    print(f"{written} written to {output}")
 
 
 if __name__ == "__main__":

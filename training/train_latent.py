@@ -65,9 +65,10 @@ from latentdiff.trainer.zero import descent_kind
 def train(given: Given, resume: bool) -> str:
     """Check everything, train, export. Returns: what was written, and how to use it."""
     config, output = given.config, Path(given.config.output)
-    check_output(output, resume)
     check_extras(config.optimizer.kind, config.loop.wandb, config.finetune.kind)
     accelerator = start_processes(config.loop.mixed_precision, shards=True)
+    resume = resume or (was_restarted() and is_started(output))
+    check_output(output, resume)
     components, config, notes = load_parts(given)
     autoencoder, schedule = (
         components.autoencoder.to(accelerator.device),
@@ -194,8 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         given = read_config(options.config, options.overrides)
-        again = was_restarted() and is_started(Path(given.config.output))
-        end = train(given, options.resume or again)
+        end = train(given, options.resume)
     except UserError as error:
         # Any process may be the one that fails, and the launcher then stops the others.
         where = "" if is_first_process() else f" (process {os.environ['RANK']})"

@@ -161,11 +161,13 @@ def _folder(folder: Path) -> list[tuple[str, str]]:
 def _refuse_without_weights(folder: Path, parts: Sequence[str]) -> None:
     """Say what a folder could hold, where it holds nothing of the kind. Raises: UserError."""
     from latentdiff.formats import embedding_file, lora_files
+    from latentdiff.formats.diffusers_folder import run_hint
 
     if not any((folder / name).exists() for name in (*parts, "model_index.json")):
         raise UserError(
             f"{folder} holds no model ({joined(parts)}), no LoRA ({lora_files.FILE}) and no "
             f"textual inversion ({embedding_file.FILE}). Name such a folder, or a file in it."
+            f"{run_hint(folder)}"
         )
 
 

@@ -65,9 +65,10 @@ def lora_rows(file: TensorFile) -> Rows:
     targets = joined([f"{count} layers of the {part}" for part, count in found.targets.items()])
     said, unsaid = joined([f"{a:g}" for a in found.alphas]), found.without_alpha
     if not said:
-        said = "not said in the file, which means alpha = rank: the change is added unscaled"
+        said = "not said in the file, which means alpha = rank"
     elif unsaid:
         said += f"; {unsaid} layers say none, which means alpha = rank"
+    said += ", over the root of the rank (rank-stabilised)" if found.stabilised else ""
     return [
         ("layout", found.layout + (" (DoRA)" if found.dora else "")),
         ("rank", joined(found.ranks) or "not found"),

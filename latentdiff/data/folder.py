@@ -54,7 +54,6 @@ class FolderSource:
         self._background, self._loss_mask = config.background, config.loss_mask
         self.problems: list[Skipped] = []
         names = self._tree.names()
-        self._all_names = {_normal(name) for name in names}
         images = [n for n in names if n.lower().endswith(IMAGE_ENDINGS)]
         masks: set[str] = set()
         if config.loss_mask == "file":
@@ -64,7 +63,7 @@ class FolderSource:
             raise UserError(_no_images(self._tree.root, names))
         tables = [n for n in names if n.rsplit("/", 1)[-1] in METADATA_NAMES]
         if tables:
-            captions = self._from_tables(tables, images, config.caption_column)
+            captions = self._from_tables(tables, images, names, config.caption_column)
         else:
             captions = self._from_side_cars(set(names), images)
         self._entries = list(self._usable(images, captions, masks))
@@ -134,9 +133,10 @@ class FolderSource:
                 self.problems.append((display_name(file), f"cannot be read ({error})"))
 
     def _from_tables(
-        self, tables: list[str], images: list[str], column: str | None
+        self, tables: list[str], images: list[str], names: list[str], column: str | None
     ) -> dict[str, tuple[str, ...]]:
         by_name = {_normal(image): image for image in images}
+        known = {_normal(name) for name in names}
         captions: dict[str, tuple[str, ...]] = {}
         for table in tables:
             rows = read_table(self._read_table(table), display_name(table))
@@ -151,7 +151,7 @@ class FolderSource:
             chosen = choose_caption_column(columns, column, display_name(table))
             for number, row in enumerate(rows, start=1):
                 self._add_row(
-                    row, chosen, f"{table} entry {number}", dirname(table), by_name, captions
+                    row, chosen, f"{table} entry {number}", dirname(table), by_name, known, captions
                 )
         return captions
 
@@ -162,23 +162,26 @@ class FolderSource:
         where: str,
         folder: str,
         by_name: dict[str, str],
+        known: set[str],
         captions: dict[str, tuple[str, ...]],
     ) -> None:
         given = str(row.get("file_name") or "")
         image = by_name.get(_normal(f"{folder}/{given}" if folder else given))
         if image is None:
-            reason = self._why_no_image(f"{folder}/{given}" if folder else given, given)
+            reason = self._why_no_image(f"{folder}/{given}" if folder else given, given, known)
             self.problems.append((display_name(given or where), f"{reason} (named by {where})"))
         else:
             # Several lines for one image are several captions of it.
             texts = (*captions.get(image, ()), *clean_captions(row.get(column)))
             captions[image] = tuple(dict.fromkeys(texts))
 
-    def _why_no_image(self, path: str, given: str) -> str:
+    def _why_no_image(self, path: str, given: str, known: set[str]) -> str:
         if not given:
             return "no file_name"
-        if _normal(path) not in self._all_names:
+        if _normal(path) not in known:
             return "not in the folder"
+        if self._loss_mask == "file" and given.endswith(MASK_ENDING):
+            return "the mask of another picture, as its name says"
         ending = splitext(given)[1] or "nothing"
         return (
             f"not taken for a picture, as its name ends in {ending} and not in one of "

@@ -198,11 +198,11 @@ def check_layout(folder: Path) -> None:
     if missing:
         raise UserError(
             f"{folder} is not a Stable Diffusion folder: {', '.join(missing)} missing. "
-            f"It must hold {', '.join(PARTS)}.{_run_hint(folder)}"
+            f"It must hold {', '.join(PARTS)}.{run_hint(folder)}"
         )
 
 
-def _run_hint(folder: Path) -> str:
+def run_hint(folder: Path) -> str:
     """Where the model is in the output folder of a training, which holds other files beside it.
 
     It is named and not opened: a run may hold several (model-sigma-…), or only a LoRA file.

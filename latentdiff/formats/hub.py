@@ -68,8 +68,7 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
         if lacking := _lacking(found, [".safetensors"], others):
             get([*_PATTERNS, *(f"{part}/*.bin" for part in lacking)], others)
         # What the repository holds is known only by asking for it; most have the plain files.
-        if variant is None:
-            _get_stand_ins(found, get)
+        _get_stand_ins(found, get, variant)
     except Exception as error:
         # The hub's client raises a dozen types, of httpx too; each means that there is no model.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -80,13 +79,19 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
     return found
 
 
-def _get_stand_ins(folder: Path, get: Callable[[list[str]], Path]) -> None:
-    """Fetch half-precision weights of parts that have no others, as `read_weights` takes them."""
-    wanted = [f"*.{other}*" for other in _VARIANTS]
+def _get_stand_ins(folder: Path, get: Callable[[list[str]], Path], variant: str | None) -> None:
+    """Fetch half-precision weights of parts that have no others, as `read_weights` takes them.
+
+    A variant that is asked for is not replaced where it must be, in the U-Net.
+    """
+    others = [other for other in _VARIANTS if other != variant]
     for stand_in in STAND_INS:
-        wanted.remove(f"*.{stand_in}*")
+        others = [other for other in others if other != stand_in]
         for ending in (".safetensors", ".bin"):
-            if lacking := _lacking(folder, [".safetensors", ".bin"], wanted):
+            lacking = _lacking(folder, [".safetensors", ".bin"], [f"*.{o}*" for o in others])
+            if variant is not None:
+                lacking = [part for part in lacking if part != "unet"]
+            if lacking:
                 # Weights, and the index of those that are in shards.
                 kinds = (f"*.{stand_in}*{ending}", f"*.{stand_in}*.json")
                 get([f"{part}/{kind}" for part in lacking for kind in kinds])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentdiff.errors import UserError
 from latentdiff.formats.lora_names import plain_name, split_key
-from latentdiff.formats.lora_settings import adapter_settings, alpha_of
+from latentdiff.formats.lora_settings import adapter_settings, is_stabilised, said_alpha
 from latentdiff.tensor_file import TensorFile
 
 #: Other ways to write a small change of a large matrix, by how the last words of a key begin.
@@ -49,6 +49,8 @@ class LoraFacts:
     """The model it was made for, judged by the width of text states."""
     dora: bool
     """Whether magnitudes are learned too (DoRA)."""
+    stabilised: bool
+    """Whether changes are divided by the rank's root (rank-stabilised LoRA)."""
 
 
 def adapter_kind(names: Iterable[str]) -> str | None:
@@ -81,6 +83,7 @@ def lora_facts(file: TensorFile) -> LoraFacts:
         targets=dict(sorted(Counter(map(_part, layers)).items())),
         base=BASES.get(width, f"context of {width} channels" if width else None),
         dora=any("magnitude" in roles for roles in layers.values()),
+        stabilised=any(is_stabilised(plain_name(name), settings) for name in layers),
     )
 
 
@@ -119,11 +122,8 @@ def _alpha(name: str, roles: Mapping[str, Tensor], settings: Mapping[str, Any]) 
     """The alpha that is said for a layer; None: nothing is."""
     if "alpha" in roles:
         return float(roles["alpha"]) if roles["alpha"].numel() == 1 else None
-    plain = plain_name(name)
-    if f"{plain.partition('.')[0]}.lora_alpha" not in settings:
-        return None
     try:
-        return alpha_of(plain, _rank(roles) or 1, settings)
+        return said_alpha(plain_name(name), settings)
     except (AttributeError, TypeError, ValueError, re.error):
         return None
 

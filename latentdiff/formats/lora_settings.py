@@ -43,16 +43,29 @@ def _settings(where: Path, text: str) -> dict[str, Any]:
     return found
 
 
-def alpha_of(name: str, rank: int, adapters: Mapping[str, Any]) -> float:
-    """α of a layer as peft finds it; the rank where the file does not say."""
+def said_alpha(name: str, adapters: Mapping[str, Any]) -> float | None:
+    """α of a layer as the settings say it; None: they do not."""
     part, _, module = name.partition(".")
-    alpha = float(adapters.get(f"{part}.lora_alpha", rank))
     for pattern, value in (adapters.get(f"{part}.alpha_pattern") or {}).items():
         if re.fullmatch(rf"(?:.*\.)?{pattern.removeprefix('text_model.')}", module):
-            alpha = float(value)
-            break
-    # Rank-stabilised: the change is α/√r B A.
-    return alpha * rank**0.5 if adapters.get(f"{part}.use_rslora") else alpha
+            return float(value)
+    said = adapters.get(f"{part}.lora_alpha")
+    return None if said is None else float(said)
+
+
+def alpha_of(name: str, rank: int, adapters: Mapping[str, Any]) -> float:
+    """α of a layer as peft finds it, the rank where nothing is said.
+
+    Of a rank-stabilised LoRA, whose change is α/√r B A, it is the α that makes α/r the same.
+    """
+    said = said_alpha(name, adapters)
+    alpha = float(rank) if said is None else said
+    return alpha * rank**0.5 if is_stabilised(name, adapters) else alpha
+
+
+def is_stabilised(name: str, adapters: Mapping[str, Any]) -> bool:
+    """Whether a layer's change is divided by the rank's root in place of the rank."""
+    return bool(adapters.get(f"{name.partition('.')[0]}.use_rslora"))
 
 
 def settings_for(weights: Mapping[str, LowRank]) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from latentdiff.formats.components import Components
 from latentdiff.formats.sd_facts import VERSIONS, sd_configuration, sd_unet
 from latentdiff.models import clip_text, vae
 from latentdiff.models.clip_vocabulary import CLIP, describe_tokenizer
-from latentdiff.models.unet_config import UNetConfig
+from latentdiff.models.unet_config import UNetConfig, per_level
 
 #: What no weight depends on, and heads, which can be written in two ways and are compared apart.
 _FREE = {"sample_size", "upcast_attention", "dropout", "attention_head_dim"}
+#: Settings that may be one number for all levels.
+_PER_LEVEL = ("layers_per_block", "transformer_layers_per_block")
 
 
 def sd_version(components: Components) -> str | None:
@@ -65,7 +67,10 @@ def _plain(value: Any) -> Any:
 
 def _unet_facts(config: UNetConfig) -> dict[str, Any]:
     kept = (field.name for field in dataclasses.fields(config) if field.name not in _FREE)
-    return {name: getattr(config, name) for name in kept} | {"heads": config.heads}
+    levels = len(config.block_out_channels)
+    # A number may also be written once for every level.
+    spread = {name: per_level(getattr(config, name), levels) for name in _PER_LEVEL}
+    return {name: getattr(config, name) for name in kept} | spread | {"heads": config.heads}
 
 
 def _vae_facts(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,18 +12,23 @@ if TYPE_CHECKING:
 
 #: A1111's way to load a file from within a prompt: kind, name, weight.
 NETWORK = re.compile(r"<(lora|lyco|hypernet):([^>:]*)(?::([^>]*))?>", re.IGNORECASE)
+_NUMBER = re.compile(r"-?\d+(\.\d+)?|-?\.\d+")
+_ENDING = re.compile(r"\.(safetensors|pt|bin|ckpt)$", re.IGNORECASE)
 #: What learned words are called; a letter, so that signs such as <-> are left alone.
 _WORD = re.compile(r"<[^<>\s:]*[^\W\d_][^<>\s:]*>")
 
 
-def warn_of_unknown_words(tokenizer: ClipTokenizer, texts: Iterable[str]) -> None:
+def warn_of_unknown_words(
+    tokenizer: ClipTokenizer, texts: Iterable[str], networks: bool = True
+) -> None:
     """Warn, once each, of <words> that are not learned and of A1111's <lora:name:1>.
 
     Such a prompt works, but its words are read as signs and letters and the picture is another.
+    Args: networks: whether to warn of the latter.
     """
     found: dict[str, None] = {}
     for text in texts:
-        for network in NETWORK.finditer(text):
+        for network in NETWORK.finditer(text) if networks else ():
             found[_say_network(*network.groups())] = None
         for word in _WORD.findall(text):
             # A word that was learned is one piece, whatever the number of its vectors.
@@ -37,10 +42,13 @@ def how_to_load(kind: str, name: str, weight: str | None) -> str:
     """How to do here what <lora:name:weight> does in A1111."""
     if kind.lower() == "hypernet":
         return "hypernetworks are not supported"
-    weight = weight or "1"
+    # A1111 knows more after the name (a weight per tower, te=1); here a file has one weight.
+    given = _NUMBER.fullmatch((weight or "").split(":")[0])
+    number = given.group() if given else "1"
+    file = "FILE" if not name else name if _ENDING.search(name) else f"{name}.safetensors"
     return (
-        f"load the file with generate.py --lora {name}.safetensors:{weight}, or "
-        f"pipeline.load_lora('{name}.safetensors', {weight})"
+        f"load the file with generate.py --lora {file}:{number}, or "
+        f"pipeline.load_lora('{file}', {number})"
     )
 
 

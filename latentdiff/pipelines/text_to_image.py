@@ -150,7 +150,10 @@ class LatentDiffusionPipeline(LoadedModel):
         plan = _Plan(sampler, grid, options, guidance_rescale, interval)
         x_T = batch_noise(seeds, shape) if latents is None else latents
         check_latents(x_T, (len(seeds), *shape))
-        warn_of_unknown_words(self.text_encoder.tokenizer, [*prompts, *negatives])
+        # A1111's syntax refuses networks, and says so itself.
+        warn_of_unknown_words(
+            self.text_encoder.tokenizer, [*prompts, *negatives], prompt_syntax != "a1111"
+        )
 
         read = [self.read_prompt(text, prompt_syntax) for text in prompts]
         room = self.components.sampling.chunk_tokens

@@ -12,13 +12,14 @@ patches (see `unfolding`), so the second lesson only polishes. Otherwise a U-Net
 things look like through its cross-attention and at all noise levels at once, which takes it many
 times longer than a regression without noise does.
 
-Both lessons also keep what a CLIP score needs: a projection of the end state stays where the
-features of the tower before were. The heads are needed for training only.
+With clip_weight both lessons also keep what a CLIP score needs: a projection of the end state stays
+where the features of the tower before were. The heads are needed for training only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from torch.nn import functional as F
 from latentdiff.data.source import DataConfig
 from latentdiff.errors import UserError
 from latentdiff.models.clip_text import ClipText
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tokenizer import ClipTokenizer
 from latentdiff.trainer.stage import StageConfig
 
 
@@ -94,6 +97,33 @@ def check_room(shape: tuple[int, int, int], side: int, tower: TowerConfig) -> No
     if tower.hidden < needed:
         raise UserError(f"tower.hidden must be at least {needed} for these patches; got "
                         f"{tower.hidden}.")  # fmt: skip
+
+
+def check_same_tower(
+    found: TextEncoder, shape: TowerConfig, tokenizer: ClipTokenizer, where: Path
+) -> None:
+    """Refuse to go on with a tower of another shape or vocabulary. Raises: UserError."""
+    config = found.module.config
+    names = {
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "hidden": "intermediate_size",
+        "heads": "num_attention_heads",
+        "max_tokens": "max_position_embeddings",
+    }
+    wrong = [
+        f"tower.{ours}={config[theirs]} (not {getattr(shape, ours)})"
+        for ours, theirs in names.items()
+        if config[theirs] != getattr(shape, ours)
+    ]
+    if wrong:
+        raise UserError(f"start={where} is another tower than the configuration's. Set "
+                        f"{', '.join(wrong)}.")  # fmt: skip
+    if found.tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise UserError(
+            f"start={where} has another vocabulary than `model`, whose captions are read. Name the "
+            "model that the tower belongs to."
+        )
 
 
 def new_tower(shape: TowerConfig, layers: int, before: ClipText, patch_count: int) -> ClipText:

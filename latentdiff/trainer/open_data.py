@@ -116,10 +116,13 @@ def none_held_out(latents: Latents, config: TrainConfig) -> list[str]:
             "note: no picture is held out, so no validation loss is measured: a stream's pictures "
             "are not known beforehand. Set data.streaming=false to hold some out."
         ]
+    more = max(0.2, min(2 * share, 0.5))
+    raising = (
+        f"Raise it (for example data.validation_share={more:g}), try" if more > share else "Try"
+    )
     return [
         f"note: no picture is held out, so no validation loss is measured: of {len(latents.train)} "
-        f"pictures data.validation_share={share:g} chose none. Raise it (for example "
-        f"data.validation_share={max(0.2, min(2 * share, 0.5)):g}), try another data.split_seed, "
+        f"pictures data.validation_share={share:g} chose none. {raising} another data.split_seed, "
         "or set it to 0 to train on all without this note."
     ]
 

@@ -14,7 +14,7 @@ import torch
 
 from latentdiff.errors import UserError
 from latentdiff.precision import settle_precision
-from latentdiff.trainer.rendezvous import init_method
+from latentdiff.trainer.rendezvous import attempt, init_method
 from latentdiff.trainer.sharding import fsdp_plugin, let_cpus_shard, wants_sharding
 from latentdiff.trainer.zero import let_cpus_divide, wants_zero, zero_plugin
 
@@ -70,8 +70,11 @@ def start_processes(mixed_precision: str, cpu: bool = False, shards: bool = Fals
 
 
 def was_restarted() -> bool:
-    """Whether the launcher has started this run again after a failure (its `max_restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether the launcher has started this run again after a failure (its `max_restarts`).
+
+    Of a failure on another machine it is known only once the processes have met.
+    """
+    return attempt() > 1 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _check_accumulation(steps: int) -> None:

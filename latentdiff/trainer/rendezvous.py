@@ -3,7 +3,11 @@
 torch's launcher keeps one key-value store for all attempts of a run. A process that was started
 again may read there the address of one that is dead, and then fails ("Connection refused") or
 waits for good. So the processes of an attempt first agree on a number that no attempt before had,
-and put it before their keys. They cannot count restarts: each machine of a run counts its own.
+and put it before their keys. They cannot count restarts: each machine of a run counts its own, and
+not those that another machine caused.
+
+The launcher has to have ended all processes of an attempt before it starts the next, which it does
+on one machine, and with `rdzv_backend: c10d` on several.
 Source of the facts: github.com/pytorch/pytorch/issues/135712.
 """
 
@@ -19,17 +23,28 @@ from typing import Any
 
 #: The scheme that `init_process_group(init_method=…)` knows this meeting place by.
 SCHEME = "fresh"
+#: Processes of one attempt start within this time of each other; then something is wrong.
+LIMIT = timedelta(minutes=30)
 #: Seconds between two looks at the store.
 _PAUSE = 0.02
+#: The number of this process's attempt, once it is known.
+_number = 0
+
+
+def attempt() -> int:
+    """The number of this attempt, from 1; 0 where the launcher shares no store or nobody met yet.
+
+    Above 1 the run was started again, maybe because of another machine.
+    """
+    return _number
 
 
 def init_method() -> str | None:
     """How processes of this launch should meet; None for torch's own way.
 
-    Only a launcher that may start a run again, and shares its store, needs another one.
+    Only a launcher that shares its store needs another one.
     """
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not shared or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) < 1:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     _register()
     return f"{SCHEME}://"
@@ -48,7 +63,9 @@ def _meet(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Any, i
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, count = next(rendezvous(url.replace(SCHEME, "env", 1), timeout=timeout, **options))
-    yield PrefixStore(f"attempt-{agree(store, rank, count, timeout)}", store), rank, count
+    global _number
+    _number = agree(store, rank, count, min(timeout, LIMIT))
+    yield PrefixStore(f"attempt-{_number}", store), rank, count
 
 
 def agree(store: Any, rank: int, count: int, timeout: timedelta) -> int:
@@ -56,7 +73,7 @@ def agree(store: Any, rank: int, count: int, timeout: timedelta) -> int:
 
     The first process draws it. Each other one asks under a name that nobody had before, so an
     answer to it cannot be an old one; the first process answers every question it finds, old ones
-    too, until all processes have said that they got this attempt's number.
+    too, until each process has said, under the name that it asks by now, that it got the number.
 
     Args:    store: torch's key-value store.  rank, count: this process, of how many.
     Raises:  TimeoutError, or torch's DistStoreError: somebody did not come in time.
@@ -66,21 +83,23 @@ def agree(store: Any, rank: int, count: int, timeout: timedelta) -> int:
         store.set(f"asks/{rank}", name)
         store.wait([f"answer/{name}"], timeout)
         number = int(store.get(f"answer/{name}"))
-        store.set(f"has/{number}/{rank}", "yes")
+        store.set(f"has/{number}/{name}", "yes")
         return number
     number = store.add("attempts", 1)
-    missing, answered = set(range(1, count)), set[str]()
-    end = time.monotonic() + timeout.total_seconds()
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"has/{number}/{other}"]):
-                missing.remove(other)
-            elif store.check([f"asks/{other}"]):
-                name = store.get(f"asks/{other}").decode()
-                if name not in answered:
-                    store.set(f"answer/{name}", str(number))
-                    answered.add(name)
-        if missing and time.monotonic() > end:
-            raise TimeoutError(f"waited {timeout} for the processes {sorted(missing)}")
-        time.sleep(_PAUSE if missing else 0)
+    answered, end = set[str](), time.monotonic() + timeout.total_seconds()
+    while missing := [r for r in range(1, count) if not _has(store, r, number, answered)]:
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {timeout} for the processes {missing}")
+        time.sleep(_PAUSE)
     return int(number)
+
+
+def _has(store: Any, rank: int, number: int, answered: set[str]) -> bool:
+    """Whether the process that is `rank` now has this attempt's number; answers its question."""
+    if not store.check([f"asks/{rank}"]):
+        return False
+    name = store.get(f"asks/{rank}").decode()
+    if name not in answered:
+        store.set(f"answer/{name}", str(number))
+        answered.add(name)
+    return bool(store.check([f"has/{number}/{name}"]))

@@ -128,4 +128,14 @@ def test_plain_weights_are_fetched_in_one_go(hub: Hub, tmp_path: Path) -> None:
 def test_a_variant_that_is_asked_for_is_not_replaced(hub: Hub, tmp_path: Path) -> None:
     asked = hub(repository(tmp_path / "made", "unet/diffusion_pytorch_model.fp16.safetensors"))
     assert weights(resolve_folder("owner/name", variant="non_ema")) == set()
-    assert len(asked) == 2
+    assert not any(pattern.startswith("unet/*.") for one in asked[2:] for pattern in one)
+
+
+def test_parts_without_the_variant_take_a_stand_in(hub: Hub, tmp_path: Path) -> None:
+    names = {
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder/model.fp16.safetensors",
+    }
+    hub(repository(tmp_path / "made", *names, "unet/diffusion_pytorch_model.fp16.safetensors"))
+    assert weights(resolve_folder("owner/name", variant="non_ema")) == names

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.errors import UserError
 from latentdiff.models.learned_words import add_word
 from latentdiff.models.unknown_words import warn_of_unknown_words
 from tests.random_models import TEXT_WIDTH, make_pipeline
@@ -46,6 +47,12 @@ def test_networks_of_a1111_say_how_they_are_loaded(pipeline: LatentDiffusionPipe
     assert "--lora fur.safetensors:0.8" in lora
     [plain] = said(pipeline, "a cat <lora:fur>")
     assert "--lora fur.safetensors:1" in plain
+    [several] = said(pipeline, "a cat <lora:a/fur.safetensors:0.8:1.0>")
+    assert "--lora a/fur.safetensors:0.8, or" in several and ", 0.8)" in several
+    [named] = said(pipeline, "a cat <lora:fur:te=0.5>")
+    assert "--lora fur.safetensors:1, or" in named
+    [empty] = said(pipeline, "a cat <lora::1>")
+    assert "--lora FILE:1" in empty
     [hyper] = said(pipeline, "a cat <hypernet:x:1>")
     assert "not supported" in hyper and "--lora" not in hyper
 
@@ -55,5 +62,9 @@ def test_the_pipeline_warns_of_prompts_negatives_and_inverted_pictures(
 ) -> None:
     with pytest.warns(UserWarning, match="'<dog>'"):
         pipeline("a cat", negative_prompt="<dog>", num_inference_steps=1, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match="lora:fur"):  # and no warning that says otherwise
+            pipeline("a <lora:fur:1>", prompt_syntax="a1111", num_inference_steps=1)
     with pytest.warns(UserWarning, match="'<dog>'"):
         pipeline.invert(torch.zeros(1, 3, 32, 32), "a <dog>", num_inference_steps=1)

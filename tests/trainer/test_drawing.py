@@ -1,5 +1,7 @@
 """The text tower that learns to draw."""
 
+import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,19 +9,27 @@ import torch
 from random_models import make_text_model, make_tokenizer
 from torch import nn
 
+from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.models.tokenizer import load_tokenizer
 from latentdiff.trainer.drawing import (
+    DrawingConfig,
     PatchLesson,
     TowerConfig,
     WholeLesson,
     check_room,
+    check_same_tower,
     new_tower,
     patches,
     rows_with_patches,
     short_rows,
 )
 from latentdiff.trainer.unfolding import fitted_reader, principal_head, ridge, unfolding
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "training")]
+
+from teach_drawing import further_lesson  # noqa: E402
 
 SHAPE = TowerConfig(width=64, layers=3, hidden=256, heads=2, max_tokens=20)
 PICTURE = (3, 4, 4)  # two by two patches of side 2: 4 · (12 + 1) hidden units are enough
@@ -135,3 +145,28 @@ def test_patches_that_do_not_fit_are_refused() -> None:
         check_room((4, 64, 64), 4, tower)
     with pytest.raises(UserError, match=r"tower\.hidden must be at least 2320 .* got 2048"):
         check_room((9, 16, 16), 4, TowerConfig(hidden=2048))
+
+
+def test_going_on_with_another_tower_is_refused(old: TextEncoder, tmp_path: Path) -> None:
+    c = old.module.config
+    same = TowerConfig(
+        c["hidden_size"],
+        c["num_hidden_layers"],
+        c["intermediate_size"],
+        c["num_attention_heads"],
+        c["max_position_embeddings"],
+    )
+    check_same_tower(old, same, old.tokenizer, tmp_path)
+    longer = dataclasses.replace(same, max_tokens=same.max_tokens + 3)
+    text = f"tower.max_tokens={same.max_tokens} .not {same.max_tokens + 3}"
+    with pytest.raises(UserError, match=text):
+        check_same_tower(old, longer, old.tokenizer, tmp_path)
+    other = load_tokenizer(EMBEDDED_MODEL / "tokenizer", 20)
+    with pytest.raises(UserError, match="another vocabulary"):
+        check_same_tower(old, same, other, tmp_path)
+
+
+def test_going_on_keeps_no_clip(tmp_path: Path) -> None:
+    config = DrawingConfig(clip_weight=0.1)
+    with pytest.raises(UserError, match=r"clip_weight=0.1.*Set clip_weight=0"):
+        further_lesson(tmp_path, None, torch.zeros(1, 3, 4, 4), config, 8)  # type: ignore[arg-type]

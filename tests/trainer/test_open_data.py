@@ -23,6 +23,11 @@ def test_a_set_too_small_for_a_held_out_part_is_told_so_with_the_way_out() -> No
     assert "data.validation_share=0.2)" in text and "data.split_seed" in text
 
 
+def test_no_smaller_share_is_called_more() -> None:
+    text = said(2, 0, validation_share=0.6)
+    assert "Raise" not in text and "Try another data.split_seed" in text
+
+
 def test_a_stream_is_told_why_nothing_is_held_out() -> None:
     assert "data.streaming=false" in said(0, 0, validation_share=0.05, streaming=True)
 

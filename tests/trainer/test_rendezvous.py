@@ -8,6 +8,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore
 
+from latentdiff.trainer import rendezvous
+from latentdiff.trainer.processes import was_restarted
 from latentdiff.trainer.rendezvous import agree, init_method
 
 PATIENCE = timedelta(seconds=60)
@@ -39,11 +41,26 @@ def test_questions_of_the_dead_do_not_count() -> None:
     assert store.add("attempts", 0) == numbers[0] == 2
 
 
-def test_only_a_launcher_that_may_start_again_changes_the_meeting_place(monkeypatch) -> None:
+def test_one_that_dies_after_it_was_counted_is_asked_for_again() -> None:
+    store = HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(agree, store, 0, 3, PATIENCE)
+        number = agree(store, 1, 3, PATIENCE)  # and it dies; another one comes in its place
+        others = [pool.submit(agree, store, rank, 3, PATIENCE) for rank in (1, 2)]
+        assert {first.result(), *(one.result() for one in others)} == {number}
+
+
+def test_only_a_launcher_that_shares_its_store_changes_the_meeting_place(monkeypatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
-    assert init_method() is None
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert init_method() == init_method() == "fresh://"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert init_method() is None
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     assert init_method() is None
+
+
+def test_a_second_attempt_is_a_restart_on_every_machine(monkeypatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # it was another machine's process
+    for number, again in ((1, False), (2, True)):
+        monkeypatch.setattr(rendezvous, "_number", number)
+        assert was_restarted() == again
