@@ -68,7 +68,8 @@ def assert_same_pictures(
         pictures.append(np.stack([np.asarray(image, int) for image in found]))
         assert np.abs(pictures[-1] - expected).max() <= 2
         assert min(picture.std() for picture in pictures[-1]) >= 20
-    assert np.abs(pictures[0] - pictures[1]).mean() > 5
+    # Seeds matter by more, on average, than any pixel may differ from theirs; words by far more.
+    assert np.abs(pictures[0] - pictures[1]).mean() > 2
     assert np.abs(pictures[0][0] - pictures[0][1]).mean() > 5
 
 
