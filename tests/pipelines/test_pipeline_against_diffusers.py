@@ -14,7 +14,8 @@ from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 from tests.random_models import make_pipeline
 
 PROMPTS = ["a cat", "pain pain dog"]
-TRAINED = ["a painting of a red apple", "a cat"]
+#: The second leaves to the seed what is drawn; of what is named the embedded model has one picture.
+TRAINED = ["a painting of a red apple", "a drawing"]
 CASES: dict[str, dict[str, Any]] = {
     "eps": {},
     "v, zero terminal SNR": {
@@ -68,8 +69,7 @@ def assert_same_pictures(
         pictures.append(np.stack([np.asarray(image, int) for image in found]))
         assert np.abs(pictures[-1] - expected).max() <= 2
         assert min(picture.std() for picture in pictures[-1]) >= 20
-    # Seeds matter by more, on average, than any pixel may differ from theirs; words by far more.
-    assert np.abs(pictures[0] - pictures[1]).mean() > 2
+    assert np.abs(pictures[0] - pictures[1]).mean() > 5
     assert np.abs(pictures[0][0] - pictures[0][1]).mean() > 5
 
 
