@@ -18,15 +18,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor
 
-from latentdiff.data.emoji import EmojiSource
-from latentdiff.data.transforms import to_tensor
 from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.prediction import to_x_0
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError, exit_with
+from latentdiff.evaluation.measures import real_latents
 from latentdiff.evaluation.prompts import concept_prompts, gallery_drawings
 from latentdiff.formats.diffusers_folder import load_components
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
@@ -34,23 +32,14 @@ from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 LEVELS = (999, 900, 750, 600, 400, 200, 50)
 
 
-def asked_for(count: int, side: int) -> tuple[list[str], Tensor]:
-    """The prompts, and the pictures (N, 3, side, side) in [−1, 1] that they name."""
-    asked = concept_prompts(gallery_drawings(), count)
-    source = EmojiSource([one.rendering for one in asked], side)
-    images = [to_tensor(source[i].image, side) for i in range(len(source))]
-    return [one.prompt for one in asked], torch.stack(images)
-
-
 @torch.no_grad()
 def errors(folder: Path, text: TextEncoder | None, count: int) -> tuple[list[float], float]:
     """Mean squared error of x_0 at every level, and the variance of x_0 about its mean picture."""
     parts: Any = load_components(folder)
     side = parts.unet.config.sample_size * parts.autoencoder.downscale
-    prompts, images = asked_for(count, side)
-    moments = parts.autoencoder.encode_moments(images)
-    x_0 = parts.autoencoder.latents_from_moments(moments, torch.zeros(()))
-    context = (text or parts.text_encoder).encode(prompts).float()
+    asked = concept_prompts(gallery_drawings(), count)
+    x_0 = real_latents([one.rendering for one in asked], side, parts.autoencoder)
+    context = (text or parts.text_encoder).encode([one.prompt for one in asked]).float()
     unet, schedule = parts.unet.float(), NoiseSchedule(parts.schedule)
     eps = batch_noise(range(len(x_0)), x_0.shape[1:])
     found = []

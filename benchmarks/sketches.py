@@ -24,10 +24,10 @@ from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError, exit_with
 from latentdiff.evaluation.features import ClassifierFeatures
 from latentdiff.evaluation.galleries import Galleries
-from latentdiff.evaluation.measures import as_tensors, real_pictures
+from latentdiff.evaluation.measures import real_latents
 from latentdiff.evaluation.prompts import concept_prompts, gallery_drawings, prompt_for
 from latentdiff.evaluation.statistics import ranks, share_within
-from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
+from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 from latentdiff.pipelines.pictures import grid, to_output
 from latentdiff.trainer.drawing import patches
@@ -35,16 +35,6 @@ from latentdiff.trainer.output import default_cache
 from latentdiff.trainer.unfolding import ridge
 
 SIDE, PATCH = 64, 4
-
-
-def clean_latents(autoencoder: Autoencoder, renderings: list[Rendering]) -> Tensor:
-    """Latents (N, C, h, w) of real pictures."""
-    found = []
-    for start in range(0, len(renderings), 64):
-        pixels = as_tensors(real_pictures(renderings[start : start + 64], SIDE))
-        moments = autoencoder.encode_moments(pixels)
-        found.append(autoencoder.latents_from_moments(moments, torch.zeros(())))
-    return torch.cat(found)
 
 
 def states(text: TextEncoder, prompts: list[str], count: int) -> Tensor:
@@ -71,10 +61,10 @@ def measure(folder: Path, concepts: int, output: Path | None) -> dict[str, float
     others = [Rendering(d, "plain", "white") for i, d in enumerate(drawings) if i not in taken]
     if not others:
         raise UserError(f"--concepts must leave some of {len(drawings)} to fit on; got {concepts}.")
-    wanted = patches(clean_latents(autoencoder, others), PATCH)
+    wanted = patches(real_latents(others, SIDE, autoencoder), PATCH)
     seen = states(text, [prompt_for(one) for one in others], wanted.shape[1])
     weight, offset = ridge(seen.flatten(0, 1), wanted.flatten(0, 1))
-    clean = clean_latents(autoencoder, [one.rendering for one in asked])
+    clean = real_latents([one.rendering for one in asked], SIDE, autoencoder)
     said = states(text, [one.prompt for one in asked], wanted.shape[1]) @ weight.T + offset
     sketch = joined(said, clean.shape)
     images = [i for part in sketch.split(32) for i in to_output(autoencoder.decode(part), "pil")]

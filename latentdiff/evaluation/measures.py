@@ -92,6 +92,17 @@ def through_vae(images: Pictures, autoencoder: Any) -> Pictures:
     return found
 
 
+@torch.no_grad()
+def real_latents(renderings: Sequence[Rendering], size: int, autoencoder: Any) -> Tensor:
+    """The clean latents (N, C, h, w) of real pictures: the mean of what the encoder says."""
+    found = []
+    for start in range(0, len(renderings), 64):
+        pixels = as_tensors(real_pictures(renderings[start : start + 64], size))
+        moments = autoencoder.encode_moments(pixels.to(autoencoder.device))
+        found.append(autoencoder.latents_from_moments(moments))
+    return torch.cat(found)
+
+
 def ground_of(image: Image.Image, border: int = 3) -> str:
     """The background word nearest to the median colour of a picture's border."""
     pixels = np.asarray(image.convert("RGB"), np.float64)

@@ -58,11 +58,12 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(Q Kᵀ/√d) V as written (Vaswani et al. 2017, eq. 1), with all of Q Kᵀ in memory.
 
-    The softmax has at least 32 bit, as in the fused kernel.
+    Scores and softmax have 32 bit at least, as in the fused kernel, whatever autocast says.
     """
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    exact = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=exact).to(value.dtype) @ value
+    exact = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query.to(exact) * query.shape[-1] ** -0.5) @ key.to(exact).transpose(-1, -2)
+        return scores.softmax(-1).to(value.dtype) @ value
 
 
 def xformers(query: Tensor, key: Tensor, value: Tensor, operators: Any) -> Tensor:

@@ -226,9 +226,20 @@ def test_xformers_layout_equals_sdpa() -> None:
 
 
 @pytest.mark.parametrize("tokens", [16, 65])  # products, and more pairs than they are used for
-def test_training_on_a_cpu_computes_the_same_attention(tokens: int) -> None:
+def test_training_on_a_cpu_computes_the_same_attention(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentdiff.models import attention_backend
     from latentdiff.models.attention_backend import sdpa
 
+    plain: list[int] = []
+    kept = attention_backend.products
+
+    def products(*given: torch.Tensor) -> torch.Tensor:
+        plain.append(1)
+        return kept(*given)
+
+    monkeypatch.setattr(attention_backend, "products", products)
     given = [torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (tokens, 65, 65)]
     q, k, v = (x.requires_grad_() for x in given)
     weights = ((q @ k.transpose(-1, -2)) / 8**0.5).softmax(-1)
@@ -239,8 +250,25 @@ def test_training_on_a_cpu_computes_the_same_attention(tokens: int) -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+    assert bool(plain) == (tokens == 16)
+    plain.clear()
     with torch.no_grad():
         torch.testing.assert_close(sdpa(q, k, v), wanted)
+    assert not plain
+
+
+def test_products_are_as_exact_as_the_kernel_in_half_precision() -> None:
+    from latentdiff.models.attention_backend import products
+
+    torch.manual_seed(0)
+    q, k, v = 3 * torch.randn(3, 4, 3, 64, 40)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    halves = [x.bfloat16() for x in (q, k, v)]
+    kernel = torch.nn.functional.scaled_dot_product_attention(*halves)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = products(*halves)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).abs().mean() < 1.1 * (kernel.float() - exact).abs().mean()
 
 
 def test_unknown_attention(unet: UNet) -> None:
