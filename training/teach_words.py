@@ -90,7 +90,7 @@ def extend(
 def train(config: WordsConfig, resume: bool) -> None:
     """Find what the words stand for, learn the names' embeddings, write tower and tokenizer."""
     stage_config, output = config.stage, Path(config.stage.output)
-    accelerator = start_one_process(stage_config.mixed_precision)
+    accelerator = start_one_process(stage_config.mixed_precision, cpu=True)
     check_stage_output(stage_config, resume)
     source = open_source(config.data)
     root = EMBEDDED_MODEL if config.model == "embedded" else Path(config.model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,7 +22,10 @@ from latentdiff.command_line import command_line
 from latentdiff.data.source import DataConfig, Source, open_source, split
 from latentdiff.data.transforms import to_tensor
 from latentdiff.errors import UserError, exit_with
+from latentdiff.formats.diffusers_folder import save_autoencoder
+from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from latentdiff.models.vae import AutoencoderKL
 from latentdiff.trainer.autoencoder import (
     AutoencoderPass,
     AutoencoderTrainConfig,
@@ -29,6 +33,7 @@ from latentdiff.trainer.autoencoder import (
     fold_statistics,
     kl_per_dimension,
     latent_statistics,
+    posterior,
     psnr,
 )
 from latentdiff.trainer.processes import start_processes
@@ -46,12 +51,24 @@ CONFIG = Path(__file__).parent / "configs" / "autoencoder.yaml"
 
 
 def batch_maker(
-    source: Source, indices: list[int], config: AutoencoderTrainConfig, part: slice
+    source: Source,
+    indices: list[int],
+    config: AutoencoderTrainConfig,
+    part: slice,
+    device: torch.device,
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Return step → (pictures (B, 3, H, W), ε (B, C, h, w)), a pure function of (seed, step)."""
     stage, size, shape = config.stage, config.data.image_size, config.autoencoder
-    readable = Readable(source)
     side = size // 2 ** (len(shape.block_out_channels) - 1)
+    if config.preload and config.data.crop == "random":
+        raise UserError(
+            "preload=true keeps one crop of every picture. Set data.crop=center, or preload=false."
+        )
+    read = (
+        preloaded(source, indices, config.data, device)
+        if config.preload
+        else on_demand(source, indices, config.data)
+    )
 
     def make(step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
@@ -60,12 +77,35 @@ def batch_maker(
             part
         ]
         chosen = sample_indices(step, len(indices), stage.batch_size, stage.seed)[part]
-        examples = [readable[indices[i]] for i in chosen.tolist()]
-        images = torch.stack([square(example.image, config.data) for example in examples])
-        images = torch.where(flips, images.flip(3), images)
+        images = read(chosen)
+        images = torch.where(flips.to(images.device), images.flip(3), images)
         return images.to(memory_format=torch.channels_last), eps
 
     return make
+
+
+def on_demand(source: Source, indices: list[int], data: DataConfig) -> Callable[[Tensor], Tensor]:
+    """Return: numbers of training pictures → pictures (B, 3, H, W), decoded now."""
+    readable = Readable(source)
+
+    def read(chosen: Tensor) -> Tensor:
+        return torch.stack([square(readable[indices[i]].image, data) for i in chosen.tolist()])
+
+    return read
+
+
+def preloaded(
+    source: Source, indices: list[int], data: DataConfig, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """The same from memory: 8 bits a value, as picture files have."""
+    readable = Readable(source)
+
+    def one(index: int) -> Tensor:
+        return ((square(readable[index].image, data) + 1) * 127.5).round().byte()
+
+    with ThreadPoolExecutor() as pool:
+        kept = torch.stack(list(pool.map(one, indices))).to(device)
+    return lambda chosen: kept[chosen.to(device)].float() / 127.5 - 1
 
 
 def square(image: Image, data: DataConfig) -> Tensor:
@@ -90,7 +130,7 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
     source = open_source(config.data)
     train_set, held_out = split(source, config.data.validation_share, config.data.split_seed)
     vae = build_autoencoder(config.autoencoder, config.data.image_size)
-    vae.to(memory_format=torch.channels_last)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     judge = PatchDiscriminator()
     model, judge_model = accelerator.prepare(AutoencoderPass(vae), judge)
     modules = {"vae": vae, "judge": judge}
@@ -107,7 +147,8 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
 
         distance = PerceptualDistance(stages=weights.perceptual_stages).to(accelerator.device)
 
-    make = batch_maker(source, train_set, config, process_part(stage_config, accelerator))
+    part = process_part(stage_config, accelerator)
+    make = batch_maker(source, train_set, config, part, accelerator.device)
     for step, (images, eps) in prefetch(make, first, stage_config.max_steps):
         images, eps = images.to(accelerator.device), eps.to(accelerator.device)
         stage.set_rate(step)
@@ -144,7 +185,7 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
 
 
 def export(
-    vae: torch.nn.Module,
+    vae: AutoencoderKL,
     source: Source,
     train_set: list[int],
     held_out: list[int],
@@ -157,10 +198,10 @@ def export(
     scores: list[float] = []
     with torch.no_grad():
         for images in pictures(source, held_out[:: max(1, len(held_out) // 512)], config.data):
-            rebuilt = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)  # type: ignore[operator]
+            rebuilt = vae.decode(posterior(vae, images)[0]).clamp(-1, 1)
             scores += psnr(rebuilt, images).tolist()
     folder = Path(config.stage.output) / "vae"
-    vae.half().save_pretrained(folder)  # type: ignore[operator]
+    save_autoencoder(Autoencoder(vae), folder)
     print(f"latent mean {mean.tolist()} std {std.tolist()} before folding")
     if scores:
         print(f"held-out PSNR {sum(scores) / len(scores):.2f} dB over {len(scores)} pictures")

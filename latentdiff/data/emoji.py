@@ -205,6 +205,7 @@ class EmojiSource:
     def __init__(self, renderings: list[Rendering], image_size: int) -> None:
         self.renderings = renderings
         self.image_size = image_size
+        self._captions: dict[int, tuple[str, ...]] = {}
 
     @classmethod
     def from_config(cls, config: DataConfig) -> EmojiSource:
@@ -225,7 +226,9 @@ class EmojiSource:
 
     def captions(self, index: int) -> tuple[str, ...]:
         """All captions of one rendering; no picture is read."""
-        return captions_for(self.renderings[index])
+        if index not in self._captions:
+            self._captions[index] = captions_for(self.renderings[index])
+        return self._captions[index]
 
     def name(self, index: int) -> str:
         """A readable, unique name: drawing, style, background."""

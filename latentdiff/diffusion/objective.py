@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -126,13 +127,14 @@ def draw(
     shape: Sequence[int],
     config: ObjectiveConfig,
     schedule: NoiseSchedule,
+    pool: Executor | None = None,
 ) -> Draw:
     """The random numbers of a batch, a pure function of (seed, global sample index).
 
     Element i is bit-identical in any batch, on any number of processes and after a resume.
 
     Args:    seed: the run's seed.  sample_indices: global sample indices, one per element.
-             shape: (C, H, W) of the latents.
+             shape: (C, H, W) of the latents.  pool: threads that share the work, if any.
     """
     batch, channels = len(sample_indices), shape[0]
     uniforms = torch.empty(batch, 2)
@@ -140,15 +142,22 @@ def draw(
     offsets = torch.empty(batch, channels)
     levels = coarse_levels(shape) if config.multires_noise else ()
     coarse = [torch.empty(batch, *level) for level in levels]
-    generator = torch.Generator()
-    for row, index in enumerate(sample_indices):
-        generator.manual_seed(mix(seed, index))
-        torch.rand(2, generator=generator, out=uniforms[row])
-        torch.randn(2, *shape, generator=generator, out=normals[row])
-        if config.offset_noise:
-            torch.randn(channels, generator=generator, out=offsets[row])
-        for level in coarse:
-            torch.randn(level.shape[1:], generator=generator, out=level[row])
+
+    def fill(rows: range) -> None:
+        generator = torch.Generator()
+        for row in rows:
+            generator.manual_seed(mix(seed, sample_indices[row]))
+            torch.rand(2, generator=generator, out=uniforms[row])
+            torch.randn(2, *shape, generator=generator, out=normals[row])
+            if config.offset_noise:
+                torch.randn(channels, generator=generator, out=offsets[row])
+            for level in coarse:
+                torch.randn(level.shape[1:], generator=generator, out=level[row])
+
+    if pool is None:
+        fill(range(batch))
+    else:
+        list(pool.map(fill, (range(n, min(n + 32, batch)) for n in range(0, batch, 32))))
     eps = multi_resolution(normals[:, 0], coarse, config.multires_noise)
     if config.offset_noise:
         eps = eps + config.offset_noise * offsets[:, :, None, None]

@@ -27,7 +27,7 @@ from latentdiff.formats.scheduler_config import (
     scheduler_class,
     write_scheduler,
 )
-from latentdiff.models.autoencoder import load_autoencoder
+from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import DIFFUSERS_VERSION, config_from_dict
@@ -154,6 +154,16 @@ def save_components(
         if own := generation_defaults(components.sampling):
             _write_json(new / GENERATION, own)
     return target
+
+
+def save_autoencoder(
+    autoencoder: Autoencoder, folder: Path, dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write an autoencoder's config.json and weights alone. Returns: the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", autoencoder.config_dict())
+    write_weights(folder, VAE_STEM, autoencoder.module.state_dict(), dtype, None)
+    return folder
 
 
 def save_text_encoder(

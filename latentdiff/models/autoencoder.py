@@ -26,7 +26,8 @@ from latentdiff.weight_files import VAE_STEM, place_weights, read_weights, store
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 #: Log-variance given to an autoencoder without one; e^(−30) is no noise at all.
 NO_VARIANCE = -30.0
-_LOGVAR_RANGE = (-30.0, 20.0)
+#: Log-variances are cut off here, as in diffusers.
+LOGVAR_RANGE = (-30.0, 20.0)
 
 
 class Autoencoder(nn.Module):
@@ -104,7 +105,7 @@ class Autoencoder(nn.Module):
         """
         raw, logvar = moments.float().chunk(2, dim=1)
         if eps is not None:
-            raw = raw + torch.exp(0.5 * logvar.clamp(*_LOGVAR_RANGE)) * eps
+            raw = raw + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * eps
         return (raw - self.shift) * self.scale
 
     def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:

@@ -109,8 +109,10 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+        # Registered in diffusers' order: optimizer states on disk know parameters by their number.
+        resnets = [ResnetBlock(channels, channels, groups) for _ in range(2)]
         self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
+        self.resnets = nn.ModuleList(resnets)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
@@ -172,9 +174,10 @@ class Decoder(nn.Module):
         super().__init__()
         widths = widths[::-1]
         self.conv_in = nn.Conv2d(c, widths[0], kernel_size=3, padding=1)
+        self.up_blocks = nn.ModuleList()
         self.mid_block = MidBlock(widths[0], groups, mid)
         last = len(widths) - 1
-        self.up_blocks = nn.ModuleList(
+        self.up_blocks.extend(
             Level(widths[max(i - 1, 0)], width, layers + 1, groups, Upsample if i < last else None)
             for i, width in enumerate(widths)
         )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.data.source import DataConfig
+from latentdiff.models.autoencoder import LOGVAR_RANGE
+from latentdiff.models.vae import AutoencoderKL
 from latentdiff.trainer.stage import StageConfig
 
 #: The latent scale that Stable Diffusion 1.x readers assume when a format has no room to say it.
@@ -68,26 +70,30 @@ class AutoencoderTrainConfig:
     """The network."""
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     """The loss."""
+    preload: bool = False
+    """Decode every picture once, before the first step, into memory (of the GPU if there is one):
+    3 · size² bytes each, on every process. A GPU waits for decoding otherwise."""
     stage: StageConfig = field(default_factory=lambda: StageConfig(output="runs/autoencoder"))
     """The loop."""
 
 
-def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> Any:
-    """Make an untrained diffusers AutoencoderKL of the given shape."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
+def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> AutoencoderKL:
+    """Make an untrained autoencoder of the given shape."""
     levels = len(config.block_out_channels)
     vae = AutoencoderKL(
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.norm_num_groups,
-        mid_block_add_attention=config.mid_block_attention,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        sample_size=sample_size,
-        scaling_factor=SD_SCALING_FACTOR,
+        {
+            "block_out_channels": list(config.block_out_channels),
+            "layers_per_block": config.layers_per_block,
+            "latent_channels": config.latent_channels,
+            "norm_num_groups": config.norm_num_groups,
+            "mid_block_add_attention": config.mid_block_attention,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "sample_size": sample_size,
+            "scaling_factor": SD_SCALING_FACTOR,
+        }
     )
+    assert isinstance(vae.quant_conv, nn.Conv2d) and vae.quant_conv.bias is not None
     # Start with σ = e⁻², not 1, so that the decoder sees the picture from the first step.
     torch.nn.init.constant_(vae.quant_conv.bias[config.latent_channels :], -4.0)
     # Every residual branch starts at zero (arXiv:1901.09321): the network begins almost linear, and
@@ -101,15 +107,21 @@ def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> Any:
 class AutoencoderPass(nn.Module):
     """One forward pass in training: picture → posterior → sampled latent → picture."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
-        self.vae: Any = vae
+        self.vae = vae
 
     def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (reconstruction, mean, log-variance); z = μ + σ ε."""
-        posterior = self.vae.encode(images).latent_dist
-        latents = posterior.mean + posterior.std * eps.to(posterior.mean.dtype)
-        return self.vae.decode(latents).sample.float(), posterior.mean, posterior.logvar
+        mean, logvar = posterior(self.vae, images)
+        latents = mean + (0.5 * logvar).exp() * eps.to(mean.dtype)
+        return self.vae.decode(latents).float(), mean, logvar
+
+
+def posterior(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance (B, C, h, w) of pictures' latents, the latter in −30 … 20."""
+    mean, logvar = vae.encode(images).chunk(2, dim=1)
+    return mean, logvar.clamp(*LOGVAR_RANGE)
 
 
 def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -119,31 +131,33 @@ def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_statistics(vae: Any, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: AutoencoderKL, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent channel over a data set, with its own noise."""
-    count, total, squares = 0, 0.0, 0.0
+    count = 0
+    total = squares = torch.zeros(())
     for images in batches:
-        posterior = vae.encode(images).latent_dist
-        mean, var = posterior.mean.double(), posterior.var.double()
+        mean, logvar = posterior(vae, images)
+        mean, var = mean.double(), logvar.double().exp()
         count += mean.numel() // mean.shape[1]
         total = total + mean.sum((0, 2, 3))
         squares = squares + (mean**2 + var).sum((0, 2, 3))
-    average = torch.as_tensor(total) / count
-    return average.float(), (torch.as_tensor(squares) / count - average**2).sqrt().float()
+    average = total / count
+    return average.float(), (squares / count - average**2).sqrt().float()
 
 
 @torch.no_grad()
-def fold_statistics(vae: Any, mean: Tensor, std: Tensor) -> None:
+def fold_statistics(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Standardise the latents inside the weights, so that one scalar is all that is left.
 
     Afterwards `scaling_factor · raw` has mean 0 and variance 1 in every channel, with the scaling
     factor that Stable Diffusion readers assume:  z' = (z − m) / (s · f), in the 1×1 convolutions
     before and after the bottleneck, so every reader of the folder gets it with no extra field.
     """
-    factor = float(vae.config.scaling_factor)
+    factor = float(vae.config["scaling_factor"])
     spread = std * factor
     channels = len(mean)
-    before, after = vae.quant_conv, vae.post_quant_conv
+    before: Any = vae.quant_conv
+    after: Any = vae.post_quant_conv
     before.weight[:channels] /= spread[:, None, None, None]
     before.bias[:channels] = (before.bias[:channels] - mean) / spread
     before.bias[channels:] -= 2 * spread.log()

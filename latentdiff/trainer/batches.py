@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -85,6 +86,10 @@ class BatchMaker:
         self._data, self._order, self.shape, self._context = data, order, shape, context
         self._objective, self._schedule, self._device = objective, schedule, device
         self._captions = captions or CaptionConfig()
+        # A CPU that trains has no core to spare; beside a GPU one thread would draw too slowly.
+        mine = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = 1 if device.type == "cpu" else min(8, mine)
+        self._pool = ThreadPoolExecutor(cores, "noise") if cores > 1 else None
 
     def __call__(self, step: int, micro: int) -> LatentBatch:
         """Return this process's micro-batch number `micro` of optimizer step `step`."""
@@ -94,7 +99,7 @@ class BatchMaker:
         moments, mask = self._data.read(rows, [mix(seed, n) for n in samples])
         channels, height, width = moments.shape[1:]
         latent = (channels // 2, height, width)
-        random = draw(seed, samples, latent, self._objective, self._schedule)
+        random = draw(seed, samples, latent, self._objective, self._schedule, self._pool)
         captions = [
             "" if dropped else say(self._data.captions(row), seed, n, self._captions)
             for n, row, dropped in zip(samples, rows, random.drop.tolist(), strict=True)

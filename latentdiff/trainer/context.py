@@ -19,16 +19,16 @@ class Encoder(Protocol):
         ...
 
 
-#: Captions per call of the text encoder, always; see ContextCache.
-CHUNK = 8
+#: Captions per call of the text encoder, always, on a CPU and elsewhere; see ContextCache.
+CHUNK, LARGE_CHUNK = 8, 64
 
 
 class ContextCache:
     """Text states of captions, the most recently used ones kept.
 
-    The text encoder is always called with CHUNK captions (the last one repeated if need be). Matrix
-    products of another size round differently, and after a resume the cache is empty: if the size
-    were that of whatever is missing, the context would depend on the history of the run.
+    The text encoder always gets the same number of captions (the last one repeated if need be).
+    Matrix products of another size round differently, and after a resume the cache is empty: if the
+    size were that of whatever is missing, the context would depend on the history of the run.
 
     Args:
         encoder: the frozen text encoder.
@@ -37,6 +37,8 @@ class ContextCache:
 
     def __init__(self, encoder: Encoder | Any, max_bytes: int = 2**30) -> None:
         self._encoder, self._max_bytes = encoder, max_bytes
+        device = getattr(encoder, "device", torch.device("cpu"))
+        self._chunk = CHUNK if device.type == "cpu" else LARGE_CHUNK
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         # Validation encodes its prompts while the batch thread is at work.
         self._lock = threading.Lock()
@@ -49,8 +51,8 @@ class ContextCache:
         with self._lock:
             missing = [c for c in dict.fromkeys(captions) if c not in self._kept]
             states = {c: self._kept[c] for c in captions if c in self._kept}
-            for start in range(0, len(missing), CHUNK):
-                states |= self._encode(missing[start : start + CHUNK])
+            for start in range(0, len(missing), self._chunk):
+                states |= self._encode(missing[start : start + self._chunk])
             for caption, state in states.items():
                 self._kept[caption] = state
                 self._kept.move_to_end(caption)
@@ -59,7 +61,7 @@ class ContextCache:
 
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> dict[str, Tensor]:
-        padded = captions + captions[-1:] * (CHUNK - len(captions))
+        padded = captions + captions[-1:] * (self._chunk - len(captions))
         # Copies: a view would keep the whole chunk's memory alive.
         # Validation asks under autocast, the batch thread does not; a kept state must not depend
         # on who asked first, or a resumed run would differ.

@@ -215,7 +215,7 @@ class WholeLesson(Lesson):
         """
         ids, positions, ends = rows
         states = self.tower(ids, positions)
-        end_states = states[torch.arange(len(ids)), ends]
+        end_states = states[torch.arange(len(ids), device=ends.device), ends]
         said = self.head(torch.stack([end_states, states[:, -1]])).float()
         error = (said - picture.flatten(1)).square().mean()
         return error, self.clip_distance(end_states, features)
@@ -238,5 +238,5 @@ class PatchLesson(Lesson):
         wanted = patches(picture, self.side)
         states = self.tower(ids, positions)
         said = self.head(states[:, -wanted.shape[1] :]).float()
-        end_states = states[torch.arange(len(ids)), ends]
+        end_states = states[torch.arange(len(ids), device=ends.device), ends]
         return (said - wanted).square().mean(), self.clip_distance(end_states, features)

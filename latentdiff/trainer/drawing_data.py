@@ -20,8 +20,12 @@ from latentdiff.trainer.output import default_cache
 from latentdiff.trainer.stage import sample_indices
 
 
-def subject_pictures(source: Source, config: DrawingConfig, root: Path) -> tuple[Tensor, list[int]]:
+def subject_pictures(
+    source: Source, config: DrawingConfig, root: Path, device: torch.device
+) -> tuple[Tensor, list[int]]:
     """What the texts are about: pictures (N, C, h, w), and the row of each of the source's entries.
+
+    Args: root: the model with the autoencoder.  device: where that encodes.
 
     The channels are latents and, where the source knows it, how opaque the thing is at each place.
     A source without subjects is taken as it is.
@@ -29,7 +33,7 @@ def subject_pictures(source: Source, config: DrawingConfig, root: Path) -> tuple
     subjects = getattr(source, "subjects", None)
     plain, rows = subjects() if subjects else (source, list(range(len(source))))
     autoencoder = load_autoencoder(root / "vae")
-    data = build_latent_cache(plain, autoencoder, config.data, default_cache(), device="cpu")
+    data = build_latent_cache(plain, autoencoder, config.data, default_cache(), device=device)
     moments = data.moments_of(range(len(data))).float()
     latents = autoencoder.latents_from_moments(moments, torch.zeros(()))
     places = [int(index) for index in data.source_indices]
@@ -52,6 +56,7 @@ class Texts:
         self.captions = [source.captions(i) for i in usable]
         self.rows = torch.tensor([rows[i] for i in usable])
         self.tokenizer, self.seed = tokenizer, seed
+        self._ids: dict[str, Tensor] = {}
 
     def __call__(self, step: int, count: int) -> tuple[list[str], Tensor, Tensor]:
         """Return (texts, ids, picture rows), the shortest text first.
@@ -65,9 +70,15 @@ class Texts:
         for index, pair in zip(chosen, draws, strict=True):
             of = self.captions[index]
             texts.append(min((of[int(u * len(of))] for u in pair), key=len))
-        ids = self.tokenizer(texts)
+        ids = self._tokens(texts)
         order = end_places(ids, self.tokenizer.end_id).argsort(stable=True)
         return [texts[i] for i in order.tolist()], ids[order], self.rows[chosen][order]
+
+    def _tokens(self, texts: list[str]) -> Tensor:
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        if new:
+            self._ids |= zip(new, self.tokenizer(new), strict=True)
+        return torch.stack([self._ids[text] for text in texts])
 
 
 class OldFeatures:

@@ -22,15 +22,20 @@ from latentdiff.precision import has_fast_bf16
 #: Quintic p(x) = a x + b x³ + c x⁵, five times over: singular values in (0, 1] go near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
+#: Matrices of at most so many values are computed in stacks on a GPU.
+SMALL = 2**20
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Return about (U Uᵀ)^(−1/2) U of a matrix (m, n) in float32; singular values 0.7 … 1.2."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.float().T if tall else matrix.float()
-    wide = wide / (wide.norm() + 1e-7)
-    result = _by_gram(wide) if wide.shape[1] > 3 * wide.shape[0] else _directly(wide)
-    return result.T if tall else result
+    """Return about (U Uᵀ)^(−1/2) U of matrices (…, m, n) in float32; singular values 0.7 … 1.2."""
+    if matrix.ndim == 3 and len(matrix) == 1:
+        return orthogonalize(matrix[0])[None]  # a plain product is faster than a batched one
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    wide = matrix.float().mT if tall else matrix.float()
+    wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    long = wide.shape[-1] > 3 * wide.shape[-2]
+    result = _by_gram(wide) if long else _directly(wide)
+    return result.mT if tall else result
 
 
 def _directly(wide: Tensor) -> Tensor:
@@ -38,8 +43,9 @@ def _directly(wide: Tensor) -> Tensor:
     if has_fast_bf16(wide.device):
         wide = wide.bfloat16()
     for _ in range(ROUNDS):
-        gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * (gram @ gram)) @ wide
+        gram = wide @ wide.mT
+        factor = _added(gram, gram, gram, b, c)
+        wide = _added(wide, factor, wide, a, 1.0)
     return wide.float()
 
 
@@ -51,15 +57,20 @@ def _by_gram(wide: Tensor) -> Tensor:
     has negative eigenvalues where U has none, and the powers blow those up.
     """
     a, b, c = COEFFICIENTS
-    gram = wide @ wide.T
-    identity = torch.eye(len(gram), device=gram.device)
-    total = identity
+    gram = total = wide @ wide.mT
     for number in range(ROUNDS):
-        factor = a * identity + b * gram + c * (gram @ gram)
+        factor = _added(gram, gram, gram, b, c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
         total = factor @ total if number else factor
         if number + 1 < ROUNDS:
             gram = factor @ gram @ factor
     return total @ wide
+
+
+def _added(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> Tensor:
+    """β base + α left @ right, of matrices or stacks of them, in one call."""
+    add = torch.addmm if base.ndim == 2 else torch.baddbmm
+    return add(base, left, right, beta=beta, alpha=alpha)
 
 
 class Muon(torch.optim.Optimizer):
@@ -95,20 +106,15 @@ class Muon(torch.optim.Optimizer):
         del closure
         bad: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            change = self._change_matrix if group["matrices"] else self._change_vector
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                self._start(weight, state, group)
-                moving = [weight, *(t for name, t in state.items() if name != "step")]
-                before = [t.clone() for t in moving] if bad is not None else []
-                change(weight, weight.grad, state, group)
-                for now, old in zip(moving, before, strict=False):
-                    now.copy_(torch.where(bad > 0, old, now))  # type: ignore[operator, arg-type]
+            weights = [w for w in group["params"] if w.grad is not None]
+            for weight in weights:
+                self._start(weight, group)
+            change = self._change_matrices if group["matrices"] else self._change_vectors
+            for alike in self._alike(weights, group["matrices"]):
+                change(alike, group, bad)
 
-    @staticmethod
-    def _start(weight: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _start(self, weight: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[weight]
         if state:
             return
         if not group["matrices"]:
@@ -116,25 +122,63 @@ class Muon(torch.optim.Optimizer):
         names = ("momentum",) if group["matrices"] else ("exp_avg", "exp_avg_sq")
         state |= {name: torch.zeros_like(weight) for name in names}
 
-    @staticmethod
-    def _change_matrix(
-        weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
+    def _alike(self, weights: list[Tensor], matrices: bool) -> list[list[Tensor]]:
+        """What is computed together: vectors of one age; matrices of one shape.
+
+        A GPU is busy with a stack of small matrices and idle with each alone; a CPU core is not,
+        nor is a GPU with a large one, of which copies take much memory.
+        """
+        found: dict[Any, list[Tensor]] = {}
+        for number, weight in enumerate(weights):
+            age = self.state[weight].get("step")
+            key = self._key(weight, number) if matrices else float(age)
+            found.setdefault(key, []).append(weight)
+        return list(found.values())
+
+    def _key(self, weight: Tensor, number: int) -> Any:
+        alone = weight.device.type == "cpu" or weight.numel() > SMALL
+        return number if alone else tuple(weight.shape)
+
+    def _change_matrices(
+        self, weights: list[Tensor], group: dict[str, Any], bad: Tensor | None
     ) -> None:
         rate, momentum = group["lr"], group["momentum"]
-        state["momentum"].lerp_(gradient, 1 - momentum)
-        update = gradient.lerp(state["momentum"], momentum).reshape(len(weight), -1)
-        scale = 0.2 * max(update.shape) ** 0.5
-        direction = orthogonalize(update).reshape(weight.shape).to(weight.dtype)
-        weight.mul_(1 - rate * group["weight_decay"]).add_(direction, alpha=-rate * scale)
+        moments = [self.state[w]["momentum"] for w in weights]
+        old, before = _stack(weights), _stack(moments)
+        gradient = _stack([w.grad for w in weights if w.grad is not None])
+        moment = before.lerp(gradient, 1 - momentum)
+        update = orthogonalize(gradient.lerp(moment, momentum))
+        scale = 0.2 * max(update.shape[1:]) ** 0.5
+        new = (old * (1 - rate * group["weight_decay"])).add_(update, alpha=-rate * scale)
+        shape = weights[0].shape
+        for targets, value, kept in ((weights, new, old), (moments, moment, before)):
+            value = value if bad is None else torch.where(bad > 0, kept, value)
+            torch._foreach_copy_(targets, [v.reshape(shape) for v in value.unbind()])
 
-    @staticmethod
-    def _change_vector(
-        weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
+    def _change_vectors(
+        self, weights: list[Tensor], group: dict[str, Any], bad: Tensor | None
     ) -> None:
         first, second = group["betas"]
-        state["step"] += 1
-        count = float(state["step"])
-        state["exp_avg"].lerp_(gradient, 1 - first)
-        state["exp_avg_sq"].lerp_(gradient.square(), 1 - second)
-        root = (state["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(group["eps"])
-        weight.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - first**count))
+        states = [self.state[w] for w in weights]
+        for state in states:
+            state["step"] += 1
+        count = float(states[0]["step"])
+        names = ("exp_avg", "exp_avg_sq")
+        parts = [weights, *([state[name] for state in states] for name in names)]
+        old = [torch.cat([part.flatten() for part in each]) for each in parts]
+        gradient = torch.cat([w.grad.flatten() for w in weights if w.grad is not None])
+        mean, square = old[1].lerp(gradient, 1 - first), old[2].lerp(gradient.square(), 1 - second)
+        root = (square / (1 - second**count)).sqrt_().add_(group["eps"])
+        weight = old[0].addcdiv(mean, root, value=-group["lr"] / (1 - first**count))
+        for targets, value, kept in zip(parts, (weight, mean, square), old, strict=True):
+            value = value if bad is None else torch.where(bad > 0, kept, value)
+            pieces = value.split([t.numel() for t in targets])
+            shaped = [v.view(t.shape) for v, t in zip(pieces, targets, strict=True)]
+            torch._foreach_copy_(targets, shaped)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Kernels and matrices (out, …) as (count, out, rest)."""
+    if len(tensors) == 1:
+        return tensors[0].reshape(1, len(tensors[0]), -1)
+    return torch.stack([t.reshape(len(t), -1) for t in tensors])

@@ -71,7 +71,9 @@ def sample_indices(step: int, count: int, batch_size: int, seed: int) -> Tensor:
         epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
         for epoch in (positions // count).unique().tolist()
     }
-    return torch.stack([orders[int(p // count)][p % count] for p in positions])
+    return torch.cat(
+        [order[positions[positions // count == epoch] % count] for epoch, order in orders.items()]
+    )
 
 
 def process_part(config: StageConfig, accelerator: Accelerator) -> slice:

@@ -1,5 +1,5 @@
 import math
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -38,15 +38,12 @@ def test_a_sample_is_the_same_in_any_batch(
     assert not torch.equal(other_seed.eps, whole.eps)
 
 
-def test_a_sample_costs_less_than_50_microseconds() -> None:
-    config = ObjectiveConfig()
-    best = float("inf")
-    for repeat in range(20):
-        start = time.process_time()
-        draw(0, range(64 * repeat, 64 * repeat + 64), SHAPE, config, DISCRETE)
-        best = min(best, (time.process_time() - start) / 64)
-    print(f"draw: {best * 1e6:.1f} microseconds per sample")
-    assert best < 50e-6
+def test_threads_draw_the_same_numbers() -> None:
+    config = ObjectiveConfig(offset_noise=0.1, multires_noise=0.3)
+    alone = draw(3, range(100, 175), SHAPE, config, DISCRETE)
+    with ThreadPoolExecutor(3) as pool:
+        shared = draw(3, range(100, 175), SHAPE, config, DISCRETE, pool)
+    assert all(map(torch.equal, alone, shared))
 
 
 def test_draws_are_distributed_as_they_should_be() -> None:

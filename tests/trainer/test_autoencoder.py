@@ -1,5 +1,6 @@
 """The autoencoder's training: closed forms, folding, and the script from end to end."""
 
+import dataclasses
 import json
 import math
 import os
@@ -9,16 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
+from latentdiff.data.source import DataConfig, open_source
+from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
 from latentdiff.models.perceptual import PerceptualDistance, find_weights
 from latentdiff.trainer.autoencoder import (
     AutoencoderConfig,
+    AutoencoderTrainConfig,
     build_autoencoder,
     fold_statistics,
     kl_per_dimension,
     latent_statistics,
+    posterior,
     psnr,
 )
 
@@ -51,13 +57,13 @@ def test_folding_standardises_latents_and_leaves_pictures_alone():
         vae.quant_conv.bias.add_(0.7)
     images = torch.randn(8, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
-        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        before = vae.decode(posterior(vae, images)[0])
         mean, std = latent_statistics(vae, [images[:4], images[4:]])
         fold_statistics(vae, mean.double(), std.double())
-        after = vae.decode(vae.encode(images).latent_dist.mean).sample
+        after = vae.decode(posterior(vae, images)[0])
         mean, std = latent_statistics(vae, [images])
     torch.testing.assert_close(after, before, atol=1e-9, rtol=1e-9)
-    factor = vae.config.scaling_factor
+    factor = vae.config["scaling_factor"]
     torch.testing.assert_close(mean * factor, torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(std * factor, torch.ones(4), atol=1e-5, rtol=0)
 
@@ -138,7 +144,30 @@ def test_script_trains_resumes_exactly_and_writes_a_diffusers_folder(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     vae = load_autoencoder(tmp_path / "cut" / "vae", torch.float32)
     images = torch.zeros(1, 3, 32, 32)
-    assert vae.decode(vae.encode(images)).shape == images.shape
+    latents = vae.encode(images)
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "cut" / "vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        said = theirs.decode(latents / theirs.config.scaling_factor).sample.clamp(-1, 1)
+    torch.testing.assert_close(vae.decode(latents), said, atol=1e-5, rtol=0)
+    here([*command("kept"), "preload=true"])
+    whole, kept = losses(tmp_path / "whole"), losses(tmp_path / "kept")
+    assert kept == pytest.approx(whole, rel=0.02)
     with pytest.raises(SystemExit) as end:
         here(command("cut"))
     assert end.value.code == 2 and "--resume" in capsys.readouterr().err
+
+
+def test_preloaded_pictures_are_the_decoded_ones(picture_folder):
+    script = runpy.run_path(str(SCRIPT))
+    data = DataConfig(kind="folder", path=str(picture_folder), image_size=32)
+    source = open_source(data)
+    indices = list(range(len(source)))[::-1]
+    chosen = torch.tensor([1, 0, 1])
+    now = script["on_demand"](source, indices, data)(chosen)
+    kept = script["preloaded"](source, indices, data, torch.device("cpu"))(chosen)
+    assert now.shape == (3, 3, 32, 32)
+    torch.testing.assert_close(kept, now, atol=1 / 255 + 1e-6, rtol=0)  # half of an 8-bit step
+    random = dataclasses.replace(data, crop="random")
+    config = AutoencoderTrainConfig(data=random, preload=True)
+    with pytest.raises(UserError, match="crop=center"):
+        script["batch_maker"](source, indices, config, slice(None), torch.device("cpu"))

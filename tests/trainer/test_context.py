@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from latentdiff.trainer.context import CHUNK, ContextCache
+from latentdiff.trainer.context import CHUNK, LARGE_CHUNK, ContextCache
 
 
 class Encoder:
@@ -30,6 +30,13 @@ def test_the_encoder_always_sees_batches_of_one_size() -> None:
     cache([str(i) for i in range(11)])
     cache(["another"])
     assert [len(batch) for batch in encoder.seen] == [CHUNK] * 3
+
+
+def test_a_gpu_gets_larger_batches() -> None:
+    encoder = Encoder()
+    encoder.device = torch.device("cuda")  # type: ignore[attr-defined]
+    ContextCache(encoder)([str(i) for i in range(LARGE_CHUNK + 1)])
+    assert [len(batch) for batch in encoder.seen] == [LARGE_CHUNK] * 2
 
 
 def test_memory_is_bounded_and_the_oldest_go_first() -> None:

@@ -67,3 +67,37 @@ def test_weights_in_any_memory_layout_move_alike() -> None:
         Muon([group], 1e-2, 0.95, (0.9, 0.99), 1e-8, 0.1).step()
         moved.append(weight.detach())
     assert torch.allclose(*moved, atol=1e-7)
+
+
+def make_steps(together: bool, bad: frozenset[int] = frozenset()) -> list[torch.Tensor]:
+    """Five steps of matrices and vectors; in a step of `bad`, two gradients are not finite."""
+    torch.manual_seed(0)
+    shapes = [(6, 8), (6, 8), (8, 6), (4, 2, 3, 3), (4, 2, 3, 3)]
+    matrices = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    matrices[3].data = matrices[3].data.to(memory_format=torch.channels_last)
+    vectors = [nn.Parameter(torch.randn(shape)) for shape in [(7,), (2, 3, 3, 3), (9,)]]
+    groups = [{"params": matrices, "matrices": True}, {"params": vectors, "matrices": False}]
+    optimizer = Muon(groups, 1e-2, 0.95, (0.9, 0.99), 1e-8, 0.1)
+    if together:  # what a GPU does
+        optimizer._key = lambda weight, number: tuple(weight.shape)  # type: ignore[method-assign]
+    for step in range(5):
+        for parameter in matrices + vectors:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.found_inf = torch.tensor(float(step in bad))  # type: ignore[attr-defined]
+        if step in bad:
+            matrices[1].grad, vectors[0].grad = (
+                torch.full((6, 8), torch.nan),
+                torch.full((7,), torch.inf),
+            )
+        before = [p.detach().clone() for p in matrices + vectors]
+        optimizer.step()
+        if step in bad:
+            assert all(map(torch.equal, before, matrices + vectors))
+    return [p.detach() for p in matrices + vectors]
+
+
+@pytest.mark.parametrize("bad", [frozenset(), frozenset({2})])
+def test_stacked_matrices_move_as_each_would_alone(bad: frozenset[int]) -> None:
+    alone, stacked = make_steps(False, bad), make_steps(True, bad)
+    assert all(map(torch.allclose, alone, stacked))
+    assert all(tensor.isfinite().all() for tensor in alone)
