@@ -43,10 +43,10 @@ REPORT_EVERY = 100
 
 def train(config_file: Path, overrides: list[str], rate: float) -> Path:
     """Run the loop. Returns: the model folder."""
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no", cpu=True)
     parts, config, _ = load_parts(read_config(config_file, overrides))
     latents = open_latents(config, parts.autoencoder, accelerator)
-    unet = prepare_unet(parts, config, torch.device("cpu"))
+    unet = prepare_unet(parts, config, accelerator)
     scheduler: Any = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     )

@@ -1,8 +1,7 @@
 """Our training step against the same step as diffusers' text-to-image example does it.
 
     python benchmarks/train_step.py [--size small|medium|sd15|embedded] [--pairs 20]
-                                    [--dtype no|bf16] [--channels-last] [--peer-script PATH]
-                                    [--output FILE.json]
+                                    [--dtype no|bf16] [--peer-script PATH] [--output FILE.json]
 
 Same U-Net, weights, batch, pictures on disk, objective (noise prediction, plain squared error) and
 number format. Theirs reads, crops and encodes pictures and captions in each step; ours reads
@@ -49,6 +48,7 @@ from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.descent import Descent
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.flops import count_flops
+from latentdiff.trainer.latent_run import likes_channels_last
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
 from latentdiff.trainer.order import BatchShape, Order
 
@@ -58,9 +58,7 @@ OBJECTIVE = ObjectiveConfig(prediction="eps", weighting="none", condition_dropou
 class Ours:
     """The parts of train_latent.py, put together as it does."""
 
-    def __init__(
-        self, model: Path, pictures: Path, size: Size, accelerator: Any, channels_last: bool = False
-    ) -> None:
+    def __init__(self, model: Path, pictures: Path, size: Size, accelerator: Any) -> None:
         parts, device = load_components(model), accelerator.device
         self.parts, self.schedule = parts, NoiseSchedule(parts.schedule)
         data = DataConfig(kind="folder", path=str(pictures), image_size=size.resolution)
@@ -75,7 +73,7 @@ class Ours:
         )
         self.encoder_flops = encoder_flops(parts.autoencoder, size.resolution)
         unet = parts.unet.to(device).train()
-        if channels_last:
+        if likes_channels_last(None, accelerator):
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         settings = OptimizerConfig(lr=PeerFlags().learning_rate)
         prepared, optimizer = accelerator.prepare(unet, make_optimizer(unet, settings))
@@ -182,7 +180,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = write_model(size, folder / "model")
     pictures = write_pictures(folder / "pictures", max(64, 4 * size.batch), size.resolution)
     accelerator = Accelerator(mixed_precision=options.dtype, cpu=not torch.cuda.is_available())
-    ours = Ours(model, pictures, size, accelerator, options.channels_last)
+    ours = Ours(model, pictures, size, accelerator)
     peer = Peer(model, pictures, size.resolution, size.batch, accelerator)
     device, count = accelerator.device, options.steps
     print(
@@ -219,7 +217,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "batch": size.batch,
         "resolution": size.resolution,
         "dtype": options.dtype,
-        "our channels_last": options.channels_last,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "steps per block": count,
@@ -243,9 +240,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=2, help="steps per block")
     parser.add_argument("--dtype", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument(
-        "--channels-last", action="store_true", help="our side with model.channels_last=true"
-    )
     parser.add_argument("--peer-script", type=Path, metavar="PATH")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()

@@ -60,10 +60,6 @@ def batch_maker(
     """Return step → (pictures (B, 3, H, W), ε (B, C, h, w)), a pure function of (seed, step)."""
     stage, size, shape = config.stage, config.data.image_size, config.autoencoder
     side = size // 2 ** (len(shape.block_out_channels) - 1)
-    if config.preload and config.data.crop == "random":
-        raise UserError(
-            "preload=true keeps one crop of every picture. Set data.crop=center, or preload=false."
-        )
     read = (
         preloaded(source, indices, config.data, device)
         if config.preload

@@ -78,7 +78,7 @@ def train(given: Given, resume: bool) -> str:
     accelerator.wait_for_everyone()  # all have looked at the output folder before one writes there
     lock = open_output(output) if accelerator.is_main_process else None
 
-    prepare_unet(components, config, accelerator.device)
+    prepare_unet(components, config, accelerator)
     components.text_encoder.to(accelerator.device)
     torch.manual_seed(config.loop.seed)
     trainee = apply_method(components, config.finetune)

@@ -76,6 +76,14 @@ class AutoencoderTrainConfig:
     stage: StageConfig = field(default_factory=lambda: StageConfig(output="runs/autoencoder"))
     """The loop."""
 
+    def validate(self) -> list[str]:
+        """List what does not go together."""
+        if self.preload and self.data.crop == "random":
+            return [
+                "preload keeps one crop of every picture; set data.crop=center, or preload=false."
+            ]
+        return []
+
 
 def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> AutoencoderKL:
     """Make an untrained autoencoder of the given shape."""

@@ -58,8 +58,9 @@ class ModelConfig:
     """How attention is computed: torch's own, or xformers."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third slower."""
-    channels_last: bool = False
-    """Memory layout that convolutions in 16 bit like better; in 32 bit it hardly matters."""
+    channels_last: bool | None = None
+    """Memory layout that convolutions in 16 bit like better; in 32 bit it hardly matters. null: in
+    16 bit, unless weights are divided among processes."""
     compile: bool = False
     """Compile the U-Net with torch.compile: minutes at the start, then usually faster on a GPU."""
 
@@ -253,6 +254,7 @@ def deciding_facts(config: TrainConfig) -> dict[str, Any]:
         del facts["loop.max_steps"]
     if not config.model.compile:  # runs from before there was this key can go on
         del facts["model.compile"]
+    facts["model.channels_last"] = bool(config.model.channels_last)  # null was false before
     return facts
 
 

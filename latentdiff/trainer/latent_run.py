@@ -20,7 +20,7 @@ from latentdiff.trainer.order import BatchShape, recut
 from latentdiff.trainer.output import MODEL
 from latentdiff.trainer.sharding import gather_state, is_sharded
 from latentdiff.trainer.tracking import Writer
-from latentdiff.trainer.zero import arithmetic
+from latentdiff.trainer.zero import arithmetic, has_engine
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -161,10 +161,21 @@ def check_fit(components: Components, config: TrainConfig) -> None:
         )
 
 
-def prepare_unet(components: Components, config: TrainConfig, device: torch.device) -> UNet:
+def likes_channels_last(wanted: bool | None, accelerator: Accelerator) -> bool:
+    """The memory layout as configured; without a wish, channels last in 16 bit.
+
+    Weights that are divided among processes have to lie plainly.
+    """
+    if wanted is not None:
+        return wanted
+    divided = accelerator.is_fsdp2 or has_engine(accelerator)
+    return not divided and accelerator.mixed_precision != "no"
+
+
+def prepare_unet(components: Components, config: TrainConfig, accelerator: Accelerator) -> UNet:
     """Put the U-Net on the device in float32, with the configured kernels and memory layout."""
-    unet = components.unet.to(device, torch.float32)
-    if config.model.channels_last:
+    unet = components.unet.to(accelerator.device, torch.float32)
+    if likes_channels_last(config.model.channels_last, accelerator):
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     unet.set_attention(config.model.attention)
     unet.enable_gradient_checkpointing(config.model.gradient_checkpointing)

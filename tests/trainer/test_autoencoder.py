@@ -1,6 +1,5 @@
 """The autoencoder's training: closed forms, folding, and the script from end to end."""
 
-import dataclasses
 import json
 import math
 import os
@@ -12,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from latentdiff.config import load_config
 from latentdiff.data.source import DataConfig, open_source
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import load_autoencoder
@@ -167,7 +167,8 @@ def test_preloaded_pictures_are_the_decoded_ones(picture_folder):
     kept = script["preloaded"](source, indices, data, torch.device("cpu"))(chosen)
     assert now.shape == (3, 3, 32, 32)
     torch.testing.assert_close(kept, now, atol=1 / 255 + 1e-6, rtol=0)  # half of an 8-bit step
-    random = dataclasses.replace(data, crop="random")
-    config = AutoencoderTrainConfig(data=random, preload=True)
+
+
+def test_random_crops_are_not_preloaded():
     with pytest.raises(UserError, match="crop=center"):
-        script["batch_maker"](source, indices, config, slice(None), torch.device("cpu"))
+        load_config(AutoencoderTrainConfig, None, ["preload=true", "data.crop=random"])

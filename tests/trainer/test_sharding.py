@@ -1,6 +1,7 @@
 """What sharding is made of, on one process; tests/test_sharded_runs.py runs it on several."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import distributed, nn
 from latentdiff.errors import UserError
 from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig
+from latentdiff.trainer.latent_run import likes_channels_last
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
 from latentdiff.trainer.sharding import UNITS, is_sharded, local, prepare, rows, whole
 
@@ -83,3 +85,27 @@ def test_plain_tensors_are_all_here() -> None:
     assert torch.equal(whole(weight), weight)
     local(weight).fill_(2.0)
     assert bool((weight == 2).all())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "precision", "divided", "found"),
+    [
+        (None, "no", None, False),
+        (None, "bf16", None, True),
+        (None, "fp16", None, True),
+        (None, "bf16", "fsdp2", False),
+        (None, "bf16", "deepspeed", False),
+        (False, "bf16", None, False),
+        (True, "no", None, True),
+        (True, "bf16", "fsdp2", True),  # and then refused
+    ],
+)
+def test_the_memory_layout_follows_the_arithmetic(
+    wanted: bool | None, precision: str, divided: str | None, found: bool
+) -> None:
+    accelerator: Any = SimpleNamespace(
+        is_fsdp2=divided == "fsdp2",
+        deepspeed_plugin=object() if divided == "deepspeed" else None,
+        mixed_precision=precision,
+    )
+    assert likes_channels_last(wanted, accelerator) is found
