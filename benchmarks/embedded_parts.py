@@ -40,6 +40,8 @@ from latentdiff.models.clip_scorer import ClipScorer, load_clip_scorer
 from latentdiff.trainer.autoencoder import psnr
 
 SIZE = 64
+#: Share of the concepts that the autoencoder's training held out (autoencoder_gpu.yaml).
+HELD_OUT = 0.02
 #: (style, background) of the pictures that the two parts are measured on.
 GROUNDS = [("plain", b) for b in ("white", "blue", "yellow", "black")]
 STYLED = [("painting", "white"), ("pencil sketch", "white"), ("pixel art", "white")]
@@ -55,7 +57,7 @@ def batches(source: EmojiSource, indices: list[int], size: int = 64) -> list[lis
 def reconstruction(vae: Autoencoder, drawings: list[Drawing], style: str, ground: str) -> Tensor:
     """PSNR over the drawing's pixels per held-out picture, in dB."""
     source = EmojiSource([Rendering(d, style, ground) for d in drawings], SIZE)
-    _, held_out = split(source, 0.1, 0)
+    _, held_out = split(source, HELD_OUT, 0)
     found = []
     for part in batches(source, held_out):
         images = torch.stack([to_tensor(source[i].image, SIZE) for i in part])

@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, help="a train_autoencoder.py output")
     parser.add_argument("--clip", type=Path, help="a train_clip.py output")
     parser.add_argument("--unet", type=Path, help="a train_latent.py OUTPUT/model")
-    parser.add_argument("--text", type=Path, help="a teach_words.py or teach_drawing.py output")
+    parser.add_argument("--text", type=Path, help="a model, or what teach_*.py wrote")
     parser.add_argument("--guidance", type=float, help="the scale of calls that give none")
     arguments = parser.parse_args()
     EMBEDDED_MODEL.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,8 @@
 
     python training/teach_drawing.py --config training/configs/drawing_whole.yaml
     python training/teach_drawing.py [--config training/configs/drawing.yaml] [--resume] [a.b=value]
-    python training/teach_drawing.py --config training/configs/drawing_more.yaml
 
-The last one goes on with the second lesson, from a tower that draws already.
+With start=RUN of a second lesson it goes on with that one, from a tower that draws already.
 
 The second ends with OUTPUT/text_encoder, OUTPUT/tokenizer and, unless clip_weight is 0,
 OUTPUT/clip_head.safetensors; U-Nets trained on another tower do not fit it.
@@ -197,7 +196,7 @@ def train(config: DrawingConfig, resume: bool) -> None:
     old = scorer_text_tower(root)
     head = load_file(root / HEAD)
     source = open_source(config.data)
-    pictures, rows = subject_pictures(source, config, root, accelerator.device)
+    pictures, rows = subject_pictures(source, config.data, root, accelerator.device)
     channels, height, width = pictures.shape[1:]
     check_room((channels, height, width), config.patch, config.tower)
     longer = scorer_text_tower(root)

@@ -21,6 +21,9 @@ from pathlib import Path
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+# The thread that prepares batches shares a CPU's cores with the step: who waits must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from latentdiff.config import describe
@@ -54,6 +57,7 @@ from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_
 from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
 from latentdiff.trainer.power_ema import AllAverages, PowerEmas
 from latentdiff.trainer.processes import is_first_process, start_processes, was_restarted
+from latentdiff.trainer.reading import Reading, check_shape
 from latentdiff.trainer.report import write_report
 from latentdiff.trainer.sharding import prepare
 from latentdiff.trainer.state import TrainingState, stored_facts
@@ -75,6 +79,7 @@ def train(given: Given, resume: bool) -> str:
         NoiseSchedule(config.schedule),
     )
     latents = open_latents(config, autoencoder, accelerator)
+    check_shape(components.unet, config.reading, latents.data.shape)
     accelerator.wait_for_everyone()  # all have looked at the output folder before one writes there
     lock = open_output(output) if accelerator.is_main_process else None
 
@@ -106,9 +111,13 @@ def train(given: Given, resume: bool) -> str:
         whole=not trainee.adds,
     )
     first_step, seconds = state.resume() if resume else (0, 0.0)
+    reading = Reading(components.unet, config.reading)
     if config.loop.probe_memory:
         trial = trial_loss(unet, autoencoder, schedule, config.objective, latents.data, context)
-        wanted, shape = shape.per_process, probe(unet, trial, optimizer, shape, accelerator)
+        wanted, shape = (
+            shape.per_process,
+            probe(unet, lambda n: trial(n) + reading.loss(), optimizer, shape, accelerator),
+        )
         if shape.per_process < wanted:
             notes.append(halved_note(wanted, shape))
     if accelerator.is_main_process:
@@ -159,7 +168,7 @@ def train(given: Given, resume: bool) -> str:
         loss = per_sample_loss(
             model, x_0, batch.context, batch.draw, schedule, config.objective, batch.mask
         ).mean()
-        step.backward(loss)
+        step.backward(loss + reading.loss())
         if step.update():
             ema.update(step.number)
             powers.update(step.number)

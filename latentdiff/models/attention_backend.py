@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from latentdiff.errors import UserError, choice_error
 
@@ -19,6 +19,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 #: Pairs of query and key, up to which plain products train faster than the fused kernel on a CPU.
 FEW_PAIRS = 64 * 64
+#: A CPU's kernel is up to 1.6 times slower for heads whose width is no multiple of this.
+EVEN = 8
 
 _INSTEAD = "Use attention 'sdpa', PyTorch's own kernels, which are as fast on current versions."
 
@@ -52,7 +54,19 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     learns = query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad
     if learns and query.shape[-2] * key.shape[-2] <= FEW_PAIRS:
         return products(query, key, value)
+    if query.device.type == "cpu" and query.shape[-1] % EVEN:
+        return _widened(query, key, value)
     return scaled_dot_product_attention(query, key, value)
+
+
+def _widened(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same with zeros behind every head's channels; they change nothing but the time."""
+    width = query.shape[-1]
+    more = (0, -width % (2 * EVEN))
+    out = scaled_dot_product_attention(
+        pad(query, more), pad(key, more), pad(value, more), scale=width**-0.5
+    )
+    return out[..., :width]
 
 
 def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

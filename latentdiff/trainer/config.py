@@ -21,6 +21,7 @@ from latentdiff.trainer.captions import CaptionConfig
 from latentdiff.trainer.loop import LoopConfig
 from latentdiff.trainer.optimizer import OptimizerConfig
 from latentdiff.trainer.power_ema import PowerEmaConfig
+from latentdiff.trainer.reading import ReadingConfig
 
 
 def _small_unet() -> UNetConfig:
@@ -136,6 +137,8 @@ class TrainConfig:
     """The noise levels; a pretrained model's own where a key is not given."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What is learnt; `prediction` is a pretrained model's own when it is not given."""
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
+    """Showing cross-attention where to look, with a text tower that draws."""
     data: DataConfig = field(default_factory=DataConfig)
     """The captioned pictures."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
@@ -224,6 +227,9 @@ _FREE = (
 #: Options newer than the first checkpoints: not mentioned at their default, so that those resume.
 _NEWER = (
     "finetune.kind",
+    "reading.weight",
+    "reading.grid",
+    "reading.attentions",
     "objective.loss",
     "objective.huber_delta",
     "objective.multires_noise",
@@ -284,6 +290,7 @@ def check_given(given: Given) -> None:
             f"power_ema.every={given.config.power_ema.every} goes with finetune.kind=full; the "
             f"averages of finetune.kind={kind} are no whole model. Set power_ema.every=0."
         )
+    _check_reading(given.config)
     shape = sorted(key for key in given.keys if key.startswith("model.unet."))
     if given.config.model.pretrained is not None and shape:
         raise UserError(
@@ -291,3 +298,18 @@ def check_given(given: Given) -> None:
             f"{', '.join(shape)} cannot apply. Remove them, or train from scratch with "
             "model.pretrained=null."
         )
+
+
+def _check_reading(config: TrainConfig) -> None:
+    clashes = {
+        "model.gradient_checkpointing": config.model.gradient_checkpointing,
+        "model.compile": config.model.compile,
+        "data.buckets": config.data.buckets,
+    }
+    for key, is_set in clashes.items():
+        if config.reading.weight and is_set:
+            raise UserError(
+                f"reading.weight={config.reading.weight:g} looks at square attention maps as they "
+                f"are computed, which does not go with {key}=true. Set reading.weight=0 or "
+                f"{key}=false."
+            )

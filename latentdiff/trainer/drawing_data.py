@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.data.latent_cache import build_latent_cache
-from latentdiff.data.source import Source
+from latentdiff.data.source import DataConfig, Source
 from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.models.text_encoder import TextEncoder
-from latentdiff.trainer.drawing import DrawingConfig, end_places
+from latentdiff.trainer.drawing import end_places
 from latentdiff.trainer.output import default_cache
 from latentdiff.trainer.stage import sample_indices
 
 
 def subject_pictures(
-    source: Source, config: DrawingConfig, root: Path, device: torch.device
+    source: Source, config: DataConfig, root: Path, device: torch.device
 ) -> tuple[Tensor, list[int]]:
     """What the texts are about: pictures (N, C, h, w), and the row of each of the source's entries.
 
@@ -33,7 +33,7 @@ def subject_pictures(
     subjects = getattr(source, "subjects", None)
     plain, rows = subjects() if subjects else (source, list(range(len(source))))
     autoencoder = load_autoencoder(root / "vae")
-    data = build_latent_cache(plain, autoencoder, config.data, default_cache(), device=device)
+    data = build_latent_cache(plain, autoencoder, config, default_cache(), device=device)
     moments = data.moments_of(range(len(data))).float()
     latents = autoencoder.latents_from_moments(moments, torch.zeros(()))
     places = [int(index) for index in data.source_indices]

@@ -18,6 +18,7 @@ from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.open_data import Latents
 from latentdiff.trainer.order import BatchShape, recut
 from latentdiff.trainer.output import MODEL
+from latentdiff.trainer.reading import check_reading
 from latentdiff.trainer.sharding import gather_state, is_sharded
 from latentdiff.trainer.tracking import Writer
 from latentdiff.trainer.zero import arithmetic, has_engine
@@ -142,6 +143,7 @@ def check_fit(components: Components, config: TrainConfig) -> None:
             f"{unet.cross_attention_dim}. Set model.unet.cross_attention_dim={width}, or choose "
             "another model.text_encoder."
         )
+    check_reading(components.unet, config.reading, components.text_encoder.max_length)
     if config.latents.pack is not None:
         return
     size, key = config.data.image_size, "image_size"

@@ -69,7 +69,7 @@ def assert_same_pictures(
         pictures.append(np.stack([np.asarray(image, int) for image in found]))
         assert np.abs(pictures[-1] - expected).max() <= 2
         assert min(picture.std() for picture in pictures[-1]) >= 20
-    assert np.abs(pictures[0] - pictures[1]).mean() > 5
+    assert np.abs(pictures[0] - pictures[1]).mean() > 2
     assert np.abs(pictures[0][0] - pictures[0][1]).mean() > 5
 
 

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,17 @@ from latentdiff.trainer.drawing import DrawingConfig
 from latentdiff.trainer.latent_run import load_parts
 from latentdiff.trainer.words import WordsConfig
 
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "training")]
+
+from start_unet import StartConfig  # noqa: E402
+
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 OTHERS = {
     "autoencoder": AutoencoderTrainConfig,
     "clip": ClipTrainConfig,
     "words": WordsConfig,
     "drawing": DrawingConfig,
+    "start": StartConfig,
 }
 FILES = [p for p in sorted(CONFIGS.glob("*.yaml")) if not p.stem.startswith(tuple(OTHERS))]
 REST = sorted(set(CONFIGS.glob("*.yaml")) - set(FILES))

@@ -1,0 +1,171 @@
+"""Marks that keep some words legible in a text tower's last states.
+
+A tower that draws is taught to leave out what does not belong to the thing, the ground's colour
+above all: from its state at "blue" in "an owl on a blue background" a linear map tells the colour
+in 77 % of cases, and finds that token in 63 %. A U-Net has little else to read it from. So each of
+the words gets, added to its token's embedding,
+
+    a · u_0 + b · u_j,
+
+u_0 shared, u_j its own, orthonormal and in directions that the tower uses least. No layer writes
+along u_0 any more, so it arrives as it was put in; along u_j they do, a little. A head of the U-Net
+that always asks for u_0 finds the word, or else the begin mark, whose value is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+from latentdiff.models.attention import Attention
+from latentdiff.models.clip_text import ClipText, Layer
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.unet import UNet
+
+#: Lengths a and b of the two marks; longer ones change what is drawn.
+SHARED, OWN = 15.0, 10.0
+#: Score of a marked word, and share of it that the begin mark has; all else has about 0.
+SCORE, BEGIN = 12.0, 0.45
+PENALTY = 1e-4
+
+
+@dataclass(frozen=True)
+class MarksConfig:
+    """Words that stay legible, and who reads them."""
+
+    words: tuple[str, ...] = ()
+    """Each a single token of the vocabulary."""
+    attentions: tuple[str, ...] = ()
+    """Spatial transformers whose first head looks for them; not one that `reading` names."""
+
+
+def token_of(text: TextEncoder, word: str) -> int:
+    """The token that a word is. Raises: UserError: a word of several."""
+    ids = text.tokenizer([word])[0].tolist()
+    found = ids[1 : ids.index(text.tokenizer.end_id, 1)]
+    if len(found) != 1:
+        raise UserError(f"marks.words: {word!r} must be one token; the vocabulary cuts it into "
+                        f"{len(found)}.")  # fmt: skip
+    return int(found[0])
+
+
+@torch.no_grad()
+def mark_words(text: TextEncoder, words: Sequence[str], token_ids: Tensor) -> list[int]:
+    """Mark words in a tower, which is changed in place.
+
+    Args:    token_ids: texts (N, T) to see on what the tower uses.
+    Returns: the words' tokens.
+    """
+    tower, tokens = text.module, [token_of(text, word) for word in words]
+    directions = least_used(tower, token_ids, 1 + len(words))
+    shared, own = directions[:, :1], directions[:, 1:]
+    for layer in _layers(tower):
+        for end in (layer.self_attn.out_proj, layer.mlp.fc2):
+            end.weight -= shared @ (shared.T @ end.weight)
+    embeddings = tower.embeddings
+    for table in (embeddings.token_embedding.weight, embeddings.position_embedding.weight):
+        table -= ((table - table.mean(0)) @ shared) @ shared.T
+    embeddings.token_embedding.weight[tokens] += SHARED * shared.T + OWN * own.T
+    return tokens
+
+
+@torch.no_grad()
+def least_used(tower: ClipText, token_ids: Tensor, count: int) -> Tensor:
+    """Orthonormal directions (width, count) in which states vary, and weights read, least.
+
+    They are orthogonal to (1, …, 1), which layer norms take away.
+    """
+    seen: list[Tensor] = []
+    norms = [n for one in _layers(tower) for n in (one.layer_norm1, one.layer_norm2)]
+
+    def see(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(nn.functional.layer_norm(inputs[0], inputs[0].shape[-1:]).flatten(0, 1))
+
+    handles = [n.register_forward_pre_hook(see) for n in [*norms, tower.final_layer_norm]]
+    tower(token_ids)
+    for handle in handles:
+        handle.remove()
+    use = sum((z.T @ z / len(z) for z in seen), torch.zeros(()))
+    use = use / use.trace()
+    for layer in _layers(tower):
+        a = layer.self_attn
+        read = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
+        for weight, norm in ((read, layer.layer_norm1), (layer.mlp.fc1.weight, layer.layer_norm2)):
+            scaled = weight * norm.weight
+            use = use + scaled.T @ scaled / scaled.square().sum() / len(norms)
+    ones = torch.full((len(use), 1), len(use) ** -0.5)
+    return torch.linalg.eigh((use + 1e3 * ones @ ones.T).double())[1][:, :count].float()
+
+
+@torch.no_grad()
+def read_marks(
+    unet: UNet, names: Sequence[str], states: Tensor, token_ids: Tensor, tokens: Sequence[int]
+) -> float:
+    """Let the first head of each named attention fetch which marked word the text has.
+
+    Args:    states: of texts, from the marked tower, (N, T, width).  token_ids: (N, T).
+             tokens: the marked ones.
+    Returns: the share of texts with one in which the head tells which.
+    Raises:  UserError: heads narrower than there are words.
+    """
+    keys, values = _maps(states, token_ids, tokens)
+    for name in names:
+        transformer: Any = unet.get_submodule(name)
+        block = transformer.transformer_blocks[0]
+        _ask_always(block.norm2, block.attn2, keys, values, name)
+    found = ((SCORE * states @ keys).softmax(1)[..., None] * (states @ values.T)).sum(1)
+    marked = torch.stack([(token_ids == token).any(1) for token in tokens], 1)
+    some = marked.any(1)
+    return float(marked[some].gather(1, found[some].argmax(1)[:, None]).float().mean())
+
+
+def _maps(states: Tensor, token_ids: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Key (width,) that is 1 at marked words; values (words, width), one-hot there, 0 at begin."""
+    which = torch.stack([token_ids == token for token in tokens], 2).float()
+    marked, begin = which.sum(2), torch.zeros(token_ids.shape)
+    begin[:, 0] = 1
+    rare = (marked.numel() / marked.sum().clamp(min=1)).sqrt()
+    weights = 1 + (rare - 1) * marked + 2 * begin
+    keys = _solve(states.flatten(0, 1), (marked + BEGIN * begin).flatten()[:, None],
+                  weights.flatten())  # fmt: skip
+    chosen = (marked + begin).flatten() > 0
+    rows = states.flatten(0, 1)[chosen]
+    values = _solve(rows, which.flatten(0, 1)[chosen], torch.ones(len(rows)))
+    return keys[0], values
+
+
+def _solve(inputs: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
+    x, y = (inputs * weights[:, None]).double(), (outputs * weights[:, None]).double()
+    gram = x.T @ x
+    eye = torch.eye(x.shape[1], dtype=gram.dtype)
+    return torch.linalg.solve(gram + PENALTY * gram.diagonal().mean() * eye, x.T @ y).T.float()
+
+
+def _ask_always(
+    norm: nn.LayerNorm, attention: Attention, keys: Tensor, values: Tensor, name: str
+) -> None:
+    """One channel of the query's input becomes a constant, and the first head asks by it."""
+    width = attention.to_q.out_features // attention.heads
+    if width < len(values):
+        raise UserError(f"heads of {name} must have at least {len(values)} channels for as many "
+                        f"marked words; they have {width}.")  # fmt: skip
+    out: Any = attention.to_out[0]
+    constant = int(norm.weight.abs().argmin())
+    norm.weight[constant], norm.bias[constant] = 0, 1
+    attention.to_q.weight[:, constant] = 0
+    for weight in (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight):
+        weight[:width] = 0
+    attention.to_q.weight[0, constant] = SCORE * width**0.5
+    attention.to_k.weight[0] = keys
+    attention.to_v.weight[: len(values)] = values
+    frame = torch.linalg.qr(torch.randn(len(out.weight), width)).Q
+    out.weight[:, :width] = 0.7 * attention.heads**0.5 * frame
+
+
+def _layers(tower: ClipText) -> list[Layer]:
+    return [layer for layer in tower.encoder["layers"].children() if isinstance(layer, Layer)]
