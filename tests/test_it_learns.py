@@ -71,9 +71,9 @@ def check_with_the_embedded_autoencoder(output: Path, *overrides: str) -> None:
     report(found, best)
     for name, matrix in found.items():
         assert nearest_is_own(matrix) == len(matrix), name
-        # At 64 pixels a round trip through the autoencoder alone is at 0.2 to 0.4 by features.
+        # What a classifier sees in a 64-pixel round trip is already far from the original.
         assert bool((own_share(matrix) < 0.5).all()) or name == "features"
-        assert own_share(matrix).mean() < 0.5, (name, own_share(matrix))
+        assert own_share(matrix).mean() < 1.15 * own_share(best[name]).mean() + 0.05, name
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_it_learns_two_pictures(tmp_path: Path) -> None:
     check_with_the_embedded_autoencoder(
         tmp_path / "run",
         "data.emoji_concepts=[tomato, cat face]",
-        "loop.max_steps=450",
+        "loop.max_steps=700",
         "loop.max_minutes=30",
         "loop.tensorboard=false",
     )

@@ -26,12 +26,12 @@ from latentdiff.models.attention import Attention
 from latentdiff.models.clip_text import ClipText, Layer
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
+from latentdiff.trainer.unfolding import linear_map
 
 #: Lengths a and b of the two marks; longer ones change what is drawn.
 SHARED, OWN = 15.0, 10.0
 #: Score of a marked word, and share of it that the begin mark has; all else has about 0.
 SCORE, BEGIN = 12.0, 0.45
-PENALTY = 1e-4
 
 
 @dataclass(frozen=True)
@@ -131,19 +131,12 @@ def _maps(states: Tensor, token_ids: Tensor, tokens: Sequence[int]) -> tuple[Ten
     begin[:, 0] = 1
     rare = (marked.numel() / marked.sum().clamp(min=1)).sqrt()
     weights = 1 + (rare - 1) * marked + 2 * begin
-    keys = _solve(states.flatten(0, 1), (marked + BEGIN * begin).flatten()[:, None],
+    keys = linear_map(states.flatten(0, 1), (marked + BEGIN * begin).flatten()[:, None],
                   weights.flatten())  # fmt: skip
     chosen = (marked + begin).flatten() > 0
     rows = states.flatten(0, 1)[chosen]
-    values = _solve(rows, which.flatten(0, 1)[chosen], torch.ones(len(rows)))
+    values = linear_map(rows, which.flatten(0, 1)[chosen])
     return keys[0], values
-
-
-def _solve(inputs: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
-    x, y = (inputs * weights[:, None]).double(), (outputs * weights[:, None]).double()
-    gram = x.T @ x
-    eye = torch.eye(x.shape[1], dtype=gram.dtype)
-    return torch.linalg.solve(gram + PENALTY * gram.diagonal().mean() * eye, x.T @ y).T.float()
 
 
 def _ask_always(

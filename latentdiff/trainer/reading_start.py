@@ -28,12 +28,12 @@ from latentdiff.trainer.reading import (
     latent_side,
     told_attentions,
 )
+from latentdiff.trainer.unfolding import linear_map
 
 #: Length of the keys: for a query of ordinary length the softmax is sharp.
 KEY = 6.0
 #: How much of a coarser part enters the residual stream at first.
 ENTERS = 0.25
-PENALTY = 1e-3
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def start_reading(unet: UNet, config: ReadingConfig, states: Tensor, wanted: Ten
     whole = latent_side(unet.config)
     said, begin = states[:, -count:].flatten(0, 1), states[:, 0]
     nothing = wanted.new_zeros(len(begin), size)
-    values = _map(torch.cat([said, begin]), torch.cat([wanted.flatten(0, 1), nothing]))
+    values = linear_map(torch.cat([said, begin]), torch.cat([wanted.flatten(0, 1), nothing]))
     keys = _keys(states, config.grid)
     for told in told_attentions(unet, config.attentions):
         check_grid(told, unet.config, config.grid)
@@ -74,13 +74,6 @@ def part_values(size: int, patch: int, parts: int) -> Tensor:
     return numbers.permute(1, 3, 0, 2, 4).reshape(parts**2, -1)
 
 
-def _map(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The least-squares map without an offset, (K, D): to_k and to_v have none."""
-    x, y = inputs.double(), outputs.double()
-    gram = x.T @ x + PENALTY * len(x) * torch.eye(x.shape[1]).double()
-    return torch.linalg.solve(gram, x.T @ y).T.float()
-
-
 def _keys(states: Tensor, grid: int) -> Tensor:
     """Map of states to the axes row, column and begin, (2 grid + 1, width)."""
     count, few = grid**2, states[:, 1 : -(grid**2) : 7]
@@ -89,7 +82,7 @@ def _keys(states: Tensor, grid: int) -> Tensor:
     begin = torch.eye(2 * grid + 1)[-1:]
     axes = torch.cat([patch, begin, -begin.expand(few.shape[1], -1)]).repeat(len(states), 1)
     inputs = torch.cat([states[:, -count:], states[:, :1], few], 1).flatten(0, 1)
-    return _map(inputs, axes)
+    return linear_map(inputs, axes)
 
 
 def _write_heads(told: Told, keys: Tensor, values: Tensor, order: Tensor) -> None:

@@ -123,6 +123,19 @@ def ridge(inputs: Tensor, outputs: Tensor, penalty: float = 1e-4) -> tuple[Tenso
     return solved.T.float(), (y_mean - x_mean @ solved).float()
 
 
+def linear_map(inputs: Tensor, outputs: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weights (K, D) of the least-squares map without an offset, as to_k and to_v want it.
+
+    Args: inputs: (N, D).  outputs: (N, K).  weights: of the rows, (N,); None: all 1.
+    """
+    x, y = inputs.double(), outputs.double()
+    if weights is not None:
+        x, y = x * weights[:, None], y * weights[:, None]
+    gram = x.T @ x
+    penalty = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + penalty, x.T @ y).T.float()
+
+
 def _lengthen_positions(tower: ClipText, count: int) -> None:
     places = tower.embeddings.position_embedding.weight
     width = places.shape[1]

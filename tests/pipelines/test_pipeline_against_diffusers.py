@@ -15,7 +15,8 @@ from tests.random_models import make_pipeline
 
 PROMPTS = ["a cat", "pain pain dog"]
 #: The second leaves to the seed what is drawn; of what is named the embedded model has one picture.
-TRAINED = ["a painting of a red apple", "a drawing"]
+#: Of a named thing the embedded model draws nearly the same with every seed.
+TRAINED = ["a painting", "a picture"]
 CASES: dict[str, dict[str, Any]] = {
     "eps": {},
     "v, zero terminal SNR": {
@@ -69,7 +70,7 @@ def assert_same_pictures(
         pictures.append(np.stack([np.asarray(image, int) for image in found]))
         assert np.abs(pictures[-1] - expected).max() <= 2
         assert min(picture.std() for picture in pictures[-1]) >= 20
-    assert np.abs(pictures[0] - pictures[1]).mean() > 2
+    assert np.abs(pictures[0] - pictures[1]).mean() > 5
     assert np.abs(pictures[0][0] - pictures[0][1]).mean() > 5
 
 
