@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: While one process encodes pictures the others wait longer than the default 10 minutes.
 _PATIENCE = timedelta(hours=6)
+#: What `accelerate launch` and torchrun leave in the environment of those whom they start.
+_MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 #: How launchers tell a process how many there are.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -65,8 +67,32 @@ def start_processes(mixed_precision: str, cpu: bool = False, shards: bool = Fals
         kwargs_handlers=[patience],
     )
     check_together(accelerator.num_processes)
+    if accelerator.device.type == "cpu":
+        take_cores()
     _check_accumulation(accelerator.gradient_accumulation_steps)
     return accelerator
+
+
+def take_cores() -> None:
+    """Share out this machine's cores where the launcher gave each process one unasked.
+
+    `accelerate launch` and torchrun set OMP_NUM_THREADS=1 unless they find it set, so a run on a
+    CPU would have one core of eight. What a person set stands.
+    """
+    import psutil
+
+    if os.environ.get("OMP_NUM_THREADS") != "1" or not any(name in os.environ for name in _MARKS):
+        return
+    try:
+        launcher = psutil.Process().parent()
+        if launcher is None or "OMP_NUM_THREADS" in launcher.environ():
+            return
+    except psutil.Error:
+        return
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def was_restarted() -> bool:
