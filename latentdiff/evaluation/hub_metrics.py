@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.evaluation.features import to_tensors
+from latentdiff.evaluation.measures import Shown
 from latentdiff.evaluation.statistics import frechet_distance, rbf_distance
 
 DINO = "facebook/dinov2-large"
@@ -23,16 +24,15 @@ CLIP = "openai/clip-vit-large-patch14-336"
 #: Normalisation of the two: ImageNet's for DINOv2, CLIP's own.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-Pages = Sequence[tuple[str, Image.Image, Image.Image | None]]
 
 
-def hub_metrics(pages: Pages, device: torch.device) -> dict[str, Any]:
+def hub_metrics(pages: Sequence[Shown], device: torch.device) -> dict[str, Any]:
     """FID (Inception), FD-DINOv2 and CMMD of generated against real pictures.
 
     Source: arXiv:1706.08500, arXiv:2306.04675, arXiv:2401.09603.
     """
-    ours = [generated for _, generated, real in pages if real is not None]
-    theirs = [real for _, _, real in pages if real is not None]
+    ours = [item.ours for item in pages if item.real is not None]
+    theirs = [item.real for item in pages if item.real is not None]
     figures: dict[str, Any] = {}
     for name, open_network, distance in (
         ("FID (Inception)", _inception, frechet_distance),

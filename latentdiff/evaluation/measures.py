@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,15 +34,22 @@ Pictures = list[Image.Image]
 STYLE_EXAMPLES = 300
 
 
+class Shown(NamedTuple):
+    """One generated picture on the page."""
+
+    prompt: str
+    ours: Image.Image
+    real: Image.Image | None = None
+    miss: str = ""
+    """What is not as asked, in words."""
+
+
 @dataclass
 class Result:
-    """Figures by name, and the pictures behind them."""
+    """Figures by name, and the pictures behind them by section."""
 
     figures: dict[str, Any] = field(default_factory=dict)
-    pages: dict[str, list[tuple[str, Image.Image, Image.Image | None]]] = field(
-        default_factory=dict
-    )
-    """Section → (prompt, generated, real or None)."""
+    pages: dict[str, list[Shown]] = field(default_factory=dict)
 
 
 class Generator:
@@ -113,16 +120,15 @@ def ground_of(image: Image.Image, border: int = 3) -> str:
 
 
 def concepts(
-    asked: Sequence[Asked],
-    images: Pictures,
-    vae_images: Pictures,
-    gallery: Tensor,
-    features: Features,
+    asked: Sequence[Asked], ours: Tensor, rebuilt: Tensor, gallery: Tensor
 ) -> dict[str, Any]:
-    """Concept accuracy and distances to the real set, with the autoencoder's ceiling."""
+    """Concept accuracy and distances to the real set, with the autoencoder's ceiling.
+
+    Args: ours, rebuilt: features (N, D) of what was generated, of real pictures through the VAE.
+    """
     rows = [item.row for item in asked]
     figures: dict[str, Any] = {"gallery": len(gallery), "prompts": len(asked)}
-    for name, found in (("", features(images)), ("real through VAE: ", features(vae_images))):
+    for name, found in (("", ours), ("real through VAE: ", rebuilt)):
         order = ranks(found, gallery, rows)
         figures |= {
             f"{name}concept top-1": share_within(order, 1),

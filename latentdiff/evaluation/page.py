@@ -10,11 +10,14 @@ from typing import Any
 
 from PIL import Image
 
+from latentdiff.evaluation.measures import Shown
+
 _STYLE = """
 body { font: 15px system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; color: #222 }
 table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0 }
 figure { display: inline-block; margin: .3rem; width: 9rem; vertical-align: top }
 figcaption { font-size: .75rem; color: #555 } img { width: 64px; image-rendering: pixelated }
+i { display: block; color: #b00 }
 """
 
 
@@ -27,9 +30,12 @@ def _picture(image: Image.Image) -> str:
 def page(
     title: str,
     figures: dict[str, Any],
-    sections: dict[str, list[tuple[str, Image.Image, Image.Image | None]]],
+    sections: dict[str, list[Shown]],
 ) -> str:
-    """Return one HTML file without outside references; real pictures stand to the right."""
+    """Return one HTML file without outside references.
+
+    Real pictures stand to the right; what is not as asked is said in red.
+    """
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
         for name, value in figures.items()
@@ -43,9 +49,13 @@ def page(
     )
 
 
-def _figures(items: Sequence[tuple[str, Image.Image, Image.Image | None]]) -> str:
+def _figures(items: Sequence[Shown]) -> str:
     return "".join(
-        f"<figure>{_picture(ours)}{_picture(real) if real else ''}"
-        f"<figcaption>{html.escape(prompt)}</figcaption></figure>"
-        for prompt, ours, real in items
+        f"<figure>{_picture(item.ours)}{_picture(item.real) if item.real else ''}"
+        f"<figcaption>{html.escape(item.prompt)}{_miss(item.miss)}</figcaption></figure>"
+        for item in items
     )
+
+
+def _miss(words: str) -> str:
+    return f"<i>{html.escape(words)}</i>" if words else ""

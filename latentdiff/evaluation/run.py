@@ -13,7 +13,8 @@ from latentdiff.data.emoji import Drawing
 from latentdiff.evaluation import measures, prompts
 from latentdiff.evaluation.features import ClassifierFeatures
 from latentdiff.evaluation.galleries import Galleries
-from latentdiff.evaluation.measures import Generator, Result
+from latentdiff.evaluation.measures import Generator, Pictures, Result, Shown
+from latentdiff.evaluation.misses import concept_miss, ground_miss, style_miss
 from latentdiff.models.perceptual import PerceptualDistance
 
 
@@ -68,10 +69,17 @@ class Evaluation:
         figures["seconds per picture"] = self.generator.seconds / self.generator.count
         return self.result
 
-    def _keep(self, name: str, asked: Sequence[prompts.Asked], images: Any, real: Any) -> None:
+    def _keep(
+        self,
+        name: str,
+        asked: Sequence[prompts.Asked],
+        images: Pictures,
+        real: Pictures,
+        wrong: Sequence[str],
+    ) -> None:
         self.result.pages[name] = [
-            (item.prompt, ours, theirs)
-            for item, ours, theirs in zip(asked, images, real, strict=True)
+            Shown(item.prompt, ours, theirs, words)
+            for item, ours, theirs, words in zip(asked, images, real, wrong, strict=True)
         ]
 
     def _concepts(self, score: Any) -> None:
@@ -83,12 +91,15 @@ class Evaluation:
         rebuilt = measures.through_vae(real, self.pipeline.autoencoder)
         gallery = self.galleries("plain", "white")
         figures = self.result.figures
-        figures |= measures.concepts(asked, images, rebuilt, gallery, self.features)
+        found = self.features(images)
+        figures |= measures.concepts(asked, found, self.features(rebuilt), gallery)
         figures |= measures.reconstruction(real, rebuilt, self.distance)
         if score is not None:
             figures["CLIP score"] = measures.clip_score(texts, images, score)
             figures["real: CLIP score"] = measures.clip_score(texts, real, score)
-        self._keep("Concepts", asked, images, real)
+        pairs = zip(asked, found, strict=True)
+        wrong = [concept_miss(item, one, gallery, self.drawings) for item, one in pairs]
+        self._keep("Concepts", asked, images, real, wrong)
 
     def _held_out(self) -> None:
         figures, count = self.result.figures, self.size.compositions
@@ -105,11 +116,17 @@ class Evaluation:
                 classifier = measures.style_classifier(self.drawings, self.side, self.features)
                 known = self.features(real)
                 figures |= _named(name, measures.styles(asked, found, known, classifier))
+                wrong = [style_miss(*pair, classifier) for pair in zip(asked, found, strict=True)]
             else:
                 figures |= _named(name, measures.grounds(asked, images, real))
+                wrong = [ground_miss(*pair) for pair in zip(asked, images, strict=True)]
             hits.append(measures.compositions(asked, found, self.galleries))
             figures[f"{name}: concept top-5"] = hits[-1]
-            self._keep(name, asked, images, real)
+            for i, (item, one) in enumerate(zip(asked, found, strict=True)):
+                gallery = self.galleries(item.rendering.style, item.rendering.background)
+                both = (concept_miss(item, one, gallery, self.drawings), wrong[i])
+                wrong[i] = "; ".join(filter(None, both))
+            self._keep(name, asked, images, real, wrong)
         figures["Held-out compositions: concept top-5"] = sum(hits) / len(hits)
 
     def _diversity(self) -> None:
@@ -119,8 +136,8 @@ class Evaluation:
         for item in asked:
             images = self.generator([item.prompt] * self.size.seeds, seed=20_000)
             groups.append(images)
-            pairs: list[Any] = [(item.prompt, image, None) for image in images]
-            self.result.pages.setdefault("Seeds", []).extend(pairs)
+            shown = [Shown(item.prompt, image) for image in images]
+            self.result.pages.setdefault("Seeds", []).extend(shown)
         self.result.figures["diversity over seeds, LPIPS"] = measures.diversity(
             groups, self.distance
         )
