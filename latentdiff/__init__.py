@@ -5,6 +5,7 @@ Public names load when first used, so importing the package costs nothing.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
 __version__ = "0.1.0"
+
+# Threads spin while they wait for each other, before they sleep. Where other programs use the cores
+# too, that slows a picture two- to threefold; GNU OpenMP reads this as torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOME = {
     "Autoencoder": "latentdiff.models.autoencoder",

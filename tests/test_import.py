@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "diffusers", "datasets", "accelerate", "numpy", "PIL", "pydantic")
 
 
-def run(code: str) -> str:
+def run(code: str, **extra: str) -> str:
+    own = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {k: v for k, v in os.environ.items() if k not in own} | extra
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_waiting_threads_spin_a_little_unless_told_otherwise(
+    given: dict[str, str], spins: str
+) -> None:
+    code = "import os, latentdiff; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert run(code, **given) == spins
 
 
 def test_import_is_light_and_quick() -> None:
