@@ -28,7 +28,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.trainer.drawing import patches
 from latentdiff.trainer.drawing_data import Texts, subject_pictures
-from latentdiff.trainer.marks import MarksConfig, mark_words, read_marks
+from latentdiff.trainer.marks import MarksConfig, mark_words, read_marks, token_of
 from latentdiff.trainer.output import check_output
 from latentdiff.trainer.reading import ReadingConfig, check_reading, told_attentions
 from latentdiff.trainer.reading_start import start_reading
@@ -102,8 +102,8 @@ def start(config: StartConfig) -> Path:
     pictures, rows = subject_pictures(source, config.data, root, torch.device("cpu"))
     draw = Texts(source, rows, text.tokenizer, config.seed)
     if config.marks.words:
-        share = mark(config, unet, text, draw)
-        print(f"which marked word a text has is read in {share:.1%} of those with one")
+        for kind, share in zip(config.marks.words, mark(config, unet, text, draw), strict=True):
+            print(f"{kind}: which a text has is read in {share:.1%} of those with one")
     texts, _, drawn = draw(0, config.captions)
     wanted = patches(pictures[drawn], pictures.shape[-1] // config.reading.grid)
     error = start_reading(unet, config.reading, encode(text, texts), wanted)
@@ -115,10 +115,15 @@ def start(config: StartConfig) -> Path:
     return folder
 
 
-def mark(config: StartConfig, unet: UNet, text: TextEncoder, draw: Texts) -> float:
-    """Mark the words in the tower and let the U-Net read them. Returns: how often it does."""
+def mark(config: StartConfig, unet: UNet, text: TextEncoder, draw: Texts) -> list[float]:
+    """Mark the words in the tower and let the U-Net read them.
+
+    Returns: for each kind of words how often it does.
+    """
     texts, ids, _ = draw(1, 8 * config.captions)
-    tokens = mark_words(text, config.marks.words, ids[:: len(ids) // config.captions])
+    kinds = config.marks.kinds
+    mark_words(text, [word for kind in kinds for word in kind], ids[:: len(ids) // config.captions])
+    tokens = [[token_of(text, word) for word in kind] for kind in kinds]
     return read_marks(unet, config.marks.attentions, encode(text, texts), ids, tokens)
 
 

@@ -39,6 +39,7 @@ from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.environment import environment, write_environment
 from latentdiff.trainer.extras import check_extras
 from latentdiff.trainer.gauges import MEBI, peak_memory
+from latentdiff.trainer.held import hold
 from latentdiff.trainer.interrupt import Interrupted
 from latentdiff.trainer.latent_run import (
     batch_shape,
@@ -88,6 +89,7 @@ def train(given: Given, resume: bool) -> str:
     torch.manual_seed(config.loop.seed)
     trainee = apply_method(components, config.finetune)
     unet = trainee.module
+    hold(components.unet, config.held)
     gauges = make_gauges(components, latents, accelerator, frozen=trainee.adds)
     optimizer = make_optimizer(unet, config.optimizer)
     model, prepared_optimizer = prepare(accelerator, unet, optimizer, config.optimizer.clip_norm)

@@ -18,6 +18,7 @@ from latentdiff.finetune.full import FullConfig
 from latentdiff.finetune.registry import FinetuneConfig
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.trainer.captions import CaptionConfig
+from latentdiff.trainer.held import HeldConfig
 from latentdiff.trainer.loop import LoopConfig
 from latentdiff.trainer.optimizer import OptimizerConfig
 from latentdiff.trainer.power_ema import PowerEmaConfig
@@ -139,6 +140,8 @@ class TrainConfig:
     """What is learnt; `prediction` is a pretrained model's own when it is not given."""
     reading: ReadingConfig = field(default_factory=ReadingConfig)
     """Showing cross-attention where to look, with a text tower that draws."""
+    held: HeldConfig = field(default_factory=HeldConfig)
+    """Heads that are not trained in where they look."""
     data: DataConfig = field(default_factory=DataConfig)
     """The captioned pictures."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
@@ -230,6 +233,8 @@ _NEWER = (
     "reading.weight",
     "reading.grid",
     "reading.attentions",
+    "held.attentions",
+    "held.heads",
     "objective.loss",
     "objective.huber_delta",
     "objective.multires_noise",

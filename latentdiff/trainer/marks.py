@@ -9,7 +9,8 @@ the words gets, added to its token's embedding,
 
 u_0 shared, u_j its own, orthonormal and in directions that the tower uses least. No layer writes
 along u_0 any more, so it arrives as it was put in; along u_j they do, a little. A head of the U-Net
-that always asks for u_0 finds the word, or else the begin mark, whose value is nothing.
+that always asks for u_0 finds the word, or else the begin mark, whose value is nothing. Words of
+one kind, colours or styles, have a head of their own, which does not ask for the other kinds'.
 """
 
 from __future__ import annotations
@@ -39,9 +40,25 @@ class MarksConfig:
     """Words that stay legible, and who reads them."""
 
     words: tuple[str, ...] = ()
-    """Each a single token of the vocabulary."""
+    """Each entry the words of one kind, with spaces between; each word a single token."""
     attentions: tuple[str, ...] = ()
-    """Spatial transformers whose first head looks for them; not one that `reading` names."""
+    """Spatial transformers whose first heads look for them, one head for each kind; not one that
+    `reading` names."""
+
+    @property
+    def kinds(self) -> list[list[str]]:
+        """The words of each kind."""
+        return [kind.split() for kind in self.words]
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        flat = [word for kind in self.kinds for word in kind]
+        problems = []
+        if not all(self.kinds):
+            problems.append("words must have a word in every entry; got an empty one.")
+        if len(set(flat)) < len(flat):
+            problems.append(f"words must differ; got {', '.join(flat)}.")
+        return problems
 
 
 def token_of(text: TextEncoder, word: str) -> int:
@@ -104,33 +121,47 @@ def least_used(tower: ClipText, token_ids: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def read_marks(
-    unet: UNet, names: Sequence[str], states: Tensor, token_ids: Tensor, tokens: Sequence[int]
-) -> float:
-    """Let the first head of each named attention fetch which marked word the text has.
+    unet: UNet,
+    names: Sequence[str],
+    states: Tensor,
+    token_ids: Tensor,
+    kinds: Sequence[Sequence[int]],
+) -> list[float]:
+    """Let the first heads of each named attention fetch which marked words the text has.
 
     Args:    states: of texts, from the marked tower, (N, T, width).  token_ids: (N, T).
-             tokens: the marked ones.
-    Returns: the share of texts with one in which the head tells which.
-    Raises:  UserError: heads narrower than there are words.
+             kinds: the marked tokens, kind by kind; each kind has a head.
+    Returns: for each kind the share of texts with such a word in which the head tells which.
+    Raises:  UserError: heads too few, or narrower than a kind has words.
     """
-    keys, values = _maps(states, token_ids, tokens)
+    any_mark = torch.isin(token_ids, torch.tensor([t for kind in kinds for t in kind]))
+    maps = [_maps(states, token_ids, kind, any_mark.float()) for kind in kinds]
     for name in names:
         transformer: Any = unet.get_submodule(name)
         block = transformer.transformer_blocks[0]
-        _ask_always(block.norm2, block.attn2, keys, values, name)
-    found = ((SCORE * states @ keys).softmax(1)[..., None] * (states @ values.T)).sum(1)
-    marked = torch.stack([(token_ids == token).any(1) for token in tokens], 1)
-    some = marked.any(1)
-    return float(marked[some].gather(1, found[some].argmax(1)[:, None]).float().mean())
+        _ask_always(block.norm2, block.attn2, maps, name)
+    shares = []
+    for tokens, (keys, values) in zip(kinds, maps, strict=True):
+        found = ((SCORE * states @ keys).softmax(1)[..., None] * (states @ values.T)).sum(1)
+        has = torch.stack([(token_ids == token).any(1) for token in tokens], 1)
+        some = has.any(1)
+        shares.append(float(has[some].gather(1, found[some].argmax(1)[:, None]).float().mean()))
+    return shares
 
 
-def _maps(states: Tensor, token_ids: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Key (width,) that is 1 at marked words; values (words, width), one-hot there, 0 at begin."""
+def _maps(
+    states: Tensor, token_ids: Tensor, tokens: Sequence[int], any_mark: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Key (width,) that is 1 at words of the kind; values (words, width), one-hot there.
+
+    At the begin mark the key is less and the value 0; all else has neither, the other kinds' words
+    too (`any_mark`, (N, T), is 1 at marked ones).
+    """
     which = torch.stack([token_ids == token for token in tokens], 2).float()
     marked, begin = which.sum(2), torch.zeros(token_ids.shape)
     begin[:, 0] = 1
-    rare = (marked.numel() / marked.sum().clamp(min=1)).sqrt()
-    weights = 1 + (rare - 1) * marked + 2 * begin
+    rare = (any_mark.numel() / any_mark.sum().clamp(min=1)).sqrt()
+    weights = 1 + (rare - 1) * any_mark + 2 * begin
     keys = linear_map(states.flatten(0, 1), (marked + BEGIN * begin).flatten()[:, None],
                   weights.flatten())  # fmt: skip
     chosen = (marked + begin).flatten() > 0
@@ -140,24 +171,27 @@ def _maps(states: Tensor, token_ids: Tensor, tokens: Sequence[int]) -> tuple[Ten
 
 
 def _ask_always(
-    norm: nn.LayerNorm, attention: Attention, keys: Tensor, values: Tensor, name: str
+    norm: nn.LayerNorm, attention: Attention, maps: Sequence[tuple[Tensor, Tensor]], name: str
 ) -> None:
-    """One channel of the query's input becomes a constant, and the first head asks by it."""
-    width = attention.to_q.out_features // attention.heads
-    if width < len(values):
-        raise UserError(f"heads of {name} must have at least {len(values)} channels for as many "
-                        f"marked words; they have {width}.")  # fmt: skip
+    """One channel of the query's input becomes a constant, and the first heads ask by it."""
+    width, most = attention.to_q.out_features // attention.heads, max(len(v) for _, v in maps)
+    if width < most or attention.heads < len(maps):
+        raise UserError(f"{name} must have at least {len(maps)} heads of {most} channels, for as "
+                        "many kinds of marked words and words of a kind; it has "
+                        f"{attention.heads} of {width}.")  # fmt: skip
     out: Any = attention.to_out[0]
     constant = int(norm.weight.abs().argmin())
     norm.weight[constant], norm.bias[constant] = 0, 1
     attention.to_q.weight[:, constant] = 0
-    for weight in (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight):
-        weight[:width] = 0
-    attention.to_q.weight[0, constant] = SCORE * width**0.5
-    attention.to_k.weight[0] = keys
-    attention.to_v.weight[: len(values)] = values
-    frame = torch.linalg.qr(torch.randn(len(out.weight), width)).Q
-    out.weight[:, :width] = 0.7 * attention.heads**0.5 * frame
+    frame = torch.linalg.qr(torch.randn(len(out.weight), len(maps) * width)).Q
+    for head, (keys, values) in enumerate(maps):
+        rows = slice(head * width, (head + 1) * width)
+        for weight in (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight):
+            weight[rows] = 0
+        attention.to_q.weight[rows.start, constant] = SCORE * width**0.5
+        attention.to_k.weight[rows.start] = keys
+        attention.to_v.weight[rows][: len(values)] = values
+    out.weight[:, : len(maps) * width] = 0.7 * attention.heads**0.5 * frame
 
 
 def _layers(tower: ClipText) -> list[Layer]:

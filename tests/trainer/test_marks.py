@@ -14,7 +14,14 @@ from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig
-from latentdiff.trainer.marks import SHARED, least_used, mark_words, read_marks, token_of
+from latentdiff.trainer.marks import (
+    SHARED,
+    MarksConfig,
+    least_used,
+    mark_words,
+    read_marks,
+    token_of,
+)
 
 #: In the tiny vocabulary these two are tokens, and so is every letter.
 WORDS = ("cat", "dog")
@@ -89,7 +96,7 @@ def test_a_head_finds_the_word_wherever_it_asks_from(text: TextEncoder) -> None:
     tokens = mark_words(text, WORDS, ids)
     states = text.encode(TEXTS).float()
     unet = make_unet(states.shape[2])
-    assert read_marks(unet, [READER], states, ids, tokens) > 0.95
+    assert read_marks(unet, [READER], states, ids, [tokens])[0] > 0.95
     block = unet.get_submodule(READER).transformer_blocks[0]
     attention, kv = block.attn2, block.attn2.project(states)
     out = attention.to_out[0]
@@ -105,6 +112,29 @@ def test_a_head_finds_the_word_wherever_it_asks_from(text: TextEncoder) -> None:
     assert float(code[~cat & ~dog].abs().max()) < 0.3
 
 
+@torch.no_grad()
+def test_each_kind_of_words_has_a_head_of_its_own(text: TextEncoder) -> None:
+    torch.manual_seed(0)
+    texts = [f"{t.removesuffix(' cat').removesuffix(' dog k')} cat dog" for t in TEXTS[3:]]
+    texts += TEXTS
+    ids = text.tokenizer(texts)
+    tokens = mark_words(text, WORDS, ids)
+    states = text.encode(texts).float()
+    unet = make_unet(states.shape[2])
+    shares = read_marks(unet, [READER], states, ids, [tokens[:1], tokens[1:]])
+    assert len(shares) == 2
+    attention = unet.get_submodule(READER).transformer_blocks[0].attn2
+    kv = attention.project(states)
+    norm = unet.get_submodule(READER).transformer_blocks[0].norm2
+    query = attention.to_q(norm(torch.randn(len(texts), 1, 32)))
+    for head, token in enumerate(tokens):
+        scores = torch.einsum("nc,ntc->nt", query[:, 0, head * 8 : head * 8 + 8], kv[0][:, head])
+        has = (ids == token).any(1)
+        looks = scores.argmax(1)[has]
+        assert float((ids[has].gather(1, looks[:, None])[:, 0] == token).float().mean()) > 0.95
+        assert float((scores.argmax(1)[~has] == 0).float().mean()) > 0.95
+
+
 def test_a_word_of_several_tokens_is_refused(text: TextEncoder) -> None:
     with pytest.raises(UserError, match="'castle' must be one token"):
         token_of(text, "castle")
@@ -114,5 +144,14 @@ def test_heads_narrower_than_the_words_are_refused(text: TextEncoder) -> None:
     ids = text.tokenizer(TEXTS)
     tokens = mark_words(text, WORDS, ids)
     states = text.encode(TEXTS).float()
-    with pytest.raises(UserError, match="at least 2 channels"):
-        read_marks(make_unet(states.shape[2], heads=32), [READER], states, ids, tokens)
+    with pytest.raises(UserError, match="at least 1 heads of 2 channels"):
+        read_marks(make_unet(states.shape[2], heads=32), [READER], states, ids, [tokens])
+    with pytest.raises(UserError, match="at least 2 heads of 1 channels"):
+        kinds = [tokens[:1], tokens[1:]]
+        read_marks(make_unet(states.shape[2], heads=1), [READER], states, ids, kinds)
+
+
+def test_bad_words_are_named() -> None:
+    assert MarksConfig(("red blue", "sketch")).validate() == []
+    assert "empty" in MarksConfig(("red", " ")).validate()[0]
+    assert "must differ; got red, red" in MarksConfig(("red", "red")).validate()[0]
