@@ -102,7 +102,8 @@ def start(config: StartConfig) -> Path:
     pictures, rows = subject_pictures(source, config.data, root, torch.device("cpu"))
     draw = Texts(source, rows, text.tokenizer, config.seed)
     if config.marks.words:
-        for kind, share in zip(config.marks.words, mark(config, unet, text, draw), strict=True):
+        every = Texts(source, rows, text.tokenizer, config.seed, draws=1)  # long ones too
+        for kind, share in zip(config.marks.words, mark(config, unet, text, every), strict=True):
             print(f"{kind}: which a text has is read in {share:.1%} of those with one")
     texts, _, drawn = draw(0, config.captions)
     wanted = patches(pictures[drawn], pictures.shape[-1] // config.reading.grid)

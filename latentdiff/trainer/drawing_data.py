@@ -49,23 +49,25 @@ def subject_pictures(
 
 
 class Texts:
-    """Captions as token ids, drawn by (seed, step)."""
+    """Captions as token ids, drawn by (seed, step).
 
-    def __init__(self, source: Source, rows: list[int], tokenizer: Any, seed: int) -> None:
+    Args: draws: of so many captions drawn the shortest is taken; names are what has to be learnt.
+    """
+
+    def __init__(
+        self, source: Source, rows: list[int], tokenizer: Any, seed: int, draws: int = 2
+    ) -> None:
         usable = [i for i in range(len(source)) if rows[i] >= 0]
         self.captions = [source.captions(i) for i in usable]
         self.rows = torch.tensor([rows[i] for i in usable])
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer, self.seed, self.draws = tokenizer, seed, draws
         self._ids: dict[str, Tensor] = {}
 
     def __call__(self, step: int, count: int) -> tuple[list[str], Tensor, Tensor]:
-        """Return (texts, ids, picture rows), the shortest text first.
-
-        Of two captions drawn the shorter one is taken: names are what has to be learnt.
-        """
+        """Return (texts, ids, picture rows), the shortest text first."""
         chosen = sample_indices(step, len(self.captions), count, self.seed).tolist()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        draws = torch.rand(count, 2, generator=generator).tolist()
+        draws = torch.rand(count, self.draws, generator=generator).tolist()
         texts = []
         for index, pair in zip(chosen, draws, strict=True):
             of = self.captions[index]

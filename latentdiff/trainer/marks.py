@@ -29,10 +29,10 @@ from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.trainer.unfolding import linear_map
 
-#: Lengths a and b of the two marks; longer ones change what is drawn.
-SHARED, OWN = 15.0, 10.0
-#: Score of a marked word, and share of it that the begin mark has; all else has about 0.
-SCORE, BEGIN = 12.0, 0.45
+#: Lengths a and b of the two marks; longer ones change more of what is drawn.
+SHARED, OWN = 15.0, 20.0
+#: Penalty on the squared length of the keys.
+RIDGE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -134,40 +134,47 @@ def read_marks(
     Returns: for each kind the share of texts with such a word in which the head tells which.
     Raises:  UserError: heads too few, or narrower than a kind has words.
     """
-    any_mark = torch.isin(token_ids, torch.tensor([t for kind in kinds for t in kind]))
-    maps = [_maps(states, token_ids, kind, any_mark.float()) for kind in kinds]
+    maps = [_maps(states, token_ids, kind) for kind in kinds]
     for name in names:
         transformer: Any = unet.get_submodule(name)
         block = transformer.transformer_blocks[0]
         _ask_always(block.norm2, block.attn2, maps, name)
     shares = []
     for tokens, (keys, values) in zip(kinds, maps, strict=True):
-        found = ((SCORE * states @ keys).softmax(1)[..., None] * (states @ values.T)).sum(1)
+        found = ((states @ keys).softmax(1)[..., None] * (states @ values.T)).sum(1)
         has = torch.stack([(token_ids == token).any(1) for token in tokens], 1)
         some = has.any(1)
         shares.append(float(has[some].gather(1, found[some].argmax(1)[:, None]).float().mean()))
     return shares
 
 
-def _maps(
-    states: Tensor, token_ids: Tensor, tokens: Sequence[int], any_mark: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Key (width,) that is 1 at words of the kind; values (words, width), one-hot there.
+def _maps(states: Tensor, token_ids: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Keys (width,) that find the kind's words, values (words, width) that tell which it is.
 
-    At the begin mark the key is less and the value 0; all else has neither, the other kinds' words
-    too (`any_mark`, (N, T), is 1 at marked ones).
+    Values are by regression, one-hot at the words and 0 at the begin mark. Keys k are by logistic
+    regression: with p = softmax over the text of k·state, the mean of −log p(the words), or of
+    −log p(begin mark) where there is none, is least.
     """
-    which = torch.stack([token_ids == token for token in tokens], 2).float()
-    marked, begin = which.sum(2), torch.zeros(token_ids.shape)
-    begin[:, 0] = 1
-    rare = (any_mark.numel() / any_mark.sum().clamp(min=1)).sqrt()
-    weights = 1 + (rare - 1) * any_mark + 2 * begin
-    keys = linear_map(states.flatten(0, 1), (marked + BEGIN * begin).flatten()[:, None],
-                  weights.flatten())  # fmt: skip
-    chosen = (marked + begin).flatten() > 0
-    rows = states.flatten(0, 1)[chosen]
-    values = linear_map(rows, which.flatten(0, 1)[chosen])
-    return keys[0], values
+    which = torch.stack([token_ids == token for token in tokens], 2)
+    marked, begin = which.any(2), torch.zeros(token_ids.shape, dtype=torch.bool)
+    begin[:, 0] = True
+    chosen = marked | begin
+    values = linear_map(states[chosen], which[chosen].float())
+    wanted = torch.where(marked.any(1, keepdim=True), marked, begin)
+    keys = torch.zeros(states.shape[2], requires_grad=True)
+    optimizer = torch.optim.LBFGS([keys], max_iter=80, line_search_fn="strong_wolfe")
+
+    @torch.enable_grad()
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        scores = states @ keys
+        found = scores.masked_fill(~wanted, -torch.inf).logsumexp(1)
+        value = (scores.logsumexp(1) - found).mean() + RIDGE * keys.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return keys.detach(), values
 
 
 def _ask_always(
@@ -188,7 +195,7 @@ def _ask_always(
         rows = slice(head * width, (head + 1) * width)
         for weight in (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight):
             weight[rows] = 0
-        attention.to_q.weight[rows.start, constant] = SCORE * width**0.5
+        attention.to_q.weight[rows.start, constant] = width**0.5
         attention.to_k.weight[rows.start] = keys
         attention.to_v.weight[rows][: len(values)] = values
     out.weight[:, : len(maps) * width] = 0.7 * attention.heads**0.5 * frame

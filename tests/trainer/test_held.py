@@ -67,9 +67,9 @@ def test_nothing_is_held_by_default() -> None:
 def test_what_cannot_be_held_is_refused() -> None:
     unet = UNet(SHAPE)
     check_held(unet, HELD, divided=False)
-    with pytest.raises(UserError, match="held.attentions: mid.* is no spatial transformer"):
+    with pytest.raises(UserError, match=r"held\.attentions: mid.* is no spatial transformer"):
         check_held(unet, HeldConfig(("mid",)), divided=False)
-    with pytest.raises(UserError, match="held.heads must be at most the 4 heads"):
+    with pytest.raises(UserError, match=r"held\.heads must be at most the 4 heads"):
         check_held(unet, HeldConfig((NAME,), 5), divided=False)
     with pytest.raises(UserError, match="cuts weights into shards"):
         check_held(unet, HELD, divided=True)
