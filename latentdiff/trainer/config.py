@@ -141,7 +141,7 @@ class TrainConfig:
     reading: ReadingConfig = field(default_factory=ReadingConfig)
     """Showing cross-attention where to look, with a text tower that draws."""
     held: HeldConfig = field(default_factory=HeldConfig)
-    """Heads that are not trained in where they look."""
+    """Heads that are not trained in what they fetch."""
     data: DataConfig = field(default_factory=DataConfig)
     """The captioned pictures."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)

@@ -1,9 +1,9 @@
-"""Heads that go on asking for what they ask for: their queries and keys are not trained.
+"""Heads that go on fetching what they fetch: their queries, keys and values are not trained.
 
-start_unet.py gives some heads a query that is the same everywhere and keys that are right to a few
-per cent. Trained with the rest they are lost within some hundred steps: an optimizer that takes
-steps of one size in every direction (Muon) moves them as far as weights that have all to learn,
-and no loss of theirs says where they should look. What they do with what they find is learnt.
+start_unet.py gives some heads a query that is the same everywhere, and keys and values that are
+right to a few per cent. Trained with the rest they are lost within some hundred steps: an optimizer
+that takes steps of one size in every direction (Muon) moves them as far as weights that have all to
+learn, and no loss of theirs says what they should fetch. What is done with it is learnt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from latentdiff.trainer.reading import told_attentions
 
 @dataclass(frozen=True)
 class HeldConfig:
-    """Cross-attention heads that are not trained in where they look."""
+    """Cross-attention heads that are not trained in what they fetch."""
 
     attentions: tuple[str, ...] = ()
     """Spatial transformers, as mid_block.attentions.0; the norm before is held too."""
@@ -34,7 +34,7 @@ class HeldConfig:
 
 
 def hold(unet: UNet, config: HeldConfig) -> None:
-    """Take the gradient from queries and keys of the named heads and from the norm before them.
+    """Take the gradient from the named heads' queries, keys and values, and from the norm before.
 
     Weight decay still shrinks them, by the learning rate times its factor in a step. `check_held`
     comes first.
@@ -46,8 +46,8 @@ def hold(unet: UNet, config: HeldConfig) -> None:
         rows = attention.to_q.out_features // attention.heads * config.heads
         for parameter in (norm.weight, norm.bias):
             _hold_rows(parameter, len(parameter))
-        for parameter in (attention.to_q.weight, attention.to_k.weight):
-            _hold_rows(parameter, rows)
+        for layer in (attention.to_q, attention.to_k, attention.to_v):
+            _hold_rows(layer.weight, rows)
 
 
 def _hold_rows(parameter: nn.Parameter, rows: int) -> None:

@@ -1,4 +1,4 @@
-"""Heads that are not trained in where they look, and all else that is."""
+"""Heads that are not trained in what they fetch, and all else that is."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_held_heads_stay_and_the_rest_moves(kind: str) -> None:
     after = parameters(unet)
     block = f"{NAME}.transformer_blocks.0"
     held = {f"{block}.norm2.weight": 16, f"{block}.norm2.bias": 16}
-    held |= {f"{block}.attn2.to_q.weight": 8, f"{block}.attn2.to_k.weight": 8}
+    held |= {f"{block}.attn2.to_{part}.weight": 8 for part in "qkv"}
     for name, old in before.items():
         rows = held.get(name, 0)
         assert torch.equal(old[:rows], after[name][:rows]), name
