@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,12 +29,12 @@ def threads(tmp_path: Path, launcher: tuple[str, ...], count: int = 1, **extra: 
     script.write_text(SCRIPT)
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | extra
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    more = ("--nproc_per_node", str(count)) if launcher is TORCHRUN else ()
+    more = ("--standalone", "--nproc_per_node", str(count)) if launcher is TORCHRUN else ()
     done = subprocess.run(
         [*launcher, *more, str(script)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return [int(line.split()[1]) for line in done.stdout.splitlines() if "threads" in line]
+    return [int(number) for number in re.findall(r"threads (\d+)", done.stdout)]
 
 
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")
