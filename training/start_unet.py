@@ -28,7 +28,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.trainer.drawing import patches
 from latentdiff.trainer.drawing_data import Texts, subject_pictures
-from latentdiff.trainer.marks import MarksConfig, mark_words, read_marks, token_of
+from latentdiff.trainer.marks import MarksConfig, mark_words, read_marks
 from latentdiff.trainer.output import check_output
 from latentdiff.trainer.reading import ReadingConfig, check_reading, told_attentions
 from latentdiff.trainer.reading_start import start_reading
@@ -122,9 +122,7 @@ def mark(config: StartConfig, unet: UNet, text: TextEncoder, draw: Texts) -> lis
     Returns: for each kind of words how often it does.
     """
     texts, ids, _ = draw(1, 8 * config.captions)
-    kinds = config.marks.kinds
-    mark_words(text, [word for kind in kinds for word in kind], ids[:: len(ids) // config.captions])
-    tokens = [[token_of(text, word) for word in kind] for kind in kinds]
+    tokens = mark_words(text, config.marks.kinds, ids[:: len(ids) // config.captions])
     return read_marks(unet, config.marks.attentions, encode(text, texts), ids, tokens)
 
 

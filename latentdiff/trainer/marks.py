@@ -72,14 +72,17 @@ def token_of(text: TextEncoder, word: str) -> int:
 
 
 @torch.no_grad()
-def mark_words(text: TextEncoder, words: Sequence[str], token_ids: Tensor) -> list[int]:
+def mark_words(
+    text: TextEncoder, kinds: Sequence[Sequence[str]], token_ids: Tensor
+) -> list[list[int]]:
     """Mark words in a tower, which is changed in place.
 
-    Args:    token_ids: texts (N, T) to see on what the tower uses.
-    Returns: the words' tokens.
+    Args:    kinds: the words, kind by kind.  token_ids: texts (N, T) to see on what the tower uses.
+    Returns: the words' tokens, kind by kind.
     """
-    tower, tokens = text.module, [token_of(text, word) for word in words]
-    directions = least_used(tower, token_ids, 1 + len(words))
+    tower, tokens = text.module, [[token_of(text, word) for word in kind] for kind in kinds]
+    flat = [token for kind in tokens for token in kind]
+    directions = least_used(tower, token_ids, 1 + len(flat))
     shared, own = directions[:, :1], directions[:, 1:]
     for layer in _layers(tower):
         for end in (layer.self_attn.out_proj, layer.mlp.fc2):
@@ -87,7 +90,7 @@ def mark_words(text: TextEncoder, words: Sequence[str], token_ids: Tensor) -> li
     embeddings = tower.embeddings
     for table in (embeddings.token_embedding.weight, embeddings.position_embedding.weight):
         table -= ((table - table.mean(0)) @ shared) @ shared.T
-    embeddings.token_embedding.weight[tokens] += SHARED * shared.T + OWN * own.T
+    embeddings.token_embedding.weight[flat] += SHARED * shared.T + OWN * own.T
     return tokens
 
 

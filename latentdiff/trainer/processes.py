@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _PATIENCE = timedelta(hours=6)
 #: What `accelerate launch` and torchrun leave in the environment of those whom they start.
 _MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+#: The option by which a person tells `accelerate launch` how many threads a process has.
+_THREADS = "num_cpu_threads_per_process"
 #: How launchers tell a process how many there are.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -86,6 +88,8 @@ def take_cores() -> None:
     try:
         launcher = psutil.Process().parent()
         if launcher is None or "OMP_NUM_THREADS" in launcher.environ():
+            return
+        if any(_THREADS in word.replace("-", "_") for word in launcher.cmdline()):
             return
     except psutil.Error:
         return

@@ -79,7 +79,7 @@ def test_directions_are_orthonormal_and_no_norm_takes_them(text: TextEncoder) ->
 def test_the_shared_mark_arrives_as_it_was_put_in(text: TextEncoder) -> None:
     ids = text.tokenizer(TEXTS)
     shared = least_used(text.module, ids, 3)[:, 0]
-    tokens = mark_words(text, WORDS, ids)
+    tokens = mark_words(text, [WORDS], ids)[0]
     assert tokens == [token_of(text, word) for word in WORDS]
     along = last_residual(text, ids) @ shared
     marked = torch.isin(ids, torch.tensor(tokens))
@@ -93,7 +93,7 @@ def test_the_shared_mark_arrives_as_it_was_put_in(text: TextEncoder) -> None:
 def test_a_head_finds_the_word_wherever_it_asks_from(text: TextEncoder) -> None:
     torch.manual_seed(0)
     ids = text.tokenizer(TEXTS)
-    tokens = mark_words(text, WORDS, ids)
+    tokens = mark_words(text, [WORDS], ids)[0]
     states = text.encode(TEXTS).float()
     unet = make_unet(states.shape[2])
     assert read_marks(unet, [READER], states, ids, [tokens])[0] > 0.95
@@ -118,7 +118,7 @@ def test_each_kind_of_words_has_a_head_of_its_own(text: TextEncoder) -> None:
     texts = [f"{t.removesuffix(' cat').removesuffix(' dog k')} cat dog" for t in TEXTS[3:]]
     texts += TEXTS
     ids = text.tokenizer(texts)
-    tokens = mark_words(text, WORDS, ids)
+    tokens = mark_words(text, [WORDS], ids)[0]
     states = text.encode(texts).float()
     unet = make_unet(states.shape[2])
     shares = read_marks(unet, [READER], states, ids, [tokens[:1], tokens[1:]])
@@ -142,7 +142,7 @@ def test_a_word_of_several_tokens_is_refused(text: TextEncoder) -> None:
 
 def test_heads_narrower_than_the_words_are_refused(text: TextEncoder) -> None:
     ids = text.tokenizer(TEXTS)
-    tokens = mark_words(text, WORDS, ids)
+    tokens = mark_words(text, [WORDS], ids)[0]
     states = text.encode(TEXTS).float()
     with pytest.raises(UserError, match="at least 1 heads of 2 channels"):
         read_marks(make_unet(states.shape[2], heads=32), [READER], states, ids, [tokens])

@@ -51,3 +51,7 @@ def test_processes_share_the_cores(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", [(sys.executable,), ACCELERATE])
 def test_what_a_person_set_stands(tmp_path: Path, launcher: tuple[str, ...]) -> None:
     assert threads(tmp_path, launcher, OMP_NUM_THREADS="1") == [1]
+
+
+def test_threads_that_a_person_asks_the_launcher_for_stand(tmp_path: Path) -> None:
+    assert threads(tmp_path, (*ACCELERATE, "--num_cpu_threads_per_process", "1")) == [1]
