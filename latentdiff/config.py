@@ -138,9 +138,9 @@ def _resolve(cls: type, data: Any, path: str, problems: Problems) -> Any:
     if not isinstance(data, dict):
         return data  # pydantic words the error
     fields, result = fields_of(cls), {}
-    for key in data:
-        if key not in fields:
-            problems.append((_join(path, key), _unknown_key(str(key), data[key], list(fields))))
+    for key, value in data.items():
+        if key not in fields and not _had_no_effect(cls, key, value):
+            problems.append((_join(path, key), _unknown_key(cls, str(key), value)))
     for name, field in fields.items():
         where = _join(path, name)
         if sections(field.type):
@@ -156,6 +156,21 @@ def _resolve(cls: type, data: Any, path: str, problems: Problems) -> Any:
         elif name in data:
             result[name] = data[name]
     return result
+
+
+def _had_no_effect(cls: type, key: Any, value: Any) -> bool:
+    """Whether a key was removed and is given, as saved configurations do, at the value for "off".
+
+    A dataclass lists removed keys in a class attribute `removed`: key → its value for "off"; of a
+    section, the keys that switched it on.
+    """
+    removed: dict[str, Any] = getattr(cls, "removed", {})
+    if key not in removed:
+        return False
+    off = removed[key]
+    if isinstance(off, dict) and isinstance(value, dict):
+        return all(value.get(k, v) == v for k, v in off.items())
+    return value is None or bool(value == off)
 
 
 def _resolve_section(field: Any, data: dict[str, Any], where: str, problems: Problems) -> Any:
@@ -266,7 +281,13 @@ def _wrong_word(given: Any, allowed: list[Any]) -> str:
     return f"must be one of {', '.join(words)}; got {given!r}.{did_you_mean(str(given), words)}"
 
 
-def _unknown_key(key: str, value: Any, allowed: list[str]) -> str:
+def _unknown_key(cls: type, key: str, value: Any) -> str:
+    if key in getattr(cls, "removed", {}):
+        return (
+            f"this option was removed (given {value!r:.80}). A run that used it can only be "
+            "resumed with the version that started it; its environment.json names the commit."
+        )
+    allowed = list(fields_of(cls))
     hint = did_you_mean(key, allowed)
     return f"unknown key (given {value!r:.80}). Allowed here: {', '.join(allowed)}.{hint}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import Field
@@ -53,6 +53,7 @@ class Run:
     """The loop."""
     optimizer: Adam | Lion = Adam(lr=7.0)
     spare: Loop | None = None
+    removed: ClassVar = {"pack": None, "guide": {"weight": 0, "heads": []}}
     loops: list[Loop] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -215,3 +216,27 @@ def test_data_config_documents_every_field_and_checks_itself() -> None:
         load_config(DataConfig, None, ["kind=folder"])
     with pytest.raises(UserError, match="Did you mean 'folder'"):
         load_config(DataConfig, None, ["kind=foldr"])
+
+
+@pytest.mark.parametrize(
+    "off", ["pack: null", "guide:", "guide: {weight: 0.0, heads: [], grid: 4}", "guide: {grid: 4}"]
+)
+def test_removed_keys_that_were_off_are_passed_over(off: str, tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(f"path: a\n{off}\n")
+    assert load_config(Run, file) == load_config(Run, overrides=["path=a"])
+
+
+@pytest.mark.parametrize(
+    ("key", "on"),
+    [
+        ("pack", "a.safetensors"),
+        ("guide", "{weight: 0.1}"),
+        ("guide", "{heads: [a]}"),
+        ("guide", 3),
+    ],
+)
+def test_removed_keys_that_were_on_say_so(key: str, on: object) -> None:
+    with pytest.raises(UserError, match=rf"\n  {key}: this option was removed \(given ") as refused:
+        load_config(Run, overrides=["path=a", f"{key}={on}"])
+    assert len(str(refused.value).splitlines()) == 2

@@ -1,10 +1,11 @@
-"""See it work: the embedded model draws, learns a little more, and draws the same again.
+"""See it work: the embedded model draws, learns a style from a folder, and draws the same again.
 
     python training/demo.py [--output FOLDER] [--from-scratch] [section.key=value ...]
 
-Trains with train_latent.py and training/configs/demo.yaml, then asks the model for several subjects
-in several styles and grounds, and writes them as one PNG grid; before.png shows the model before.
-With --from-scratch a small U-Net starts from random weights (demo_from_scratch.yaml).
+Writes FOLDER/before.png (the embedded model's images), FOLDER/images (24 captioned images in blue
+and white), trains a LoRA on them with train_latent.py and training/configs/demo.yaml, and writes
+FOLDER/grid.png (the same prompts and seeds with it). With --from-scratch a small U-Net is trained
+from random weights instead (demo_from_scratch.yaml), and there is no before.png.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,6 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "configs" / "demo.yaml"
 FROM_SCRATCH = HERE / "configs" / "demo_from_scratch.yaml"
+#: What the folder shows: half of SUBJECTS (cat, fox, octopus, hamburger) and twenty others.
+CONCEPTS = """
+cat; dog face; fox; tiger face; panda; penguin; frog; turtle; elephant; octopus; butterfly;
+red apple; lemon; watermelon; hamburger; doughnut; birthday cake; mushroom; sunflower; sailboat;
+bicycle; guitar; house; umbrella
+"""
+#: Black becomes the first colour and white the second, as in a cyanotype.
+COLOURS = ("white", "#123a7c")
 SUBJECTS = ("cat", "fox", "owl", "octopus", "strawberry", "hamburger", "rocket", "castle")
 PROMPTS = (
     "a {}",
@@ -48,43 +58,69 @@ def prompts() -> list[str]:
     ]
 
 
-def draw(model: Path | None, target: Path) -> None:
-    """Generate the grid with a trained model, or with the embedded one."""
+def make_images(folder: Path) -> None:
+    """Write what the LoRA learns from: emoji in blue and white, each with its caption in a .txt."""
+    from PIL import ImageOps
+
+    from latentdiff.data.emoji import EmojiSource
+    from latentdiff.data.source import DataConfig
+
+    concepts = tuple(" ".join(name.split()) for name in CONCEPTS.split(";"))
+    source = EmojiSource.from_config(DataConfig(emoji_concepts=concepts, emoji_variants=1))
+    folder.mkdir(parents=True)
+    for index in range(len(source)):
+        file = folder / f"{source.group(index).replace(' ', '_')}.png"
+        ImageOps.colorize(source[index].image.convert("L"), *COLOURS).save(file)
+        caption = source.captions(index)[1]  # "a cat"; the first is "cat"
+        file.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+def draw(target: Path, model: Path | None = None, lora: Path | None = None) -> None:
+    """Generate the grid with a trained model, or with the embedded one and a LoRA file."""
     from latentdiff import LatentDiffusionPipeline
     from latentdiff.pipelines.pictures import grid
 
     pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    if lora is not None:
+        pipeline.load_lora(lora)
     images = pipeline(prompts(), seed=0).images
     large = [image.resize((128, 128), 0) for image in images]
     grid(large, columns=len(PROMPTS)).save(target)
 
 
+def train(words: Sequence[str]) -> int:
+    """Run train_latent.py with these words. Returns: its exit code."""
+    script = [sys.executable, str(HERE / "train_latent.py")]
+    return subprocess.run([*script, *words], check=False).returncode
+
+
 def main() -> int:
-    """Train, draw, say where everything is. Returns: the exit code."""
+    """Draw, train, draw again, say where everything is. Returns: the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--from-scratch", action="store_true", help="begin with random weights")
-    arguments = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
     started = time.monotonic()
-    folder = free_folder(arguments.output)
-    config = FROM_SCRATCH if arguments.from_scratch else CONFIG
-    command = [sys.executable, str(HERE / "train_latent.py"), "--config", str(config)]
-    command.append(f"output={folder}")
-    code = subprocess.run([*command, *arguments.overrides], check=False).returncode
-    if code:
+    folder = free_folder(options.output)
+    run, grid, config, words = folder / "run", folder / "grid.png", FROM_SCRATCH, []
+    if not options.from_scratch:
+        images, before, config = folder / "images", folder / "before.png", CONFIG
+        make_images(images)
+        draw(before)
+        print(f"before the training: {before.resolve()}", flush=True)
+        words = [f"data.path={images}"]
+    if code := train(["--config", str(config), f"output={run}", *words, *options.overrides]):
         return code
-    picture = folder / "grid.png"
-    draw(folder / "model", picture)
-    if not arguments.from_scratch:
-        draw(None, folder / "before.png")
+    if options.from_scratch:
+        draw(grid, model=run / "model")
+    else:
+        draw(grid, lora=run / "lora" / "pytorch_lora_weights.safetensors")
     print(f"rows: {', '.join(SUBJECTS)}")
     print(f"columns: {', '.join(p.format('…') for p in PROMPTS)}")
-    if not arguments.from_scratch:
-        print(f"before the training: {(folder / 'before.png').resolve()}")
-    print(f"{time.monotonic() - started:.0f} s after the start, pictures: {picture.resolve()}")
+    print(f"{time.monotonic() - started:.0f} s after the start, images: {grid.resolve()}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Put trained parts into the package, as the model that from_pretrained() gives without arguments.
 
-    python training/embed.py [--autoencoder RUN] [--clip RUN] [--unet MODEL_FOLDER] [--text RUN]
+    python training/embed.py [--autoencoder RUN] [--clip RUN] [--unet MODEL_FOLDER] [--text FOLDER]
         [--guidance SCALE]
 
 Each part that is named replaces the embedded one; the others stay.
@@ -69,17 +69,12 @@ def embed_unet(model: Path, target: Path) -> None:
 
 
 def embed_text(run: Path, target: Path) -> None:
-    """Take a text tower in small files, and its vocabulary."""
-    from safetensors.torch import load_file
-
+    """Take a text encoder in small files, and its vocabulary; the scorer keeps the old one."""
     from latentdiff.formats.diffusers_folder import SMALL_SHARDS, save_text_encoder
     from latentdiff.models.text_encoder import load_text_encoder
 
     tower = load_text_encoder(run / "text_encoder", run / "tokenizer")
-    width = load_file(target / HEAD)["text_projection.weight"].shape[1]
-    judges = tower.width == width and not (run / HEAD).is_file()
-    if not judges and not (target / TEXT_TOWER).exists():
-        # A tower that has learnt to draw is no good judge any more: the scorer keeps the old one.
+    if not (target / TEXT_TOWER).exists():
         shutil.copytree(target / "text_encoder", target / TEXT_TOWER)
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / "text_encoder"
@@ -96,7 +91,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, help="a train_autoencoder.py output")
     parser.add_argument("--clip", type=Path, help="a train_clip.py output")
     parser.add_argument("--unet", type=Path, help="a train_latent.py OUTPUT/model")
-    parser.add_argument("--text", type=Path, help="a model, or what teach_*.py wrote")
+    parser.add_argument("--text", type=Path, help="a folder with text_encoder/ and tokenizer/")
     parser.add_argument("--guidance", type=float, help="the scale of calls that give none")
     arguments = parser.parse_args()
     EMBEDDED_MODEL.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,6 @@ from latentdiff.trainer.clip import (
     train_tokenizer,
     trim_padding,
 )
-from latentdiff.trainer.lesson import open_lesson
 from latentdiff.trainer.processes import start_processes
 from latentdiff.trainer.stage import (
     Readable,
@@ -45,6 +44,7 @@ from latentdiff.trainer.stage import (
     process_part,
     sample_indices,
 )
+from latentdiff.trainer.teacher import open_teacher
 
 CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
 
@@ -124,8 +124,8 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
     clip = load_or_build(config, tokenizer)
     model = accelerator.prepare(ClipFeatures(clip))
     width = int(clip.config.text_config.hidden_size)
-    lesson = open_lesson(config, tokenizer, width, accelerator.device)
-    modules = {"clip": clip} | ({"lesson": lesson.distillation} if lesson else {})
+    teacher = open_teacher(config, width, accelerator.device)
+    modules = {"clip": clip} | ({"teacher": teacher} if teacher else {})
     optimizers = {name: adamw(m, stage_config, (0.9, 0.98)) for name, m in modules.items()}
     stage = Stage(modules, optimizers, stage_config, accelerator)
     first = stage.resume(resume)
@@ -140,10 +140,10 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
         start = accelerator.process_index * len(images)
         loss = contrastive_loss(image_vectors, text_vectors, scale, *everyone, start)
         losses = {"loss": loss}
-        if lesson:
+        if teacher:
             with accelerator.autocast():
-                losses["lesson"] = lesson.loss(clip, texts, step, accelerator.device)
-            loss = loss + config.teacher_weight * losses["lesson"]
+                losses["teacher_loss"] = teacher.loss(clip, tokenizer, texts, step)
+            loss = loss + config.teacher_weight * losses["teacher_loss"]
         stage.step(list(modules), loss)
         top_1 = retrieval_accuracy(text_vectors, image_vectors, 1)
         stage.log(step, {**losses, "batch_top1": torch.tensor(top_1), "scale": scale})

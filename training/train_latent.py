@@ -39,7 +39,6 @@ from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.environment import environment, write_environment
 from latentdiff.trainer.extras import check_extras
 from latentdiff.trainer.gauges import MEBI, peak_memory
-from latentdiff.trainer.held import hold
 from latentdiff.trainer.interrupt import Interrupted
 from latentdiff.trainer.latent_run import (
     batch_shape,
@@ -58,7 +57,6 @@ from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_
 from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
 from latentdiff.trainer.power_ema import AllAverages, PowerEmas
 from latentdiff.trainer.processes import is_first_process, start_processes, was_restarted
-from latentdiff.trainer.reading import Reading, check_shape
 from latentdiff.trainer.report import write_report
 from latentdiff.trainer.sharding import prepare
 from latentdiff.trainer.state import TrainingState, stored_facts
@@ -80,7 +78,6 @@ def train(given: Given, resume: bool) -> str:
         NoiseSchedule(config.schedule),
     )
     latents = open_latents(config, autoencoder, accelerator)
-    check_shape(components.unet, config.reading, latents.data.shape)
     accelerator.wait_for_everyone()  # all have looked at the output folder before one writes there
     lock = open_output(output) if accelerator.is_main_process else None
 
@@ -89,7 +86,6 @@ def train(given: Given, resume: bool) -> str:
     torch.manual_seed(config.loop.seed)
     trainee = apply_method(components, config.finetune)
     unet = trainee.module
-    hold(components.unet, config.held)
     gauges = make_gauges(components, latents, accelerator, frozen=trainee.adds)
     optimizer = make_optimizer(unet, config.optimizer)
     model, prepared_optimizer = prepare(accelerator, unet, optimizer, config.optimizer.clip_norm)
@@ -113,13 +109,9 @@ def train(given: Given, resume: bool) -> str:
         whole=not trainee.adds,
     )
     first_step, seconds = state.resume() if resume else (0, 0.0)
-    reading = Reading(components.unet, config.reading)
     if config.loop.probe_memory:
         trial = trial_loss(unet, autoencoder, schedule, config.objective, latents.data, context)
-        wanted, shape = (
-            shape.per_process,
-            probe(unet, lambda n: trial(n) + reading.loss(), optimizer, shape, accelerator),
-        )
+        wanted, shape = shape.per_process, probe(unet, trial, optimizer, shape, accelerator)
         if shape.per_process < wanted:
             notes.append(halved_note(wanted, shape))
     if accelerator.is_main_process:
@@ -170,7 +162,7 @@ def train(given: Given, resume: bool) -> str:
         loss = per_sample_loss(
             model, x_0, batch.context, batch.draw, schedule, config.objective, batch.mask
         ).mean()
-        step.backward(loss + reading.loss())
+        step.backward(loss)
         if step.update():
             ema.update(step.number)
             powers.update(step.number)

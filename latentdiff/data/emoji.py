@@ -250,17 +250,6 @@ class EmojiSource:
         file = self.renderings[index].drawing.file
         return placed_drawing(file, self.image_size).getchannel("A")
 
-    def subjects(self) -> tuple[EmojiSource, list[int]]:
-        """The things without style and ground: a source, and its row for each picture."""
-        rows: dict[bytes, int] = {}
-        for rendering in self.renderings:
-            rows.setdefault(rendering.drawing.file, len(rows))
-        first = {r.drawing.file: r.drawing for r in reversed(self.renderings)}
-        plain = EmojiSource(
-            [Rendering(first[file], "plain", "white") for file in rows], self.image_size
-        )
-        return plain, [rows[rendering.drawing.file] for rendering in self.renderings]
-
     def fingerprint(self) -> str:
         """A key that changes when any picture of the set would."""
         words = [self.name(i) for i in range(len(self))]

@@ -102,15 +102,9 @@ class Embeddings(nn.Module):
             for count in (vocabulary, positions)
         )
 
-    def forward(self, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Map (B, T) to (B, T, D); positions: (B, T), 0 … T − 1 when left out."""
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Map (B, T) to (B, T, D)."""
         tokens = self.token_embedding(token_ids)
-        if positions is None:
-            return self.at_positions(tokens)
-        return tokens + self.position_embedding(positions)
-
-    def at_positions(self, tokens: Tensor) -> Tensor:
-        """Add the first T positions to token embeddings (B, T, D)."""
         return tokens + self.position_embedding.weight[: tokens.shape[1]]
 
 
@@ -137,18 +131,9 @@ class ClipText(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return the last states after the final norm, (B, T, width).
-
-        Args: token_ids: (B, T).  positions: where each token stands, (B, T); in a row without it.
-        """
-        return self._run(self.embeddings(token_ids, positions))
-
-    def from_embeddings(self, tokens: Tensor) -> Tensor:
-        """The same from token embeddings (B, T, width) that need not be in the table."""
-        return self._run(self.embeddings.at_positions(tokens))
-
-    def _run(self, x: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Map (B, T) to the last states after the final norm, (B, T, width)."""
+        x = self.embeddings(token_ids)
         for layer in self.encoder["layers"].children():
             x = layer(x)
         return self.final_layer_norm(x)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from latentdiff.config import load_config, to_dict
 from latentdiff.config_yaml import read_yaml
@@ -18,11 +18,9 @@ from latentdiff.finetune.full import FullConfig
 from latentdiff.finetune.registry import FinetuneConfig
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.trainer.captions import CaptionConfig
-from latentdiff.trainer.held import HeldConfig
 from latentdiff.trainer.loop import LoopConfig
 from latentdiff.trainer.optimizer import OptimizerConfig
 from latentdiff.trainer.power_ema import PowerEmaConfig
-from latentdiff.trainer.reading import ReadingConfig
 
 
 def _small_unet() -> UNetConfig:
@@ -128,6 +126,7 @@ class ExportConfig:
 class TrainConfig:
     """Everything that train_latent.py needs."""
 
+    removed: ClassVar = {"reading": {"weight": 0}, "held": {"attentions": []}}
     output: str = "runs/latent"
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, samples/, model/."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -138,10 +137,6 @@ class TrainConfig:
     """The noise levels; a pretrained model's own where a key is not given."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What is learnt; `prediction` is a pretrained model's own when it is not given."""
-    reading: ReadingConfig = field(default_factory=ReadingConfig)
-    """Showing cross-attention where to look, with a text tower that draws."""
-    held: HeldConfig = field(default_factory=HeldConfig)
-    """Heads that are not trained in what they fetch."""
     data: DataConfig = field(default_factory=DataConfig)
     """The captioned pictures."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
@@ -230,11 +225,6 @@ _FREE = (
 #: Options newer than the first checkpoints: not mentioned at their default, so that those resume.
 _NEWER = (
     "finetune.kind",
-    "reading.weight",
-    "reading.grid",
-    "reading.attentions",
-    "held.attentions",
-    "held.heads",
     "objective.loss",
     "objective.huber_delta",
     "objective.multires_noise",
@@ -295,7 +285,6 @@ def check_given(given: Given) -> None:
             f"power_ema.every={given.config.power_ema.every} goes with finetune.kind=full; the "
             f"averages of finetune.kind={kind} are no whole model. Set power_ema.every=0."
         )
-    _check_reading(given.config)
     shape = sorted(key for key in given.keys if key.startswith("model.unet."))
     if given.config.model.pretrained is not None and shape:
         raise UserError(
@@ -303,18 +292,3 @@ def check_given(given: Given) -> None:
             f"{', '.join(shape)} cannot apply. Remove them, or train from scratch with "
             "model.pretrained=null."
         )
-
-
-def _check_reading(config: TrainConfig) -> None:
-    clashes = {
-        "model.gradient_checkpointing": config.model.gradient_checkpointing,
-        "model.compile": config.model.compile,
-        "data.buckets": config.data.buckets,
-    }
-    for key, is_set in clashes.items():
-        if config.reading.weight and is_set:
-            raise UserError(
-                f"reading.weight={config.reading.weight:g} looks at square attention maps as they "
-                f"are computed, which does not go with {key}=true. Set reading.weight=0 or "
-                f"{key}=false."
-            )

@@ -15,14 +15,12 @@ from latentdiff.diffusion.objective import check_objective
 from latentdiff.errors import UserError
 from latentdiff.trainer.config import Given, TrainConfig, adopt, check_given
 from latentdiff.trainer.ema import Ema
-from latentdiff.trainer.held import check_held
 from latentdiff.trainer.open_data import Latents
 from latentdiff.trainer.order import BatchShape, recut
 from latentdiff.trainer.output import MODEL
-from latentdiff.trainer.reading import check_reading
-from latentdiff.trainer.sharding import gather_state, is_sharded, wants_sharding
+from latentdiff.trainer.sharding import gather_state, is_sharded
 from latentdiff.trainer.tracking import Writer
-from latentdiff.trainer.zero import arithmetic, has_engine, wants_zero
+from latentdiff.trainer.zero import arithmetic, has_engine
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,8 +142,6 @@ def check_fit(components: Components, config: TrainConfig) -> None:
             f"{unet.cross_attention_dim}. Set model.unet.cross_attention_dim={width}, or choose "
             "another model.text_encoder."
         )
-    check_reading(components.unet, config.reading, components.text_encoder.max_length)
-    check_held(components.unet, config.held, wants_sharding() or wants_zero())
     if config.latents.pack is not None:
         return
     size, key = config.data.image_size, "image_size"

@@ -68,8 +68,8 @@ def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
     return rate
 
 
-#: Layers that face pixels or words and not features: Muon leaves them to Adam.
-_OUTER = ("conv_in.", "conv_out.", "head.", "tower.embeddings.")
+#: The U-Net's first and last layer face latents and not features: Muon leaves them to Adam.
+_OUTER = ("conv_in.", "conv_out.")
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

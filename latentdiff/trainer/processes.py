@@ -132,18 +132,3 @@ def check_together(num_processes: int) -> None:
 def is_first_process() -> bool:
     """Whether this process should print; works before Accelerate is started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def start_one_process(mixed_precision: str, cpu: bool = False) -> Accelerator:
-    """Start a stage that is not shared among processes, on the GPU if there is one.
-
-    Args:   cpu: stay on the CPU, for stages that are minutes on one core.
-    Raises: UserError: launched with several processes, which would all write the same files.
-    """
-    accelerator = start_processes(mixed_precision, cpu)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"this stage runs on one process; it was launched on {accelerator.num_processes}. "
-            "Start it with `python` in place of `accelerate launch`."
-        )
-    return accelerator

@@ -178,6 +178,12 @@ class Stage:
         if not wanted:
             return 0
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+        if state["modules"].keys() != self.modules.keys():
+            raise UserError(
+                f"--resume: the checkpoint in {self.folder} has {', '.join(state['modules'])}; "
+                f"this run trains {', '.join(self.modules)}. Set the options back, or start a new "
+                "run in another output folder."
+            )
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
             self.optimizers[name].load_state_dict(state["optimizers"][name])
@@ -199,10 +205,6 @@ class Stage:
     def step(self, names: Sequence[str], loss: Tensor) -> None:
         """Descend a loss of the named modules: backward, clip each, update, clear."""
         self.accelerator.backward(loss)
-        self.update(names)
-
-    def update(self, names: Sequence[str]) -> None:
-        """Change the named modules by the gradients that they have: clip each, update, clear."""
         for name in names:
             module, optimizer = self.modules[name], self.optimizers[name]
             self.accelerator.clip_grad_norm_(module.parameters(), self.config.clip_norm)
