@@ -22,7 +22,6 @@ from latentdiff.trainer.output import MODEL
 from latentdiff.trainer.reading import check_reading
 from latentdiff.trainer.sharding import gather_state, is_sharded, wants_sharding
 from latentdiff.trainer.tracking import Writer
-from latentdiff.trainer.zero import arithmetic, has_engine, wants_zero
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -145,7 +144,7 @@ def check_fit(components: Components, config: TrainConfig) -> None:
             "another model.text_encoder."
         )
     check_reading(components.unet, config.reading, components.text_encoder.max_length)
-    check_held(components.unet, config.held, wants_sharding() or wants_zero())
+    check_held(components.unet, config.held, wants_sharding())
     if config.latents.pack is not None:
         return
     size, key = config.data.image_size, "image_size"
@@ -168,12 +167,11 @@ def check_fit(components: Components, config: TrainConfig) -> None:
 def likes_channels_last(wanted: bool | None, accelerator: Accelerator) -> bool:
     """The memory layout as configured; without a wish, channels last in 16 bit.
 
-    Weights that are divided among processes have to lie plainly.
+    Sharded weights have to be contiguous.
     """
     if wanted is not None:
         return wanted
-    divided = accelerator.is_fsdp2 or has_engine(accelerator)
-    return not divided and accelerator.mixed_precision != "no"
+    return not accelerator.is_fsdp2 and accelerator.mixed_precision != "no"
 
 
 def prepare_unet(components: Components, config: TrainConfig, accelerator: Accelerator) -> UNet:
@@ -225,7 +223,7 @@ def make_gauges(
     channels, height, width = latents.data.shape
     tokens = components.text_encoder.max_length
     flops = count_flops(components.unet, (channels // 2, height, width), tokens, frozen)
-    peak = peak_flops(accelerator.device, arithmetic(accelerator))
+    peak = peak_flops(accelerator.device, accelerator.mixed_precision)
     return Gauges(accelerator.device, flops, peak * accelerator.num_processes)
 
 
