@@ -5,8 +5,7 @@
 It goes on from a checkpoint that is there, and writes FOLDER/rank-R.json (what this process held
 and did), FOLDER/exported.safetensors (the averaged weights) and FOLDER/ema (power averages). With
 "dies at" the second process kills itself at that event (see killing.py), unless the launcher has
-started it again; then it comes "late" by so many seconds. The first process's loss of the step
-"poisoned" is no number.
+started it again; then it comes "late" by so many seconds.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from killing import Fate, arm  # noqa: E402
 
 from latentdiff.models.unet import UNet  # noqa: E402
 from latentdiff.models.unet_config import UNetConfig  # noqa: E402
+from latentdiff.trainer.descent import Descent  # noqa: E402
 from latentdiff.trainer.ema import Ema  # noqa: E402
 from latentdiff.trainer.loop import LoopConfig, training_loop  # noqa: E402
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
@@ -37,7 +37,6 @@ from latentdiff.trainer.processes import start_processes, was_restarted  # noqa:
 from latentdiff.trainer.sharding import gather_state, is_sharded, local, prepare  # noqa: E402
 from latentdiff.trainer.state import TrainingState  # noqa: E402
 from latentdiff.trainer.tracking import Tracker, read_metrics  # noqa: E402
-from latentdiff.trainer.zero import descent_kind, is_divided  # noqa: E402
 
 PICTURES = 7
 SHAPE = UNetConfig(
@@ -74,10 +73,9 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if "dies at" in settings and accelerator.process_index == 1 and not was_restarted():
         arm(Fate(settings["dies at"]))
     torch.manual_seed(0)
-    dtype = getattr(torch, settings.get("dtype", "float64"))
-    unet = UNet(SHAPE).to(dtype)
-    optimizer = make_optimizer(unet, OptimizerConfig(lr=3e-3, eps=settings.get("eps", 1e-8)))
-    model, prepared = prepare(accelerator, unet, optimizer, clip_norm=0.05)
+    unet = UNet(SHAPE).double()
+    optimizer = make_optimizer(unet, OptimizerConfig(lr=3e-3))
+    model, prepared = prepare(accelerator, unet, optimizer)
     ema, writes = Ema(unet, 0.9), accelerator.is_main_process
     powers = PowerEmas(unet, PowerEmaConfig(every=10, dtype="float32"), folder, writes)
     shape = BatchShape(
@@ -116,19 +114,14 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(folder, first, config, accelerator.is_main_process)
-    descent = descent_kind(accelerator)(
-        accelerator, model, prepared, lambda step: 3e-3, 0.05, settings["accumulation"]
-    )
+    accumulation = settings["accumulation"]
+    descent = Descent(accelerator, model, prepared, lambda step: 3e-3, 0.05, accumulation)
     loop = training_loop(descent, make_batch, shape, config, tracker, state.save, first, seconds)
-    context = torch.linspace(-1, 1, 3 * 12, dtype=dtype).view(1, 3, 12)
+    context = torch.linspace(-1, 1, 3 * 12, dtype=torch.float64).view(1, 3, 12)
     for step, (clean, noisy) in loop:
         t = torch.full((len(clean),), 100.0 + step.number)
-        clean, noisy = clean.to(dtype), noisy.to(dtype)
         predicted = model(noisy, t, context.expand(len(clean), -1, -1))
-        loss = (predicted - clean).square().mean()
-        if step.number == settings.get("poisoned") and accelerator.process_index == 0:
-            loss = loss * torch.nan
-        step.backward(loss)
+        step.backward((predicted - clean).square().mean())
         if step.update():
             ema.update(step.number)
             powers.update(step.number)
@@ -137,7 +130,6 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     found = {
         "processes": accelerator.num_processes,
         "sharded": is_sharded(unet),
-        "divided": is_divided(unet),
         "first step": first,
         "weights": held_bytes(p for p in unet.parameters()),
         "moments": held_bytes(moments),

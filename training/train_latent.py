@@ -35,6 +35,7 @@ from latentdiff.trainer.batches import BatchMaker
 from latentdiff.trainer.bucket_order import make_order
 from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_config
 from latentdiff.trainer.context import ContextCache
+from latentdiff.trainer.descent import Descent
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.environment import environment, write_environment
 from latentdiff.trainer.extras import check_extras
@@ -62,7 +63,6 @@ from latentdiff.trainer.sharding import prepare
 from latentdiff.trainer.state import TrainingState, stored_facts
 from latentdiff.trainer.tracking import Tracker
 from latentdiff.trainer.validator import Validator
-from latentdiff.trainer.zero import descent_kind
 
 
 def train(given: Given, resume: bool) -> str:
@@ -88,7 +88,7 @@ def train(given: Given, resume: bool) -> str:
     unet = trainee.module
     gauges = make_gauges(components, latents, accelerator, frozen=trainee.adds)
     optimizer = make_optimizer(unet, config.optimizer)
-    model, prepared_optimizer = prepare(accelerator, unet, optimizer, config.optimizer.clip_norm)
+    model, prepared_optimizer = prepare(accelerator, unet, optimizer)
     ema = Ema(unet, config.loop.ema_decay)
     powers = PowerEmas(unet, config.power_ema, output, accelerator.is_main_process)
     before = stored_facts(output / CHECKPOINTS) if resume else None
@@ -135,7 +135,7 @@ def train(given: Given, resume: bool) -> str:
         config.captions,
     )
     validate = Validator(config, components, latents, context, ema, tracker, accelerator, unet)
-    descent = descent_kind(accelerator)(
+    descent = Descent(
         accelerator,
         model,
         prepared_optimizer,

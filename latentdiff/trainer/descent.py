@@ -51,7 +51,7 @@ class Descent:
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's share of the step's gradient."""
         share = loss / self.accumulation
-        self._backward(share)
+        self.accelerator.backward(share)
         share = share.detach().float()
         self._loss = share if self._loss is None else self._loss + share
 
@@ -59,15 +59,6 @@ class Descent:
         """Clip, change the weights (unless the gradient is not finite) and note the loss."""
         if self._loss is None:
             raise RuntimeError("step.update() before step.backward(loss)")
-        norm = self._step(number)
-        self.history.append((number + 1, self._loss, norm.detach()))
-        self._loss = None
-
-    def _backward(self, share: Tensor) -> None:
-        self.accelerator.backward(share)
-
-    def _step(self, number: int) -> Tensor:
-        """Clip, change the weights, forget the gradient. Returns: its norm before."""
         parameters = list(self.model.parameters())
         norm = whole(self.accelerator.clip_grad_norm_(parameters, self.clip_norm or math.inf))
         set_learning_rate(self.optimizer.optimizer, self.rate(number))
@@ -76,4 +67,5 @@ class Descent:
         else:
             self.optimizer.step()  # the fp16 gradient scaler has the same check
         self.optimizer.zero_grad()
-        return norm
+        self.history.append((number + 1, self._loss, norm.detach()))
+        self._loss = None

@@ -20,7 +20,6 @@ from latentdiff.trainer.order import BatchShape, recut
 from latentdiff.trainer.output import MODEL
 from latentdiff.trainer.sharding import gather_state, is_sharded
 from latentdiff.trainer.tracking import Writer
-from latentdiff.trainer.zero import arithmetic, has_engine
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -164,12 +163,11 @@ def check_fit(components: Components, config: TrainConfig) -> None:
 def likes_channels_last(wanted: bool | None, accelerator: Accelerator) -> bool:
     """The memory layout as configured; without a wish, channels last in 16 bit.
 
-    Weights that are divided among processes have to lie plainly.
+    Sharded weights have to be contiguous.
     """
     if wanted is not None:
         return wanted
-    divided = accelerator.is_fsdp2 or has_engine(accelerator)
-    return not divided and accelerator.mixed_precision != "no"
+    return not accelerator.is_fsdp2 and accelerator.mixed_precision != "no"
 
 
 def prepare_unet(components: Components, config: TrainConfig, accelerator: Accelerator) -> UNet:
@@ -221,7 +219,7 @@ def make_gauges(
     channels, height, width = latents.data.shape
     tokens = components.text_encoder.max_length
     flops = count_flops(components.unet, (channels // 2, height, width), tokens, frozen)
-    peak = peak_flops(accelerator.device, arithmetic(accelerator))
+    peak = peak_flops(accelerator.device, accelerator.mixed_precision)
     return Gauges(accelerator.device, flops, peak * accelerator.num_processes)
 
 

@@ -101,8 +101,7 @@ def probe(
         unet: the module itself, not its wrapper.
         loss: number of pictures → a loss of the size that training will have.
     """
-    sharded = str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")
-    if accelerator.device.type == "cpu" or sharded:
+    if accelerator.device.type == "cpu" or accelerator.is_fsdp2:
         return shape
 
     def attempt(pictures: int) -> None:

@@ -16,7 +16,6 @@ from latentdiff.errors import UserError
 from latentdiff.precision import settle_precision
 from latentdiff.trainer.rendezvous import attempt, init_method
 from latentdiff.trainer.sharding import fsdp_plugin, let_cpus_shard, wants_sharding
-from latentdiff.trainer.zero import let_cpus_divide, wants_zero, zero_plugin
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,21 +49,13 @@ def start_processes(mixed_precision: str, cpu: bool = False, shards: bool = Fals
     patience = InitProcessGroupKwargs(init_method=meeting, timeout=_PATIENCE)
     device = "cpu" if cpu else torch.accelerator.current_accelerator()
     precision = settle_precision(mixed_precision, device or "cpu")
-    sharding, zero = wants_sharding(), wants_zero()
-    if (sharding or zero) and not shards:
-        raise UserError(
-            "this script trains copies, not shards: its networks are small. Launch it with "
-            "training/accelerate/ddp.yaml, or with `python` on one process."
-        )
-    plugin = zero_plugin(precision) if zero else None
+    sharding = wants_sharding()
+    _check_launch(sharding, shards)
     if sharding and cpu:
         let_cpus_shard(_PATIENCE, meeting)
-    if zero and cpu:
-        let_cpus_divide(_PATIENCE, meeting)
     accelerator = Accelerator(
-        cpu=cpu and not zero,
+        cpu=cpu,
         mixed_precision=precision,
-        deepspeed_plugin=plugin,
         fsdp_plugin=fsdp_plugin(precision) if sharding else None,
         kwargs_handlers=[patience],
     )
@@ -73,6 +64,21 @@ def start_processes(mixed_precision: str, cpu: bool = False, shards: bool = Fals
         take_cores()
     _check_accumulation(accelerator.gradient_accumulation_steps)
     return accelerator
+
+
+def _check_launch(sharding: bool, shards: bool) -> None:
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if (sharding or deepspeed) and not shards:
+        raise UserError(
+            "this script trains copies, not shards: its networks are small. Launch it with "
+            "training/accelerate/ddp.yaml, or with `python` on one process."
+        )
+    if deepspeed:
+        raise UserError(
+            "the launch configuration asks for DeepSpeed, which is not supported; FSDP2 shards "
+            "the same. Launch with training/accelerate/fsdp2_shard_grad_op.yaml (as ZeRO stage 2 "
+            "does) or training/accelerate/fsdp2_full_shard.yaml (stage 3)."
+        )
 
 
 def take_cores() -> None:

@@ -79,18 +79,13 @@ def let_cpus_shard(patience: timedelta, meeting: str | None) -> None:
 
 
 def prepare(
-    accelerator: Accelerator, unet: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float
+    accelerator: Accelerator, unet: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, Any]:
-    """`accelerator.prepare` for one process, copies (DDP), shards or DeepSpeed, as the launch says.
+    """`accelerator.prepare` for one process, copies (DDP) or shards (FSDP2), as the launch says.
 
     Sharding changes the module itself, so the returned one is the one given.
-    Args:    clip_norm: largest gradient norm, 0 for none; DeepSpeed's engine clips by itself.
     Raises:  UserError: something that cannot be sharded is configured.
     """
-    if getattr(accelerator, "deepspeed_plugin", None) is not None:
-        from latentdiff.trainer.zero import prepare_engine  # it builds on this module
-
-        return prepare_engine(accelerator, unet, optimizer, clip_norm)
     if not accelerator.is_fsdp2:
         model, prepared = accelerator.prepare(unet, optimizer)
         return model, prepared

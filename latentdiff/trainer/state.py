@@ -17,7 +17,6 @@ from latentdiff.trainer.power_ema import AllAverages
 from latentdiff.trainer.ranks import share
 from latentdiff.trainer.sharding import local, release, rows
 from latentdiff.trainer.tensor_files import read_tensors
-from latentdiff.trainer.zero import divide_state, gathered_moments, is_divided
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,7 +57,7 @@ class TrainingState:
         tensors = {
             "unet": self._weights(),
             "ema": self.ema.placed(),
-            "optimizer": self._moments(),
+            "optimizer": named_state(self.optimizer, self.unet),
         }
         scaler = self.accelerator.scaler
         facts = {
@@ -71,11 +70,6 @@ class TrainingState:
         write_checkpoint(self.folder, step, tensors, facts)
         if self.accelerator.is_main_process:
             delete_old(self.folder, self.keep_last, self.keep_every)
-
-    def _moments(self) -> dict[str, Tensor]:
-        if is_divided(self.unet):
-            return gathered_moments(self.accelerator, self.unet)
-        return named_state(self.optimizer, self.unet)
 
     def resume(self) -> tuple[int, float]:
         """Load the newest complete checkpoint; return (steps made, seconds spent).
@@ -114,11 +108,9 @@ class TrainingState:
             local(weight).copy_(stored[name])
         release(self.unet)
         self.ema.load(read_tensors(checkpoint, "ema", of_moment))
-        moments = read_tensors(checkpoint, "optimizer", of_moment)
-        if is_divided(self.unet):
-            divide_state(self.accelerator, self.unet, moments)
-        else:
-            load_named_state(self.optimizer, self.unet, moments)
+        load_named_state(
+            self.optimizer, self.unet, read_tensors(checkpoint, "optimizer", of_moment)
+        )
 
 
 def stored_facts(folder: Path) -> dict[str, Any] | None:

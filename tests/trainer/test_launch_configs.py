@@ -1,12 +1,9 @@
 """Every shipped launch configuration is parsed and dry-run: all but the training itself."""
 
-import importlib.util
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +11,6 @@ import pytest
 from latentdiff.errors import UserError
 from latentdiff.trainer.processes import start_processes, was_restarted
 from latentdiff.trainer.sharding import fsdp_plugin
-from latentdiff.trainer.zero import zero_plugin
 
 FOLDER = Path(__file__).parents[2] / "training" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -44,25 +40,9 @@ def dry_run(file: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple
     )
     monkeypatch.setattr(subprocess, "Popen", Started)
     monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
-    if file.stem.startswith("deepspeed"):
-        pretend_deepspeed_is_there(monkeypatch)
     given = ["--config_file", str(file), *options, "training/train_latent.py"]
     launch_command(launch_command_parser().parse_args(given))
     return seen[0]
-
-
-def pretend_deepspeed_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher looks for it and takes one name from it."""
-    runner = ModuleType("deepspeed.launcher.runner")
-    runner.DEEPSPEED_ENVIRONMENT_NAME = ".deepspeed_env"  # type: ignore[attr-defined]
-    for name in ("deepspeed", "deepspeed.launcher"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, runner.__name__, runner)
-    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *more: name == "deepspeed" or found(name, *more)
-    )
 
 
 def options_of(file: Path) -> list[str]:
@@ -88,21 +68,19 @@ def test_it_parses_and_says_whether_it_has_been_run(file: Path) -> None:
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem != "single"], ids=lambda p: p.stem)
 def test_it_starts_the_processes_it_speaks_of(file: Path, monkeypatch) -> None:
     options = options_of(file)
-    if file.stem in ("ddp", "fsdp2_full_shard", "deepspeed_zero2"):
+    if file.stem in ("ddp", "fsdp2_full_shard"):
         options = ["--num_processes", "3"]
     arguments, environment = dry_run(file, monkeypatch, *options)
     several = file.stem in ("ddp_multi_node", "fsdp2_hybrid")
     expected = {"ddp": "3", "fsdp2_full_shard": "3", "ddp_cpu_2": "2", "fsdp2_cpu_2": "2"}
-    expected["deepspeed_zero2"] = "3"
     assert arguments.nproc_per_node == expected.get(file.stem, "8")
     assert arguments.training_script == "training/train_latent.py"
     if several:
         assert (arguments.nnodes, arguments.node_rank) == ("2", 1)
         assert (arguments.rdzv_backend, arguments.max_restarts) == ("c10d", 3)
         assert arguments.rdzv_endpoint == "10.0.0.1:29500"
-    for name, start in (("FSDP", "fsdp2"), ("DEEPSPEED", "deepspeed")):
-        wants = environment.get(f"ACCELERATE_USE_{name}", "false") == "true"
-        assert wants == file.stem.startswith(start)
+    wants = environment.get("ACCELERATE_USE_FSDP", "false") == "true"
+    assert wants == file.stem.startswith("fsdp2")
 
 
 @pytest.mark.parametrize(
@@ -129,33 +107,6 @@ def test_it_shards_as_it_says(file: Path, monkeypatch) -> None:
         assert (mesh.dp_replicate_size, mesh.dp_shard_size) == (2, 8)
 
 
-def test_deepspeed_divides_in_32_bit_and_leaves_the_rest_to_the_run(monkeypatch) -> None:
-    _, environment = dry_run(FOLDER / "deepspeed_zero2.yaml", monkeypatch)
-    for key in [key for key in environment if key.startswith("ACCELERATE_")]:
-        monkeypatch.setenv(key, environment[key])
-    config = zero_plugin("bf16").deepspeed_config
-    assert config["zero_optimization"]["stage"] == 2
-    assert config["gradient_accumulation_steps"] == 1
-    assert not config["bf16"]["enabled"] and not config["fp16"]["enabled"]
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "precision", "text"),
-    [
-        ("ZERO_STAGE", "3", "bf16", "fsdp2_full_shard"),
-        ("OFFLOAD_OPTIMIZER_DEVICE", "cpu", "bf16", "offload_optimizer_device=cpu"),
-        ("CONFIG_FILE", "zero.json", "no", "config_file=zero.json"),
-        ("ZERO_STAGE", "2", "fp16", "got fp16"),
-        ("ZERO_STAGE", "2", "bf16", r"latentdiff\[deepspeed\]"),
-    ],
-)
-def test_what_deepspeed_cannot_do_is_refused(monkeypatch, name, value, precision, text) -> None:
-    monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=text):
-        zero_plugin(precision)
-
-
 def test_single_is_a_plain_start(monkeypatch) -> None:
     command, environment = dry_run(FOLDER / "single.yaml", monkeypatch)
     assert command[-1] == "training/train_latent.py"
@@ -170,20 +121,23 @@ def test_what_sharding_cannot_do_is_refused(monkeypatch, version: str, precision
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "text"),
+    ("name", "value", "shards", "text"),
     [
-        ("ACCELERATE_USE_DEEPSPEED", "true", "trains copies"),
-        ("ACCELERATE_USE_FSDP", "true", "trains copies"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "loop.gradient_accumulation=4"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", False, "trains copies"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", True, "accelerate/fsdp2_shard_grad_op.yaml"),
+        ("ACCELERATE_USE_FSDP", "true", False, "trains copies"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", True, "loop.gradient_accumulation=4"),
     ],
 )
-def test_launches_that_would_train_wrongly_are_refused(monkeypatch, name, value, text) -> None:
+def test_launches_that_would_train_wrongly_are_refused(
+    monkeypatch, name, value, shards, text
+) -> None:
     from accelerate.state import GradientState
 
     monkeypatch.setenv(name, value)
     try:
         with pytest.raises(UserError, match=text):
-            start_processes("no", cpu=True)
+            start_processes("no", cpu=True, shards=shards)
     finally:
         GradientState._reset_state()
 

@@ -65,7 +65,7 @@ def test_a_process_that_fits_follows_one_that_does_not() -> None:
 class FakeGpu:
     """An accelerator that says it is a GPU and runs on the CPU."""
 
-    distributed_type, num_processes = "DistributedType.NO", 1
+    is_fsdp2, num_processes = False, 1
 
     def __init__(self) -> None:
         self.device = SimpleNamespace(type="cuda")
