@@ -89,10 +89,9 @@ def fit_unet(
         "in_channels": autoencoder.latent_channels,
         "out_channels": autoencoder.latent_channels,
         "cross_attention_dim": text_encoder.width,
-    }
-    if config.latents.pack is None:
         # With buckets this is the square one; diffusers then generates that size by default.
-        found["sample_size"] = config.data.image_size // autoencoder.downscale
+        "sample_size": config.data.image_size // autoencoder.downscale,
+    }
     changes = {k: v for k, v in found.items() if f"model.unet.{k}" not in given}
     unet = dataclasses.replace(config.model.unet, **changes)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, unet=unet))
@@ -146,8 +145,6 @@ def check_fit(components: Components, config: TrainConfig) -> None:
         )
     check_reading(components.unet, config.reading, components.text_encoder.max_length)
     check_held(components.unet, config.held, wants_sharding() or wants_zero())
-    if config.latents.pack is not None:
-        return
     size, key = config.data.image_size, "image_size"
     if config.data.buckets:
         size, key = config.data.bucket_step, "bucket_step"
