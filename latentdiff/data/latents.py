@@ -134,7 +134,7 @@ class Shards:
     def read(self, rows: Array) -> Tensor:
         """Read rows: float16 (B, 2C, h, w). Raises: UserError: the files have gone."""
         out = np.empty((len(rows), *self.shape), dtype=np.float16)
-        view, size = memoryview(out.reshape(-1).view(np.uint8)), self._row_bytes
+        view, size = out.reshape(-1).view(np.uint8).data, self._row_bytes
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         with self._lock:
             for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
@@ -507,8 +507,8 @@ class Encoding:
             return _Job(index, problem=(error.name, error.reason))
         image, mask, config = example.image, example.mask, self._config
         if key is None:
-            pixels = [image.tobytes(), repr(image.size)]
-            key = digest(*pixels, *([mask.tobytes()] if mask is not None else []))
+            masks = [mask.tobytes()] if mask is not None else []
+            key = digest(image.tobytes(), repr(image.size), *masks)
             if (bucket := self._folder.bucket_of(key)) is not None:
                 return _Job(index, key, bucket)
         bucket = nearest(self._folder.sizes, *image.size)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentdiff.data.latent_cache import build_latent_cache
+from latentdiff.data.latents import build_latent_cache
 from latentdiff.data.source import DataConfig, Source
 from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.models.text_encoder import TextEncoder
@@ -34,7 +34,7 @@ def subject_pictures(
     plain, rows = subjects() if subjects else (source, list(range(len(source))))
     autoencoder = load_autoencoder(root / "vae")
     data = build_latent_cache(plain, autoencoder, config, default_cache(), device=device)
-    moments = data.moments_of(range(len(data))).float()
+    moments = data.read(range(len(data))).moments.float()
     latents = autoencoder.latents_from_moments(moments, torch.zeros(()))
     places = [int(index) for index in data.source_indices]
     where = {index: row for row, index in enumerate(places)}
