@@ -32,9 +32,7 @@ import numpy as np
 import psutil
 import torch
 
-from latentdiff.data.latent_cache import LatentCache
-from latentdiff.data.latent_index import LatentIndex
-from latentdiff.data.latent_store import LatentStore, LatentWriter, key_array
+from latentdiff.data.latents import LatentCache, LatentIndex, Shards, key_array, write_shard
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError, exit_with
 from latentdiff.trainer.batches import BatchMaker, Prefetch
@@ -77,19 +75,18 @@ def write(folder: Path, count: int) -> None:
     if free < need + 2**30:
         raise UserError(f"{need / 1e9:.1f} GB are needed in {folder}; {free / 1e9:.1f} are free.")
     pool = torch.randn(POOL, *SHAPE, generator=torch.Generator().manual_seed(0)).half()
-    with LatentWriter(folder, SHAPE) as writer:
-        for start in range(0, count, POOL):
-            numbers = torch.arange(start, min(start + POOL, count))
-            part = pool[: len(numbers)]
-            part[:, 0, 0, 0], part[:, 0, 0, 1] = numbers % 2048, numbers // 2048
-            writer.append([key(n) for n in numbers.tolist()], part)
+    for start in range(0, count, POOL):
+        numbers = torch.arange(start, min(start + POOL, count))
+        part = pool[: len(numbers)]
+        part[:, 0, 0, 0], part[:, 0, 0, 1] = numbers % 2048, numbers // 2048
+        write_shard(folder, [key(n) for n in numbers.tolist()], part)
 
 
 def open_cache(folder: Path, count: int) -> LatentCache:
     """Open them as training opens its cache."""
     keys = key_array(key(n) for n in range(count))
     index = LatentIndex(np.zeros(count, np.int16), keys, [])
-    store = LatentStore(folder, SHAPE)
+    store = Shards(folder, SHAPE)
     place: Any = SimpleNamespace(path=folder, shapes=[SHAPE], stores=[store], masked=False)
     source: Any = Synthetic(count)
     return LatentCache(source, place, index, [])

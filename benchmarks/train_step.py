@@ -38,7 +38,7 @@ from accelerate import Accelerator
 from peer_step import Peer, PeerFlags, run_script
 from step_sizes import SIZES, Size, write_model, write_pictures
 
-from latentdiff.data.latent_cache import build_latent_cache
+from latentdiff.data.latents import build_latent_cache
 from latentdiff.data.source import DataConfig, open_source
 from latentdiff.diffusion.objective import ObjectiveConfig, per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule

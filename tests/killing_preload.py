@@ -4,7 +4,7 @@ import accelerate  # noqa: F401
 import safetensors.torch  # noqa: F401
 import train_latent  # noqa: F401
 
-import latentdiff.data.latent_cache
+import latentdiff.data.latents
 import latentdiff.formats.diffusers_folder
 import latentdiff.models.autoencoder
 import latentdiff.models.text_encoder

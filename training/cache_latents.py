@@ -21,8 +21,7 @@ if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latentdiff.config import describe
-from latentdiff.data.latent_encoding import Encoding
-from latentdiff.data.latent_folder import LatentFolder
+from latentdiff.data.latents import Encoding, LatentFolder
 from latentdiff.data.source import open_source, problems_of, report_skipped
 from latentdiff.errors import UserError
 from latentdiff.trainer.caching import Worker, frozen_autoencoder, this_worker
@@ -41,23 +40,20 @@ def cache(given: Given, worker: Worker) -> None:
         source, autoencoder, config.data, folder, worker.device, config.latents.batch_size
     )
     name = f"process {worker.rank} of {worker.ranks}"
-    index = work.files.read(folder.stores)
-    if index is not None:
+    if work.index() is not None:
         print(f"{name}: all {len(source)} pictures are in {folder.path}; nothing to do", flush=True)
         return
     done = work.run(worker.rank, worker.ranks, progress=worker.rank == 0)
     print(f"{name}: {done.encoded} pictures encoded, {done.blocks} blocks", flush=True)
-    folder.refresh()
-    index = work.files.join(folder.stores)
+    index = work.index()
     if index is None:
-        missing = work.files.missing(folder.stores)
         print(
-            f"{name}: {missing} of {len(work.files.blocks)} blocks are with other processes. The "
+            f"{name}: {work.missing()} of {len(work.blocks)} blocks are with other processes. The "
             "last one to end says that the cache is complete; if none does, start again."
         )
         return
     skipped = [*problems_of(source), *index.skipped]
-    usable = int((index.places >= 0).sum())
+    usable = int((index.buckets >= 0).sum())
     print(report_skipped(skipped) + "\n" * bool(skipped), end="")
     print(f"{name}: the cache is complete: {usable} pictures in {folder.path}", flush=True)
 

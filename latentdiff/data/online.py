@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.images import UnreadableImage
-from latentdiff.data.latent_cache import Stored
-from latentdiff.data.latent_encoding import digest
-from latentdiff.data.latent_folder import cache_key, check_sizes, encode_moments, float_type
+from latentdiff.data.latents import (
+    Shape,
+    Stored,
+    cache_key,
+    check_sizes,
+    digest,
+    encode_moments,
+    float_type,
+)
 from latentdiff.data.masks import latent_mask
 from latentdiff.data.source import DataConfig, Example, Skipped, Source, group_of, problems_of
 from latentdiff.data.transforms import to_tensor
 from latentdiff.errors import UserError
-
-Shape = tuple[int, int, int]
 
 
 class OnlineEncoder:
@@ -111,10 +115,6 @@ class OnlineLatents:
         """Encode many at once; seeds (all 0 by default) place random crops."""
         examples = [self._example(int(index)) for index in indices]
         return self._encode(examples, seeds or [0] * len(examples))
-
-    def moments_of(self, indices: Sequence[int]) -> Tensor:
-        """Encode many at once: float32 (B, 2C, h, w)."""
-        return self.read(indices).moments
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of one picture."""

@@ -1,7 +1,7 @@
 """What a data set looks like to the rest of the code, and how a configuration opens one.
 
 A source is a map from an index to an RGB picture with its captions. Sources never resize and never
-touch tensors; `transforms` and `latent_cache` do that.
+touch tensors; `images` and `latents` do that.
 """
 
 from __future__ import annotations

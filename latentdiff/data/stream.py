@@ -16,9 +16,7 @@ import torch
 
 from latentdiff.data.captions import choose_caption_column, clean_captions
 from latentdiff.data.images import UnreadableImage, open_image, open_with_alpha
-from latentdiff.data.latent_cache import Stored
-from latentdiff.data.latent_encoding import digest
-from latentdiff.data.latent_folder import cache_key
+from latentdiff.data.latents import Stored, cache_key, digest
 from latentdiff.data.online import OnlineEncoder
 from latentdiff.data.source import DataConfig, Example, Skipped
 from latentdiff.errors import UserError, did_you_mean

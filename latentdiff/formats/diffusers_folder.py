@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.atomic import atomic_folder
 from latentdiff.errors import UserError
-from latentdiff.formats.atomic import atomic_folder
 from latentdiff.formats.components import Components, check_inputs, empty_unet, fill_unet
 from latentdiff.formats.generation_config import generation_defaults, with_generation
 from latentdiff.formats.hub import resolve_folder

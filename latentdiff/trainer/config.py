@@ -71,8 +71,6 @@ class LatentsConfig:
 
     cache_dir: str | None = None
     """Folder of the latent cache; null is ~/.cache/latentdiff."""
-    pack: str | None = None
-    """Train on this latent pack (one .safetensors file) in place of the pictures of `data`."""
     online: bool = False
     """Keep no latents: encode the pictures of every batch anew. Slower by the encoder's time; for
     sets larger than the disk, and for data.crop=random."""

@@ -86,10 +86,9 @@ def fit_unet(
         "in_channels": autoencoder.latent_channels,
         "out_channels": autoencoder.latent_channels,
         "cross_attention_dim": text_encoder.width,
-    }
-    if config.latents.pack is None:
         # With buckets this is the square one; diffusers then generates that size by default.
-        found["sample_size"] = config.data.image_size // autoencoder.downscale
+        "sample_size": config.data.image_size // autoencoder.downscale,
+    }
     changes = {k: v for k, v in found.items() if f"model.unet.{k}" not in given}
     unet = dataclasses.replace(config.model.unet, **changes)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, unet=unet))
@@ -141,8 +140,6 @@ def check_fit(components: Components, config: TrainConfig) -> None:
             f"{unet.cross_attention_dim}. Set model.unet.cross_attention_dim={width}, or choose "
             "another model.text_encoder."
         )
-    if config.latents.pack is not None:
-        return
     size, key = config.data.image_size, "image_size"
     if config.data.buckets:
         size, key = config.data.bucket_step, "bucket_step"

@@ -1,4 +1,4 @@
-"""The pictures of a run: from a cache, a pack or a stream, or encoded at each step."""
+"""The pictures of a run: from a cache or a stream, or encoded at each step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.data.source import open_source, report_skipped, split
-from latentdiff.errors import UserError
 from latentdiff.trainer.config import TrainConfig
 from latentdiff.trainer.output import default_cache
 
@@ -22,7 +21,7 @@ class Latents:
     """The encoded pictures and which of them are held out."""
 
     data: Any
-    """A LatentCache, LatentPack, OnlineLatents or StreamLatents."""
+    """A LatentCache, OnlineLatents or StreamLatents."""
     train: list[int]
     """Indices to train on."""
     held_out: list[int]
@@ -41,15 +40,6 @@ class Latents:
 
 
 def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Latents:
-    """Open the data without what data.quarantine lists. Raises: UserError: see open_all."""
-    found = open_all(config, autoencoder, accelerator)
-    if config.latents.pack is None or config.data.quarantine is None:
-        return found  # where pictures are opened, open_source leaves them out
-    train, held_out = (unlisted(found.data, part, config) for part in (found.train, found.held_out))
-    return Latents(found.data, train, held_out)
-
-
-def open_all(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Latents:
     """Open the data; encode what is not in the cache yet, on one process of each machine.
 
     Raises: UserError: no data, no captions, no usable picture.
@@ -69,41 +59,24 @@ def open_all(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) ->
             open_source(config.data), autoencoder, config.data, accelerator.device
         )
         return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
-    if config.latents.pack is not None:
-        from latentdiff.data.latent_pack import LatentPack
+    from latentdiff.data.latents import build_latent_cache
 
-        data = LatentPack(config.latents.pack)
-    else:
-        from latentdiff.data.latent_cache import build_latent_cache
-
-        source = open_source(config.data)
-        folder = Path(config.latents.cache_dir or default_cache())
-        with accelerator.local_main_process_first():
-            data = build_latent_cache(
-                source,
-                autoencoder,
-                config.data,
-                folder,
-                batch_size=config.latents.batch_size,
-                device=accelerator.device,
-                progress=accelerator.is_local_main_process,
-            )
-        if accelerator.is_main_process and (text := report_skipped(data.skipped)):
-            print(text, flush=True)
-        if accelerator.is_main_process and (text := bucket_table(data)):
+    source = open_source(config.data)
+    folder = Path(config.latents.cache_dir or default_cache())
+    with accelerator.local_main_process_first():
+        data = build_latent_cache(
+            source,
+            autoencoder,
+            config.data,
+            folder,
+            batch_size=config.latents.batch_size,
+            device=accelerator.device,
+            progress=accelerator.is_local_main_process,
+        )
+    for text in (report_skipped(data.skipped), bucket_table(data)):
+        if text and accelerator.is_main_process:
             print(text, flush=True)
     return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
-
-
-def unlisted(data: Any, indices: list[int], config: TrainConfig) -> list[int]:
-    """Leave out of a latent pack what data.quarantine lists, as opening pictures does."""
-    from latentdiff.data.quarantine import read_quarantine
-
-    listed = read_quarantine(config.data.quarantine or "")
-    kept = [index for index in indices if data.name(index) not in listed]
-    if indices and not kept:
-        raise UserError(f"data.quarantine: {config.data.quarantine} lists all of the pictures.")
-    return kept
 
 
 def none_held_out(latents: Latents, config: TrainConfig) -> list[str]:

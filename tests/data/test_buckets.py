@@ -12,8 +12,7 @@ from PIL import Image
 from test_latent_cache import StubAutoencoder, config_of
 
 from latentdiff.data.buckets import bucket_sizes, nearest
-from latentdiff.data.latent_cache import LatentCache, build_latent_cache
-from latentdiff.data.latent_pack import write_pack
+from latentdiff.data.latents import LatentCache, build_latent_cache
 from latentdiff.data.masks import latent_mask
 from latentdiff.data.online import OnlineLatents
 from latentdiff.data.source import DataConfig, open_source
@@ -59,21 +58,19 @@ def test_each_bucket_has_its_own_shape(tmp_path: Path) -> None:
     config = bucketed(tmp_path / "d", bucket_max_ratio=4.0)
     model = StubAutoencoder()
     cache = build(config, tmp_path / "c", model)
-    assert [cache.shape_of(i) for i in range(5)] == [
+    assert [cache.shapes[b] for b in cache.buckets] == [
         (8, 4, 4), (8, 2, 8), (8, 8, 2), (8, 4, 4), (8, 2, 8)
     ]  # fmt: skip
     source = open_source(config)
     for index, size in ((1, (8, 32)), (2, (32, 8)), (3, (16, 16))):
         expected = model.conv(to_tensor(source[index].image, size)[None])[0]
-        assert torch.allclose(cache[index][0].float(), expected, atol=2e-3)
-    assert torch.equal(cache.moments_of([4, 1])[1], cache[1][0])
+        assert torch.allclose(cache.read([index]).moments[0].float(), expected, atol=2e-3)
+    assert torch.equal(cache.read([4, 1]).moments[1], cache.read([1]).moments[0])
     with pytest.raises(ValueError, match="one bucket"):
-        cache.moments_of([0, 1])
+        cache.read([0, 1])
     again = StubAutoencoder()
     assert build(config, tmp_path / "c", again).fingerprint() == cache.fingerprint()
     assert again.batches == []
-    with pytest.raises(UserError, match="one shape"):
-        write_pack(cache, tmp_path / "pack")
 
 
 def test_squares_in_the_same_cache_folder_are_kept_apart(tmp_path: Path) -> None:
@@ -81,7 +78,7 @@ def test_squares_in_the_same_cache_folder_are_kept_apart(tmp_path: Path) -> None
     square = config_of(tmp_path / "d")
     build(square, tmp_path / "c")
     cache = build(config, tmp_path / "c")
-    assert len({cache.shape_of(i) for i in range(5)}) == 3
+    assert len(set(cache.buckets)) == 3
     assert build(square, tmp_path / "c").shape == (8, 4, 4)
 
 
@@ -127,7 +124,7 @@ def test_masks_are_kept_beside_the_moments(tmp_path: Path, kind: str) -> None:
     assert moments.shape == (2, 8, 4, 4) and masks is not None and masks.shape == (2, 1, 4, 4)
     assert masks[0, 0, :, :2].min() > 0.95 and masks[0, 0, :, 2:].max() < 0.05
     assert bool((masks[1] == 1).all())
-    assert torch.equal(cache[2][0], build(config_of(folder), tmp_path / "c")[-1][0])
+    assert torch.equal(moments[1], build(config_of(folder), tmp_path / "c").read([2]).moments[0])
     online = OnlineLatents(open_source(config), model, config)
     seen = online.read([0, 2])
     assert seen.mask is not None and torch.allclose(seen.mask, masks.float(), atol=1e-3)

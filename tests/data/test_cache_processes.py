@@ -16,11 +16,16 @@ import torch
 from data_helpers import png, write_folder
 from test_latent_cache import StubAutoencoder, config_of
 
-from latentdiff.data import latent_index
-from latentdiff.data.latent_cache import build_latent_cache
-from latentdiff.data.latent_encoding import Done, Encoding
-from latentdiff.data.latent_folder import LatentFolder
-from latentdiff.data.latent_store import LatentStore, LatentWriter, key_array
+from latentdiff.data import latents
+from latentdiff.data.latents import (
+    Done,
+    Encoding,
+    LatentFolder,
+    Shards,
+    build_latent_cache,
+    key_array,
+    write_shard,
+)
 from latentdiff.data.source import DataConfig, open_source
 from latentdiff.errors import UserError
 from latentdiff.trainer.caching import this_worker
@@ -31,7 +36,7 @@ COUNT = 23
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    monkeypatch.setattr(latent_index, "SMALLEST_BLOCK", 4)  # six blocks
+    monkeypatch.setattr(latents, "SMALLEST_BLOCK", 4)  # six blocks
     return config_of(write_folder(tmp_path / "d", COUNT))
 
 
@@ -44,8 +49,7 @@ def work(
     source = open_source(config)
     encoding = Encoding(source, model, config, folder, torch.device("cpu"), 4)
     done = encoding.run(rank, ranks, progress=False)
-    folder.refresh()
-    return done, encoding.files.join(folder.stores) is not None
+    return done, encoding.index() is not None
 
 
 def test_processes_share_the_work_and_the_last_one_joins_it(
@@ -61,7 +65,7 @@ def test_processes_share_the_work_and_the_last_one_joins_it(
         open_source(config), StubAutoencoder(), config, tmp_path / "alone", progress=False
     )
     assert model.batches == []
-    assert torch.equal(many.moments_of(range(COUNT)), alone.moments_of(range(COUNT)))
+    assert torch.equal(many.read(range(COUNT)).moments, alone.read(range(COUNT)).moments)
     assert many.fingerprint() == alone.fingerprint()
     assert not list((tmp_path / "c").glob("*/*block*"))
 
@@ -88,8 +92,8 @@ def test_a_dead_process_is_made_up_for_by_any_other_number(
 def test_a_lost_part_is_encoded_again_and_nothing_else(config: DataConfig, tmp_path: Path) -> None:
     for rank in range(2):
         work(config, tmp_path / "c", rank, 2)
-    parts = sorted((tmp_path / "c").glob("*/part-*"))
-    lost = len(LatentStore(parts[0].parent, (8, 4, 4))) - _rows(parts[1:], tmp_path)
+    parts = sorted((tmp_path / "c").glob("*/shard-*"))
+    lost = len(Shards(parts[0].parent, (8, 4, 4))) - _rows(parts[1:], tmp_path)
     parts[0].unlink()
     done, complete = work(config, tmp_path / "c", 0, 1)
     assert complete and done.encoded == lost > 0
@@ -99,7 +103,7 @@ def _rows(parts: list[Path], tmp_path: Path) -> int:
     (tmp_path / "copy").mkdir()
     for part in parts:
         (tmp_path / "copy" / part.name).write_bytes(part.read_bytes())
-    return len(LatentStore(tmp_path / "copy", (8, 4, 4)))
+    return len(Shards(tmp_path / "copy", (8, 4, 4)))
 
 
 def test_unreadable_pictures_are_listed_once_in_their_order(
@@ -122,9 +126,8 @@ def test_keys_with_zero_bytes_are_kept_apart(tmp_path: Path) -> None:
     keys += ["ab" * n + "00" * (16 - n) for n in range(17)]
     keys = list(dict.fromkeys(keys))
     values = torch.arange(len(keys)).half()[:, None, None, None].expand(-1, 2, 2, 2)
-    with LatentWriter(tmp_path, (2, 2, 2)) as writer:
-        writer.append(keys, values)
-    store = LatentStore(tmp_path, (2, 2, 2))
+    write_shard(tmp_path, keys, values)
+    store = Shards(tmp_path, (2, 2, 2))
     order = np.random.default_rng(0).permutation(len(keys))
     read = store.read(store.rows(key_array([keys[i] for i in order])))
     assert read[:, 0, 0, 0].tolist() == order.tolist()
@@ -137,10 +140,10 @@ def test_files_that_vanish_while_in_use_are_an_error_that_says_so(
     cache = build_latent_cache(
         open_source(config), StubAutoencoder(), config, tmp_path / "c", progress=False
     )
-    for part in (tmp_path / "c").glob("*/part-*"):
+    for part in (tmp_path / "c").glob("*/shard-*"):
         part.unlink()
     with pytest.raises(UserError, match=r"lost .*Start again"):
-        cache.moments_of(range(COUNT))
+        cache.read(range(COUNT))
 
 
 def test_who_am_i(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +175,7 @@ def test_the_script_under_accelerate_and_after_a_kill(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, *_command(tmp_path, "--rank", "0", "--ranks", "2", "latents.batch_size=8")]
     )
-    while not list((tmp_path / "cache").glob("*/.tmp-*.arrow")):
+    while not list((tmp_path / "cache").glob("*/.tmp-*")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -15,14 +14,11 @@ import torch
 from data_helpers import picture, png, write_folder
 from torch import Tensor, nn
 
-from latentdiff.data import latent_store
-from latentdiff.data.latent_cache import LatentCache, build_latent_cache
-from latentdiff.data.latent_pack import LatentPack, write_pack
+from latentdiff.data import latents
+from latentdiff.data.latents import LatentCache, Shards, build_latent_cache, key_array, write_shard
 from latentdiff.data.source import DataConfig, Example, Source, open_source, split
 from latentdiff.data.transforms import to_tensor
 from latentdiff.errors import UserError
-
-datasets = pytest.importorskip("datasets")
 
 
 class StubAutoencoder(nn.Module):
@@ -57,6 +53,11 @@ def build(
     return cache, sum(model.batches) - before - (1 if fresh or more else 0)
 
 
+def row(cache: LatentCache, index: int | list[int], place: int = 0) -> Tensor:
+    """Moments of one entry, or of one of several that are read together."""
+    return cache.read([index] if isinstance(index, int) else index).moments[place]
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> DataConfig:
     return config_of(write_folder(tmp_path / "d", 10))
@@ -69,13 +70,13 @@ def test_moments_are_the_encoders_in_fp16(config: DataConfig, tmp_path: Path) ->
     assert model.batches == [1, 4, 4, 2]
     source = open_source(config)
     for i in (0, 3, 9):
-        moments, captions, name = cache[i]
+        moments = row(cache, i)
         image = to_tensor(source[i].image, 16)[None]
         assert moments.dtype == torch.float16
         assert torch.allclose(moments.float(), model.conv(image)[0], atol=2e-3)
-        assert (captions, name) == ((f"picture {i}",), f"images/{i}.png")
-    assert torch.equal(cache.moments_of([7, 2, 7])[1], cache[2][0])
-    assert torch.equal(cache.moments_of(torch.tensor([5]))[0], cache[5][0])
+        assert (cache.captions(i), cache.name(i)) == ((f"picture {i}",), f"images/{i}.png")
+    assert torch.equal(row(cache, [7, 2, 7], 1), row(cache, 2))
+    assert torch.equal(cache.read(torch.tensor([5])).moments[0], row(cache, 5))
 
 
 def test_second_run_encodes_nothing(config: DataConfig, tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_second_run_encodes_nothing(config: DataConfig, tmp_path: Path) -> None:
     source._tree.read = None  # type: ignore[attr-defined]  # no file may be opened either
     second, _ = build(config, tmp_path / "c", model, source=source)
     assert model.batches == []
-    assert torch.equal(first.moments_of(range(10)), second.moments_of(range(10)))
+    assert torch.equal(first.read(range(10)).moments, second.read(range(10)).moments)
     assert first.fingerprint() == second.fingerprint()
 
 
@@ -95,7 +96,7 @@ def test_one_changed_picture_is_one_new_row(config: DataConfig, tmp_path: Path) 
     (Path(config.path) / "images" / "4.png").write_bytes(png(99))
     second, encoded = build(config, tmp_path / "c")
     assert encoded == 1
-    same = [torch.equal(first[i][0], second[i][0]) for i in range(10)]
+    same = [torch.equal(row(first, i), row(second, i)) for i in range(10)]
     assert same == [i != 4 for i in range(10)]
     assert first.fingerprint() != second.fingerprint()
 
@@ -136,7 +137,7 @@ def test_equal_pictures_are_encoded_once(tmp_path: Path) -> None:
         (folder / "images" / f"{i}.png").write_bytes(png(i % 2))
     cache, encoded = build(config_of(folder), tmp_path / "c", batch_size=1)
     assert (len(cache), encoded) == (6, 2)
-    assert torch.equal(cache[0][0], cache[4][0]) and cache.captions(4) == ("picture 4",)
+    assert torch.equal(row(cache, 0), row(cache, 4)) and cache.captions(4) == ("picture 4",)
 
 
 def test_unreadable_pictures_are_skipped_by_name_and_batches_stay_full(tmp_path: Path) -> None:
@@ -212,46 +213,49 @@ def test_a_killed_build_is_continued_and_never_taken_for_whole(
                 raise KeyboardInterrupt
             return super().encode_moments(images)
 
-    monkeypatch.setattr(latent_store, "PART_BYTES", 2 * 8 * 4 * 4 * 2)  # two rows a part
+    monkeypatch.setattr(latents, "SHARD_BYTES", 2 * 8 * 4 * 4 * 2)  # two rows a shard
     with pytest.raises(KeyboardInterrupt):
         build(config, tmp_path / "c", Dies(), batch_size=2)
     folder = next((tmp_path / "c").glob("latents-*"))
-    assert not list(folder.glob("index-*")) and len(list(folder.glob("part-*"))) == 3
+    assert not list(folder.glob("index-*")) and len(list(folder.glob("shard-*"))) == 3
     assert not list(folder.glob(".tmp-*"))
-    (folder / ".tmp-killed.arrow").write_bytes(b"half a file")
+    (folder / ".tmp-killed.safetensors").write_bytes(b"half a file")
     cache, encoded = build(config, tmp_path / "c", batch_size=2)
     assert encoded == 4
     whole, _ = build(config, tmp_path / "other")
-    assert torch.equal(cache.moments_of(range(10)), whole.moments_of(range(10)))
+    assert torch.equal(cache.read(range(10)).moments, whole.read(range(10)).moments)
 
 
-def test_a_really_killed_process_leaves_no_part(config: DataConfig, tmp_path: Path) -> None:
+def test_a_really_killed_process_leaves_no_shard(config: DataConfig, tmp_path: Path) -> None:
     code = (
         "import os, sys, torch\n"
         "from pathlib import Path\n"
-        "from latentdiff.data.latent_store import LatentWriter\n"
-        "with LatentWriter(Path(sys.argv[1]), (8, 4, 4)) as writer:\n"
-        "    writer.append(['a', 'b'], torch.zeros(2, 8, 4, 4))\n"
-        "    os._exit(9)\n"
+        "from latentdiff.data.latents import write_shard\n"
+        "os.fsync = lambda descriptor: os._exit(9)\n"
+        "write_shard(Path(sys.argv[1]), ['ab' * 16], torch.zeros(1, 8, 4, 4).half())\n"
     )
     (tmp_path / "s").mkdir()
-    root = Path(latent_store.__file__).parents[2]
+    root = Path(latents.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], cwd=root, check=False)
     assert done.returncode == 9
     assert [p.name[:5] for p in (tmp_path / "s").iterdir()] == [".tmp-"]
-    assert "a" not in latent_store.LatentStore(tmp_path / "s", (8, 4, 4))
+    assert len(Shards(tmp_path / "s", (8, 4, 4))) == 0
 
 
-def test_damaged_parts_and_indices_are_made_again(config: DataConfig, tmp_path: Path) -> None:
+def test_damaged_shards_and_indices_are_made_again(config: DataConfig, tmp_path: Path) -> None:
     first, _ = build(config, tmp_path / "c")
     folder = next((tmp_path / "c").glob("latents-*"))
     next(folder.glob("index-*")).write_text('{"keys": [')
     assert build(config, tmp_path / "c")[1] == 0
-    part, moments = next(folder.glob("part-*")), first.moments_of(range(10))
-    part.unlink()  # a new file under the same name: the old one is still mapped into memory
-    part.write_bytes(b"not arrow")
-    second, encoded = build(config, tmp_path / "c")
-    assert encoded == 10 and torch.equal(moments, second.moments_of(range(10)))
+    shard, moments = next(folder.glob("shard-*")), first.read(range(10)).moments
+    for damage in (b"not a shard", b"", shard.read_bytes()[:-1], shard.read_bytes()[:9]):
+        shard.write_bytes(damage)
+        second, encoded = build(config, tmp_path / "c")
+        assert encoded == 10 and torch.equal(moments, second.read(range(10)).moments)
+        shard = next(path for path in folder.glob("shard-*") if path != shard)
+        for other in folder.glob("shard-*"):
+            if other != shard:
+                other.unlink()
 
 
 def test_refusals(config: DataConfig, tmp_path: Path) -> None:
@@ -265,61 +269,39 @@ def test_refusals(config: DataConfig, tmp_path: Path) -> None:
         build(config, tmp_path / "file")
 
 
-def test_rows_are_found_in_any_order_across_parts(
+def test_rows_are_found_in_any_order_across_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latent_store, "PART_BYTES", 2 * 8 * 4 * 4 * 30)
-    monkeypatch.setattr(latent_store, "OPEN_FILES", 3)  # of about eight
+    monkeypatch.setattr(latents, "OPEN_FILES", 3)  # of nine
     shape, count = (8, 4, 4), 250
-    values = torch.randn(count, *shape)
-    with latent_store.LatentWriter(tmp_path, shape) as writer:
-        for start in range(0, count, 10):
-            rows = range(start, start + 10)
-            writer.append([str(i) for i in rows], values[start : start + 10])
-    store = latent_store.LatentStore(tmp_path, shape)
-    assert len(list(tmp_path.glob("part-*"))) == 9
-    keys = latent_store.key_array(str(i) for i in range(count))
+    values, keys = torch.randn(count, *shape).half(), [f"{i:032x}" for i in range(count)]
+    for start in range(0, count, 30):
+        write_shard(tmp_path, keys[start : start + 30], values[start : start + 30])
+    store = Shards(tmp_path, shape)
+    assert len(store) == count and len(list(tmp_path.glob("shard-*"))) == 9
     order = np.random.default_rng(0).permutation(count)
     for batch in np.array_split(order, 7):
-        assert torch.equal(store.read(store.rows(keys[batch])), values[batch].half())
+        assert torch.equal(store.read(store.rows(key_array(keys)[batch])), values[batch])
 
 
-def test_pack_reads_like_the_cache(config: DataConfig, tmp_path: Path) -> None:
-    cache, _ = build(config, tmp_path / "c")
-    write_pack(cache, tmp_path / "p" / "pack.safetensors")
-    pack = LatentPack(tmp_path / "p" / "pack.safetensors")
-    assert (len(pack), pack.shape, pack.fingerprint()) == (10, cache.shape, cache.fingerprint())
-    assert torch.equal(pack.moments_of([3, 1, 3]), cache.moments_of([3, 1, 3]))
-    for i in range(10):
-        assert torch.equal(pack[i][0], cache[i][0]) and pack[i][1:] == cache[i][1:]
-        assert pack.group(i) == cache.group(i)
-    assert split(pack, 0.3) == split(cache, 0.3)
-    write_pack(pack, tmp_path / "part.safetensors", [4, 2])
-    assert LatentPack(tmp_path / "part.safetensors").name(1) == "images/2.png"
+def test_a_shard_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    values = torch.randn(3, 8, 4, 4).half()
+    write_shard(tmp_path, ["ab" * 16, "cd" * 16, "ef" * 16], values)
+    found = load_file(next(tmp_path.glob("shard-*")))
+    assert torch.equal(found["moments"], values)
+    assert bytes(found["keys"][1].tolist()).hex() == "cd" * 16
 
 
-def test_pack_needs_no_datasets_library(config: DataConfig, tmp_path: Path) -> None:
-    cache, _ = build(config, tmp_path / "c")
-    write_pack(cache, tmp_path / "pack.safetensors")
+def test_the_cache_needs_no_datasets_library(config: DataConfig, tmp_path: Path) -> None:
     code = (
-        "import sys\nsys.modules['datasets'] = None\n"
-        "from latentdiff.data.latent_pack import LatentPack\n"
-        "print(len(LatentPack(sys.argv[1])))\n"
+        "import sys\nsys.modules['datasets'] = sys.modules['pyarrow'] = None\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "from test_latent_cache import build, config_of\n"
+        "print(len(build(config_of(Path(sys.argv[1])), Path(sys.argv[2]))[0]))\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "pack.safetensors")]
-    root = Path(latent_store.__file__).parents[2]
+    command = [sys.executable, "-c", code, str(config.path), str(tmp_path / "c")]
+    root = Path(latents.__file__).parents[2]
     assert subprocess.run(command, cwd=root, check=True, capture_output=True).stdout == b"10\n"
-
-
-def test_what_is_no_pack(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    with pytest.raises(UserError, match="does not exist"):
-        LatentPack(tmp_path / "none")
-    (tmp_path / "a").write_text("x")
-    save_file({"moments": torch.zeros(1, 2, 2, 2)}, tmp_path / "b")
-    text = torch.tensor(list(json.dumps({"format": "other", "names": ["x"]}).encode())).byte()
-    save_file({"moments": torch.zeros(1, 2, 2, 2), "text": text}, tmp_path / "c")
-    for name in "abc":
-        with pytest.raises(UserError, match="not a latent pack"):
-            LatentPack(tmp_path / name)

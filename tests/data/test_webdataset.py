@@ -12,7 +12,7 @@ import torch
 from data_helpers import png, write_folder
 from test_latent_cache import StubAutoencoder, config_of
 
-from latentdiff.data.latent_cache import build_latent_cache
+from latentdiff.data.latents import build_latent_cache
 from latentdiff.data.source import DataConfig, Source, open_source
 from latentdiff.data.texts import Texts
 from latentdiff.errors import UserError
@@ -57,7 +57,7 @@ def test_shards_read_as_a_folder_does(tmp_path: Path) -> None:
     model = StubAutoencoder()  # the pictures' bytes are the same, so nothing is encoded again
     again = build_latent_cache(as_files, model, folder, tmp_path / "c", progress=False)
     assert model.batches == []
-    assert torch.equal(made.moments_of(range(6)), again.moments_of(range(6)))
+    assert torch.equal(made.read(range(6)).moments, again.read(range(6)).moments)
     single = open_source(config(tmp_path / "s" / "b.tar"))
     pattern = open_source(config(tmp_path / "s" / "*.tar"))
     assert len(single) == 3 and pattern.fingerprint() == source.fingerprint()

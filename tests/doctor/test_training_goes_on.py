@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from damaged import snapshot, write_damaged, write_special
-from test_doctor import check_damaged, write_good
+from test_doctor import check_damaged
 from torch import Tensor, nn
 
-from latentdiff.data.latent_cache import LatentCache, build_latent_cache
+from latentdiff.data.latents import LatentCache, build_latent_cache
 from latentdiff.data.quarantine import read_quarantine, write_quarantine
 from latentdiff.data.source import DataConfig, open_source, report_skipped
-from latentdiff.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
@@ -56,27 +55,6 @@ def test_the_cache_holds_all_that_can_be_read(tmp_path: Path) -> None:
     less = build(folder, tmp_path / "cache", str(tmp_path / "q"))
     assert {less.name(i) for i in range(len(less))} == used - set(listed)
     assert {name for name, _ in less.skipped} == set(skipped) | set(listed)
-
-
-def test_a_list_holds_for_a_latent_pack_too(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
-    from latentdiff.data.latent_pack import write_pack
-    from latentdiff.trainer.config import read_config
-    from latentdiff.trainer.open_data import open_latents
-
-    write_pack(build(write_good(tmp_path / "data"), tmp_path / "cache"), tmp_path / "pack")
-    pack = [f"latents.pack={tmp_path / 'pack'}", "data.validation_share=0"]
-
-    def names(*listed: str) -> list[str]:
-        write_quarantine(tmp_path / "q", [(name, "listed") for name in listed])
-        given = read_config(None, [*pack, f"data.quarantine={tmp_path / 'q'}"])
-        latents = open_latents(given.config, None, None)  # type: ignore[arg-type]
-        return [latents.data.name(i) for i in latents.train]
-
-    assert names() == [f"{n}.png" for n in range(6)]
-    assert names("1.png", "4.png") == ["0.png", "2.png", "3.png", "5.png"]
-    with pytest.raises(UserError, match="lists all"):
-        names(*names())
 
 
 @pytest.mark.slow

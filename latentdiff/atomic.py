@@ -1,9 +1,10 @@
-"""Writing a folder all at once: a reader, or a crash, sees the old one or the new one."""
+"""Files and folders replaced in one step: a reader, or a crash, sees the old or the new one."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,22 @@ from latentdiff.errors import UserError
 
 #: Only a folder with this file in it is taken for a model that may be replaced.
 INDEX = "model_index.json"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` that takes its place, flushed to the disk, if the block succeeds.
+
+    Raises: OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
