@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from latentdiff.data.captions import choose_caption_column, clean_captions
+from latentdiff.data.hub import check_links
 from latentdiff.data.images import UnreadableImage, open_image, open_with_alpha
 from latentdiff.data.latent_cache import Stored
 from latentdiff.data.latent_encoding import digest
 from latentdiff.data.latent_folder import cache_key
 from latentdiff.data.online import OnlineEncoder
-from latentdiff.data.source import DataConfig, Example, Skipped
+from latentdiff.data.source import DataConfig, Example, Skipped, few
 from latentdiff.errors import UserError, did_you_mean
 
 #: So many rows without a usable picture at the start mean that the columns are wrong.
@@ -123,10 +124,9 @@ class StreamLatents:
             return None
 
     def _nothing(self) -> str:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[-3:])
         return (
             f"{self._config.path}: 0 usable pictures for process {self._rank} of {self._ranks} "
-            f"({reasons or 'it got no rows'})."
+            f"({few(self.skipped[-3:]) or 'it got no rows'})."
         )
 
 
@@ -140,6 +140,7 @@ def _open(config: DataConfig) -> Any:
         raise UserError(f"data.path: the folder {path} does not exist.")
     if config.loss_mask == "file":
         raise UserError("data.loss_mask=file cannot be used with data.streaming; alpha can.")
+    check_links(place, config)
     try:
         if place.exists():
             datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
