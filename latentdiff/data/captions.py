@@ -129,7 +129,13 @@ def _read_csv(text: str, name: str, column: str | None) -> Iterator[dict[str, An
 def _records(text: str, name: str, **form: Any) -> Iterator[tuple[int, list[str]]]:
     """First line's number and cells of each record that is not empty."""
     taken: list[str] = []
-    reader = csv.reader((taken.append(line) or line for line in _lines(text)), **form)
+
+    def lines() -> Iterator[str]:
+        for line in _lines(text):
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(lines(), **form)
     while True:
         number = reader.line_num + 1
         taken.clear()

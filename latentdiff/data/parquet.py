@@ -23,9 +23,9 @@ def open_parquet(config: DataConfig) -> TableSource:
         raise UserError(
             f"data.path: {config.path} does not exist. Give a .parquet file or a folder."
         )
-    files, problems = [place], []
-    if place.is_dir():
-        files, problems = find_files(place, ("*.parquet",), config.follow_links)
+    folder = place.is_dir()
+    found = find_files(place, ("*.parquet",), config.follow_links) if folder else ([place], [])
+    files, problems = found
     if not files:
         left_out = f" Left out: {few(problems)}." * bool(problems)
         raise UserError(f"data.path: no .parquet files in {place} or below it.{left_out}")
@@ -42,7 +42,7 @@ def open_parquet(config: DataConfig) -> TableSource:
             f"the parquet data in {place} cannot be read ({cause}). All files must be complete and "
             "have the same columns."
         ) from error
-    source = TableSource(dataset, config, str(place), place if place.is_dir() else place.parent)
+    source = TableSource(dataset, config, str(place), place if folder else place.parent)
     source.problems += problems
     return source
 

@@ -37,7 +37,7 @@ class TableSource:
         self, dataset: Any, config: DataConfig, label: str, root: Path, homes: tuple[str, ...] = ()
     ) -> None:
         self._root, self._background = root, config.background
-        self._homes = None if config.follow_links else (root, *homes)
+        self._homes = None if config.follow_links else (str(root), *homes)
         self._column = _picture_column(dataset, config.image_column, label)
         caption_column = choose_caption_column(dataset.column_names, config.caption_column, label)
         self._loss_mask, self._mask_column = config.loss_mask, config.mask_column
