@@ -423,6 +423,33 @@ def test_texts_too_large_for_memory_are_not_read(tmp_path: Path, name: str) -> N
         open_folder(tmp_path)
 
 
+def test_a_table_in_a_zip_that_would_fill_the_memory_is_not_unpacked(tmp_path: Path) -> None:
+    path, text = tmp_path / "d.zip", b'{"file_name": "a.png", "text": "x"}' + b" " * 7777
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", png(0))
+        archive.writestr("metadata.jsonl", text)
+    size, data = struct.pack("<I", len(text)), path.read_bytes()
+    assert data.count(size) == 2
+    path.write_bytes(data.replace(size, struct.pack("<I", 2**32 - 2)))
+    words = r"metadata\.jsonl cannot be read \(4096 MB, more than the 1024 MB allowed"
+    with pytest.raises(UserError, match=words):
+        open_folder(path)
+
+
+@pytest.mark.parametrize("key", ["file_name", "text", "other"])
+def test_nested_metadata_is_an_error_or_no_caption(tmp_path: Path, key: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    good = {"file_name": "a.png", "text": "x"}
+    for depth in (10, *range(800, 1000, 10), 10**5):  # around the limit of Python's recursion
+        deep = json.dumps({**good, key: 1}).replace("1", "[" * depth + "]" * depth)
+        (tmp_path / "metadata.jsonl").write_text(f"{json.dumps(good)}\n{deep}\n")
+        try:
+            assert captions_of(open_folder(tmp_path)) == {"a.png": ("x",)}
+        except UserError as error:
+            assert "line 2 is not JSON" in str(error)
+            assert depth > 800
+
+
 def test_a_damaged_archive_is_an_error_with_its_name(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
         archive.writestr("a.png", png(0))
