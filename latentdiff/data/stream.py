@@ -95,7 +95,7 @@ class StreamLatents:
         for epoch in itertools.count():
             shuffled.set_epoch(epoch)
             usable = 0
-            for number, row in enumerate(shuffled):
+            for number, row in enumerate(self._read(shuffled)):
                 example = self._example(row, f"row {number} of pass {epoch}")
                 if example is not None:
                     usable += 1
@@ -104,6 +104,15 @@ class StreamLatents:
                     break
             if not usable:
                 raise UserError(self._nothing())
+
+    def _read(self, rows: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from rows
+        except UnicodeDecodeError as error:  # and the library does not go on after it
+            raise UserError(
+                f"{self._config.path} holds a text that is not UTF-8 ({error}). Set "
+                "data.streaming=false, which leaves such rows out, or save it as UTF-8."
+            ) from error
 
     def _example(self, row: dict[str, Any], name: str) -> Example | None:
         captions = clean_captions(row.get(self._caption))
