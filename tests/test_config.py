@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -162,6 +163,55 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=text):
             load_config(Run, tmp_path / name)
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "more than 100000 values"),
+        (re.sub(r"\[(.+)\]", r"{p: [\1]}", BOMB), "more than 100000 values"),
+        ("loop: &a {name: *a}", "alias within what it stands for"),
+        ("loop: &a [[1, *a]]", "alias within what it stands for"),
+        ("? [a, b]\n: 1", "key must be a word"),
+        ("? {a: b}\n: 1", "key must be a word"),
+        ("loop: " + "[" * 2000, "nested too deeply"),
+        ("loop: {steps: " + "9" * 5000 + "}", "more than 64 bits"),
+        ("loop: {steps: -9223372036854775809}", "more than 64 bits"),
+        ("loop: {steps: !!int x}", "does not fit its tag"),
+        ("loop: {warm: !!bool x}", "does not fit its tag"),
+        ("loop: {share: !!float x}", "does not fit its tag"),
+        ("loop: !!map [1]", "does not fit its tag"),
+        ("path: !!binary aGk=", "binary"),
+        ("path: !!set {a}", "set"),
+        ("path: !!timestamp 2026-01-01", "timestamp"),
+        ("path: !!python/object:os.system x", "python"),
+        ("path: a\x1bb", "special characters"),
+        ("x: " + "y" * 2**20, "more than 1 MB"),
+    ],
+)
+def test_files_made_to_hurt_end_in_one_error(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        load_config(Run, tmp_path / "a.yaml")
+    assert "a.yaml" in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_aliases_stand_for_their_values(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("path: p\nloops: [&a {steps: 5}, *a]\nloop: *a")
+    config = load_config(Run, tmp_path / "a.yaml")
+    assert [part.steps for part in (*config.loops, config.loop)] == [5, 5, 5]
+    assert parse_yaml("[9223372036854775807, -9223372036854775808]") == [2**63 - 1, -(2**63)]
+
+
+def test_overrides_made_to_hurt_are_text() -> None:
+    for value in ("9" * 5000, "{[a]: b}", "&a [*a]"):
+        assert len(message(f"loop.steps={value}")) < 1000
+        assert load(f"loop.name={value}").loop.name == value
 
 
 def test_extends_is_overlaid_relative_to_the_file(tmp_path: Path) -> None:

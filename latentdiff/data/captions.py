@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from latentdiff.errors import UserError, did_you_mean
 
 #: Column names tried in this order when none is configured.
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "sentences", "title")
+#: A text file beside a picture is a caption up to this size.
+MAX_CAPTION_BYTES = 2**20
+#: Byte order marks other than UTF-8's; that of UTF-32 begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+#: With their ends, which are not those of str.splitlines.
+_LINES = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 
 
 def choose_caption_column(columns: Sequence[str], wanted: str | None, where: str) -> str:
@@ -48,17 +60,35 @@ def _whole(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def read_table(data: bytes, name: str) -> list[dict[str, Any]]:
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8, or what the byte order mark at the start says.
+
+    Raises: ValueError: it is neither, such as a Windows code page or UTF-16 without a mark.
+    """
+    coding = next((coding for mark, coding in _MARKS if data.startswith(mark)), "UTF-8")
+    try:
+        text = data.decode("utf-8-sig" if coding == "UTF-8" else coding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not {coding} text ({error}); save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(
+            "it holds zero bytes, as UTF-16 without a byte order mark does; save it as UTF-8"
+        )
+    return text
+
+
+def read_table(data: bytes, name: str, column: str | None = None) -> list[dict[str, Any]]:
     """Read metadata.jsonl or metadata.csv as rows.
 
+    Args:   column: the caption column, if the user named one.
     Raises: UserError: with the line that is not valid.
     """
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+        text = decode_text(data)
+    except ValueError as error:
+        raise UserError(f"{name} cannot be read: {error}.") from error
     if name.endswith(".csv"):
-        return _read_csv(text, name)
+        return list(_read_csv(text, name, column))
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -69,19 +99,68 @@ def read_table(data: bytes, name: str) -> list[dict[str, Any]]:
             raise UserError(f"{name}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(
-                f'{name}, line {number} must be like {{"file_name": …}}; got {row!r:.80}'
+                f'{name}, line {number} must be like {{"file_name": …}}; got {line.strip():.80}'
             )
         rows.append(row)
     return rows
 
 
-def _read_csv(text: str, name: str) -> list[dict[str, Any]]:
-    first = text.split("\n", 1)[0]
+def _read_csv(text: str, name: str, column: str | None) -> Iterator[dict[str, Any]]:
+    first = next((line for line in _lines(text) if line.strip()), "")
     # Spreadsheets in many languages save "CSV" with semicolons; tabs are common too.
     delimiter = max(",;\t", key=first.count)
-    try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    except csv.Error as error:
-        raise UserError(f"{name} is not valid CSV: {error}") from error
-    # Cells beyond the header's columns come under the key None.
-    return [{k.strip(): v for k, v in row.items() if isinstance(k, str)} for row in rows]
+    spaced = f"{delimiter} " in first
+    records = _records(text, name, delimiter=delimiter, skipinitialspace=spaced)
+    header = [cell.strip() for cell in _trimmed(next(records, (0, []))[1])]
+    for line, cells in records:
+        cells = _trimmed(cells, len(header))
+        if len(cells) > len(header):
+            if header[-1] != choose_caption_column(header, column, name):
+                raise UserError(
+                    f"{name}, line {line} has {len(cells)} cells, its header has {len(header)} "
+                    f"({', '.join(header)}). Put quotes around texts that hold {delimiter!r}."
+                )
+            # What is left over belongs to the caption, which stands without quotes.
+            caption = (delimiter + " " * spaced).join(cells[len(header) - 1 :])
+            cells = [*cells[: len(header) - 1], caption]
+        yield dict.fromkeys(header) | dict(zip(header, cells, strict=False))
+
+
+def _records(text: str, name: str, **form: Any) -> Iterator[tuple[int, list[str]]]:
+    """First line's number and cells of each record that is not empty."""
+    taken: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in _lines(text):
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(lines(), **form)
+    while True:
+        number = reader.line_num + 1
+        taken.clear()
+        try:
+            cells = next(reader, None)
+            if len(taken) > 1:  # perhaps a quote that nobody closed, which takes lines along
+                next(csv.reader(taken, strict=True, **form))
+        except csv.Error as error:
+            raise UserError(
+                f"{name}, line {number} is not valid CSV: {error}. A text in quotes ends with a "
+                'quote before the next comma or line; a quote within it is written "".'
+            ) from error
+        if cells is None:
+            return
+        if cells:
+            yield number, cells
+
+
+def _lines(text: str) -> Iterator[str]:
+    return (match[0] for match in _LINES.finditer(text))
+
+
+def _trimmed(cells: list[str], least: int = 0) -> list[str]:
+    """Without the empty cells that spreadsheets add at the end."""
+    count = len(cells)
+    while count > least and not cells[count - 1].strip():
+        count -= 1
+    return cells[:count]

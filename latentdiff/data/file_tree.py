@@ -6,27 +6,38 @@ import os
 import stat
 import zipfile
 import zlib
+from collections import deque
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
+from latentdiff.data.images import display_name
+from latentdiff.data.source import Skipped
 from latentdiff.errors import UserError
 
 #: No picture that can be decoded needs more; a sparse file or a zip bomb claims more than fits.
 MAX_PICTURE_BYTES = 512 * 2**20
+#: Captions of a whole set are held in memory, at several times this size.
+MAX_TABLE_BYTES = 2**30
+_LEAVES = "a link that leaves the data folder (it leads to {}); data.follow_links=true follows it"
 #: What reading one file of a tree raises when the file is broken, locked or gone.
 READ_ERRORS = (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class FileTree(Protocol):
-    """Files below one root."""
+    """Files below one root.
+
+    Attributes: problems: (name, reason) of folders that `names` did not enter.
+    """
 
     root: str
+    problems: list[Skipped]
 
     def names(self) -> list[str]:
         """List all files, sorted, hidden ones and archive litter left out."""
         ...
 
-    def read(self, name: str, limit: int | None = MAX_PICTURE_BYTES) -> bytes:
+    def read(self, name: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
         """Read one file. Raises: one of READ_ERRORS; OSError for more than `limit` bytes."""
         ...
 
@@ -35,11 +46,15 @@ class FileTree(Protocol):
         ...
 
 
-def open_tree(path: str) -> FileTree:
-    """Open a folder or a .zip file. Raises: UserError: when there is neither."""
+def open_tree(path: str, follow_links: bool = False) -> FileTree:
+    """Open a folder or a .zip file.
+
+    Args:   follow_links: also follow links that leave the folder.
+    Raises: UserError: when there is neither.
+    """
     place = Path(path).expanduser()
     if place.is_dir():
-        return FolderTree(str(place))
+        return FolderTree(str(place), follow_links)
     if zipfile.is_zipfile(place):
         try:
             return ZipTree(str(place))
@@ -57,28 +72,80 @@ def open_tree(path: str) -> FileTree:
 
 
 class FolderTree:
-    """A folder and its sub-folders."""
+    """A folder and its sub-folders, linked ones too.
 
-    def __init__(self, root: str) -> None:
-        self.root = root
+    Links are followed where they stay inside the folder, and where they leave it if
+    `follow_links`. No link is followed twice or back to a folder that it lies in.
+
+    Attributes: outside: files that are links to elsewhere, which are not read → where they lead.
+    """
+
+    def __init__(self, root: str, follow_links: bool = False) -> None:
+        self.root, self._follow_links = root, follow_links
+        self.problems: list[Skipped] = []
+        self.outside: dict[str, str] = {}
 
     def names(self) -> list[str]:
-        found = []
-        for folder, folders, files in os.walk(self.root):
-            folders[:] = [f for f in folders if not _is_litter(f)]
-            relative = os.path.relpath(folder, self.root).replace(os.sep, "/")
-            prefix = "" if relative == "." else relative + "/"
-            found += [prefix + file for file in files if not _is_litter(file)]
+        found: list[str] = []
+        self.problems, self.outside = [], {}
+        root, links = os.path.realpath(self.root), set[str]()
+        # A folder: its prefix, where it really is, and where the links on the way to it are. Linked
+        # folders wait behind all others.
+        waiting = deque([("", root, tuple[str, ...]())])
+        while waiting:
+            prefix, real, way = waiting.popleft()
+            for entry in self._entries(prefix):
+                name, place = prefix + entry.name, os.path.join(real, entry.name)
+                if not entry.is_symlink():
+                    if entry.is_dir():
+                        waiting.appendleft((name + "/", place, way))
+                    else:
+                        found.append(name)
+                    continue
+                target = os.path.realpath(place)
+                leaves = not (self._follow_links or Path(target).is_relative_to(root))
+                if not os.path.isdir(place):
+                    found.append(name)
+                    self.outside |= {name: target} if leaves else {}
+                elif problem := self._why_not(place, target, (*way, real), links, leaves):
+                    self.problems.append((display_name(name), problem))
+                else:
+                    links.add(place)
+                    waiting.append((name + "/", target, (*way, real)))
         return sorted(found)
 
-    def read(self, name: str, limit: int | None = MAX_PICTURE_BYTES) -> bytes:
-        return read_file(os.path.join(self.root, name), limit)
+    def _entries(self, prefix: str) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(os.path.join(self.root, prefix)) as entries:
+                return [entry for entry in entries if not _is_litter(entry.name)]
+        except OSError as error:
+            reason = f"a folder that cannot be read ({error.strerror})"
+            self.problems.append((display_name(prefix or self.root), reason))
+            return []
+
+    def _why_not(
+        self, place: str, target: str, way: tuple[str, ...], links: set[str], leaves: bool
+    ) -> str:
+        """Why a linked folder is not entered; "" where it is."""
+        if leaves:
+            return _LEAVES.format(target)
+        if any(Path(step).is_relative_to(target) for step in way):
+            return "a link back to a folder that it lies in, which is not followed"
+        return "a link that is followed under another name" * (place in links)
+
+    def read(self, name: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
+        return read_file(self._path(name), limit)
 
     def mark(self, name: str) -> str:
-        status = os.stat(os.path.join(self.root, name))
+        status = os.stat(self._path(name))
         if not stat.S_ISREG(status.st_mode):
             raise OSError("not a regular file")
         return f"{status.st_size}-{status.st_mtime_ns}"
+
+    def _path(self, name: str) -> str:
+        if name in self.outside:
+            raise OSError(_LEAVES.format(self.outside[name]))
+        return os.path.join(self.root, name)
 
 
 class ZipTree:
@@ -86,6 +153,7 @@ class ZipTree:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self.problems: list[Skipped] = []
         self._open()
 
     def _open(self) -> zipfile.ZipFile:
@@ -96,13 +164,17 @@ class ZipTree:
         members = [m.filename for m in self._archive.infolist() if not m.is_dir()]
         return sorted(m for m in members if not any(_is_litter(part) for part in m.split("/")))
 
-    def read(self, name: str, limit: int | None = MAX_PICTURE_BYTES) -> bytes:
+    def read(self, name: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
         # A forked worker would share the file position with its parent: each process opens its own.
         archive = self._archive if self._pid == os.getpid() else self._open()
-        # zipfile never unpacks more than the size that the archive states.
-        _check_size(archive.getinfo(name).file_size, limit)
+        info = archive.getinfo(name)
+        check_size(info.file_size, limit)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # zipfile unpacks a piece of bzip2 or LZMA whole, whatever size the archive states.
+            raise OSError("packed by another method than store and deflate; pack it again")
         try:
-            return archive.read(name)
+            with archive.open(info) as member:
+                return member.read(info.file_size)
         except EOFError as error:
             raise OSError("the archive ends within it") from error
 
@@ -114,23 +186,47 @@ class ZipTree:
         return {"root": self.root}
 
     def __setstate__(self, state: dict[str, str]) -> None:
-        self.root = state["root"]
+        self.root, self.problems = state["root"], []
         self._open()
 
 
-def read_file(path: str | os.PathLike[str], limit: int | None = MAX_PICTURE_BYTES) -> bytes:
+def find_files(
+    folder: Path, patterns: tuple[str, ...], follow_links: bool
+) -> tuple[list[Path], list[Skipped]]:
+    """Find files below a folder by patterns of their names, as `FolderTree` finds them.
+
+    Returns: paths, sorted; and (name, reason) of the links that are not followed.
+    """
+    tree = FolderTree(str(folder), follow_links)
+    names = [
+        name
+        for name in tree.names()
+        if any(fnmatchcase(name.rpartition("/")[2], pattern) for pattern in patterns)
+    ]
+    linked = [(name, _LEAVES.format(tree.outside[name])) for name in names if name in tree.outside]
+    return [folder / name for name in names if name not in tree.outside], [*tree.problems, *linked]
+
+
+def is_inside(path: str | os.PathLike[str], *folders: str | os.PathLike[str]) -> bool:
+    """Whether a path, after all links on it, lies in one of some folders."""
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
+
+
+def read_file(path: str | os.PathLike[str], limit: int = MAX_PICTURE_BYTES) -> bytes:
     """Read a regular file. Raises: OSError: a pipe or device, or more than `limit` bytes."""
     # Asked before opening: opening a pipe that nobody writes to would wait for ever.
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError("not a regular file")
-    _check_size(status.st_size, limit)
+    check_size(status.st_size, limit)
     with open(path, "rb") as file:
         return file.read()
 
 
-def _check_size(size: int, limit: int | None) -> None:
-    if limit is not None and size > limit:
+def check_size(size: int, limit: int) -> None:
+    """Refuse to read what is too large. Raises: OSError: more than `limit` bytes."""
+    if size > limit:
         raise OSError(f"{size / 2**20:.0f} MB, more than the {limit / 2**20:.0f} MB allowed")
 
 

@@ -9,8 +9,14 @@ from collections.abc import Iterable
 from posixpath import dirname, splitext
 from typing import Any, NamedTuple
 
-from latentdiff.data.captions import choose_caption_column, clean_captions, read_table
-from latentdiff.data.file_tree import READ_ERRORS, open_tree
+from latentdiff.data.captions import (
+    MAX_CAPTION_BYTES,
+    choose_caption_column,
+    clean_captions,
+    decode_text,
+    read_table,
+)
+from latentdiff.data.file_tree import MAX_TABLE_BYTES, READ_ERRORS, open_tree
 from latentdiff.data.images import (
     IMAGE_ENDINGS,
     UnreadableImage,
@@ -19,14 +25,13 @@ from latentdiff.data.images import (
     open_image,
     open_with_alpha,
 )
-from latentdiff.data.source import DataConfig, Example, Skipped
+from latentdiff.data.source import DataConfig, Example, Skipped, few
 from latentdiff.errors import UserError, did_you_mean
 
 #: Ends the name of a mask file: cat.mask.png for cat.jpg.
 MASK_ENDING = ".mask.png"
+_LONELY_MASK = "a mask without its picture: none beside it has its name"
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-#: A text file beside a picture is a caption up to this size.
-_MAX_TEXT_BYTES = 2**20
 _FORMATS = (
     "Captions are looked for in (1) metadata.jsonl, lines like "
     '{"file_name": "cat.png", "text": "a cat"}; (2) metadata.csv with the columns file_name and '
@@ -50,18 +55,19 @@ class FolderSource:
     """
 
     def __init__(self, config: DataConfig) -> None:
-        self._tree = open_tree(config.path or "")
+        self._tree = open_tree(config.path or "", config.follow_links)
         self._background, self._loss_mask = config.background, config.loss_mask
-        self.problems: list[Skipped] = []
         names = self._tree.names()
+        self.problems: list[Skipped] = list(self._tree.problems)
         images = [n for n in names if n.lower().endswith(IMAGE_ENDINGS)]
-        masks: set[str] = set()
+        masks: dict[str, str] = {}
         if config.loss_mask == "file":
-            masks = {n for n in names if n.endswith(MASK_ENDING)}
-            images = [n for n in images if n not in masks]
+            masks = {_normal(_mask_stem(n)): n for n in images if _mask_stem(n)}
+            images = [n for n in images if not _mask_stem(n)]
         if not images:
-            raise UserError(_no_images(self._tree.root, names))
+            raise UserError(_no_images(self._tree.root, names, self.problems))
         tables = [n for n in names if n.rsplit("/", 1)[-1] in METADATA_NAMES]
+        self._unread: dict[str, str] = {}
         if tables:
             captions = self._from_tables(tables, images, names, config.caption_column)
         else:
@@ -69,6 +75,8 @@ class FolderSource:
         self._entries = list(self._usable(images, captions, masks))
         if not self._entries:
             raise UserError(self._nothing_usable(len(images), bool(tables)))
+        if config.loss_mask == "file":
+            self._check_masks(masks, images)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -118,19 +126,31 @@ class FolderSource:
             raise UnreadableImage(display_name(file), f"cannot be read ({error})") from error
 
     def _usable(
-        self, images: list[str], captions: dict[str, tuple[str, ...]], masks: set[str]
+        self, images: list[str], captions: dict[str, tuple[str, ...]], masks: dict[str, str]
     ) -> Iterable[_Entry]:
         for file in images:
             if not captions.get(file):
-                self.problems.append((display_name(file), "no caption"))
+                self.problems.append((display_name(file), self._unread.get(file, "no caption")))
                 continue
             try:
-                mask: str | None = splitext(file)[0] + MASK_ENDING
-                mask = mask if mask in masks else None
+                mask = masks.get(_normal(splitext(file)[0]))
                 marks = [self._tree.mark(name) for name in (file, mask) if name is not None]
                 yield _Entry(file, captions[file], "+".join(marks), mask)
             except OSError as error:
                 self.problems.append((display_name(file), f"cannot be read ({error})"))
+
+    def _check_masks(self, masks: dict[str, str], images: list[str]) -> None:
+        """List masks without a picture. Raises: UserError: no picture has a mask."""
+        stems = {_normal(splitext(image)[0]) for image in images}
+        lonely = [(display_name(masks[s]), _LONELY_MASK) for s in sorted(masks.keys() - stems)]
+        self.problems += lonely
+        if not any(entry.mask for entry in self._entries):
+            found = few(lonely) or "there are none"
+            raise UserError(
+                f"data.loss_mask=file: none of the {len(self._entries)} pictures with captions in "
+                f"{display_name(self._tree.root)} has a mask ({found}). A mask stands beside its "
+                "picture: cat.mask.png for cat.jpg."
+            )
 
     def _from_tables(
         self, tables: list[str], images: list[str], names: list[str], column: str | None
@@ -139,7 +159,7 @@ class FolderSource:
         known = {_normal(name) for name in names}
         captions: dict[str, tuple[str, ...]] = {}
         for table in tables:
-            rows = read_table(self._read_table(table), display_name(table))
+            rows = read_table(self._read_table(table), display_name(table), column)
             if not rows:
                 continue
             columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -180,7 +200,7 @@ class FolderSource:
             return "no file_name"
         if _normal(path) not in known:
             return "not in the folder"
-        if self._loss_mask == "file" and given.endswith(MASK_ENDING):
+        if self._loss_mask == "file" and _mask_stem(given):
             return "the mask of another picture, as its name says"
         ending = splitext(given)[1] or "nothing"
         return (
@@ -191,32 +211,33 @@ class FolderSource:
     def _from_side_cars(self, names: set[str], images: list[str]) -> dict[str, tuple[str, ...]]:
         captions = {}
         for image in images:
-            for text_file in (splitext(image)[0] + ".txt", image + ".txt"):
-                if text_file in names:
-                    captions[image] = self._read_captions(text_file)
-                    break
+            beside = (splitext(image)[0] + ".txt", image + ".txt")
+            file = next((name for name in beside if name in names), None)
+            if file is None:
+                continue
+            try:
+                text = decode_text(self._tree.read(file, MAX_CAPTION_BYTES))
+                captions[image] = clean_captions(text.splitlines())
+            except (*READ_ERRORS, ValueError) as error:
+                self._unread[image] = f"its caption {display_name(file)} cannot be read ({error})"
         return captions
-
-    def _read_captions(self, text_file: str) -> tuple[str, ...]:
-        try:
-            text = self._tree.read(text_file, _MAX_TEXT_BYTES).decode("utf-8-sig", "replace")
-        except READ_ERRORS as error:
-            self.problems.append((display_name(text_file), f"cannot be read ({error})"))
-            return ()
-        return clean_captions(text.splitlines())
 
     def _read_table(self, table: str) -> bytes:
         try:
-            return self._tree.read(table, limit=None)
+            return self._tree.read(table, MAX_TABLE_BYTES)
         except READ_ERRORS as error:
             raise UserError(f"{display_name(table)} cannot be read ({error}).") from error
 
     def _nothing_usable(self, count: int, has_table: bool) -> str:
         root = display_name(self._tree.root)
-        if not has_table:
+        if not has_table and all(reason == "no caption" for _, reason in self.problems):
             return f"{root} has {count} images but no captions. {_FORMATS}"
-        shown = "; ".join(f"{name}: {reason}" for name, reason in self.problems[:5])
-        return f"{root}: 0 usable images, none of {count} has a caption ({shown}). {_FORMATS}"
+        return f"{root}: 0 usable images of {count} ({few(self.problems)}). {_FORMATS}"
+
+
+def _mask_stem(name: str) -> str:
+    """The name, without ending, of the picture that a mask file belongs to; "" for others."""
+    return name[: -len(MASK_ENDING)] if name.lower().endswith(MASK_ENDING) else ""
 
 
 def _normal(path: str) -> str:
@@ -224,10 +245,12 @@ def _normal(path: str) -> str:
     return unicodedata.normalize("NFC", path.replace("\\", "/")).removeprefix("./")
 
 
-def _no_images(root: str, names: list[str]) -> str:
+def _no_images(root: str, names: list[str], problems: list[Skipped]) -> str:
     endings = Counter(splitext(name)[1].lower() or "(no ending)" for name in names)
     found = ", ".join(f"{n} × {ending}" for ending, n in endings.most_common(5)) or "nothing"
     return (
         f"no images in {display_name(root)} or below it (found: {found}). Looked for files ending "
         f"in {', '.join(IMAGE_ENDINGS)}; convert others, such as .heic, first."
+        + f" Left out: {few(problems)}."
+        * bool(problems)
     )

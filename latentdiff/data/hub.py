@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.source import DataConfig
+from latentdiff.data.file_tree import find_files, is_inside
+from latentdiff.data.source import DataConfig, few
 from latentdiff.data.table import TableSource
 from latentdiff.errors import UserError, did_you_mean
 
@@ -20,6 +21,7 @@ def open_hub(config: DataConfig) -> TableSource:
     if not place.exists() and path.startswith((".", "/", "~")):
         raise UserError(f"data.path: the folder {path} does not exist.")
     try:
+        check_links(place, config)
         loaded = _load(place, config) if place.exists() else _download(config)
     except UserError:
         raise
@@ -30,7 +32,7 @@ def open_hub(config: DataConfig) -> TableSource:
         raise UserError(
             f"the data set {path} cannot be loaded {where}: {type(error).__name__}: {error}"
         ) from error
-    return TableSource(_choose_split(loaded, config, path), config, path, place)
+    return TableSource(_choose_split(loaded, config, path), config, path, place, _caches())
 
 
 def _load(place: Path, config: DataConfig) -> Any:
@@ -48,6 +50,27 @@ def _download(config: DataConfig) -> Any:
     from datasets import load_dataset
 
     return load_dataset(config.path or "", name=config.subset, revision=config.revision)
+
+
+def check_links(place: Path, config: DataConfig) -> None:
+    """Refuse a local folder with links that leave it: the library would follow them.
+
+    Raises: UserError: naming them.
+    """
+    if config.follow_links or not place.is_dir() or is_inside(place, *_caches()):
+        return
+    problems = find_files(place, ("*",), follow_links=False)[1]
+    if problems:
+        raise UserError(f"data.path: {place} cannot be opened: {few(problems)}.")
+
+
+def _caches() -> tuple[str, ...]:
+    """Where the libraries put what they download or unpack."""
+    import datasets
+    import huggingface_hub
+
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
+    return (*map(str, caches), huggingface_hub.constants.HF_HUB_CACHE)
 
 
 def _choose_split(loaded: Any, config: DataConfig, path: str) -> Any:

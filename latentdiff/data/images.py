@@ -6,9 +6,9 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,6 +27,8 @@ IMAGE_ENDINGS = (
 
 #: Pictures with more pixels are decoded one at a time.
 LARGE_PIXELS = 25_000_000
+#: Pixels that are calculated with at a time, at 8 bytes each.
+_STRIP_PIXELS = 2**18
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -147,15 +149,24 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
     Pillow's own conversion clips at 255 and turns nearly every 16-bit picture white.
     """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    is_unit = image.mode == "F" and values.max(initial=0.0) <= 1.0
-    is_byte = image.mode == "F" and not is_unit and values.max(initial=0.0) <= 255.0
-    scale = 255.0 if is_unit else 1.0 if is_byte else 255.0 / 65535.0
-    return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+    values = np.asarray(image)
+    rows = max(1, _STRIP_PIXELS // max(1, image.width))
+    strips = [slice(row, row + rows) for row in range(0, image.height, rows)]
+
+    def finite(strip: slice) -> Any:
+        return np.nan_to_num(values[strip].astype(np.float64))
+
+    scale = 255.0 / 65535.0
+    if image.mode == "F":
+        most = max((finite(s).max(initial=0.0) for s in strips), default=0.0)
+        scale = 255.0 if most <= 1.0 else 1.0 if most <= 255.0 else scale
+    grey = np.empty(values.shape, np.uint8)
+    for strip in strips:
+        grey[strip] = np.clip(np.rint(finite(strip) * scale), 0, 255)
+    return Image.fromarray(grey)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF beside good pixels: keep the pixels as they are
-        return image
+    with suppress(Exception):  # broken EXIF beside good pixels: keep the pixels as they are
+        ImageOps.exif_transpose(image, in_place=True)  # else it copies what is upright, too
+    return image

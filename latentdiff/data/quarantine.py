@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from latentdiff.data.source import Example, Skipped, Source, group_of, problems_of
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, printable
 
 
 def write_quarantine(file: Path, entries: Iterable[Skipped]) -> int:
@@ -23,10 +23,16 @@ def write_quarantine(file: Path, entries: Iterable[Skipped]) -> int:
     count = 0
     with file.open("w", encoding="utf-8") as lines:
         for name, reason in entries:
-            line = json.dumps({"name": name, "reason": reason}, ensure_ascii=False)
-            lines.write(line + "\n")
+            lines.write(json_line({"name": name, "reason": reason}))
             count += 1
     return count
+
+
+def json_line(entry: Mapping[str, str]) -> str:
+    """Write a line of JSON that stays readable and does not act on a terminal that shows it."""
+    text = json.dumps(entry, ensure_ascii=False)
+    signs = (sign if printable(sign) == sign else f"\\u{ord(sign):04x}" for sign in text)
+    return "".join(signs) + "\n"
 
 
 def read_quarantine(file: str | Path) -> dict[str, str]:
@@ -49,7 +55,7 @@ def read_quarantine(file: str | Path) -> dict[str, str]:
         try:
             entry = json.loads(line)
             name = entry["name"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             name = None
         if not isinstance(name, str):
             raise UserError(

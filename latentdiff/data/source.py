@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
-from latentdiff.errors import UserError, choice_error
+from latentdiff.errors import UserError, choice_error, printable
 
 #: A picture that is left out, and why.
 Skipped = tuple[str, str]
@@ -78,6 +78,9 @@ class DataConfig:
     webdataset: .tar shards of pictures and captions of the same names."""
     path: str | None = None
     """Folder, file or data set id; not used by kind emoji."""
+    follow_links: bool = False
+    """Also read what lies outside the data folder: where links in it lead, and where the paths of a
+    table do. Otherwise that is left out and reported."""
     image_column: str = "image"
     """Column of the pictures (parquet and hub)."""
     caption_column: str | None = None
@@ -134,8 +137,8 @@ class DataConfig:
         problems = []
         if self.kind != "emoji" and not self.path:
             problems.append(f"path is required for kind {self.kind}: the folder, file or id.")
-        if self.image_size < 8:
-            problems.append(f"image_size must be at least 8; got {self.image_size}.")
+        if not 8 <= self.image_size <= 2**15:
+            problems.append(f"image_size must be 8 … {2**15} pixels; got {self.image_size}.")
         if not 0 <= self.validation_share < 1:
             problems.append(
                 f"validation_share must be at least 0 and below 1; got {self.validation_share}."
@@ -248,8 +251,13 @@ def report_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
     """Say which pictures are left out and why, or "" when none is."""
     if not skipped:
         return ""
-    lines = [f"  {name}: {reason}" for name, reason in skipped[:limit]]
+    lines = [f"  {printable(name)}: {printable(reason)}" for name, reason in skipped[:limit]]
     if len(skipped) > limit:
         lines.append(f"  … and {len(skipped) - limit} more")
     plural = "picture is" if len(skipped) == 1 else "pictures are"
     return "\n".join([f"{len(skipped)} {plural} left out (no file was changed):", *lines])
+
+
+def few(skipped: Sequence[Skipped], limit: int = 5) -> str:
+    """The first of what is left out, on one line within an error; "" when nothing is."""
+    return "; ".join(f"{printable(name)}: {printable(reason)}" for name, reason in skipped[:limit])

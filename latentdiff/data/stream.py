@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from latentdiff.data.captions import choose_caption_column, clean_captions
+from latentdiff.data.hub import check_links
 from latentdiff.data.images import UnreadableImage, open_image, open_with_alpha
 from latentdiff.data.latents import Stored, cache_key, digest
 from latentdiff.data.online import OnlineEncoder
-from latentdiff.data.source import DataConfig, Example, Skipped
+from latentdiff.data.source import DataConfig, Example, Skipped, few
 from latentdiff.errors import UserError, did_you_mean
 
 #: So many rows without a usable picture at the start mean that the columns are wrong.
@@ -92,7 +93,7 @@ class StreamLatents:
         for epoch in itertools.count():
             shuffled.set_epoch(epoch)
             usable = 0
-            for number, row in enumerate(shuffled):
+            for number, row in enumerate(self._read(shuffled)):
                 example = self._example(row, f"row {number} of pass {epoch}")
                 if example is not None:
                     usable += 1
@@ -101,6 +102,15 @@ class StreamLatents:
                     break
             if not usable:
                 raise UserError(self._nothing())
+
+    def _read(self, rows: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from rows
+        except UnicodeDecodeError as error:  # and the library does not go on after it
+            raise UserError(
+                f"{self._config.path} holds a text that is not UTF-8 ({error}). Set "
+                "data.streaming=false, which leaves such rows out, or save it as UTF-8."
+            ) from error
 
     def _example(self, row: dict[str, Any], name: str) -> Example | None:
         captions = clean_captions(row.get(self._caption))
@@ -121,10 +131,9 @@ class StreamLatents:
             return None
 
     def _nothing(self) -> str:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[-3:])
         return (
             f"{self._config.path}: 0 usable pictures for process {self._rank} of {self._ranks} "
-            f"({reasons or 'it got no rows'})."
+            f"({few(self.skipped[-3:]) or 'it got no rows'})."
         )
 
 
@@ -138,6 +147,7 @@ def _open(config: DataConfig) -> Any:
         raise UserError(f"data.path: the folder {path} does not exist.")
     if config.loss_mask == "file":
         raise UserError("data.loss_mask=file cannot be used with data.streaming; alpha can.")
+    check_links(place, config)
     try:
         if place.exists():
             datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False

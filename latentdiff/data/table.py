@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.captions import choose_caption_column, clean_captions
-from latentdiff.data.file_tree import read_file
+from latentdiff.data.captions import choose_caption_column, clean_captions, decode_text
+from latentdiff.data.file_tree import MAX_TABLE_BYTES, is_inside, read_file
 from latentdiff.data.images import (
     UnreadableImage,
     display_name,
@@ -27,28 +27,41 @@ class TableSource:
             {bytes, path} structs or paths; the caption column texts, lists of them or class labels.
         label: what messages call the table.
         root: folder that relative picture paths start from.
+        homes: more folders where pictures may lie; elsewhere only with data.follow_links.
     Attributes: problems: (row, reason) of rows without a caption; they are left out.
-    Raises: UserError: a column is not there or holds something else; no rows with captions.
+    Raises: UserError: a column is not there or holds something else; no rows with captions; no
+        row with a mask, where masks are asked for.
     """
 
-    def __init__(self, dataset: Any, config: DataConfig, label: str, root: Path) -> None:
+    def __init__(
+        self, dataset: Any, config: DataConfig, label: str, root: Path, homes: tuple[str, ...] = ()
+    ) -> None:
         self._root, self._background = root, config.background
+        self._homes = None if config.follow_links else (str(root), *homes)
         self._column = _picture_column(dataset, config.image_column, label)
         caption_column = choose_caption_column(dataset.column_names, config.caption_column, label)
         self._loss_mask, self._mask_column = config.loss_mask, config.mask_column
         if config.loss_mask == "file":
             _picture_column(dataset, config.mask_column, label, "mask_column")
+            if dataset.data.column(config.mask_column).null_count == len(dataset):
+                raise UserError(
+                    f"data.loss_mask=file: no row of {label} has a mask in '{config.mask_column}'."
+                )
         columns = [self._column] + [config.mask_column] * (config.loss_mask == "file")
         self._pictures = _without_decoding(dataset, columns)
         self.problems: list[Skipped] = []
         self._rows: list[int] = []
         self._captions: list[tuple[str, ...]] = []
-        for row, captions in enumerate(_captions(dataset, caption_column)):
+        for row, cell in enumerate(_caption_cells(dataset, caption_column, label)):
+            try:
+                captions, reason = clean_captions(_decoded(cell)), "no caption"
+            except ValueError as error:
+                captions, reason = (), f"its caption cannot be read ({error})"
             if captions:
                 self._rows.append(row)
                 self._captions.append(captions)
             else:
-                self.problems.append((f"row {row}", "no caption"))
+                self.problems.append((f"row {row}", reason))
         if not self._rows:
             raise UserError(
                 f"{label}: 0 usable images, none of {len(dataset)} rows has text in the column "
@@ -111,6 +124,10 @@ class TableSource:
         if not path:
             raise UnreadableImage(name, "the row has no picture")
         try:
+            if self._homes is not None and not is_inside(self._root / path, *self._homes):
+                raise OSError(
+                    "it lies outside the data folder; data.follow_links=true reads it all the same"
+                )
             return read_file(self._root / path)
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             raise UnreadableImage(
@@ -159,12 +176,38 @@ def _without_decoding(dataset: Any, columns: list[str]) -> Any:
     return pictures
 
 
-def _captions(dataset: Any, column: str) -> list[tuple[str, ...]]:
+def _caption_cells(dataset: Any, column: str, label: str) -> list[Any]:
+    """Texts, lists of them or None; bytes in place of texts if some of them are not UTF-8."""
+    import pyarrow as pa
     from datasets import ClassLabel
 
-    cells = dataset.with_format(None).select_columns([column])[:][column]
+    texts = dataset.with_format(None).select_columns([column])
+    check_captions(texts.data.nbytes, column, label)
     feature = dataset.features[column]
+    try:
+        cells = texts[:][column]
+    except UnicodeDecodeError:
+        stored = texts.with_format("arrow")[:].column(column)
+        nested = pa.types.is_list(stored.type) or pa.types.is_large_list(stored.type)
+        return stored.cast(pa.list_(pa.binary()) if nested else pa.binary()).to_pylist()
     if isinstance(feature, ClassLabel):
         names = [name.replace("_", " ") for name in feature.names]
         cells = [None if cell is None or cell < 0 else names[cell] for cell in cells]
-    return [clean_captions(cell) for cell in cells]
+    return list(cells)
+
+
+def _decoded(cell: Any) -> Any:
+    """Texts for bytes. Raises: ValueError: they are not UTF-8."""
+    if isinstance(cell, list):
+        return [_decoded(part) for part in cell]
+    return decode_text(cell) if isinstance(cell, bytes) else cell
+
+
+def check_captions(size: int, column: str, label: str) -> None:
+    """Refuse captions that would not fit in memory. Raises: UserError."""
+    if size > MAX_TABLE_BYTES:
+        raise UserError(
+            f"the column '{column}' of {label} holds {size / 2**20:.0f} MB, more than the "
+            f"{MAX_TABLE_BYTES / 2**20:.0f} MB allowed. Name another: data.caption_column=NAME, or "
+            "read the set as tar shards (data.kind=webdataset)."
+        )

@@ -19,7 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from latentdiff.data.captions import choose_caption_column, clean_captions
+from latentdiff.data.captions import (
+    MAX_CAPTION_BYTES,
+    choose_caption_column,
+    clean_captions,
+    decode_text,
+)
+from latentdiff.data.file_tree import MAX_PICTURE_BYTES, check_size, find_files
 from latentdiff.data.images import (
     IMAGE_ENDINGS,
     UnreadableImage,
@@ -28,7 +34,7 @@ from latentdiff.data.images import (
     open_image,
     open_with_alpha,
 )
-from latentdiff.data.source import DataConfig, Example, Skipped
+from latentdiff.data.source import DataConfig, Example, Skipped, few
 from latentdiff.data.texts import Texts
 from latentdiff.errors import UserError
 
@@ -52,20 +58,24 @@ class TarSource:
     """
 
     def __init__(self, config: DataConfig) -> None:
-        self._config, self._shards = config, _shards(config.path or "")
+        self._config = config
+        self._shards, self.problems = _shards(config.path or "", config.follow_links)
         self._sizes = [shard.stat().st_size for shard in self._shards]
-        self.problems: list[Skipped] = []
         self._places, self._masks = array("q"), array("q")  # shard, offset, size of each
         self._captions, self._names = Texts(), Texts()
         for number in range(len(self._shards)):
             for key, members in self._samples(number):
                 self._add(number, key, members)
         if not len(self._names):
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.problems[:5])
             raise UserError(
                 f"{config.path}: 0 usable pictures in {len(self._shards)} shards "
-                f"({reasons or 'they are empty'}). A sample is a picture and a .txt or .json of "
-                "the same name: 0001.jpg, 0001.txt."
+                f"({few(self.problems) or 'they are empty'}). A sample is a picture and a .txt or "
+                ".json of the same name: 0001.jpg, 0001.txt."
+            )
+        if config.loss_mask == "file" and max(self._masks[::3]) < 0:
+            raise UserError(
+                f"data.loss_mask=file: none of the {len(self)} pictures in {config.path} has a "
+                f"mask. A mask stands beside its picture: 0001.{_MASK_ENDING} for 0001.jpg."
             )
 
     def __len__(self) -> int:
@@ -139,14 +149,14 @@ class TarSource:
         mask = members.pop(_MASK_ENDING, None) if self._config.loss_mask == "file" else None
         picture = next((p for e, p in members.items() if f".{e}".endswith(IMAGE_ENDINGS)), None)
         if picture is None:
-            self.problems.append((name, "no picture"))
+            self.problems.append((name, "a mask without its picture" if mask else "no picture"))
             return
         if picture.offset + picture.size > self._sizes[number]:
             self.problems.append((name, "the shard ends before it does"))
             return
         try:
             captions = self._said(members, name)
-        except (OSError, ValueError, UserError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             self.problems.append((name, f"its caption cannot be read ({error})"))
             return
         if not captions:
@@ -161,11 +171,11 @@ class TarSource:
         """A sample's captions: lines of its .txt, or a column of its .json."""
         for ending in ("txt", "caption", "text"):
             if ending in members and self._config.caption_column is None:
-                text = self._bytes(members[ending]).decode("utf-8-sig", "replace")
-                return clean_captions(text.splitlines())
+                text = self._bytes(members[ending], MAX_CAPTION_BYTES)
+                return clean_captions(decode_text(text).splitlines())
         if "json" not in members:
             return ()
-        row = json.loads(self._bytes(members["json"]))
+        row = json.loads(decode_text(self._bytes(members["json"], MAX_CAPTION_BYTES)))
         if not isinstance(row, dict):
             raise ValueError("its .json is not an object")
         where = f"the .json of {name}"
@@ -186,25 +196,34 @@ class TarSource:
         except OSError as error:
             raise UnreadableImage(self.name(index), f"cannot be read ({error})") from error
 
-    def _bytes(self, place: _Place) -> bytes:
+    def _bytes(self, place: _Place, limit: int = MAX_PICTURE_BYTES) -> bytes:
+        check_size(place.size, limit)
         with open(self._shards[place.shard], "rb") as file:
             file.seek(place.offset)
-            return file.read(place.size)
+            data = file.read(place.size)
+        if len(data) < place.size:
+            raise OSError("the shard ends before it does")
+        return data
 
 
-def _shards(path: str) -> list[Path]:
-    """The .tar files of a folder, a pattern or a single path, in the order of their names."""
+def _shards(path: str, follow_links: bool) -> tuple[list[Path], list[Skipped]]:
+    """The .tar files of a folder, a pattern or a single path, in the order of their names.
+
+    Returns: paths; and (name, reason) of links in the folder that are not followed.
+    """
     place = Path(path).expanduser()
+    problems: list[Skipped] = []
     if place.is_dir():
-        found = sorted(place.rglob("*.tar*")) + sorted(place.rglob("*.tgz"))
+        found, problems = find_files(place, ("*.tar*", "*.tgz"), follow_links)
     elif place.exists():
         found = [place]
     else:
         found = [Path(name) for name in sorted(glob.glob(str(place)))]
     if not found:
+        left_out = f" Left out: {few(problems)}." * bool(problems)
         raise UserError(
             f"data.path: no .tar shards at {path}. Give a folder, a file or a pattern such as "
-            "'shards/*.tar'."
+            f"'shards/*.tar'.{left_out}"
         )
     packed = [shard.name for shard in found if shard.suffix != ".tar"]
     if packed:
@@ -212,4 +231,4 @@ def _shards(path: str) -> list[Path]:
             f"{', '.join(packed[:5])}: shards must be plain .tar files, so that pictures can be "
             "read from their place; unpack compressed ones (gunzip). Pictures gain nothing by it."
         )
-    return found
+    return found, problems

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from posixpath import splitext
 from latentdiff.data.file_tree import open_tree
 from latentdiff.data.folder import METADATA_NAMES
 from latentdiff.data.images import IMAGE_ENDINGS, display_name
-from latentdiff.data.quarantine import write_quarantine
+from latentdiff.data.quarantine import json_line, write_quarantine
 from latentdiff.data.source import DataConfig, Skipped, open_source
 from latentdiff.doctor.findings import KINDS, Finding, Findings, Limits, quarantined
 from latentdiff.doctor.records import READABLE
@@ -108,7 +107,7 @@ def unused_files(data: DataConfig) -> list[Skipped]:
     """Name the files of a folder that training never looks at, and why."""
     if data.kind != "folder":
         return []
-    names = open_tree(data.path or "").names()
+    names = open_tree(data.path or "", data.follow_links).names()
     images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
     tables = any(name.rsplit("/", 1)[-1] in METADATA_NAMES for name in names)
     partners = {splitext(name)[0] for name in images} | set(images)
@@ -136,7 +135,7 @@ def write_findings(file: Path, findings: Iterable[Finding]) -> dict[str, int]:
         for finding in findings:
             counts[finding.kind] += 1
             entry = {"kind": finding.kind, "name": finding.name, "reason": finding.reason}
-            lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            lines.write(json_line(entry))
     return dict(counts)
 
 

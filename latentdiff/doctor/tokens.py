@@ -95,7 +95,7 @@ def _positions(folder: Path) -> int | None:
     try:
         config: Any = json.loads((folder / "text_encoder" / "config.json").read_text())
         return int(config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import Example, Source
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, printable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -142,7 +142,7 @@ class Readable:
             except UnreadableImage as problem:
                 if problem.name not in self.skipped:
                     self.skipped.add(problem.name)
-                    print(f"left out: {problem.name}: {problem.reason}", flush=True)
+                    print(f"left out: {printable(str(problem))}", flush=True)
         raise UserError("no picture of the data set can be read; see the lines above.")
 
 

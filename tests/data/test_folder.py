@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
+import tracemalloc
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -45,6 +47,180 @@ def test_csv_with_any_usual_delimiter_and_a_byte_order_mark(tmp_path: Path, deli
     text = "\r\n".join(delimiter.join(row) for row in rows)
     (tmp_path / "metadata.csv").write_text(text, encoding="utf-8-sig", newline="")
     assert captions_of(open_folder(tmp_path)) == {"a.png": ("one, two; three",)}
+
+
+@pytest.mark.parametrize(
+    ("table", "captions"),
+    [
+        ("file_name,text\n0.png,1girl, solo, red hair\n1.png,x", ["1girl, solo, red hair", "x"]),
+        ("file_name;text\n0.png;a; b\n1.png;a, b;", ["a; b", "a, b"]),
+        ("file_name\ttext\n0.png\ta\tb\n1.png\tc", ["a\tb", "c"]),
+        ('file_name, text\n0.png, a, b\n1.png, "c, d"', ["a, b", "c, d"]),
+        ('file_name,text,,\n0.png,"a ""b"", c", d,,\n1.png,"e" f, g', ['a "b", c, d', "e f, g"]),
+        ('file_name,text\n0.png,"two\nlines, here"\n\n1.png,x', ["two\nlines, here", "x"]),
+    ],
+)
+def test_csv_captions_are_never_cut_at_a_comma(
+    tmp_path: Path, table: str, captions: list[str]
+) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "metadata.csv").write_text(table.replace("\n", end), newline="")
+        expected = [text.replace("\n", end) for text in captions]
+        source = open_folder(tmp_path)
+        assert [source.captions(i) for i in range(2)] == [(text,) for text in expected]
+
+
+SENTENCE = "eine Katze, größer als ein Hund"
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "readable"),
+    [
+        (SENTENCE, "utf-8", True), (SENTENCE, "utf-8-sig", True),
+        (SENTENCE, "utf-16", True), (SENTENCE, "utf-32", True),
+        ("\ufeff" + SENTENCE, "utf-16-be", True), ("\ufeff" + SENTENCE, "utf-32-be", True),
+        (SENTENCE, "cp1252", False), (SENTENCE, "utf-16-le", False),
+        (SENTENCE, "utf-16-be", False), (SENTENCE, "utf-32-le", False),
+        ("赤い髪の女の子", "shift_jis", False), ("赤い髪の女の子", "euc_jp", False),
+        ("кошка", "cp1251", False), ("红发女孩", "gb18030", False),
+    ],
+)  # fmt: skip
+def test_texts_are_read_in_their_encoding_or_reported_by_picture(
+    tmp_path: Path, text: str, encoding: str, readable: bool
+) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png(0))
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "b.txt").write_text("fine")
+    source = open_folder(tmp_path)
+    if readable:
+        assert captions_of(source) == {"a.png": (SENTENCE,), "b.png": ("fine",)}
+        return
+    assert captions_of(source) == {"b.png": ("fine",)}
+    [(name, reason)] = source.problems
+    assert name == "a.png" and "its caption a.txt" in reason and "save it as UTF-8" in reason
+
+
+def test_a_table_in_utf_16_as_spreadsheets_save_it(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "metadata.csv").write_bytes(f"file_name\ttext\na.png\t{SENTENCE}".encode("utf-16"))
+    assert captions_of(open_folder(tmp_path)) == {"a.png": (SENTENCE,)}
+
+
+def test_masks_without_pictures_are_listed_and_none_at_all_is_an_error(tmp_path: Path) -> None:
+    for name in ("cat.jpg", "dog.jpg", "é.png"):
+        (tmp_path / name).write_bytes(png(0))
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    (tmp_path / "Cat.mask.png").write_bytes(png(1))
+    (tmp_path / "bird.mask.png").write_bytes(png(1))
+    with pytest.raises(UserError, match=r"none of the 3 pictures.*bird\.mask\.png.*cat\.mask\.png"):
+        open_folder(tmp_path, loss_mask="file")
+    (tmp_path / "dog.MASK.PNG").write_bytes(png(2))
+    (tmp_path / (unicodedata.normalize("NFD", "é") + ".mask.png")).write_bytes(png(3))
+    source = open_folder(tmp_path, loss_mask="file")
+    masked = {source[i].name for i in range(3) if source[i].mask is not None}
+    assert masked == {"dog.jpg", "é.png"}
+    assert [name for name, _ in source.problems] == ["Cat.mask.png", "bird.mask.png"]
+    assert all("without its picture" in reason for _, reason in source.problems)
+
+
+def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for name in ("a/0.png", "a/deep/1.png", ".store/2.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(0))
+        (root / name).with_suffix(".txt").write_text(name)
+    os.symlink("a/deep", root / "b")  # a sub-folder
+    os.symlink("../.store", root / "a" / "c")  # one that is only found so
+    os.symlink("../..", root / "a" / "up")  # out of the folder
+    os.symlink("..", root / "a" / "deep" / "loop")
+    os.symlink(root, root / "all")
+    os.symlink("0.png", root / "a" / "3.png")
+    os.symlink("0.txt", root / "a" / "3.txt")
+    source = open_folder(root)
+    assert captions_of(source) == {
+        "a/0.png": ("a/0.png",), "a/3.png": ("a/0.png",), "a/deep/1.png": ("a/deep/1.png",),
+        "b/1.png": ("a/deep/1.png",), "a/c/2.png": (".store/2.png",),
+    }  # fmt: skip
+    reasons = dict(source.problems)
+    assert set(reasons) == {"a/up", "a/deep/loop", "all", "b/loop"}
+    assert str(tmp_path) in reasons["a/up"] and "data.follow_links=true" in reasons["a/up"]
+    assert "back to a folder" in reasons["all"] and "back to a folder" in reasons["a/deep/loop"]
+
+
+def test_many_links_between_folders_do_not_multiply(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "x.png").write_bytes(png(i))
+        (tmp_path / str(i) / "x.txt").write_text("x")
+        for j in range(12):
+            if i != j:
+                os.symlink(f"../{j}", tmp_path / str(i) / f"to{j}")
+    assert len(open_folder(tmp_path)) == 12 + 12 * 11
+
+
+def test_links_that_leave_the_folder_are_followed_if_asked_for(tmp_path: Path) -> None:
+    root, other = write_folder(tmp_path / "data", 1), tmp_path / "other"
+    (root / "metadata.jsonl").unlink()
+    (root / "images" / "0.txt").write_text("inside")
+    other.mkdir()
+    for name, text in (("1", "one"), ("2", "two")):
+        (other / f"{name}.png").write_bytes(png(1))
+        (other / f"{name}.txt").write_text(text)
+    os.symlink(other, root / "far")
+    os.symlink(other / "1.png", root / "one.png")
+    (root / "one.txt").write_text("a picture elsewhere")
+    (root / "two.png").write_bytes(png(2))
+    os.symlink(other / "2.txt", root / "two.txt")  # such as /proc/self/environ
+    os.symlink("..", other / "back")
+    inside = open_folder(root)
+    assert captions_of(inside) == {"images/0.png": ("inside",)}
+    reasons = dict(inside.problems)
+    assert set(reasons) == {"far", "one.png", "two.png"}
+    assert all("leaves the data folder" in reason for reason in reasons.values())
+    assert all("data.follow_links=true" in reason for reason in reasons.values())
+    assert captions_of(open_folder(root, follow_links=True)) == {
+        "far/1.png": ("one",), "far/2.png": ("two",), "images/0.png": ("inside",),
+        "one.png": ("a picture elsewhere",), "two.png": ("two",),
+    }  # fmt: skip
+    (root / "images" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"0 usable images of 2.*data\.follow_links=true"):
+        open_folder(root)
+    os.symlink(other / "2.txt", root / "metadata.csv")
+    with pytest.raises(UserError, match=r"metadata\.csv cannot be read.*data\.follow_links=true"):
+        open_folder(root)
+    for file in (root / "one.png", root / "two.png"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"no images.*far.*data\.follow_links=true"):
+        open_folder(root)
+
+
+def test_a_folder_that_may_not_be_read_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, scan = write_folder(tmp_path / "d", 1), os.scandir
+    (folder / "locked").mkdir()
+
+    def refuse(path: str) -> Any:
+        if str(path).rstrip("/").endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    [(name, reason)] = open_folder(folder).problems
+    assert name == "locked/" and "Permission denied" in reason
+
+
+def test_names_and_captions_do_not_act_on_the_terminal(tmp_path: Path) -> None:
+    text = report_skipped([("\x1b[2J.png", "no\ncaption \x9b"), ("\u202egnp.exe", "x")])
+    assert text.split("\n")[1:] == [r"  \x1b[2J.png: no\ncaption \x9b", r"  \u202egnp.exe: x"]
+    (tmp_path / "\x1b]0;hello\x07.png").write_bytes(png(0))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n\x1b[31m.png,x")
+    with pytest.raises(UserError) as error:
+        open_folder(tmp_path)
+    assert "\x1b" not in str(error.value) and r"\x1b]0;hello\x07.png" in str(error.value)
 
 
 def test_text_files_beside_the_images_in_sub_folders(tmp_path: Path) -> None:
@@ -188,8 +364,11 @@ def test_pipes_and_dead_links_do_not_stop_or_hang_anything(tmp_path: Path) -> No
     reasons = {}
     for name, reason in source.problems:
         reasons.setdefault(name, reason)
-    assert "not a regular file" in reasons["b.txt"] and "not a regular file" in reasons["d.txt"]
-    assert "cannot be read" in reasons["c.txt"] and "not a regular file" in reasons["e.png"]
+    assert set(reasons) == {"b.png", "c.png", "d.png", "e.png"} and len(source.problems) == 4
+    assert "b.txt cannot be read (not a regular file)" in reasons["b.png"]
+    assert "c.txt cannot be read" in reasons["c.png"] and "a regular file" in reasons["e.png"]
+    assert "data.follow_links=true" in reasons["d.png"]
+    assert "a regular file" in dict(open_folder(tmp_path, follow_links=True).problems)["d.png"]
 
 
 def test_files_larger_than_any_picture_are_not_read(tmp_path: Path) -> None:
@@ -216,6 +395,59 @@ def test_a_zip_member_that_unpacks_to_too_much_is_not_unpacked(
         archive.writestr("metadata.csv", "file_name,text\na.png,x")
     with pytest.raises(UnreadableImage, match=r"a\.png.*2 MB, more than the 1 MB"):
         open_folder(tmp_path / "d.zip")[0]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_no_more_is_unpacked_than_the_archive_states(tmp_path: Path, method: int) -> None:
+    path, text = tmp_path / "d.zip", b"x" * 8_123_457
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.png", png(0), zipfile.ZIP_STORED)
+        archive.writestr("a.txt", text)
+    data = path.read_bytes()
+    size = struct.pack("<I", len(text))
+    assert data.count(size) == 2
+    path.write_bytes(data.replace(size, struct.pack("<I", 100)))  # it states 100 bytes
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"a\.png: its caption a\.txt cannot be read"):
+        open_folder(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "a.txt"])
+def test_texts_too_large_for_memory_are_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 10 * 2**30)  # a sparse file
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(10240 MB, more than the \d+ MB"):
+        open_folder(tmp_path)
+
+
+def test_a_table_in_a_zip_that_would_fill_the_memory_is_not_unpacked(tmp_path: Path) -> None:
+    path, text = tmp_path / "d.zip", b'{"file_name": "a.png", "text": "x"}' + b" " * 7777
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", png(0))
+        archive.writestr("metadata.jsonl", text)
+    size, data = struct.pack("<I", len(text)), path.read_bytes()
+    assert data.count(size) == 2
+    path.write_bytes(data.replace(size, struct.pack("<I", 2**32 - 2)))
+    words = r"metadata\.jsonl cannot be read \(4096 MB, more than the 1024 MB allowed"
+    with pytest.raises(UserError, match=words):
+        open_folder(path)
+
+
+@pytest.mark.parametrize("key", ["file_name", "text", "other"])
+def test_nested_metadata_is_an_error_or_no_caption(tmp_path: Path, key: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    good = {"file_name": "a.png", "text": "x"}
+    for depth in (10, *range(800, 1000, 10), 10**5):  # around the limit of Python's recursion
+        deep = json.dumps({**good, key: 1}).replace("1", "[" * depth + "]" * depth)
+        (tmp_path / "metadata.jsonl").write_text(f"{json.dumps(good)}\n{deep}\n")
+        try:
+            assert captions_of(open_folder(tmp_path)) == {"a.png": ("x",)}
+        except UserError as error:
+            assert "line 2 is not JSON" in str(error)
+            assert depth > 800
 
 
 def test_a_damaged_archive_is_an_error_with_its_name(tmp_path: Path) -> None:
@@ -268,7 +500,20 @@ def test_fingerprint_follows_pictures_not_captions(tmp_path: Path) -> None:
         ({"a.png": b"", "metadata.jsonl": b"[1]"}, {}, ["line 1 must be like"]),
         ({"a.png": b"", "metadata.jsonl": b"[" * 10**5}, {}, ["line 1 is not JSON"]),
         ({"a.png": b"", "metadata.jsonl": b"9" * 10**4}, {}, ["line 1 is not JSON"]),
-        ({"a.png": b"", "metadata.jsonl": b"\xff\xfe"}, {}, ["not UTF-8"]),
+        ({"a.png": b"", "metadata.jsonl": b'{"text": "caf\xe9"}'}, {}, ["not UTF-8"]),
+        ({"a.png": b"", "metadata.jsonl": "{}".encode("utf-16-le")}, {}, ["byte order mark"]),
+        (
+            {"a.png": b"", "metadata.csv": b"text,file_name\nx, y,a.png"},
+            {},
+            ["metadata.csv, line 2 has 3 cells, its header has 2 (text, file_name)", "quotes"],
+        ),
+        (
+            {"a.png": b"", "metadata.csv": b'file_name,text\na.png,x\nb.png,"y\nc.png,"z"\n'},
+            {},
+            ["metadata.csv, line 3 is not valid CSV"],
+        ),
+        ({"a.png": b"", "metadata.csv": b'file_name,text\na.png,"x\nb.png,y'}, {}, ["line 2 is"]),
+        ({"a.png": b"x", "a.txt": b"caf\xe9"}, {}, ["0 usable images of 1", "a.png", "not UTF-8"]),
     ],
 )
 def test_errors_say_what_is_wrong(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,18 @@ def test_32_bit_integer_and_float_grey() -> None:
     assert np.asarray(open_image(encode(unit, "TIFF")))[0, :, 0].tolist() == [0, 128, 255, 0]
     byte = Image.fromarray(np.array([[0.0, 77.0, 255.0]], dtype=np.float32))
     assert np.asarray(open_image(encode(byte, "TIFF")))[0, :, 0].tolist() == [0, 77, 255]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_deep_grey_takes_no_multiple_of_the_picture_in_memory(kind: type) -> None:
+    values = (np.arange(2**22) % 65536).astype(kind).reshape(2048, 2048)
+    picture = encode(Image.fromarray(values), "TIFF")
+    tracemalloc.start()
+    shown = open_image(picture)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(np.asarray(shown)[..., 0], np.rint(values.astype(np.float64) / 257))
+    assert peak < 3 * values.nbytes + 2**24  # its bytes, its array, and a strip of it
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])

@@ -11,7 +11,7 @@ from data_helpers import write_folder
 
 from latentdiff.data.quarantine import read_quarantine, write_quarantine
 from latentdiff.data.source import DataConfig, Source, open_source, problems_of, split
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, printable
 
 
 def listing(folder: Path, *names: str) -> str:
@@ -31,7 +31,11 @@ def test_a_list_by_hand(tmp_path: Path) -> None:
     assert read_quarantine(tmp_path / "q") == {"a": "listed", "b": "listed"}
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '"a"', '{"file": "a"}', '{"name": 3}', "3"])
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[1]", '"a"', '{"file": "a"}', '{"name": 3}', "3", "[" * 10**5, "9" * 5000],
+    ids=lambda line: line[:9],
+)
 def test_a_line_that_is_no_entry_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "q").write_text('{"name": "a"}\n' + line)
     with pytest.raises(UserError, match=r"data\.quarantine.*line 2 must be like"):
@@ -114,3 +118,18 @@ def test_rows_of_a_table_are_listed_by_number(tmp_path: Path) -> None:
     )
     assert [source.captions(i) for i in range(len(source))] == [("a",), ("c",)]
     assert source.read(1) == b"z"  # type: ignore[attr-defined]
+
+
+def test_lists_do_not_act_on_the_terminal_and_keep_their_names(tmp_path: Path) -> None:
+    names = [
+        "\x1b[2J.png",
+        "\x9b31m.png",
+        "\u202egnp.exe",
+        "a\u2028b\x7f.png",
+        "é 猫 👩\u200d🚀.png",
+    ]
+    write_quarantine(tmp_path / "q.jsonl", [(name, name) for name in names])
+    text = (tmp_path / "q.jsonl").read_text("utf-8")
+    assert all(printable(line) == line for line in text.split("\n"))
+    assert names[-1] in text
+    assert read_quarantine(tmp_path / "q.jsonl") == {name: name for name in names}

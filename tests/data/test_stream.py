@@ -91,6 +91,14 @@ def test_refusals(shards: Path, tmp_path: Path) -> None:
     broken = StreamLatents(config(tmp_path), StubAutoencoder())
     with pytest.raises(UserError, match="0 usable pictures"):
         broken.take(range(1), 0)
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text = pa.array([b"caf\xe9"]).cast(pa.string(), False)
+    pq.write_table(pa.table({"image": [png(0)], "text": text}), tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"a text that is not UTF-8.*data\.streaming=false"):
+        StreamLatents(config(tmp_path), StubAutoencoder()).take(range(1), 0)
+    (tmp_path / "far").symlink_to("/usr")
+    with pytest.raises(UserError, match=r"far: a link that leaves.*data\.follow_links=true"):
+        StreamLatents(config(tmp_path), StubAutoencoder())
     assert DataConfig(kind="folder", path="x", streaming=True).validate()
     with pytest.raises(UserError, match=r"train_latent\.py"):
         open_source(config(shards))

@@ -97,6 +97,93 @@ def test_saved_data_set_and_its_splits(tmp_path: Path) -> None:
         open_table("hub", tmp_path / "two", split="tests")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "hub"])
+def test_paths_and_links_out_of_the_data_folder(kind: str, tmp_path: Path) -> None:
+    root, outside = tmp_path / "data", tmp_path / "secret.png"
+    root.mkdir()
+    outside.write_bytes(png(5))
+    (root / "x.png").write_bytes(png(7))
+    (root / "link.png").symlink_to(outside)
+    (root / "near.png").symlink_to("x.png")
+    paths = ["x.png", "../secret.png", str(outside), "link.png", "near.png", str(root / "x.png")]
+    rows = table(file=paths, text=list("abcdef"))
+    rows.save_to_disk(root) if kind == "hub" else rows.to_parquet(root / "a.parquet")
+    options = {"image_column": "file"}
+    if kind == "hub":  # the library would follow links to tables as well
+        with pytest.raises(
+            UserError, match=r"link\.png: a link that leaves.*data\.follow_links=true"
+        ):
+            open_table(kind, root, **options)
+        (root / "link.png").unlink()
+    source = open_table(kind, root, **options)
+    for inside in (0, 4, 5):
+        assert np.array_equal(np.asarray(source[inside].image), np.asarray(picture(7)))
+    for other in (1, 2, 3)[: 2 if kind == "hub" else 3]:
+        with pytest.raises(UnreadableImage, match=rf"row {other}.*data\.follow_links=true"):
+            source[other]
+        followed = open_table(kind, root, follow_links=True, **options)[other].image
+        assert np.array_equal(np.asarray(followed), np.asarray(picture(5)))
+
+
+def test_parquet_files_behind_links(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    for i, name in enumerate(("data/.parts/0", "other/1", "2")):
+        table(image=images(1), text=[str(i)]).to_parquet(tmp_path / f"{name}.parquet")
+    (root / "a").symlink_to(".parts")
+    (root / "b").symlink_to(tmp_path / "other")
+    (root / "c.parquet").symlink_to(tmp_path / "2.parquet")
+    source = open_table("parquet", root)
+    assert [source.captions(i) for i in range(len(source))] == [("0",)]
+    assert [name for name, _ in source.problems] == ["b", "c.parquet"]
+    assert all("data.follow_links=true" in reason for _, reason in source.problems)
+    every = open_table("parquet", root, follow_links=True)
+    assert [every.captions(i) for i in range(3)] == [("0",), ("1",), ("2",)]
+    (root / "a").unlink()
+    with pytest.raises(UserError, match=r"no \.parquet files.*data\.follow_links=true"):
+        open_table("parquet", root)
+
+
+def test_texts_that_are_not_utf8_are_reported_by_row(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pa.array(["größer".encode(), "größer".encode("cp1252"), b"b", None])
+    lists = pa.array([[b"a", b"b"], [b"c", b"\xff"], [], None])
+    for stored, kind in ((texts, pa.string()), (lists, pa.list_(pa.string()))):
+        columns = {"image": pa.array([png(i) for i in range(4)]), "text": stored.cast(kind, False)}
+        pq.write_table(pa.table(columns), tmp_path / f"{kind}.parquet")
+    source = open_table("parquet", tmp_path / "string.parquet")
+    assert [source.captions(i) for i in range(len(source))] == [("größer",), ("b",)]
+    assert source.problems[0][0] == "row 1" and "save it as UTF-8" in source.problems[0][1]
+    assert source.problems[1:] == [("row 3", "no caption")]
+    source = open_table("parquet", next(tmp_path.glob("list*.parquet")))
+    assert [source.captions(i) for i in range(len(source))] == [("a", "b")]
+    assert [name for name, _ in source.problems] == ["row 1", "row 2", "row 3"]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_captions_too_large_for_memory_are_not_unpacked(tmp_path: Path, listed: bool) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    repeats = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), ["a " * 2**18])
+    if listed:
+        repeats = pa.ListArray.from_arrays(pa.array([0, 3000]), repeats)
+    columns = {"image": [png(0)] * len(repeats), "text": repeats}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", store_schema=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 10**5
+    with pytest.raises(
+        UserError, match=r"'text' of .*holds 1500 MB, more than the 1024 MB allowed"
+    ):
+        open_table("parquet", tmp_path / "a.parquet")
+    assert not list(tmp_path.glob("hf/**/*.arrow"))
+
+
+def test_no_row_has_a_mask(tmp_path: Path) -> None:
+    rows = table(image=images(2), text=["a", "b"]).add_column("mask", [None, None])
+    rows = rows.cast_column("mask", datasets.Image())
+    rows.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"data\.loss_mask=file: no row of .* 'mask'"):
+        open_table("parquet", tmp_path / "a.parquet", loss_mask="file")
+
+
 def test_columns_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table(image=images(1), text=["a"], n=[1]).to_parquet(path)

@@ -129,12 +129,70 @@ def test_refusals(tmp_path: Path) -> None:
         open_source(config(tmp_path / "bad.tar"))
 
 
+BAD_CAPTIONS = {
+    "cp1252": ("txt", "größer".encode("cp1252"), "save it as UTF-8"),
+    "utf-16 without a mark": ("txt", "größer".encode("utf-16-le"), "save it as UTF-8"),
+    "over the limit": ("txt", b"a " * 2**20, "2 MB, more than the 1 MB allowed"),
+    "json over the limit": ("json", b'{"text": "' + b"a" * 2**21 + b'"}', "more than the 1 MB"),
+    "deep json": ("json", b"[" * 10**5, "recursion"),
+    "long number": ("json", b'{"text": ' + b"9" * 5000 + b"}", "4300 digits"),
+    "no object": ("json", b"[1]", "not an object"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CAPTIONS)
+def test_captions_that_cannot_be_read_are_reported(case: str, tmp_path: Path) -> None:
+    ending, data, words = BAD_CAPTIONS[case]
+    members = [("a.png", png(0)), (f"a.{ending}", data), *samples(range(1))]
+    source = open_source(config(shard(tmp_path / "s.tar", members)))
+    [(name, reason)] = source.problems  # type: ignore[attr-defined]
+    assert len(source) == 1 and name == "s/a" and words in reason
+
+
+def test_captions_follow_their_byte_order_mark(tmp_path: Path) -> None:
+    members = [("0.png", png(0)), ("0.txt", "größer".encode("utf-16")), ("1.png", png(1))]
+    members += [("1.json", json.dumps({"text": "größer"}).encode("utf-8-sig"))]
+    source = open_source(config(shard(tmp_path / "a.tar", members)))
+    assert [source.captions(i) for i in range(2)] == [("größer",), ("größer",)]
+
+
+def test_a_caption_cut_off_with_its_shard_is_not_used(tmp_path: Path) -> None:
+    members = [*samples(range(1)), ("b.png", png(1)), ("b.txt", b"words " * 99)]
+    data = shard(tmp_path / "s.tar", members).read_bytes()
+    (tmp_path / "s.tar").write_bytes(data[: data.rindex(b"words")])
+    source = open_source(config(tmp_path / "s.tar"))
+    assert len(source) == 1
+    assert "the shard ends" in dict(source.problems)["s/b"]  # type: ignore[attr-defined]
+
+
+def test_shards_behind_links(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for name in ("data/.parts", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    shard(root / ".parts" / "a.tar", samples(range(1)))
+    shard(tmp_path / "other" / "b.tar", samples(range(1, 3)))
+    (root / "x").symlink_to(".parts")
+    (root / "y").symlink_to(tmp_path / "other")
+    (root / "z.tar").symlink_to(tmp_path / "other" / "b.tar")
+    source = open_source(config(root))
+    reasons = dict(source.problems)  # type: ignore[attr-defined]
+    assert len(source) == 1 and set(reasons) == {"y", "z.tar"}
+    assert all("data.follow_links=true" in reason for reason in reasons.values())
+    assert len(open_source(config(root, follow_links=True))) == 5
+
+
 def test_masks_in_shards(tmp_path: Path) -> None:
     members = [*samples(range(1)), ("0000.mask.png", png(9))]
     source = open_source(config(shard(tmp_path / "a.tar", members), loss_mask="file"))
     mask = source[0].mask
     assert mask is not None and mask.mode == "L" and mask.size == (20, 16)
     assert open_source(config(tmp_path / "a.tar"))[0].mask is None
+    members = [*samples(range(1)), ("0001.mask.png", png(9))]
+    with pytest.raises(UserError, match=r"none of the 1 pictures .*0001\.mask\.png for 0001\.jpg"):
+        open_source(config(shard(tmp_path / "b.tar", members), loss_mask="file"))
+    members = [("0000.mask.png", png(9)), *members]
+    source = open_source(config(shard(tmp_path / "b.tar", members), loss_mask="file"))
+    assert source.problems == [("b/0001", "a mask without its picture")]  # type: ignore[attr-defined]
 
 
 def test_texts_round_trip() -> None:

@@ -194,13 +194,15 @@ def no_caption(n: int) -> File:
 
 def bad_caption(n: int) -> File:
     captions = (
-        "word " * 400,
-        b"\xff\xfe\x00caption \xc3",
-        "nul \x00 and \x1b[31mred " * 30,
-        "é" * 900,
+        ("word " * 400, "long-caption"),
+        (b"\xff\xfe\x00caption \xc3\xb1", "other"),
+        ("bell \x07 and \x1b[31mred " * 30, "long-caption"),
+        ("é" * 900, "long-caption"),
+        ("café".encode("cp1252"), "other"),
+        ("nul \x00 and more", "other"),
     )
-    kinds = (("long-caption",), (), ("long-caption",), ("long-caption",))
-    return File(".png", encode(picture(n), "PNG"), kinds[n % 4], captions[n % 4])
+    caption, kind = captions[n % len(captions)]
+    return File(".png", encode(picture(n), "PNG"), (kind,), caption)
 
 
 def one_colour(n: int) -> File:

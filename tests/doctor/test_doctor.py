@@ -170,6 +170,35 @@ def test_a_text_named_like_a_picture_is_called_a_text(tmp_path: Path) -> None:
     assert entry["reason"] == "not a picture but a text file that begins with 'my notes about cats'"
 
 
+def test_links_masks_and_encodings_are_reported_as_training_reports_them(tmp_path: Path) -> None:
+    folder, far = write_good(tmp_path / "d", 4), write_good(tmp_path / "far", 2)
+    (folder / "1.txt").write_bytes("café".encode("cp1252"))
+    (folder / "2.mask.png").write_bytes(encode(picture(2).convert("L"), "PNG"))
+    (folder / "9.mask.png").write_bytes(encode(picture(9).convert("L"), "PNG"))
+    (folder / "far").symlink_to(far)
+    (folder / "3.txt").unlink()
+    (folder / "3.txt").symlink_to(far / "1.txt")
+    (folder / "\x9b31m.heic").write_bytes(b"x")
+    expected = {
+        "1.png": {"other"}, "9.mask.png": {"other"}, "far": {"other"}, "3.png": {"other"},
+        "\x9b31m.heic": {"ignored"},
+    }  # fmt: skip
+    more = ["data.loss_mask=file", "--similar", "-1"]
+    assert main([str(folder), "--output", str(tmp_path / "o"), *more]) == 0
+    assert kinds_by_name(tmp_path / "o") == expected
+    assert "\x9b" not in (tmp_path / "o" / "findings.jsonl").read_text("utf-8")
+    config = DataConfig(kind="folder", path=str(folder), loss_mask="file")
+    problems = problems_of(open_source(config))
+    lines = (tmp_path / "o" / "findings.jsonl").read_text("utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [(e["name"], e["reason"]) for e in found if e["kind"] == "other"] == problems
+    more += ["data.follow_links=true", "--quarantine", "none"]
+    assert main([str(folder), "--output", str(tmp_path / "o2"), *more]) == 0
+    again = {name: {"duplicate"} for name in ("far/0.png", "far/1.png")}
+    del expected["far"], expected["3.png"], again["far/1.png"]
+    assert kinds_by_name(tmp_path / "o2") == expected | again
+
+
 def test_captions_are_measured_with_the_models_own_tokenizer(tmp_path: Path) -> None:
     folder = write_good(tmp_path / "d")
     (folder / "2.txt").write_text("short\n" + "a cat and " * 40)
