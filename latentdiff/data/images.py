@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from latentdiff.data.what_it_is import what_it_is
 
@@ -24,7 +24,8 @@ IMAGE_ENDINGS = (
     ".ppm", ".pgm",
 )  # fmt: skip
 
-
+#: How usual profiles of sRGB call themselves: there is nothing to convert.
+SRGB_PROFILES = ("sRGB", "sRGB IEC61966-2.1", "sRGB IEC61966-2-1 black scaled", "sRGB built-in")
 #: Pictures with more pixels are decoded one at a time.
 LARGE_PIXELS = 25_000_000
 #: Pixels that are calculated with at a time, at 8 bytes each.
@@ -61,8 +62,9 @@ def open_image(
 ) -> Image.Image:
     """Decode a picture to 8-bit RGB as a viewer would show it.
 
-    EXIF rotation is applied, transparency composited over `background`; grey, palette, CMYK and
-    16-bit pictures are converted; of an animation or a multi-page file the first frame is taken.
+    EXIF rotation is applied, colours are brought to sRGB from the embedded profile, transparency is
+    composited over `background`; grey, palette, CMYK and 16-bit pictures are converted; of an
+    animation or a multi-page file the first frame is taken.
 
     Args:
         source: a path, or the bytes of a file.
@@ -80,8 +82,16 @@ def open_with_alpha(
 
 
 def open_grey(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
-    """Decode a picture to 8-bit grey, upright; transparent pixels are black. See `open_image`."""
-    return _decode(source, name, lambda image: to_rgb(image, (0, 0, 0)).convert("L"))
+    """Decode a picture to 8-bit grey, upright; transparent pixels are black. See `open_image`.
+
+    Its values are weights and not colours, so a profile changes nothing.
+    """
+
+    def grey(image: Image.Image) -> Image.Image:
+        image.info.pop("icc_profile", None)
+        return to_rgb(image, (0, 0, 0)).convert("L")
+
+    return _decode(source, name, grey)
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
@@ -132,16 +142,38 @@ def _opened(source: str | os.PathLike[str] | bytes, label: str) -> Iterator[Imag
 
 
 def to_rgb(image: Image.Image, background: RGB = WHITE) -> Image.Image:
-    """Convert any Pillow mode to RGB, compositing transparency over `background`."""
+    """Convert any Pillow mode to sRGB, compositing transparency over `background`."""
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image.copy()
-    if image.has_transparency_data:
-        drawing = image.convert("RGBA")
-        ground = Image.new("RGBA", drawing.size, (*background, 255))
-        return Image.alpha_composite(ground, drawing).convert("RGB")
-    return image.convert("RGB")
+    colours = _in_srgb(image, profile) if profile else _colours(image, "RGB")
+    if (opacity := _alpha(image)) is None:
+        return colours
+    colours.putalpha(opacity)
+    ground = Image.new("RGBA", colours.size, (*background, 255))
+    return Image.alpha_composite(ground, colours).convert("RGB")
+
+
+def _colours(image: Image.Image, mode: str) -> Image.Image:
+    """A picture without its opacity."""
+    # Of a palette with transparency not every entry goes to RGB directly.
+    return (image.convert("RGBA") if image.has_transparency_data else image).convert(mode)
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colours as an ICC profile means them; as they are where it is sRGB or of no use."""
+    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}[source.profile.xcolor_space]
+        of_another_kind = space != mode and (space, mode) != ("RGB", "L")
+        if of_another_kind or ImageCms.getProfileDescription(source).strip() in SRGB_PROFILES:
+            return _colours(image, "RGB")
+        target, plain = ImageCms.createProfile("sRGB"), _colours(image, space)
+        shown = ImageCms.profileToProfile(plain, source, target, outputMode="RGB")
+        return _colours(shown or plain, "RGB")
+    except Exception:  # a broken profile beside good pixels
+        return _colours(image, "RGB")
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

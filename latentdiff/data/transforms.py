@@ -13,8 +13,8 @@ from latentdiff.data.images import RGB, WHITE
 from latentdiff.errors import choice_error
 
 Crop = Literal["center", "random", "pad"]
-#: Raise it when `fit` changes its pixels: cached latents are then encoded anew.
-TRANSFORM_VERSION = 1
+#: Raise it when the pixels of `open_image` or `fit` change: cached latents are then encoded anew.
+TRANSFORM_VERSION = 2
 
 
 def fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import struct
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from latentdiff.data.images import UnreadableImage, display_name, open_image
+from latentdiff.data.images import UnreadableImage, display_name, open_grey, open_image
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -30,6 +31,43 @@ def pixel(data: bytes, at: tuple[int, int] = (0, 0), **options: Any) -> tuple[in
     value = image.getpixel(at)
     assert isinstance(value, tuple)
     return value
+
+
+def profile(space: bytes = b"RGB ", gamma: float = 1.0, order: str = "rgb") -> bytes:
+    """An ICC profile of sRGB's primaries, in an order of their own, or of grey.
+
+    Source: ICC.1:2001-04, sections 6 and 6.3; sRGB's primaries adapted to D50 as in its profile.
+    """
+    primaries = {
+        "r": (0.43607, 0.22249, 0.01392),
+        "g": (0.38515, 0.71687, 0.09708),
+        "b": (0.14307, 0.06061, 0.71410),
+    }
+
+    def xyz(values: tuple[float, float, float]) -> bytes:
+        return struct.pack(">4sI3i", b"XYZ ", 0, *(round(v * 65536) for v in values))
+
+    curve = struct.pack(">4sIIHH", b"curv", 0, 1, round(gamma * 256), 0)
+    name = b"made for a test\0"
+    tags = {b"desc": struct.pack(">4sII", b"desc", 0, len(name)) + name + bytes(78)}
+    tags |= {b"cprt": struct.pack(">4sI", b"text", 0) + b"none\0\0\0\0"}
+    tags |= {b"wtpt": xyz((0.9642, 1.0, 0.8249))}
+    if space == b"GRAY":
+        tags |= {b"kTRC": curve}
+    else:
+        tags |= {f"{c}TRC".encode(): curve for c in "rgb"}
+        tags |= {
+            f"{c}XYZ".encode(): xyz(primaries[own]) for c, own in zip("rgb", order, strict=True)
+        }
+    table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for tag, data in tags.items():
+        table += struct.pack(">4sII", tag, start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    head = struct.pack(
+        ">I4sI4s4s4s", start + len(body), b"test", 0x02400000, b"mntr", space, b"XYZ "
+    )
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    return head + struct.pack(">I", len(tags)) + table + body
 
 
 def left_red_right_blue() -> Image.Image:
@@ -77,6 +115,50 @@ def test_grey_one_bit_and_cmyk() -> None:
     assert pixel(encode(Image.new("1", (1, 1), 1))) == (255, 255, 255)
     red = pixel(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
     assert red[0] > 200 and max(red[1:]) < 60
+
+
+#: 128/255 of the light, as sRGB encodes it (IEC 61966-2-1).
+HALF_OF_THE_LIGHT = round(255 * (1.055 * (128 / 255) ** (1 / 2.4) - 0.055))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_colour_profiles_are_followed(kind: str) -> None:
+    half = Image.new("RGB", (8, 8), (128, 128, 128))
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    linear = encode(half, kind, icc_profile=profile(), **options)
+    assert pixel(linear) == pytest.approx((HALF_OF_THE_LIGHT,) * 3, abs=1)
+    turned = encode(Image.new("RGB", (8, 8), (255, 0, 0)), "PNG", icc_profile=profile(order="gbr"))
+    assert pixel(turned) == pytest.approx((0, 255, 0), abs=1)  # its "red" is sRGB's green
+
+
+@pytest.mark.parametrize(
+    ("image", "space", "shown"),
+    [
+        (Image.new("L", (2, 2), 128), b"GRAY", HALF_OF_THE_LIGHT),
+        (Image.new("L", (2, 2), 128), b"RGB ", HALF_OF_THE_LIGHT),
+        (Image.fromarray(np.full((2, 2), 32896, np.uint16)), b"GRAY", HALF_OF_THE_LIGHT),
+        (Image.new("LA", (2, 2), (128, 255)), b"GRAY", HALF_OF_THE_LIGHT),
+        (Image.new("RGBA", (2, 2), (128, 128, 128, 255)), b"RGB ", HALF_OF_THE_LIGHT),
+        (Image.new("RGBA", (2, 2), (9, 9, 9, 0)), b"RGB ", 255),  # the background is sRGB already
+        (Image.new("RGB", (2, 2), (128, 128, 128)).quantize(2), b"RGB ", HALF_OF_THE_LIGHT),
+        (Image.new("RGB", (2, 2), (128, 128, 128)), b"GRAY", 128),  # of another kind: no use
+    ],
+)
+def test_colour_profiles_of_every_mode(image: Image.Image, space: bytes, shown: int) -> None:
+    data = encode(image, icc_profile=profile(space))
+    assert pixel(data) == pytest.approx((shown,) * 3, abs=1)
+
+
+def test_colour_profiles_that_change_nothing() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for harmless in (srgb, b"broken", profile()[:200]):
+        shown = open_image(encode(Image.fromarray(noise), icc_profile=harmless))
+        assert np.array_equal(np.asarray(shown), noise)
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert pixel(encode(cmyk, "TIFF", icc_profile=profile())) == pixel(encode(cmyk, "TIFF"))
+    mask = encode(Image.new("L", (2, 2), 128), icc_profile=profile(b"GRAY"))
+    assert open_grey(mask).getpixel((0, 0)) == 128
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
