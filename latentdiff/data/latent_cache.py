@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.latent_encoding import Encoding, digest, index_files
-from latentdiff.data.latent_folder import LatentFolder, Shape
+from latentdiff.data.latent_folder import LatentFolder
 from latentdiff.data.latent_index import LatentIndex
 from latentdiff.data.source import DataConfig, Skipped, Source, group_of, problems_of
 from latentdiff.errors import UserError
@@ -87,10 +87,6 @@ class LatentCache:
     def moments_of(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Read the moments alone: float16 (B, 2C, h, w)."""
         return self.read(indices).moments
-
-    def shape_of(self, index: int) -> Shape:
-        """Return (2C, h, w) of one entry."""
-        return self.shapes[int(self.buckets[index])]
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of one picture."""
