@@ -40,7 +40,7 @@ from latentdiff.weight_files import (
     write_weights,
 )
 
-__all__ = ["Components", "load_components", "load_unet", "resolve_folder", "save_components"]
+__all__ = ["Components", "load_components", "resolve_folder", "save_components"]
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 #: Optional, ours: what the pipeline takes when its caller gives nothing, see `SamplingDefaults`.
@@ -107,14 +107,6 @@ def load_components(
     )
     components.check()
     return components
-
-
-def load_unet(folder: str | Path, dtype: torch.dtype = torch.float32) -> UNet:
-    """Read a U-Net from a local folder with config.json and weights, for example `model/unet`.
-
-    Raises:  UserError: missing, unsupported configuration, or weights that do not fit it.
-    """
-    return _read_unet(Path(folder), dtype)[0]
 
 
 def save_components(

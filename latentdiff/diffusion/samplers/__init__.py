@@ -8,7 +8,7 @@ Start reading with `walk.py`: all are made of one kind of step.
 from latentdiff.diffusion.samplers.adams import lms, pndm
 from latentdiff.diffusion.samplers.consistency import lcm
 from latentdiff.diffusion.samplers.ddpm_ddim import ddim, ddpm
-from latentdiff.diffusion.samplers.denoiser import as_denoiser, dynamic_threshold, make_denoiser
+from latentdiff.diffusion.samplers.denoiser import as_denoiser, dynamic_threshold
 from latentdiff.diffusion.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral
 from latentdiff.diffusion.samplers.euler_heun import euler, euler_ancestral, heun
 from latentdiff.diffusion.samplers.grids import SPACINGS, custom_grid, get_spacing, timestep_grid
@@ -47,7 +47,6 @@ __all__ = [
     "heun",
     "lcm",
     "lms",
-    "make_denoiser",
     "pndm",
     "resume",
     "run",
