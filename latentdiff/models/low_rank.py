@@ -63,7 +63,8 @@ class LowRank:
         change = self.scale * (up @ down).reshape(w.shape)
         if self.magnitude is None:
             return change
-        norm = (w + change).flatten(1).norm(dim=1)
+        # Of a row of zeros the direction is none, and the row stays.
+        norm = (w + change).flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         factor = (self.magnitude.to(w) / norm).reshape(-1, *[1] * (w.ndim - 1))
         return factor * (w + change) - w
 
