@@ -69,6 +69,21 @@ class LowRank:
         return factor * (w + change) - w
 
 
+def nearest(delta: Tensor, rank: int) -> LowRank:
+    """The plain LoRA of a rank that is nearest to a change of a weight in the Frobenius norm.
+
+    Args:    delta: ΔW in the shape of the weight.  rank: r; of a smaller matrix all it has.
+    Source:  Eckart & Young 1936, doi.org/10.1007/BF02288367: the first r singular values.
+    """
+    flat = delta.flatten(1)
+    left, values, right = torch.linalg.svd(flat, full_matrices=False)
+    rank = min(rank, len(values))
+    root = values[:rank].sqrt()
+    ends = (1,) * (delta.ndim - 2)
+    down = (root[:, None] * right[:rank]).reshape(rank, *delta.shape[1:])
+    return LowRank(down, (left[:, :rank] * root).reshape(-1, rank, *ends), float(rank))
+
+
 class Branch:
     """A forward hook that adds a change to a layer's output, the weight left as it is.
 

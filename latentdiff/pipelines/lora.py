@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -25,6 +25,9 @@ from latentdiff.formats.lora_facts import BASES
 from latentdiff.formats.lora_files import LoraFile, read_lora, some
 from latentdiff.formats.lora_names import places
 from latentdiff.models.low_rank import Branch, Layer, LowRank, add_to, layers_of
+
+if TYPE_CHECKING:
+    from latentdiff.formats.components import Components
 
 #: (part, module name), for example ("unet", "mid_block.attentions.0.proj_in").
 Place = tuple[str, str]
@@ -152,6 +155,25 @@ class Loras:
         for hook in one.hooks:
             hook.remove()
         one.hooks.clear()
+
+
+def lora_and_weight(text: str) -> tuple[str, float]:
+    """("style.safetensors", 0.7) from "style.safetensors:0.7"; the weight may be left out.
+
+    Raises: UserError: the weight is no number.
+    """
+    file, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists() or "/" in weight or "\\" in weight:  # C:\style
+        return text, 1.0
+    try:
+        return file, float(weight)
+    except ValueError:
+        raise UserError(f"--lora must be FILE or FILE:WEIGHT; got {text!r}.") from None
+
+
+def parts_of(components: Components) -> dict[str, nn.Module]:
+    """The networks of a model by the names that files use."""
+    return {"unet": components.unet, "text_encoder": components.text_encoder.module}
 
 
 def match(file: LoraFile, parts: Mapping[str, nn.Module]) -> dict[Place, LowRank]:
