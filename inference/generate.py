@@ -88,20 +88,6 @@ def numbers(option: str, text: str | None) -> list[float] | None:
         raise UserError(f"{option} must be numbers with commas between; got {text!r}.") from None
 
 
-def lora_and_weight(text: str) -> tuple[str, float]:
-    """("style.safetensors", 0.7) from "style.safetensors:0.7"; the weight may be left out.
-
-    Raises: UserError: the weight is no number.
-    """
-    file, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists() or "/" in weight or "\\" in weight:  # C:\style
-        return text, 1.0
-    try:
-        return file, float(weight)
-    except ValueError:
-        raise UserError(f"--lora must be FILE or FILE:WEIGHT; got {text!r}.") from None
-
-
 def check_output(output: Path) -> None:
     """Make the folder before the work is done. Raises: UserError: it cannot hold a picture."""
     from PIL import Image
@@ -125,6 +111,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     """The pictures and their seeds, prompt by prompt."""
     import torch
 
+    from latentdiff.pipelines.lora import lora_and_weight
     from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
     dtype = getattr(torch, args.dtype)

@@ -14,7 +14,7 @@ from latentdiff.formats.components import Components
 from latentdiff.formats.embedding_file import read_embedding
 from latentdiff.formats.model import load_model, save_model
 from latentdiff.models.learned_words import add_word
-from latentdiff.pipelines.lora import Loras
+from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.pipelines.size_limit import check_pixels
 
 #: Guidance scale when neither the caller nor the model's folder gives one.
@@ -36,7 +36,7 @@ class LoadedModel:
         self.text_encoder = components.text_encoder
         self.schedule = NoiseSchedule(components.schedule)
         self.prediction = components.prediction
-        self.loras = Loras({"unet": self.unet, "text_encoder": self.text_encoder.module})
+        self.loras = Loras(parts_of(components))
 
     @classmethod
     def from_pretrained(
