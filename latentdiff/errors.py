@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import difflib
 import sys
+import unicodedata
 from collections.abc import Iterable
 from typing import NoReturn
 
 #: Exit code of every command for what its user can fix, as of argparse for a wrong option.
 BAD_INPUT = 2
+#: Characters that turn the direction of the text after them: a name could show another ending.
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def printable(text: str) -> str:
+    r"""Escape what would steer a terminal, break a line or turn the direction of writing.
+
+    For one name, key or caption out of a file; a colour sequence becomes \x1b[31m, a line break \n.
+    """
+    return "".join(map(_visible, text))
+
+
+def _visible(sign: str) -> str:
+    steers = unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") or sign in _TURNING
+    return sign.encode("unicode_escape").decode() if steers else sign
 
 
 class UserError(ValueError):
-    """Something the user can fix; entry scripts print its text without a traceback."""
+    """Something the user can fix; entry scripts print its text without a traceback.
+
+    The text may quote names from files: all but its line breaks is made `printable`.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
 def exit_with(error: UserError) -> NoReturn:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,9 +17,8 @@ from latentdiff.data.images import WHITE
 from latentdiff.data.source import Source
 from latentdiff.doctor.findings import KINDS, Finding, Findings
 from latentdiff.doctor.tables import Row
+from latentdiff.errors import printable
 
-#: Signs that turn the direction of the text after them: a name could show another ending.
-_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 #: Longer side of the small pictures.
 THUMBNAIL = 112
 _STYLE = """
@@ -91,12 +89,7 @@ def _parts(page: Page, findings: Findings, shown: int) -> Iterator[str]:
 
 def _text(words: str) -> str:
     """Escape for HTML, and make signs visible that would steer a terminal or turn the writing."""
-    return html.escape("".join(_visible(sign) for sign in words))
-
-
-def _visible(sign: str) -> str:
-    steers = unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") or sign in _TURNING
-    return sign.encode("unicode_escape").decode() if steers else sign
+    return html.escape(printable(words))
 
 
 def _overview(page: Page) -> str:

@@ -1,0 +1,29 @@
+"""Words from strangers' files are shown, and do not act on the terminal that shows them."""
+
+import pytest
+
+from latentdiff.errors import UserError, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cat.png", "cat.png"),
+        ("\x1b[31mred\x1b[0m\x07", r"\x1b[31mred\x1b[0m\x07"),
+        ("\x9b2Jcsi\x7f\x00", r"\x9b2Jcsi\x7f\x00"),
+        ("a\nb\rc\td", r"a\nb\rc\td"),
+        ("a\u2028b\u2029c\x85d", r"a\u2028b\u2029c\x85d"),
+        ("gpj.\u202eexe\u2066", r"gpj.\u202eexe\u2066"),
+        ("half \ud83d", r"half \ud83d"),
+        ("née 猫\u3000👩\u200d🚀 می\u200cخواهم", "née 猫\u3000👩\u200d🚀 می\u200cخواهم"),
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(shown) == shown
+
+
+def test_errors_are_printable_and_keep_their_lines() -> None:
+    assert str(UserError("2 problems:\n  \x1b]0;title\x07.png")) == (
+        "2 problems:\n  \\x1b]0;title\\x07.png"
+    )
