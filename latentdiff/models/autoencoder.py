@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError, choice_error
+from latentdiff.json_text import read_json
 from latentdiff.models.finite import NotFiniteError, broken_weight, check_finite, is_finite
 from latentdiff.models.quiet import quiet
 from latentdiff.models.vae import AutoencoderKL, covers, modern_names
@@ -182,12 +183,10 @@ def load_autoencoder(
     Returns: frozen, in evaluation mode.
     Raises:  UserError: folder or weights missing, unknown class, weights that do not fit.
     """
-    import json
-
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"no autoencoder at {folder}: {file} does not exist.")
-    module = empty_autoencoder(json.loads(file.read_text(encoding="utf-8")), file)
+    module = empty_autoencoder(read_json(file), file)
     return fill_autoencoder(module, read_weights(file.parent, VAE_STEM, variant), folder, dtype)
 
 

@@ -196,7 +196,7 @@ def test_parts_that_do_not_fit(theirs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="do not fit its config"):
         load_components(folder)
     (folder / "unet/config.json").write_text("{")
-    with pytest.raises(UserError, match=r"unet.config\.json is missing or not valid JSON"):
+    with pytest.raises(UserError, match=r"unet.config\.json is not valid JSON"):
         load_components(folder)
 
 
