@@ -42,9 +42,9 @@ def convert_dora(
     from latentdiff.pipelines.lora import match, parts_of
 
     parts = parts_of(components)
-    changes = match(read_lora(lora), parts)
-    if all(change.magnitude is None for change in changes.values()):
-        raise UserError(f"{lora} is a plain LoRA already; --rank is for a DoRA.")
+    changes, whole_changes = match(read_lora(lora), parts)
+    if whole_changes or all(change.magnitude is None for change in changes.values()):
+        raise UserError(f"{lora} is no DoRA, or more than one; --rank is for a DoRA alone.")
     plain, missing, whole, worst = {}, 0.0, 0.0, (0.0, "")
     for (part, module), change in changes.items():
         name, weight = f"{part}.{module}", layers_of(parts[part])[module].weight

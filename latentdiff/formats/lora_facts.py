@@ -61,7 +61,7 @@ def adapter_kind(names: Iterable[str]) -> str | None:
     for name in names:
         if kin := _KIN_ROLE.search(name):
             return next(kind for start, kind in _KIN.items() if kin[1].startswith(start))
-        if split_key(name)[1] == "down":
+        if split_key(name)[1] in ("down", "diff"):
             found = "a LoRA"
     return found
 
@@ -101,9 +101,8 @@ def _layers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
             name, role = key[: kin.start()], kin[1]
         if role is not None:
             found.setdefault(name, {})[role] = tensor
-    return {
-        name: roles for name, roles in found.items() if roles.keys() - {"up", "alpha", "magnitude"}
-    }
+    beside = {"up", "alpha", "magnitude", "diff", "diff_b"}
+    return {name: roles for name, roles in found.items() if roles.keys() - beside}
 
 
 def _rank(roles: Mapping[str, Tensor]) -> int | None:

@@ -43,6 +43,8 @@ from latentdiff.weight_files import save_tensors
 FILE = "pytorch_lora_weights.safetensors"
 USUAL = (FILE, "adapter_model.safetensors")
 LAYOUTS = ("diffusers", "kohya")
+#: What a whole difference is of, by its role.
+_WHOLE = {"diff": "weight", "diff_b": "bias"}
 #: The largest float16. An α/r above it would overflow half precision by itself.
 _LARGEST_SCALE = 65504.0
 Layout = Literal["diffusers", "kohya"]
@@ -58,6 +60,8 @@ class LoraFile:
     """Changes by the layer's name: `unet.…` and `text_encoder.…` with dots, ComfyUI's
     `diffusion_model.…`, or kohya's spelling with underscores, whose dots only a model's own names
     tell."""
+    whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Changes that are not of low rank, by layer: of its `weight`, of its `bias` (ComfyUI)."""
     metadata: dict[str, str] = field(default_factory=dict)
     """The safetensors header's texts."""
     bundled: tuple[str, ...] = ()
@@ -105,11 +109,14 @@ def read_lora(path: str | Path) -> LoraFile:
     try:
         said = said_alphas(pieces, adapters)
         weights = {
-            name: _change(name, roles, said.get(name), adapters) for name, roles in pieces.items()
+            name: _change(name, roles, said.get(name), adapters)
+            for name, roles in pieces.items()
+            if "down" in roles
         }
+        whole = {name: found for name, roles in pieces.items() if (found := _whole(name, roles))}
     except ValueError as error:
         raise UserError(f"{path} is damaged, or a LoRA that is not supported: {error}.") from error
-    return LoraFile(path, weights, metadata, bundled)
+    return LoraFile(path, weights, whole, metadata, bundled)
 
 
 def write_lora(
@@ -171,7 +178,11 @@ def _pieces(path: Path, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tens
             twice.append(key)
         else:
             roles[role] = tensor
-    broken = [name for name, roles in pieces.items() if not {"down", "up"} <= set(roles)]
+    broken = [
+        name
+        for name, roles in pieces.items()
+        if roles.keys() - _WHOLE.keys() and not {"down", "up"} <= roles.keys()
+    ]
     if unknown or broken or twice or not pieces:
         raise UserError(_not_lora(path, unknown, broken, twice))
     return pieces
@@ -204,6 +215,15 @@ def _change(
             f"{name} has a DoRA magnitude per input channel; only per output channel is supported"
         )
     return LowRank(down, up, alpha, None if magnitude is None else magnitude.flatten())
+
+
+def _whole(name: str, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a layer's changes that are not of low rank are of. Raises: ValueError: no numbers."""
+    found = {_WHOLE[role]: tensor for role, tensor in roles.items() if role in _WHOLE}
+    for of, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"the difference of {name}.{of} is {tensor.dtype}, no real numbers")
+    return found
 
 
 def _one_number(tensor: Tensor, what: str) -> float:

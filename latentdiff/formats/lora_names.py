@@ -16,9 +16,8 @@ _KINDS = {
     r"oft_blocks|oft_diag": "it is an OFT adapter, not a LoRA",
     r"\.ia3_": "it is an IA3 adapter, not a LoRA",
     r"lora_B(\.\w+)?\.bias$": "its LoRA has biases, which are not supported",
-    r"lora_embedding": "it changes an embedding table, which is not supported",
-    r"\.diff(_b)?$": "it holds differences of whole weights or biases (ComfyUI's bias_diff or "
-    "full_diff), which are not supported; extract it again without them",
+    r"lora_embedding|(token|position)_embedding\.": "it changes an embedding table, which is not "
+    "supported",
 }
 _XL = "Stable Diffusion XL"
 _TRANSFORMER = "a diffusion transformer (Flux, Stable Diffusion 3 or later)"
@@ -45,11 +44,13 @@ BUNDLED = "bundle_emb."
 COMFY_UNET = "diffusion_model."
 #: diffusers' first spelling, whose layers are named after what is done with them.
 _OLD_ATTENTION = re.compile(r"\.(?:processor\.)?to_(q|k|v|out)_lora\.(down|up)\.weight$")
-#: What a tensor is of its layer, by how its key ends; kohya's, diffusers' and peft's words.
+#: What a tensor is of its layer, by how its key ends, in everybody's words.
 _ROLES = {
     "down": r"\.(?:lora_down|lora\.down|lora_linear_layer\.down|lora_A(?:\.\w+)??)\.weight$",
     "up": r"\.(?:lora_up|lora\.up|lora_linear_layer\.up|lora_B(?:\.\w+)??)\.weight$",
     "alpha": r"\.alpha$",
+    "diff": r"\.diff$",
+    "diff_b": r"\.diff_b$",
     "magnitude": r"\.(?:dora_scale$|lora_magnitude_vector(?:\.|$))",
 }
 
@@ -60,7 +61,7 @@ def kohya_name(part: str, module: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str | None]:
-    """A key's layer name and what it is of that layer: down, up, alpha, magnitude."""
+    """A key's layer name and what it is of that layer: down, up, alpha, magnitude, diff, diff_b."""
     if old := _OLD_ATTENTION.search(key):
         name, (which, role) = key[: old.start()], old.groups()
         if ".self_attn" in name:

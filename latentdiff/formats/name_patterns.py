@@ -2,9 +2,9 @@
 
 What is matched is what peft's `get_pattern_key` matches: patterns are regular expressions for the
 whole name or for its end behind a dot, and the first in the file's order counts. Python's `re`
-backtracks, so that a short pattern in a stranger's file can take years. Here a pattern maps the set
-of positions where it may begin to the set where it may end, piece by piece (Thompson 1968,
-doi.org/10.1145/363347.363387), and the work for one table is limited.
+backtracks, so that a short pattern in a stranger's file can take years, and it has no timeout. Here
+a pattern maps the set of positions where it may begin to the set where it may end, piece by piece
+(Thompson 1968, doi.org/10.1145/363347.363387), and the work for one table is limited.
 
 Source:  github.com/huggingface/peft, src/peft/utils/other.py, 0.21.
 """
@@ -12,6 +12,7 @@ Source:  github.com/huggingface/peft, src/peft/utils/other.py, 0.21.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -39,7 +40,7 @@ class NamePatterns:
 
     def __init__(self, table: object) -> None:
         if not isinstance(table, Mapping) or len(table) > _MOST:
-            raise ValueError(f"{table!r:.60} is no table of at most {_MOST} patterns")
+            raise ValueError(f"{reprlib.repr(table)} is no table of at most {_MOST} patterns")
         self._left = _WORK
         self._rows = [(self._matcher(key), number(value)) for key, value in table.items()]
 
@@ -82,7 +83,7 @@ def number(value: Any) -> float:
     try:
         return float(value)
     except (OverflowError, TypeError, ValueError):
-        raise ValueError(f"{value!r:.40} is no number") from None
+        raise ValueError(f"{reprlib.repr(value)} is no number") from None
 
 
 def _behind_dots(name: str) -> list[int]:

@@ -12,7 +12,7 @@ Source:  LoRA: Hu et al. 2021, section 4.1, arXiv:2106.09685.  DoRA: Liu et al. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ class LowRank:
     def fits(self, weight: Tensor) -> bool:
         """Whether a weight (out, in) or (out, in, kh, kw) can be changed by this."""
         return (
-            len(self.up) == len(weight)
+            weight.ndim > 1
+            and len(self.up) == len(weight)
             and self.up[0].numel() == self.rank
             and self.down[0].numel() == weight[0].numel()
             and (self.magnitude is None or len(self.magnitude) == len(weight))
@@ -115,19 +116,57 @@ class Branch:
         return output + y
 
 
-def _apply(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """What the layer does, with another weight and no bias."""
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight)
-    return layer._conv_forward(x, weight, None)
+class Difference:
+    """A forward hook that adds changes of a layer's weight and bias that are not of low rank.
+
+    The layer's output is linear in both, so that with the changes in their place it is the change.
+
+    Args:    changes: of `weight` and `bias`, in their shapes.  strength: s, may be negative.
+    """
+
+    def __init__(self, changes: Mapping[str, Tensor], strength: float) -> None:
+        self._weight, self._bias = (
+            None if (change := changes.get(name)) is None else strength * change.float()
+            for name in ("weight", "bias")
+        )
+
+    def __call__(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return the layer's output with the change added."""
+        if self._bias is not None:
+            self._bias = self._bias.to(output)
+        if self._weight is not None:
+            self._weight = self._weight.to(output)
+            return output + _apply(layer, inputs[0], self._weight, self._bias)
+        assert self._bias is not None
+        ends = (1,) * (output.ndim - 2) if isinstance(layer, nn.Conv2d | nn.GroupNorm) else ()
+        return output + self._bias.reshape(-1, *ends)
+
+
+def _apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What the layer does, with another weight and bias."""
+    match layer:
+        case nn.Linear():
+            return F.linear(x, weight, bias)
+        case nn.GroupNorm():
+            return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+        case nn.LayerNorm():
+            return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+        case nn.Conv2d():
+            return layer._conv_forward(x, weight, bias)
+    raise TypeError(type(layer).__name__)
 
 
 def layers_of(module: nn.Module) -> dict[str, Layer]:
-    """The layers of a network whose weights can be changed, by name."""
+    """The layers of a network whose weights can have a change of low rank, by name."""
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
+def norms_of(module: nn.Module) -> dict[str, nn.GroupNorm | nn.LayerNorm]:
+    """The norms of a network, whose changes are not of low rank, by name."""
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)}
+
+
 @torch.no_grad()
-def add_to(layer: Layer, delta: Tensor) -> None:
-    """Change a weight in place; the sum is taken in float32."""
-    layer.weight.copy_(layer.weight.float() + delta)
+def add_to(parameter: Tensor, delta: Tensor) -> None:
+    """Change a weight or bias in place; the sum is taken in float32."""
+    parameter.copy_(parameter.float() + delta.to(parameter.device))

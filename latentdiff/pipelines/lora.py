@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from latentdiff.formats.compvis_unet import unet_places
 from latentdiff.formats.lora_facts import BASES
 from latentdiff.formats.lora_files import LoraFile, read_lora, some
 from latentdiff.formats.lora_names import places
-from latentdiff.models.low_rank import Branch, Layer, LowRank, add_to, layers_of
+from latentdiff.models.low_rank import Branch, Difference, LowRank, add_to, layers_of, norms_of
 
 if TYPE_CHECKING:
     from latentdiff.formats.components import Components
@@ -38,6 +38,7 @@ class _Loaded:
     """One file on the model."""
 
     changes: dict[Place, LowRank]
+    whole: dict[Place, dict[str, Tensor]]
     strength: float
     hooks: list[Any] = field(default_factory=list)
 
@@ -51,7 +52,7 @@ class Loras:
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         self._parts = dict(parts)
         self._loaded: dict[str, _Loaded] = {}
-        self._before: dict[Place, Tensor] = {}
+        self._before: dict[tuple[Place, str], Tensor] = {}
 
     @property
     def names(self) -> dict[str, float]:
@@ -96,19 +97,26 @@ class Loras:
                 f"a LoRA named {name!r} is loaded already; unload it first, or give this one "
                 "another name."
             )
-        one = _Loaded(match(file, self._parts), float(weight))
+        one = _Loaded(*match(file, self._parts), float(weight))
         if file.bundled:
             warnings.warn(
                 f"{file.path} holds learned words besides its LoRA, which are not loaded: "
                 f"{some(file.bundled)}. Words are loaded from files of their own.",
                 stacklevel=3,
             )
-        for place, change in one.changes.items():
-            layer = self._layer(place)
-            branch = Branch(change, layer, self._before.get(place, layer.weight), one.strength)
-            one.hooks.append(layer.register_forward_hook(branch))
+        self._attach(one)
         self._loaded[name] = one
         return name
+
+    def _attach(self, one: _Loaded) -> None:
+        for place, change in one.changes.items():
+            layer = self._layer(place)
+            own = self._before.get((place, "weight"), layer.weight)
+            branch = Branch(change, layer, own, one.strength)
+            one.hooks.append(layer.register_forward_hook(branch))
+        for place, changes in one.whole.items():
+            hook = Difference(changes, one.strength)
+            one.hooks.append(self._layer(place).register_forward_hook(hook))
 
     def fuse(self) -> None:
         """Add all attached files to the weights."""
@@ -117,9 +125,20 @@ class Loras:
                 continue
             self._unhook(one)
             for place, change in one.changes.items():
-                layer = self._layer(place)
-                own = self._before.setdefault(place, layer.weight.detach().clone())
-                add_to(layer, one.strength * change.delta(own.to(layer.weight.device)))
+                weight = self._layer(place).weight
+                own = self._keep(place, "weight").to(weight.device)
+                add_to(weight, one.strength * change.delta(own))
+            for place, changes in one.whole.items():
+                for name, change_of in changes.items():
+                    self._keep(place, name)
+                    add_to(getattr(self._layer(place), name), one.strength * change_of.float())
+
+    def _keep(self, place: Place, name: str) -> Tensor:
+        """A weight or bias as the model had it, kept for going back."""
+        parameter = getattr(self._layer(place), name).detach()
+        if (place, name) not in self._before:
+            self._before[place, name] = parameter.clone()
+        return self._before[place, name]
 
     def unload(self, name: str | None = None) -> None:
         """Take a file off, or all; the weights are then what they were.
@@ -139,16 +158,15 @@ class Loras:
         for each in names:
             self._unhook(self._loaded[each])
         if any(each in fused for each in names):
-            for place, weight in self._before.items():
-                self._layer(place).weight.data.copy_(weight)
+            for (place, parameter), before in self._before.items():
+                getattr(self._layer(place), parameter).data.copy_(before)
             self._before.clear()
         for each in names:
             del self._loaded[each]
 
-    def _layer(self, place: Place) -> Layer:
+    def _layer(self, place: Place) -> Any:
         part, module = place
-        layer: Any = self._parts[part].get_submodule(module)
-        return layer
+        return self._parts[part].get_submodule(module)
 
     @staticmethod
     def _unhook(one: _Loaded) -> None:
@@ -176,35 +194,61 @@ def parts_of(components: Components) -> dict[str, nn.Module]:
     return {"unet": components.unet, "text_encoder": components.text_encoder.module}
 
 
-def match(file: LoraFile, parts: Mapping[str, nn.Module]) -> dict[Place, LowRank]:
+def match(
+    file: LoraFile, parts: Mapping[str, nn.Module]
+) -> tuple[dict[Place, LowRank], dict[Place, dict[str, Tensor]]]:
     """Find the layer of every change in a file.
 
-    Raises: UserError: naming what matches nothing, or what has other shapes than the model.
+    Returns: changes of low rank, and whole ones in the shapes of the weights and biases.
+    Raises:  UserError: naming what matches nothing, or what has other shapes than the model.
     """
-    layers = {part: layers_of(module) for part, module in parts.items()}
+    layers: dict[str, dict[str, Any]]
+    layers = {part: {**layers_of(module), **norms_of(module)} for part, module in parts.items()}
     known = places(layers, _compvis_names(parts["unet"]))
-    lost = [name for name in file.weights if name not in known]
+    named = [*file.weights, *file.whole]
+    lost = [name for name in dict.fromkeys(named) if name not in known]
     if lost:
-        count = "nothing" if len(lost) == len(file.weights) else "not everything"
+        count = "nothing" if len(lost) == len(set(named)) else "not everything"
         raise UserError(
             f"{file.path} changes layers that this model does not have, so {count} of it fits; it "
             f"was made for another model. Not found here: {some(lost)}.{_guess(file.weights)}"
         )
     found = {known[name]: change for name, change in file.weights.items()}
-    unfit = []
-    for (part, module), change in found.items():
-        weight = layers[part][module].weight
-        if not change.fits(weight):
-            unfit.append(
-                f"{part}.{module} is {tuple(weight.shape)} here and the file changes "
-                f"({len(change.up)}, {', '.join(map(str, change.down.shape[1:]))})"
-            )
-    if unfit:
+    whole = {known[name]: changes for name, changes in file.whole.items()}
+    if unfit := [*_unfit(found, layers), *_unfit_whole(whole, layers)]:
         raise UserError(
             f"{file.path} was made for another base model, whose layers have other sizes: "
             f"{some(unfit, 3)}.{_guess(file.weights)}"
         )
-    return found
+    for (part, module), changes in whole.items():
+        for of, change in changes.items():  # a matrix may be for a 1×1 convolution
+            changes[of] = change.reshape(getattr(layers[part][module], of).shape)
+    return found, whole
+
+
+def _unfit(changes: Mapping[Place, LowRank], layers: Mapping[str, Any]) -> Iterator[str]:
+    for (part, module), change in changes.items():
+        weight = layers[part][module].weight
+        if not change.fits(weight):
+            yield (
+                f"{part}.{module} is {tuple(weight.shape)} here and the file changes "
+                f"({len(change.up)}, {', '.join(map(str, change.down.shape[1:]))})"
+            )
+
+
+def _unfit_whole(
+    whole: Mapping[Place, Mapping[str, Tensor]], layers: Mapping[str, Any]
+) -> Iterator[str]:
+    for (part, module), changes in whole.items():
+        for of, change in changes.items():
+            own = getattr(layers[part][module], of)
+            if own is None:
+                yield f"{part}.{module} has no {of} here"
+            elif own.shape[:1] != change.shape[:1] or own.numel() != change.numel():
+                yield (
+                    f"{part}.{module}.{of} is {tuple(own.shape)} here and the file changes "
+                    f"{tuple(change.shape)}"
+                )
 
 
 def _compvis_names(unet: Any) -> Callable[[str], str]:

@@ -138,7 +138,9 @@ def refused(path: Path, *words: str) -> None:
         "diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight": ("diffusion transformer",),
         "diffusion_model.label_emb.0.0.lora_up.weight": ("Stable Diffusion XL",),
         "text_encoders.clip_g.transformer.text_model.x.lora_up.weight": ("Stable Diffusion XL",),
-        "diffusion_model.input_blocks.1.0.in_layers.2.diff_b": ("whole weights or biases",),
+        "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.lora_up.weight": (
+            "embedding table",
+        ),
         "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": ("LoHa",),
         "lora_unet_mid_block_attentions_0_proj_in.lokr_w1": ("LoKr",),
         "unet.mid_block.attentions.0.proj_in.lora_B.bias": ("biases",),

@@ -67,6 +67,8 @@ def poisoned(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.fl
             (f"{KOHYA}.lora_down.weight", "not finite"),
         ),
         ({"dora_scale": poisoned((4, 1), NAN)}, (f"{KOHYA}.dora_scale", "not finite")),
+        ({"diff_b": poisoned((4,), NAN)}, (f"{KOHYA}.diff_b", "not finite")),
+        ({"diff": torch.ones(4, 4, dtype=torch.int64)}, (f"{KOHYA}.weight", "torch.int64")),
         ({"dora_scale": torch.ones(1, 3)}, (KOHYA, "per input channel")),
     ],
 )
@@ -94,6 +96,8 @@ def test_lora(tmp_path: Path, change: dict[str, Tensor], words: tuple[str, ...])
         ('{"unet.lora_alpha": ' + "9" * 4000 + "}", "no number"),
         ('{"unet.lora_alpha": "much"}', "'much' is no number"),
         ('{"unet.lora_alpha": [1]}', "[1] is no number"),
+        ('{"unet.lora_alpha": ' + "[" * 900 + "]" * 900 + "}", "no number"),
+        ('{"unet.alpha_pattern": ' + "[" * 900 + "]" * 900 + "}", "no table"),
         ('{"unet.lora_alpha": NaN}', "alpha of " + NAME),
         ('{"unet.lora_alpha": 1e999}', "alpha of " + NAME),
         ('{"unet.lora_alpha": 1e38}', "1e+38"),

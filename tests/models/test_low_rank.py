@@ -58,7 +58,7 @@ def test_beside_the_weight_is_the_same_as_in_it(number: int, dora: bool) -> None
     beside = layer(x)
     hook.remove()
     without = layer(x)
-    add_to(layer, strength * change.delta(layer.weight))
+    add_to(layer.weight, strength * change.delta(layer.weight))
     torch.testing.assert_close(layer(x), beside, rtol=1e-5, atol=1e-5)
     assert (without - beside).abs().max() > 0.1
 

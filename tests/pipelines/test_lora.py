@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.commands import inspect
 from latentdiff.errors import UserError
 from latentdiff.formats.lora_files import write_lora
-from latentdiff.models.low_rank import LowRank, layers_of
+from latentdiff.models.low_rank import LowRank, layers_of, norms_of
+from latentdiff.pipelines.lora import parts_of
 from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 from tests.random_models import make_pipeline
 
@@ -194,16 +195,18 @@ def test_what_diffusers_writes_is_read_here(model: Path, tmp_path: Path) -> None
     assert_same_picture(theirs, ours)
 
 
-def comfy_names(pipeline: LatentDiffusionPipeline, folder: Path) -> dict[str, str]:
+def comfy_names(model: Path, folder: Path) -> dict[str, str]:
     """Layers → what ComfyUI calls them, by where a single file keeps the same weights."""
-    file = folder / "whole.safetensors"
+    pipeline, file = LatentDiffusionPipeline.from_pretrained(model), folder / "whole.safetensors"
+    for norm in norms_of(pipeline.unet).values():  # are all ones otherwise
+        nn.init.normal_(norm.weight)
     pipeline.save_pretrained(file)
     stored = load_file(file)
     found = {}
-    for name, layer in layers_of(pipeline.unet).items():
+    for name, layer in (layers_of(pipeline.unet) | norms_of(pipeline.unet)).items():
         (key,) = (k for k, t in stored.items() if torch.equal(t.reshape(-1), layer.weight.ravel()))
         found[f"unet.{name}"] = key.removeprefix("model.").removesuffix(".weight")
-    for name in layers_of(pipeline.text_encoder.module):
+    for name, _ in pipeline.text_encoder.module.named_modules():
         found[f"text_encoder.{name}"] = f"text_encoders.clip_l.transformer.text_model.{name}"
     return found
 
@@ -211,7 +214,7 @@ def comfy_names(pipeline: LatentDiffusionPipeline, folder: Path) -> dict[str, st
 @pytest.mark.parametrize("flat", (False, True))
 def test_names_of_comfyui_and_compvis(model: Path, tmp_path: Path, flat: bool) -> None:
     pipeline = LatentDiffusionPipeline.from_pretrained(model)
-    changes, theirs = make(pipeline, 1), comfy_names(pipeline, tmp_path)
+    changes, theirs = make(pipeline, 1), comfy_names(model, tmp_path)
     assert theirs["unet.conv_in"] == "diffusion_model.input_blocks.0.0"
     state = {}
     for name, change in changes.items():
@@ -227,6 +230,45 @@ def test_names_of_comfyui_and_compvis(model: Path, tmp_path: Path, flat: bool) -
     pipeline.unload_lora()
     pipeline.load_lora(write_lora(tmp_path / "ours.safetensors", changes))
     assert torch.equal(found, output(pipeline))
+
+
+def test_comfyuis_differences_of_norms_and_biases(model: Path, tmp_path: Path) -> None:
+    """What its extraction writes unless told otherwise: beside matrices, `.diff` and `.diff_b`."""
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    target = LatentDiffusionPipeline.from_pretrained(model)
+    names, state = comfy_names(model, tmp_path), {}
+    torch.manual_seed(4)
+    for part, network in parts_of(target.components).items():
+        for name, layer in network.named_modules():
+            if not isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm):
+                continue
+            theirs = names[f"{part}.{name}"]
+            if layer.bias is not None:
+                state[f"{theirs}.diff_b"] = torch.randn_like(layer.bias) * 0.3
+                layer.bias.data += 0.7 * state[f"{theirs}.diff_b"]
+            if layer.weight.ndim == 1 or name.endswith("conv_in"):
+                state[f"{theirs}.diff"] = torch.randn_like(layer.weight) * 0.3
+                layer.weight.data += 0.7 * state[f"{theirs}.diff"]
+            elif name.endswith(ENDS):
+                down, up = (
+                    torch.randn(2, *layer.weight.shape[1:]),
+                    torch.randn(len(layer.weight), 2),
+                )
+                state[f"{theirs}.lora_down.weight"] = down / down[0].numel() ** 0.5
+                state[f"{theirs}.lora_up.weight"] = up.reshape(-1, 2, *[1] * (down.ndim - 2)) * 0.2
+                delta = up @ down.flatten(1) * (0.2 / down[0].numel() ** 0.5)
+                layer.weight.data += 0.7 * delta.reshape(layer.weight.shape)
+    save_file({key: t.contiguous() for key, t in state.items()}, tmp_path / "comfy.safetensors")
+    before = {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    plain, expected = output(pipeline), output(target)
+    assert (plain - expected).abs().max() > 0.1
+    pipeline.load_lora(tmp_path / "comfy.safetensors", 0.7)
+    torch.testing.assert_close(output(pipeline), expected, rtol=1e-3, atol=1e-4)
+    pipeline.fuse_lora()
+    torch.testing.assert_close(output(pipeline), expected, rtol=1e-3, atol=1e-4)
+    pipeline.unload_lora()
+    assert torch.equal(output(pipeline), plain)
+    assert all(torch.equal(v, before[k]) for k, v in pipeline.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("start", ("base_model.model.text_model.", "base_model.model."))
