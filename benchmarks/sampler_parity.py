@@ -157,6 +157,8 @@ def run_theirs(cell: Cell, scheduler: Any, model: Any, x_T: Tensor, alpha: float
     finally:
         if original is not None:
             module.randn_tensor = original
+    if in_ratio:  # what they hand over is x/α, at the clean image x
+        x = x / (1 + float(scheduler.sigmas[-1]) ** 2) ** 0.5
     return x
 
 
@@ -170,7 +172,9 @@ def grid_of(cell: Cell, schedule: NoiseSchedule, scheduler: Any) -> Tensor:
     if cell.peer.noisy_ratio_space and cell.grid == "linspace":
         # Real timesteps, between which theirs interpolates σ/α and ours its logarithm.
         ratios = list(dict.fromkeys(scheduler.sigmas[:-1].tolist()))
-        return torch.tensor([schedule.timestep_at(r) for r in ratios], dtype=torch.float32)
+        # The last one, of float32, may lie below the first level by a rounding.
+        found = [max(schedule.timestep_at(r), 0.0) for r in ratios]
+        return torch.tensor(found, dtype=torch.float32)
     style = get_sampler(cell.sampler).grid
     if cell.peer.name == "DPMSolverSinglestep":
         return timestep_grid(schedule, 2 * cell.steps, cell.grid)[::2]

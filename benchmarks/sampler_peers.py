@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,6 +96,25 @@ PEERS: dict[str, Peer] = {
     ),
     "lcm": Peer("LCM", ("lcm",), "lcm", zero_snr="exact", flow="FlowMatchLCM", draws="patch"),
 }  # fmt: skip
+#: The field that makes a scheduler end at the first noise level; the others have none.
+_END_NOISY = {
+    "ddim": ("set_alpha_to_one", False),
+    "euler": ("final_sigmas_type", "sigma_min"),
+    "dpmpp_2m": ("final_sigmas_type", "sigma_min"),
+    "dpmpp_2m_sde": ("final_sigmas_type", "sigma_min"),
+    "unipc": ("final_sigmas_type", "sigma_min"),
+    "unipc, order 3": ("final_sigmas_type", "sigma_min"),
+    "pndm": ("set_alpha_to_one", False),
+}
+PEERS |= {
+    f"{row}, to the first level": dataclasses.replace(
+        PEERS[row],
+        fields=(*PEERS[row].fields, field),
+        options=(*PEERS[row].options, ("final_timestep", 0)),
+        flow="",
+    )
+    for row, field in _END_NOISY.items()
+}
 
 
 #: Schedulers whose timesteps are whole numbers on every grid.

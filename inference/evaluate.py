@@ -160,14 +160,14 @@ def main() -> None:
         figures, pages = evaluate(args)
     except UserError as error:
         exit_with(error)
-    from latentdiff.evaluation.page import page
+    from latentdiff.html_report import write_html
 
     for name, value in figures.items():
         print(f"{name:46} {value}")
     (args.output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    text = page(f"Evaluation of {figures['model']}", figures, pages)
-    (args.output / "index.html").write_text(text, encoding="utf-8")
-    print(f"\n{args.output / 'figures.json'}\n{(args.output / 'index.html').resolve()}")
+    page, title = args.output / "index.html", f"Evaluation of {figures['model']}"
+    write_html(page, "evaluation.html", title=title, facts=figures.items(), sections=pages)
+    print(f"\n{args.output / 'figures.json'}\n{page.resolve()}")
 
 
 if __name__ == "__main__":

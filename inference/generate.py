@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     reading("--long", action="store_true", help="prompts of any length; else what is over is cut")
     reading("--weighted", action="store_true", help="so too, with (red:1.3), [red] and BREAK")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
-    add("--guidance", help="1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
+    add("--guidance", help="up to 1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
     add("--guidance-interval", metavar="LOW,HIGH", help="guide only at these timesteps")
     add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLER_NAMES)}; default: the model's")
     add("--spacing", metavar="NAME", help="of the steps: leading, trailing, linspace, karras, …")
@@ -78,26 +78,14 @@ def picture_size(text: str | None) -> tuple[int | None, int | None]:
     return height, width
 
 
-def numbers(option: str, text: str) -> list[float]:
+def numbers(option: str, text: str | None) -> list[float] | None:
     """[3.0, 7.5] from "3,7.5"; whole numbers stay whole. Raises: UserError: anything else."""
+    if text is None:
+        return None
     try:
         return [int(part) if part.strip().isdecimal() else float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{option} must be numbers with commas between; got {text!r}.") from None
-
-
-def lora_and_weight(text: str) -> tuple[str, float]:
-    """("style.safetensors", 0.7) from "style.safetensors:0.7"; the weight may be left out.
-
-    Raises: UserError: the weight is no number.
-    """
-    file, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists() or "/" in weight or "\\" in weight:  # C:\style
-        return text, 1.0
-    try:
-        return file, float(weight)
-    except ValueError:
-        raise UserError(f"--lora must be FILE or FILE:WEIGHT; got {text!r}.") from None
 
 
 def check_output(output: Path) -> None:
@@ -123,6 +111,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     """The pictures and their seeds, prompt by prompt."""
     import torch
 
+    from latentdiff.pipelines.lora import lora_and_weight
     from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
     dtype = getattr(torch, args.dtype)
@@ -136,7 +125,6 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     for text in args.lora:
         pipeline.load_lora(*lora_and_weight(text))
     height, width = picture_size(args.size)
-    interval = args.guidance_interval
     for text in args.embedding:
         name = pipeline.load_embedding(*embedding_and_token(text))
         print(f"word: {name}", file=sys.stderr)
@@ -147,12 +135,12 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         height=height,
         width=width,
         num_inference_steps=args.steps,
-        guidance_scale=args.guidance and numbers("--guidance", args.guidance),
-        guidance_interval=interval and numbers("--guidance-interval", interval),
+        guidance_scale=numbers("--guidance", args.guidance),
+        guidance_interval=numbers("--guidance-interval", args.guidance_interval),
         num_images_per_prompt=args.num_images,
         sampler=args.sampler,
         timestep_spacing=args.spacing,
-        timesteps=args.timesteps and numbers("--timesteps", args.timesteps),
+        timesteps=numbers("--timesteps", args.timesteps),
         seed=args.seed,
         progress=not args.quiet,
     )
@@ -187,7 +175,9 @@ def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
     else:
         from latentdiff.pipelines.pictures import grid
 
-        columns = args.columns or (args.num_images if args.num_images > 1 else None)
+        columns = args.columns
+        if columns is None and args.num_images > 1:
+            columns = args.num_images
         images, paths = [grid(images, columns)], [args.output]
     try:
         for image, path in zip(images, paths, strict=True):

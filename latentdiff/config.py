@@ -25,7 +25,7 @@ from latentdiff.config_types import (
     type_name,
     words_of,
 )
-from latentdiff.config_yaml import parse_yaml, read_yaml, to_inline, to_yaml
+from latentdiff.config_yaml import parse_yaml, read_yaml, to_inline
 from latentdiff.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -53,11 +53,6 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     if problems or config is None:
         raise UserError(_report(problems, path))
     return config
-
-
-def dump_config(config: object, path: str | Path) -> None:
-    """Write the fully resolved configuration as YAML; `load_config` reads it back equal."""
-    Path(path).write_text(to_yaml(to_dict(config)), encoding="utf-8")
 
 
 def to_dict(config: object) -> Any:

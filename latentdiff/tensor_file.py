@@ -124,3 +124,14 @@ def _named_tensors(file: Path, data: Any) -> TensorFile:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def refuse_not_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raises: UserError: naming a tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        # Tensors of eight bits have no isfinite.
+        if not (tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all():
+            raise UserError(
+                f"{where} cannot be used: {name} has numbers that are not finite (NaN or "
+                "infinity). The training that wrote it diverged, or its 16 bits overflowed."
+            )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.json_text import read_json
 from latentdiff.tensor_file import read_tensor_file
 
 UNET_STEM = VAE_STEM = "diffusion_pytorch_model"
@@ -176,9 +177,9 @@ def _find(folder: Path, stem: str, variant: str | None) -> list[Path]:
 
 def _shard_files(index: Path) -> list[Path]:
     try:
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        placed = read_json(index)["weight_map"]
         files = [index.parent / name for name in sorted(set(placed.values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no index of shards: {error!r}") from error
     for file in files:
         if file.parent != index.parent or not file.is_file():

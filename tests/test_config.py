@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 from pydantic import Field
 
-from latentdiff.config import describe, dump_config, load_config, to_dict
+from latentdiff.config import describe, load_config, to_dict
 from latentdiff.config_yaml import parse_yaml, to_inline, to_yaml
 from latentdiff.data.source import DataConfig
 from latentdiff.errors import UserError
@@ -237,11 +237,11 @@ def test_extends_is_overlaid_relative_to_the_file(tmp_path: Path) -> None:
     assert (config.path, config.loop.steps, config.loop.name) == ("base", 3, "own")
 
 
-def test_dump_reads_back_equal(tmp_path: Path) -> None:
+def test_what_a_run_writes_reads_back_equal(tmp_path: Path) -> None:
     config = load(
         "loop.name=1e-4", "optimizer.kind=lion", "optimizer.lr=1e-5", "loops=[{steps: 3}]"
     )
-    dump_config(config, tmp_path / "out.yaml")
+    (tmp_path / "out.yaml").write_text(to_yaml(to_dict(config)))
     assert load_config(Run, tmp_path / "out.yaml") == config
 
 

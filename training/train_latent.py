@@ -58,7 +58,6 @@ from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_
 from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
 from latentdiff.trainer.power_ema import AllAverages, PowerEmas
 from latentdiff.trainer.processes import is_first_process, start_processes, was_restarted
-from latentdiff.trainer.report import write_report
 from latentdiff.trainer.sharding import prepare
 from latentdiff.trainer.state import TrainingState, stored_facts
 from latentdiff.trainer.tracking import Tracker
@@ -176,8 +175,6 @@ def train(given: Given, resume: bool) -> str:
     tracker.say(f"peak memory: {peak_memory(accelerator.device) / MEBI:.0f} MB")
     tracker.close()
     written = export_trained(config, components, trainee, ema, accelerator.is_main_process)
-    if accelerator.is_main_process:
-        write_report(output)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if lock is not None:

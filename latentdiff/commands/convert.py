@@ -1,10 +1,15 @@
 """Turn a model into a diffusers folder, or into a single .safetensors file.
 
     latentdiff convert SOURCE TARGET [--dtype float16] [--variant fp16] [--prediction v]
+    latentdiff convert SOURCE TARGET --lora FILE[:WEIGHT]
+    latentdiff convert SOURCE PLAIN.safetensors --lora DORA --rank 32
 
 SOURCE is a folder, a single file (.safetensors or .ckpt) or a hub id; a TARGET that ends in
 .safetensors becomes a single file in CompVis' layout, any other a folder. Weights keep the dtype
 they have on disk unless --dtype says otherwise. Nothing is written before all of SOURCE is read.
+
+With --lora the changes of LoRA files are added to the weights. With --rank no model is written but
+a plain LoRA, which comes as near to a DoRA on this model as its rank allows.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentdiff.commands.convert_dora import check_dora, convert_dora
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,14 +43,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--revision", help="branch, tag or commit of a hub id")
     add("--prediction", choices=("eps", "v"), help="instead of what SOURCE says")
     add("--title", help="shown by programs that open a single file; default: its name")
+    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
+    add("--rank", type=int, metavar="R", help="write the one --lora, a DoRA, as a plain LoRA")
     add("--overwrite", action="store_true", help="replace TARGET if it is there")
     return parser.parse_args(arguments)
 
 
-def convert(args: argparse.Namespace) -> tuple[Path, Components]:
-    """Read all, then write all. Returns: what was written, and what was read. Raises: UserError."""
+def convert(args: argparse.Namespace) -> str:
+    """Read all, then write all. Returns: what to say of it. Raises: UserError."""
     target: Path = args.target.expanduser()
     _check(args.source, target, args.overwrite)
+    if args.rank is not None:
+        check_dora(args.lora, target, args.rank)
     import torch
 
     from latentdiff.formats.diffusers_folder import save_components
@@ -57,9 +67,22 @@ def convert(args: argparse.Namespace) -> tuple[Path, Components]:
     options = {"variant": args.variant, "revision": args.revision, "prediction": args.prediction}
     components = load_model(args.source, dtype=None, **options)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    if args.rank is not None:
+        return convert_dora(components, args.lora[0], target, args.rank, dtype)
+    _fuse(components, args.lora)
     if single:
-        return save_single_file(target, components, dtype, title=args.title), components
-    return save_components(target, components, dtype), components
+        return report(save_single_file(target, components, dtype, title=args.title), components)
+    return report(save_components(target, components, dtype), components)
+
+
+def _fuse(components: Components, files: Sequence[str]) -> None:
+    """Add the changes of LoRA files to the weights. Raises: UserError."""
+    from latentdiff.pipelines.lora import Loras, lora_and_weight, parts_of
+
+    loras = Loras(parts_of(components))
+    for text in files:
+        loras.load(*lora_and_weight(text))
+    loras.fuse()
 
 
 def _check(source: str, target: Path, overwrite: bool) -> None:
@@ -100,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns: the exit code."""
     args = parse(arguments)
     try:
-        print(report(*convert(args)))
+        print(convert(args))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

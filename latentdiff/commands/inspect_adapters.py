@@ -63,18 +63,21 @@ def lora_rows(file: TensorFile) -> Rows:
 
     found = lora_facts(file)
     targets = joined([f"{count} layers of the {part}" for part, count in found.targets.items()])
-    said, unsaid = joined([f"{a:g}" for a in found.alphas]), found.without_alpha
+    said = joined(list(dict.fromkeys(f"{a:g}" for a in found.alphas)))
+    unsaid = found.without_alpha
     if not said:
         said = "not said in the file, which means alpha = rank"
     elif unsaid:
         said += f"; {unsaid} layers say none, which means alpha = rank"
     said += ", over the root of the rank (rank-stabilised)" if found.stabilised else ""
+    left = [("left out", f"learned words: {joined(found.bundled)}")] if found.bundled else []
     return [
         ("layout", found.layout + (" (DoRA)" if found.dora else "")),
         ("rank", joined(found.ranks) or "not found"),
         ("alpha", said),
         ("changes", targets or "nothing known"),
         ("made for", found.base or "unknown: it does not touch what reads the text"),
+        *left,
     ]
 
 

@@ -23,8 +23,11 @@ Scale = float | Sequence[float]
 
 
 def needs_unconditional(scale: Scale) -> bool:
-    """Whether guidance is on; at scale 1 the unconditional answer has weight 0."""
-    return any(w != 1 for w in scale) if isinstance(scale, Sequence) else scale != 1
+    """Whether guidance is on: above 1, where the unconditional answer has a weight other than 0.
+
+    A scale below 1 is off too, as in diffusers: distilled models are drawn with 0.
+    """
+    return any(w > 1 for w in scale) if isinstance(scale, Sequence) else scale > 1
 
 
 def guidance_context(context: Tensor, empty_context: Tensor, scale: Scale) -> Tensor:
@@ -32,7 +35,7 @@ def guidance_context(context: Tensor, empty_context: Tensor, scale: Scale) -> Te
 
     Args:    context: (B, tokens, dim) of the prompts.  empty_context: (B, tokens, dim) or
              (1, tokens, dim) of the negative or empty prompts.
-    Returns: (2B, tokens, dim), unconditional half first; (B, tokens, dim) when scale is 1.
+    Returns: (2B, tokens, dim), unconditional half first; (B, tokens, dim) when guidance is off.
     """
     if not needs_unconditional(scale):
         return context
@@ -51,8 +54,8 @@ def guide(
 
     Args:    predict: (x (2B, …), t (2B,)) -> y (2B, …), unconditional half first, with its
              context (or projected keys and values) already inside; see `guidance_context`.
-             At scale 1 it is called with the single batch and returned as it is.
-             scale: w; 1 = off, 5-10 usual; or B of them, one for each image of the batch.
+             With guidance off it is called with the single batch and returned as it is.
+             scale: w; up to 1 = off, 5-10 usual; or B of them, one for each image of the batch.
              rescale: 0 … 1, how far the standard deviation of each image is pulled back to the
              conditional one's (Lin et al. 2024, eq. 15-16, arXiv:2305.08891).
              interval: guide only while low <= t <= high, in timesteps (Kynkäänniemi et al. 2024,
@@ -68,6 +71,7 @@ def guide(
         raise UserError(f"guidance interval must be (low, high) timesteps; got {interval}.")
     if not needs_unconditional(scale):
         return predict
+    several = isinstance(scale, Sequence)
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
         inside = interval is None or interval[0] <= float(t[0]) <= interval[1]
@@ -76,7 +80,8 @@ def guide(
         uncond, cond = predict(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
         if not inside:
             return cond
-        w = per_sample(torch.tensor(scale), cond) if isinstance(scale, Sequence) else scale
+        # At 1 an image's own answer is the conditional one.
+        w = per_sample(torch.tensor(scale).clamp(min=1), cond) if several else scale
         y = uncond + w * (cond - uncond)
         return rescaled(y, cond, rescale) if rescale else y
 

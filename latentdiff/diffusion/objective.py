@@ -253,7 +253,7 @@ def per_sample_loss(
     The mean is over all positions, so what a mask m leaves out makes a sample's loss smaller.
 
     The caller has already emptied the prompts that `draw.drop` marks: text is encoded from
-    captions, so the choice must precede the text encoder (or use `drop_context`).
+    captions, so the choice must precede the text encoder.
 
     Args:    x_0: (B, C, H, W) clean latents.  context: whatever the model takes third.
              mask: (B, 1, H, W), the weight of each position; None: all 1.
@@ -269,12 +269,3 @@ def per_sample_loss(
     if mask is not None:
         cost = cost * mask
     return weight * cost.flatten(1).mean(1)
-
-
-def drop_context(context: Tensor, empty_context: Tensor, drop: Tensor) -> Tensor:
-    """Replace the context of the marked samples by that of the empty prompt.
-
-    Args:    context: (B, tokens, dim).  empty_context: (tokens, dim) or (1, tokens, dim).
-             drop: (B,) bool.
-    """
-    return torch.where(drop.to(context.device)[:, None, None], empty_context, context)

@@ -176,8 +176,8 @@ class Findings:
         return self._readable & (self.records.table["mode"] != 0)
 
     def _say_long(self, index: int) -> str:
-        row, about = self.records.table[index], "" if self.counter.exact else "about "
-        words = f"{about}{row['longest']} tokens, {self.counter.limit} fit"
+        row = self.records.table[index]
+        words = f"{row['longest']} tokens, {self.counter.limit} fit"
         several = f" ({row['too_long']} of {row['captions']} captions)" * bool(row["captions"] > 1)
         return words + several
 

@@ -55,8 +55,8 @@ def compvis_layout(
     """
     unet_names, vae_names = unet_places(unet), vae_places(vae)
     return Layout(
-        {UNET_PREFIX + _place(name, unet_names): (name,) for name in names["unet"]},
-        {VAE_PREFIX + _place(name, vae_names): (name,) for name in names["vae"]},
+        {UNET_PREFIX + placed(name, unet_names): (name,) for name in names["unet"]},
+        {VAE_PREFIX + placed(name, vae_names): (name,) for name in names["vae"]},
         text_keys(names["text_encoder"], text),
     )
 
@@ -92,7 +92,7 @@ def ema_key(key: str) -> str:
     return EMA_PREFIX + key.removeprefix(UNET_PREFIX).replace(".", "")
 
 
-def _place(name: str, places: Mapping[str, str]) -> str:
+def placed(name: str, places: Mapping[str, str]) -> str:
     """Rename the longest beginning of a dotted name that has a place elsewhere."""
     head, tail = name, ""
     while head:

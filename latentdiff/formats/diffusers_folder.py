@@ -27,6 +27,7 @@ from latentdiff.formats.scheduler_config import (
     scheduler_class,
     write_scheduler,
 )
+from latentdiff.json_text import read_json
 from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 from latentdiff.models.unet import UNet
@@ -40,7 +41,7 @@ from latentdiff.weight_files import (
     write_weights,
 )
 
-__all__ = ["Components", "load_components", "load_unet", "resolve_folder", "save_components"]
+__all__ = ["Components", "load_components", "resolve_folder", "save_components"]
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 #: Optional, ours: what the pipeline takes when its caller gives nothing, see `SamplingDefaults`.
@@ -90,7 +91,7 @@ def load_components(
     folder = resolve_folder(folder_or_hub_id, revision, variant)
     check_layout(folder)
     schedule, prediction, sampling = read_scheduler(
-        _read_json(folder / "scheduler" / "scheduler_config.json")
+        read_json(folder / "scheduler" / "scheduler_config.json")
     )
     unet, on_disk = _read_unet(folder / "unet", dtype, variant)
     text = load_text_encoder(folder / "text_encoder", folder / "tokenizer", dtype, variant)
@@ -107,14 +108,6 @@ def load_components(
     )
     components.check()
     return components
-
-
-def load_unet(folder: str | Path, dtype: torch.dtype = torch.float32) -> UNet:
-    """Read a U-Net from a local folder with config.json and weights, for example `model/unet`.
-
-    Raises:  UserError: missing, unsupported configuration, or weights that do not fit it.
-    """
-    return _read_unet(Path(folder), dtype)[0]
 
 
 def save_components(
@@ -180,7 +173,7 @@ def save_text_encoder(
 
 
 def _with_generation(sampling: SamplingDefaults, file: Path) -> SamplingDefaults:
-    return with_generation(sampling, _read_json(file), file) if file.is_file() else sampling
+    return with_generation(sampling, read_json(file), file) if file.is_file() else sampling
 
 
 def _read_unet(
@@ -188,7 +181,7 @@ def _read_unet(
 ) -> tuple[UNet, torch.dtype]:
     if not (folder / "config.json").is_file():
         raise UserError(f"no U-Net at {folder}: config.json does not exist there.")
-    config = config_from_dict(_read_json(folder / "config.json"))
+    config = config_from_dict(read_json(folder / "config.json"))
     check_inputs(config)
     state = read_weights(folder, UNET_STEM, variant, insist=True)
     return fill_unet(empty_unet(config), state, folder, dtype), stored_dtype(state)
@@ -197,7 +190,7 @@ def _read_unet(
 def check_layout(folder: Path) -> None:
     """Refuse a folder of another kind of model, by name. Raises: UserError."""
     index = folder / "model_index.json"
-    kind = str(_read_json(index).get("_class_name")) if index.is_file() else ""
+    kind = str(read_json(index).get("_class_name")) if index.is_file() else ""
     for start, name in OTHER_MODELS.items():
         if kind.startswith(start) and not kind.endswith("Legacy"):
             raise UserError(
@@ -247,13 +240,6 @@ def _model_index(components: Components) -> dict[str, Any]:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", components.autoencoder.kind],
     }
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is missing or not valid JSON: {error}") from error
 
 
 def _write_json(file: Path, data: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.tensor_file import load_content
+from latentdiff.tensor_file import load_content, refuse_not_finite
 from latentdiff.weight_files import save_tensors
 
 #: What diffusers looks for in a folder.
@@ -38,7 +38,8 @@ class LearnedWord(NamedTuple):
 def read_embedding(path: str | Path) -> LearnedWord:
     """Read a file, or a folder with `FILE` or `PICKLE`.
 
-    Raises:  UserError: not there, damaged, code in a pickle, or another kind of file, named.
+    Raises:  UserError: not there, damaged, code in a pickle, another kind of file, named, or
+             numbers that are not finite.
     """
     file = _find(Path(path).expanduser())
     data, _ = load_content(file)
@@ -48,11 +49,12 @@ def read_embedding(path: str | Path) -> LearnedWord:
         raise UserError(f"{file} is no textual inversion, or damaged ({error}).") from error
     if vectors.ndim == 1:
         vectors = vectors[None]
-    if vectors.ndim != 2 or not vectors.is_floating_point():
+    if vectors.ndim != 2 or 0 in vectors.shape or not vectors.is_floating_point():
         raise UserError(
             f"{file} is no textual inversion: {token!r} is {tuple(vectors.shape)} of "
             f"{vectors.dtype}, not (vectors, width) of real numbers."
         )
+    refuse_not_finite(file, {token: vectors})
     return LearnedWord(token, vectors.detach().float().clone())
 
 

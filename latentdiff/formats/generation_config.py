@@ -22,10 +22,10 @@ def with_generation(
 ) -> SamplingDefaults:
     """Take them over. Raises: UserError: a value outside its range."""
     scale, chunk = data.get("guidance_scale"), data.get("chunk_tokens")
-    number = isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0
-    if scale is not None and not number:
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale is not None and not (number and math.isfinite(scale) and scale >= 0):
         raise UserError(f"guidance_scale in {where} must be a number of at least 0; got {scale!r}.")
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise UserError(
             f"chunk_tokens in {where} must be a whole number of at least 1; got {chunk!r}."
         )

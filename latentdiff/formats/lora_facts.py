@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from latentdiff.errors import UserError
-from latentdiff.formats.lora_names import plain_name, split_key
-from latentdiff.formats.lora_settings import adapter_settings, is_stabilised, said_alpha
+from latentdiff.formats.lora_names import COMFY_UNET, bundled_words, plain_name, split_key
+from latentdiff.formats.lora_settings import adapter_settings, is_stabilised, said_alphas
 from latentdiff.tensor_file import TensorFile
 
 #: Other ways to write a small change of a large matrix, by how the last words of a key begin.
@@ -22,7 +22,7 @@ _KIN = {
     "oft_": "an OFT adapter",
     "ia3_": "an IA3 adapter",
 }
-_KIN_ROLE = re.compile(r"\.((?:hada|lokr|oft|ia3)_\w+)(?:\.\w+)*$")
+_KIN_ROLE = re.compile(r"\.((?:hada|lokr|oft|ia3)_\w+)")
 #: Matrices that are rank × inputs, or rank × a factor of them.
 _RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 #: Keys and values of cross-attention, whose inputs are text states.
@@ -36,7 +36,7 @@ class LoraFacts:
     """What a LoRA file is."""
 
     layout: str
-    """How layers are called: kohya, diffusers or peft."""
+    """How layers are called: kohya, ComfyUI, diffusers or peft."""
     ranks: tuple[int, ...]
     """Every rank that occurs, the most frequent first."""
     alphas: tuple[float, ...]
@@ -51,6 +51,8 @@ class LoraFacts:
     """Whether magnitudes are learned too (DoRA)."""
     stabilised: bool
     """Whether changes are divided by the rank's root (rank-stabilised LoRA)."""
+    bundled: tuple[str, ...]
+    """Names of learned words beside it in the file."""
 
 
 def adapter_kind(names: Iterable[str]) -> str | None:
@@ -67,12 +69,14 @@ def adapter_kind(names: Iterable[str]) -> str | None:
 def lora_facts(file: TensorFile) -> LoraFacts:
     """Describe a LoRA, or one of its kin, from its tensors and settings."""
     layers = _layers(file.tensors)
-    try:
+    plain = [plain_name(name) for name in layers]
+    settings, alphas_said = dict[str, Any](), dict[str, float]()
+    # What is wrong with settings is said by reading the file to use it; this describes the rest.
+    with suppress(ValueError):
         settings = adapter_settings(file.path, file.metadata)
-    except UserError:  # reading it to use it says so; this describes the rest
-        settings = {}
+        alphas_said = said_alphas(plain, settings)
     ranks = Counter(rank for roles in layers.values() if (rank := _rank(roles)))
-    said = [_alpha(name, roles, settings) for name, roles in layers.items()]
+    said = [_alpha(layers[n], alphas_said.get(p)) for n, p in zip(layers, plain, strict=True)]
     alphas = Counter(alpha for alpha in said if alpha is not None)
     width = next((_inputs(roles) for name, roles in layers.items() if _OF_CONTEXT.search(name)), 0)
     return LoraFacts(
@@ -80,10 +84,11 @@ def lora_facts(file: TensorFile) -> LoraFacts:
         ranks=tuple(rank for rank, _ in ranks.most_common()),
         alphas=tuple(alpha for alpha, _ in alphas.most_common()),
         without_alpha=said.count(None),
-        targets=dict(sorted(Counter(map(_part, layers)).items())),
+        targets=dict(sorted(Counter(map(_part, plain)).items())),
         base=BASES.get(width, f"context of {width} channels" if width else None),
         dora=any("magnitude" in roles for roles in layers.values()),
-        stabilised=any(is_stabilised(plain_name(name), settings) for name in layers),
+        stabilised=any(is_stabilised(name, settings) for name in plain),
+        bundled=bundled_words(file.tensors),
     )
 
 
@@ -118,14 +123,12 @@ def _inputs(roles: Mapping[str, Tensor]) -> int:
     return next((int(m.shape[1]) for m in matrices if m.ndim > 1), 0)
 
 
-def _alpha(name: str, roles: Mapping[str, Tensor], settings: Mapping[str, Any]) -> float | None:
-    """The alpha that is said for a layer; None: nothing is."""
-    if "alpha" in roles:
-        return float(roles["alpha"]) if roles["alpha"].numel() == 1 else None
-    try:
-        return said_alpha(plain_name(name), settings)
-    except (AttributeError, TypeError, ValueError, re.error):
-        return None
+def _alpha(roles: Mapping[str, Tensor], said: float | None) -> float | None:
+    """The alpha of a layer, by its tensor or the settings; None: neither says one."""
+    if "alpha" not in roles:
+        return said
+    alpha = roles["alpha"]
+    return float(alpha) if alpha.numel() == 1 and not alpha.is_complex() else None
 
 
 def _layout(names: Iterable[str]) -> str:
@@ -134,6 +137,8 @@ def _layout(names: Iterable[str]) -> str:
             return "kohya"
         if name.startswith("base_model."):
             return "peft"
+        if name.startswith((COMFY_UNET, "text_encoders.")):
+            return "ComfyUI"
     return "diffusers"
 
 

@@ -4,13 +4,13 @@
     kohya      lora_unet_<module>.lora_down.weight .lora_up.weight .alpha .dora_scale, with _ for .
 
 Read besides: diffusers' earlier spellings (`.lora.down`, `.processor.to_q_lora.down`,
-`.lora_linear_layer.down`), peft's own files, and pickles of tensors.
+`.lora_linear_layer.down`), peft's own files, ComfyUI's (`diffusion_model.<CompVis' module>`,
+`text_encoders.clip_l.transformer.…`), and pickles of tensors.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +20,31 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError, choice_error
-from latentdiff.formats.lora_names import foreign_kind, kohya_name, plain_name, split_key
-from latentdiff.formats.lora_settings import ADAPTERS, adapter_settings, alpha_of, settings_for
+from latentdiff.formats.lora_names import (
+    BUNDLED,
+    bundled_words,
+    foreign_kind,
+    kohya_name,
+    plain_name,
+    split_key,
+)
+from latentdiff.formats.lora_settings import (
+    ADAPTERS,
+    adapter_settings,
+    effective_alpha,
+    said_alphas,
+    settings_for,
+)
 from latentdiff.models.low_rank import LowRank
-from latentdiff.tensor_file import load_content
+from latentdiff.tensor_file import load_content, refuse_not_finite
 from latentdiff.weight_files import save_tensors
 
 #: What diffusers and others look for in a folder.
 FILE = "pytorch_lora_weights.safetensors"
 USUAL = (FILE, "adapter_model.safetensors")
 LAYOUTS = ("diffusers", "kohya")
+#: The largest float16. An α/r above it would overflow half precision by itself.
+_LARGEST_SCALE = 65504.0
 Layout = Literal["diffusers", "kohya"]
 
 
@@ -40,10 +55,13 @@ class LoraFile:
     path: Path
     """Where it came from."""
     weights: dict[str, LowRank]
-    """Changes by the layer's name: `unet.…` and `text_encoder.…` with dots, or kohya's spelling
-    with underscores, whose dots only a model's own names tell."""
+    """Changes by the layer's name: `unet.…` and `text_encoder.…` with dots, ComfyUI's
+    `diffusion_model.…`, or kohya's spelling with underscores, whose dots only a model's own names
+    tell."""
     metadata: dict[str, str] = field(default_factory=dict)
     """The safetensors header's texts."""
+    bundled: tuple[str, ...] = ()
+    """Names of learned words in the file, which are no part of the LoRA and not read."""
 
     @property
     def layout(self) -> Layout:
@@ -72,35 +90,26 @@ def read_lora(path: str | Path) -> LoraFile:
     """Read a LoRA file of either layout, in the number format it has.
 
     Args:    path: .safetensors, a pickle of tensors, or a folder with one.
-    Raises:  UserError: missing, damaged, another kind of adapter, or keys that belong together
-             and are not together, each named.
+    Raises:  UserError: missing, damaged, another kind of adapter, keys that belong together and
+             are not together, or numbers that are not finite, each named.
     """
     path = find_lora(path)
     state, metadata = _read(path)
+    bundled = bundled_words(state)
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(BUNDLED)}
     if kind := foreign_kind(state):
         raise UserError(f"{path} cannot be used: {kind}")
-    pieces: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in state.items():
-        name, role = split_key(key)
-        if role is None:
-            unknown.append(key)
-        else:
-            pieces.setdefault(plain_name(name), {})[role] = tensor
-    broken = [name for name, roles in pieces.items() if not {"down", "up"} <= set(roles)]
-    if unknown or broken or not pieces:
-        raise UserError(_not_lora(path, unknown, broken))
+    pieces = _pieces(path, state)
+    refuse_not_finite(path, {k: t for k, t in state.items() if split_key(k)[1] != "alpha"})
+    adapters = adapter_settings(path, metadata)
     try:
-        adapters = adapter_settings(path, metadata)
-        weights = {name: _change(name, roles, adapters) for name, roles in pieces.items()}
-    except UserError:
-        raise
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, re.error) as error:
-        raise UserError(
-            f"{path} is damaged, or no LoRA file: a shape, alpha or setting in it has no meaning "
-            f"({error}). Get it again."
-        ) from error
-    return LoraFile(path, weights, metadata)
+        said = said_alphas(pieces, adapters)
+        weights = {
+            name: _change(name, roles, said.get(name), adapters) for name, roles in pieces.items()
+        }
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, or a LoRA that is not supported: {error}.") from error
+    return LoraFile(path, weights, metadata, bundled)
 
 
 def write_lora(
@@ -143,25 +152,67 @@ def write_lora(
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     state, metadata = load_content(path)
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(t, Tensor) for key, t in state.items()
+    ):
         raise UserError(f"{path} is no LoRA file: it holds no table of tensors.")
     return state, metadata
 
 
-def _change(name: str, roles: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> LowRank:
-    rank = len(roles["down"])
-    alpha = float(roles["alpha"]) if "alpha" in roles else alpha_of(name, rank, adapters)
-    magnitude = roles.get("magnitude")
-    if magnitude is not None and magnitude.numel() != len(roles["up"]):
-        raise UserError(
-            f"{name} has a DoRA magnitude per input channel; only per output channel is supported."
+def _pieces(path: Path, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Layer → what it has, by role. Raises: UserError: a key has no role, or a layer lacks one."""
+    pieces: dict[str, dict[str, Tensor]] = {}
+    unknown, twice = [], []
+    for key, tensor in state.items():
+        name, role = split_key(key)
+        if role is None:
+            unknown.append(key)
+        elif role in (roles := pieces.setdefault(plain_name(name), {})):
+            twice.append(key)
+        else:
+            roles[role] = tensor
+    broken = [name for name, roles in pieces.items() if not {"down", "up"} <= set(roles)]
+    if unknown or broken or twice or not pieces:
+        raise UserError(_not_lora(path, unknown, broken, twice))
+    return pieces
+
+
+def _change(
+    name: str, roles: Mapping[str, Tensor], said: float | None, adapters: Mapping[str, Any]
+) -> LowRank:
+    """One layer's change. Raises: ValueError: its tensors do not make one."""
+    down, up = roles["down"], roles["up"]
+    shapes = f"the matrices of {name}, {tuple(down.shape)} and {tuple(up.shape)},"
+    if not {down.ndim, up.ndim} <= {2, 4} or 0 in (*down.shape, *up.shape):
+        raise ValueError(f"{shapes} are of no linear layer and no convolution")
+    rank = len(down)
+    if up[0].numel() != rank:
+        raise ValueError(f"{shapes} differ in their rank")
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise ValueError(f"{name} is of {down.dtype} and {up.dtype}, not of real numbers")
+    if "alpha" in roles:
+        alpha = _one_number(roles["alpha"], f"the alpha of {name}")
+    else:
+        alpha = effective_alpha(said, name, rank, adapters)
+    if not abs(alpha / rank) <= _LARGEST_SCALE:  # nor is NaN
+        raise ValueError(
+            f"the alpha of {name} is {alpha:g}; over the rank it can be at most {_LARGEST_SCALE:g}"
         )
-    return LowRank(
-        roles["down"], roles["up"], alpha, None if magnitude is None else magnitude.flatten()
-    )
+    magnitude = roles.get("magnitude")
+    if magnitude is not None and magnitude.numel() != len(up):
+        raise ValueError(
+            f"{name} has a DoRA magnitude per input channel; only per output channel is supported"
+        )
+    return LowRank(down, up, alpha, None if magnitude is None else magnitude.flatten())
 
 
-def _not_lora(path: Path, unknown: list[str], broken: list[str]) -> str:
+def _one_number(tensor: Tensor, what: str) -> float:
+    if tensor.numel() != 1 or tensor.is_complex():
+        raise ValueError(f"{what} is {tuple(tensor.shape)} of {tensor.dtype}, not one real number")
+    return float(tensor)
+
+
+def _not_lora(path: Path, unknown: list[str], broken: list[str], twice: list[str]) -> str:
     if len(unknown) and not broken and not any("lora" in key for key in unknown):
         return (
             f"{path} is no LoRA file: none of its {len(unknown)} other keys says lora (the first: "
@@ -172,6 +223,8 @@ def _not_lora(path: Path, unknown: list[str], broken: list[str]) -> str:
         texts.append(f"{len(unknown)} keys that are no part of a LoRA: {some(unknown)}")
     if broken:
         texts.append(f"{len(broken)} layers with only half of their matrices: {some(broken)}")
+    if twice:
+        texts.append(f"{len(twice)} keys that say again what another says: {some(twice)}")
     return f"{path} is damaged or of an unknown kind: {'; '.join(texts) or 'it is empty'}."
 
 

@@ -6,13 +6,13 @@ diffusers keeps them in the safetensors header, peft in a file beside.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError
 from latentdiff.formats.lora_names import PARTS
+from latentdiff.formats.name_patterns import NamePatterns, number
 from latentdiff.models.low_rank import LowRank
 
 #: The header's text that diffusers writes the settings into.
@@ -30,35 +30,48 @@ def adapter_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             return _settings(path, metadata[ADAPTERS])
         if path.name.startswith("adapter_model") and beside.is_file():
             found = _settings(beside, beside.read_text(encoding="utf-8"))
-            return {f"unet.{key}": value for key, value in found.items()}
+            return {f"{part}.{key}": value for part in PARTS for key, value in found.items()}
     except (OSError, ValueError) as error:
         raise UserError(f"the adapter settings of {path} are damaged: {error}") from error
     return {}
 
 
 def _settings(where: Path, text: str) -> dict[str, Any]:
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"the JSON in {where.name} is nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError(f"{where.name} should hold a JSON object there, not {text[:40]}")
     return found
 
 
-def said_alpha(name: str, adapters: Mapping[str, Any]) -> float | None:
-    """α of a layer as the settings say it; None: they do not."""
-    part, _, module = name.partition(".")
-    for pattern, value in (adapters.get(f"{part}.alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?{pattern.removeprefix('text_model.')}", module):
-            return float(value)
-    said = adapters.get(f"{part}.lora_alpha")
-    return None if said is None else float(said)
+def said_alphas(names: Iterable[str], adapters: Mapping[str, Any]) -> dict[str, float]:
+    """α of each layer that the settings say one for, as peft finds it.
 
-
-def alpha_of(name: str, rank: int, adapters: Mapping[str, Any]) -> float:
-    """α of a layer as peft finds it, the rank where nothing is said.
-
-    Of a rank-stabilised LoRA, whose change is α/√r B A, it is the α that makes α/r the same.
+    Raises: ValueError: a setting has no meaning, or a pattern is refused; see `NamePatterns`.
     """
-    said = said_alpha(name, adapters)
+    patterns = {part: NamePatterns(adapters.get(f"{part}.alpha_pattern") or {}) for part in PARTS}
+    found = {}
+    for name in names:
+        part, _, module = name.partition(".")
+        if part not in PARTS:
+            continue
+        # transformers' tower had this prefix up to version 4; patterns were written for both.
+        spellings = (f"text_model.{module}", module) if part == "text_encoder" else (module,)
+        alpha = patterns[part].find(spellings)
+        if alpha is None and (general := adapters.get(f"{part}.lora_alpha")) is not None:
+            alpha = number(general)
+        if alpha is not None:
+            found[name] = alpha
+    return found
+
+
+def effective_alpha(said: float | None, name: str, rank: int, adapters: Mapping[str, Any]) -> float:
+    """α of a layer whose change is α/r B A, from the α that is said; None: the rank.
+
+    A rank-stabilised LoRA's change is α/√r B A.
+    """
     alpha = float(rank) if said is None else said
     return alpha * rank**0.5 if is_stabilised(name, adapters) else alpha
 

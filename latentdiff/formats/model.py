@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from latentdiff.formats.single_file import (
     text_encoder_of_file,
 )
 from latentdiff.formats.write_single_file import ENDING, save_single_file
+from latentdiff.json_text import read_json
 from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
 from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
 
@@ -89,13 +89,7 @@ def latent_size(name: str | Path, revision: str | None = None) -> Any:
     """Side of the latents that a model was trained on, (height, width), or None: not said."""
     if file := as_file(name):
         return latent_size_of_file(file)
-    config = resolve_folder(name, revision) / "unet" / "config.json"
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get("sample_size")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{config.parents[1]} is not a model folder: {config} cannot be read ({error})."
-        ) from error
+    return read_json(resolve_folder(name, revision) / "unet" / "config.json").get("sample_size")
 
 
 def as_file(name: str | Path) -> Path | None:

@@ -38,6 +38,10 @@ _DEFAULT_SPACING = {
     "UniPCMultistepScheduler": "linspace",
 }
 _FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
+#: The samplers that each of diffusers' two fields for the last level concerns. It has no such field
+#: for the others, which end at the clean image, as all do in k-diffusion.
+ALPHA_TO_ONE = ("ddim", "pndm")
+FINAL_SIGMAS = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,17 @@ class SamplingDefaults:
     """leading, trailing, linspace, karras, exponential; None: what suits the schedule."""
     steps_offset: int = 1
     """Added to a leading grid; Stable Diffusion's readers insist on 1."""
-    final_timestep: int | None = None
-    """Where the last step leads: None the clean image, 0 the first noise level."""
+    end_noisy: tuple[str, ...] = ()
+    """Names in SAMPLERS whose last step leads to the first noise level, not to the clean image."""
     guidance_scale: float | None = None
     """What this model is best guided with (generation_config.json); None: the usual scale."""
     chunk_tokens: int | None = None
     """Tokens of a prompt that one pass of the text encoder reads when a prompt is cut into chunks
     (generation_config.json); None: all that fit."""
+
+    def final_timestep(self, sampler: str) -> int | None:
+        """Where the last step of a sampler leads: None the clean image, 0 the first noise level."""
+        return 0 if sampler in self.end_noisy else None
 
 
 def read_scheduler(
@@ -105,7 +113,7 @@ def write_scheduler(
         "prediction_type": names[prediction],
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "sample_max_value": 1.0,
-        "set_alpha_to_one": sampling.final_timestep is None,
+        "set_alpha_to_one": sampling.final_timestep("ddim") is None,
         "steps_offset": 1,
         "thresholding": False,
         "timestep_spacing": sampling.spacing or trailing,
@@ -177,5 +185,6 @@ def _sampling(kind: str, data: Mapping[str, Any], schedule: ScheduleConfig) -> S
     for name in ("karras", "exponential"):
         spacing = name if data.get(f"use_{name}_sigmas") else spacing
     to_one = data.get("set_alpha_to_one", kind != "PNDMScheduler")
-    to_one = to_one and data.get("final_sigmas_type", "zero") == "zero"
-    return SamplingDefaults(sampler, spacing, 1, None if to_one else 0)
+    to_zero = data.get("final_sigmas_type", "zero") == "zero"
+    end_noisy = () if to_one else ALPHA_TO_ONE
+    return SamplingDefaults(sampler, spacing, 1, end_noisy + (() if to_zero else FINAL_SIGMAS))

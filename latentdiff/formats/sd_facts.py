@@ -17,7 +17,7 @@ import dataclasses
 from typing import Any
 
 from latentdiff.diffusion.schedule import ScheduleConfig
-from latentdiff.formats.scheduler_config import SamplingDefaults, write_scheduler
+from latentdiff.formats.scheduler_config import ALPHA_TO_ONE, SamplingDefaults, write_scheduler
 from latentdiff.models.unet_config import UNetConfig, config_to_dict
 
 #: Width of the text states → version.
@@ -61,7 +61,7 @@ def sd_configuration(version: str, prediction: str, *, zero_snr: bool = False) -
     """
     size = 96 if version == "2" and prediction == "v" else 64
     schedule = ScheduleConfig(zero_terminal_snr=zero_snr)
-    sampling = SamplingDefaults(final_timestep=None if zero_snr else 0)
+    sampling = SamplingDefaults(end_noisy=() if zero_snr else ALPHA_TO_ONE)
     return {
         "unet": config_to_dict(sd_unet(version, size)),
         "vae": sd_autoencoder(size * 8),

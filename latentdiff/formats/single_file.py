@@ -11,7 +11,6 @@ wholly or not at all.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from latentdiff.formats.identify import CONFIGURATION, Identity, identify, refus
 from latentdiff.formats.scheduler_config import read_scheduler
 from latentdiff.formats.sd_facts import sd_configuration
 from latentdiff.formats.stated import has_zero_snr, measured_prediction, stated_prediction
+from latentdiff.json_text import parse_json
 from latentdiff.models.autoencoder import Autoencoder, empty_autoencoder, fill_autoencoder
 from latentdiff.models.clip_vocabulary import tokenizer_of
 from latentdiff.models.text_encoder import TextEncoder, empty_text_tower, fill_text_encoder
@@ -163,10 +163,12 @@ def _open(file: Path, variant: str | None = None, prediction: str | None = None)
 def _configuration(file: TensorFile, identity: Identity, prediction: str | None) -> dict[str, Any]:
     if identity.version == "own":
         try:
-            config = json.loads(file.metadata[CONFIGURATION])
+            config = parse_json(file.metadata[CONFIGURATION], f"{file.path}'s configuration")
             return {part: dict(config[part]) for part in (*PARTS, "scheduler", "tokenizer")} | {
                 "generation": dict(config.get("generation") or {})
             }
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"the configuration in {file.path}'s metadata is damaged: {error!r}."

@@ -10,8 +10,11 @@ Source: Rombach et al. 2022, section 3.1 and appendix G, arXiv:2112.10752.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError, choice_error
+from latentdiff.json_text import read_json
+from latentdiff.models.finite import NotFiniteError, broken_weight, check_finite, is_finite
 from latentdiff.models.quiet import quiet
 from latentdiff.models.vae import AutoencoderKL, covers, modern_names
 from latentdiff.weight_files import VAE_STEM, place_weights, read_weights, stored_dtype
@@ -36,7 +41,7 @@ class Autoencoder(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         """Wrap our AutoencoderKL, or diffusers' AutoencoderKL or AutoencoderTiny.
 
-        Raises: UserError: another class, or per-channel statistics in its configuration.
+        Raises: UserError: another class, or a scaling of its latents that is not supported.
         """
         super().__init__()
         self.module: Any = module
@@ -56,8 +61,14 @@ class Autoencoder(nn.Module):
         """C of the latents."""
         self.downscale: int = 2 ** (len(levels) - 1)
         """How many pixels one latent position stands for, in each direction."""
-        self.scale = float(config.get("scaling_factor") or 1.0)
-        self.shift = float(config.get("shift_factor") or 0.0)
+        scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+        self.scale = 1.0 if scale is None else float(scale)
+        self.shift = 0.0 if shift is None else float(shift)
+        if not math.isfinite(self.scale * self.shift) or self.scale == 0:
+            raise UserError(
+                "the autoencoder's scaling_factor and shift_factor must be finite, and the former "
+                f"not 0; got {scale!r} and {shift!r}."
+            )
 
     @property
     def is_tiny(self) -> bool:
@@ -115,14 +126,36 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Images of scaled latents.
 
+        A decoder in 16 bit that overflows is turned to float32, and stays so, with a warning.
+
         Args:    latents: (B, C, h, w).
         Returns: (B, 3, h·downscale, w·downscale) float32, clamped to [−1, 1].
+        Raises:  NotFiniteError: the latents or what becomes of them, with the cause.
         """
+        images = self._decoded(latents)
+        if is_finite(images):
+            return images.clamp(-1, 1)
+        if not is_finite(latents):
+            raise NotFiniteError(
+                "the latents to decode hold NaN or infinity, so there is no picture."
+            )
+        if self.dtype != torch.float32 and broken_weight(self.module) is None:
+            kind = str(self.dtype).removeprefix("torch.")
+            warnings.warn(
+                f"the autoencoder's decoder overflowed in {kind}; it is in float32 from here on.",
+                stacklevel=2,
+            )
+            self.module.float()
+            images = self._decoded(latents)
+        check_finite(images, "its pixels", "the autoencoder's decoder", self.module)
+        return images.clamp(-1, 1)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
         raw = latents / self.scale + self.shift
         # Half precision overflows in Stable Diffusion's decoder.
         with torch.autocast(self.device.type, enabled=False):
             answer = self.module.decode(raw.to(self.dtype))
-        return (answer if isinstance(answer, Tensor) else answer.sample).float().clamp(-1, 1)
+        return (answer if isinstance(answer, Tensor) else answer.sample).float()
 
     def check_image_size(self, size: int | tuple[int, ...]) -> None:
         """Refuse an image size that the latent grid cannot hold.
@@ -130,6 +163,8 @@ class Autoencoder(nn.Module):
         Raises: UserError: not a positive multiple of `downscale`, with the nearest that is.
         """
         for side in (size,) if isinstance(size, int) else size:
+            if isinstance(side, bool) or not isinstance(side, Integral):
+                raise UserError(f"image height and width must be whole numbers; got {side!r}.")
             if side < 1 or side % self.downscale:
                 nearest = max(1, round(side / self.downscale)) * self.downscale
                 raise UserError(
@@ -148,12 +183,10 @@ def load_autoencoder(
     Returns: frozen, in evaluation mode.
     Raises:  UserError: folder or weights missing, unknown class, weights that do not fit.
     """
-    import json
-
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"no autoencoder at {folder}: {file} does not exist.")
-    module = empty_autoencoder(json.loads(file.read_text(encoding="utf-8")), file)
+    module = empty_autoencoder(read_json(file), file)
     return fill_autoencoder(module, read_weights(file.parent, VAE_STEM, variant), folder, dtype)
 
 

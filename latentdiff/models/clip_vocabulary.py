@@ -8,13 +8,14 @@ github.com/openai/CLIP (MIT licence, Copyright 2021 OpenAI).
 from __future__ import annotations
 
 import gzip
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError
-from latentdiff.models.tokenizer import BOS, EOS, ClipTokenizer, build_backend
+from latentdiff.models.added_tokens import BOS, EOS, MARKS, added_entries, added_token, text_of
+from latentdiff.models.tokenizer import ClipTokenizer, build_backend, stated_length
 
 MERGES: Path = Path(__file__).parents[1] / "assets" / "clip_merges.txt.gz"
 #: The one key of a description that stands for this vocabulary.
@@ -37,11 +38,14 @@ def clip_vocabulary() -> dict[str, int]:
     return {word: number for number, word in enumerate(words)}
 
 
-def clip_tokenizer(pad_token: str, max_length: int = 77) -> ClipTokenizer:
+def clip_tokenizer(
+    pad_token: str, max_length: int = 77, added: Sequence[Mapping[str, Any]] = ()
+) -> ClipTokenizer:
     """CLIP's tokenizer.
 
     Args:    pad_token: <|endoftext|> in Stable Diffusion 1.x, ! in 2.x.
              max_length: ids per text, marks included.
+             added: words and marks beside those of CLIP, see `added_tokens.added_entries`.
     """
     from tokenizers.models import BPE
 
@@ -51,16 +55,20 @@ def clip_tokenizer(pad_token: str, max_length: int = 77) -> ClipTokenizer:
         unk_token=EOS,
         end_of_word_suffix="</w>",
     )
-    config = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad_token}
-    return ClipTokenizer(build_backend(model, config), config, max_length)
+    config = MARKS | {"pad_token": pad_token}
+    tokens = [*(added_token(mark, special=True) for mark in (BOS, EOS)), *map(added_token, added)]
+    backend = build_backend(model, config, [(None, token) for token in tokens])
+    return ClipTokenizer(backend, config, max_length)
 
 
 def describe_tokenizer(tokenizer: ClipTokenizer) -> dict[str, Any]:
     """What `tokenizer_of` makes the same tokenizer of: CLIP's by its name, others as a whole."""
-    if tokenizer.backend.get_vocab(with_added_tokens=True) == clip_vocabulary():
-        pad = tokenizer.config.get("pad_token", EOS)
-        pad = pad["content"] if isinstance(pad, dict) else pad
-        return {CLIP: {"pad_token": pad, "max_length": tokenizer.max_length}}
+    if tokenizer.backend.get_vocab(with_added_tokens=False) == clip_vocabulary():
+        pad = text_of(tokenizer.config.get("pad_token") or EOS)
+        entries = added_entries(tokenizer.backend).values()
+        own = [entry for entry in entries if entry["content"] not in (BOS, EOS)]
+        said = {"pad_token": pad, "max_length": tokenizer.max_length}
+        return {CLIP: said | ({"added_tokens": own} if own else {})}
     config = {k: v for k, v in tokenizer.config.items() if k != "name_or_path"}
     return {
         "tokenizer.json": tokenizer.backend.to_str(),
@@ -79,14 +87,13 @@ def tokenizer_of(description: Mapping[str, Any], max_length: int) -> ClipTokeniz
     try:
         if CLIP in description:
             said = description[CLIP]
-            stated = min(int(said.get("max_length", max_length)), max_length)
-            return clip_tokenizer(str(said["pad_token"]), stated)
+            length = stated_length({"model_max_length": said.get("max_length")}, max_length)
+            return clip_tokenizer(str(said["pad_token"]), length, said.get("added_tokens", ()))
         config = dict(description["tokenizer_config.json"])
         backend = Tokenizer.from_str(description["tokenizer.json"])
-        stated = min(int(config.get("model_max_length") or max_length), max_length)
+        return ClipTokenizer(backend, config, stated_length(config, max_length))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(f"the file describes no tokenizer: {error!r}") from error
-    return ClipTokenizer(backend, config, stated)
 
 
 def _letters() -> list[str]:

@@ -2,13 +2,15 @@
 
 A new word gets one token, or n of them, behind all that there are; NAME, NAME_1, NAME_2, … as
 diffusers calls them. Its embeddings are new rows of the tower's table, and nothing else changes: a
-text in which the word does not occur, not even within another, has the tokens and states that it
-had. Names between < and > occur in no other word.
+text in which the word does not occur has the tokens and states that it had. A name that begins or
+ends with a letter, digit or _ is met as a whole word alone, not within a longer one.
 
 Source: Gal et al. 2022, arXiv:2208.01618.
 """
 
 from __future__ import annotations
+
+import re
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torch.nn import functional as F
 from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import ClipTokenizer
+
+_WORD_EDGE = re.compile(r"^\w|\w$")
 
 
 def add_word(encoder: TextEncoder, word: str, vectors: Tensor) -> list[int]:
@@ -98,12 +102,12 @@ class TrainedRows(nn.Module):
 
 
 def _with_tokens(tokenizer: ClipTokenizer, names: list[str]) -> ClipTokenizer:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
     for name in names:
         check_word(tokenizer, name)
     backend = Tokenizer.from_str(tokenizer.backend.to_str())
-    backend.add_tokens(names)
+    backend.add_tokens([AddedToken(n, single_word=bool(_WORD_EDGE.search(n))) for n in names])
     larger = ClipTokenizer(backend, tokenizer.config, tokenizer.max_length)
     if larger.pieces(names[0]) != [tuple(backend.token_to_id(name) for name in names)]:
         raise UserError(

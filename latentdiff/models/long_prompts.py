@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from latentdiff.errors import choice_error
+from latentdiff.errors import UserError, choice_error
 from latentdiff.models.prompt_chunks import Chunk, chunks_of
 from latentdiff.models.prompt_syntax import Run, parse
 from latentdiff.models.text_encoder import TextEncoder
@@ -71,15 +71,17 @@ def read_prompt(
     """Say how a prompt is cut up, without encoding it.
 
     Args:    syntax: plain, long or a1111.  room: tokens in a chunk; None: all that fit.
-    Raises:  UserError: unknown reading, or syntax that cannot be read.
+    Raises:  UserError: unknown reading, room below 1, or syntax that cannot be read.
     """
     check_syntax(syntax)
+    if room is not None and room < 1:
+        raise UserError(f"the tokens in a chunk must be at least 1; got {room}.")
     tokenizer, most = encoder.tokenizer, encoder.max_length - 2
     if syntax == "plain":
         ids = [token for piece in tokenizer.pieces(text) for token in piece][:most]
         chunk = Chunk(tuple(ids), (1.0,) * len(ids))
         return ReadPrompt(text, (chunk,), most, tokenizer.left_out(text))
-    room = min(room or most, most)
+    room = most if room is None else min(room, most)
     parts = parse(text) if syntax == "a1111" else [[Run(text, 1.0)]]
     comma = tokenizer.backend.token_to_id(",</w>")
     return ReadPrompt(text, tuple(chunks_of(parts, tokenizer.pieces, room, comma)), room)

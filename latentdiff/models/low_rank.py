@@ -63,9 +63,25 @@ class LowRank:
         change = self.scale * (up @ down).reshape(w.shape)
         if self.magnitude is None:
             return change
-        norm = (w + change).flatten(1).norm(dim=1)
+        # Of a row of zeros the direction is none, and the row stays.
+        norm = (w + change).flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         factor = (self.magnitude.to(w) / norm).reshape(-1, *[1] * (w.ndim - 1))
         return factor * (w + change) - w
+
+
+def nearest(delta: Tensor, rank: int) -> LowRank:
+    """The plain LoRA of a rank that is nearest to a change of a weight in the Frobenius norm.
+
+    Args:    delta: ΔW in the shape of the weight.  rank: r; of a smaller matrix all it has.
+    Source:  Eckart & Young 1936, doi.org/10.1007/BF02288367: the first r singular values.
+    """
+    flat = delta.flatten(1)
+    left, values, right = torch.linalg.svd(flat, full_matrices=False)
+    rank = min(rank, len(values))
+    root = values[:rank].sqrt()
+    ends = (1,) * (delta.ndim - 2)
+    down = (root[:, None] * right[:rank]).reshape(rank, *delta.shape[1:])
+    return LowRank(down, (left[:, :rank] * root).reshape(-1, rank, *ends), float(rank))
 
 
 class Branch:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.json_text import read_json
 from latentdiff.models.clip_text import ClipText
 from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
 from latentdiff.weight_files import TEXT_STEM, place_weights, read_weights, stored_dtype
@@ -133,9 +134,7 @@ def fill_text_encoder(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    import json
-
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     kind = config.get("model_type", "clip_text_model")
     if kind != "clip_text_model":
         raise UserError(

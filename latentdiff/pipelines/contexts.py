@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.guidance import needs_unconditional
+from latentdiff.models.finite import check_finite
 from latentdiff.models.long_prompts import encode_prompts
 from latentdiff.models.text_encoder import TextEncoder
 
@@ -34,9 +35,11 @@ def image_contexts(
 
     Args:    negatives, scales: one for each prompt.  copies: images per prompt.
              syntax, room: see `read_prompt`.
+    Raises:  NotFiniteError: what the text encoder makes of a prompt.
     """
     words = list(dict.fromkeys([*prompts, *negatives]))
     states = dict(zip(words, encode_prompts(encoder, words, syntax, room), strict=True))
+    check_finite(torch.cat([*states.values()]), "its states", "the text encoder", encoder.module)
     guided = needs_unconditional(list(scales))
     return [
         [states[negative], states[prompt]] if guided else [states[prompt]]

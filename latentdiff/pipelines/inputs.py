@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from latentdiff.errors import UserError, choice_error
+from latentdiff.models.finite import is_finite
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -34,6 +36,20 @@ def negative_prompts(negative: Any, count: int) -> list[str]:
     return texts * count if len(texts) == 1 else texts
 
 
+def warn_of_unused_negatives(negatives: Sequence[str], scales: Sequence[float]) -> None:
+    """Warn of negative prompts of images whose guidance is off.
+
+    Args:    negatives, scales: one for each prompt.
+    """
+    unused = [n for n, scale in zip(negatives, scales, strict=True) if n.strip() and scale <= 1]
+    if unused:
+        warnings.warn(
+            f"the negative prompt {unused[0]!r:.60} does nothing: a guidance_scale of 1 or less "
+            "switches guidance off. Raise it above 1, or leave the negative prompt out.",
+            stacklevel=3,
+        )
+
+
 def guidance_scales(scale: Any, count: int) -> list[float]:
     """The guidance scale of each prompt. Raises: UserError: not numbers >= 0, another number."""
     scales = list(scale) if isinstance(scale, Sequence) and not isinstance(scale, str) else [scale]
@@ -41,7 +57,7 @@ def guidance_scales(scale: Any, count: int) -> list[float]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value < 0:
             raise UserError(
-                f"guidance_scale must be a number of at least 0 (1 = off, 3 to 8 usual); "
+                f"guidance_scale must be a number of at least 0 (up to 1 = off, 3 to 8 usual); "
                 f"got {value!r}."
             )
     if len(scales) not in (1, count):
@@ -86,9 +102,11 @@ def check_output_type(given: Any) -> None:
 
 
 def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse initial latents of another shape."""
+    """Refuse initial latents of another shape, or that are not finite."""
     if tuple(latents.shape) != shape:
         raise UserError(
             f"latents must have the shape (images, channels, height, width) = {shape} for this "
             f"prompt, size and model; got {tuple(latents.shape)}."
         )
+    if not is_finite(latents):
+        raise UserError("latents must be finite; the given ones hold NaN or infinity.")

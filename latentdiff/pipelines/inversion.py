@@ -13,9 +13,9 @@ from latentdiff.diffusion.guidance import guidance_context, guide
 from latentdiff.diffusion.inversion import ddim_inversion
 from latentdiff.diffusion.samplers import as_denoiser, timestep_grid
 from latentdiff.errors import UserError
+from latentdiff.models.finite import check_finite
 from latentdiff.models.unknown_words import warn_of_unknown_words
 from latentdiff.pipelines.inputs import check_steps, guidance_scales, prompt_list
-from latentdiff.pipelines.size_limit import check_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,6 +63,7 @@ def invert(
              timestep_spacing: None: as the model's folder says.
              batch_size: pictures per pass; does not change them.
     Raises:  UserError: any argument outside this, before any work.
+             NotFiniteError: the autoencoder, the text encoder or the U-Net gave NaN or infinity.
     """
     guidance_scales(guidance_scale, 1)
     for name, value in (
@@ -71,10 +72,7 @@ def invert(
         ("batch_size", batch_size),
     ):
         check_steps(name, value)
-    default = pipeline.default_size
-    size = (height or default[0], width or default[1])
-    pipeline.autoencoder.check_image_size(size)
-    check_pixels(*size)
+    size = pipeline.image_size(height, width)
     pixels = image_tensors(image, size)
     prompts = prompt_list(prompt, "prompt")
     if len(prompts) not in (1, len(pixels)):
@@ -85,13 +83,15 @@ def invert(
     prompts = prompts * len(pixels) if len(prompts) == 1 else prompts
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, prompts)
     defaults = pipeline.components.sampling
-    spacing: Any = timestep_spacing or defaults.spacing
+    spacing: Any = defaults.spacing if timestep_spacing is None else timestep_spacing
     grid = timestep_grid(pipeline.schedule, num_inference_steps, spacing, defaults.steps_offset)
 
     found = []
     for start in range(0, len(pixels), batch_size):
         own = slice(start, start + batch_size)
         x_0 = pipeline.autoencoder.encode(pixels[own].to(pipeline.device))
+        vae = pipeline.autoencoder.module
+        check_finite(x_0, "the picture's latents", "the autoencoder's encoder", vae)
         denoiser = _denoiser(pipeline, prompts[own], guidance_scale)
         x = x_0
         for state in ddim_inversion(
@@ -100,9 +100,10 @@ def invert(
             pipeline.schedule,
             grid,
             iterations=iterations,
-            final_timestep=defaults.final_timestep,
+            final_timestep=defaults.final_timestep("ddim"),
         ):
             x = state.x_t
+        check_finite(x, "the latents", "the U-Net", pipeline.unet)
         found.append((x.cpu(), x_0.cpu()))
     return Inversion(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
@@ -139,6 +140,8 @@ def image_tensors(image: Pictures, size: tuple[int, int]) -> Tensor:
 def _denoiser(pipeline: LatentDiffusionPipeline, prompts: Sequence[str], scale: float) -> Any:
     context = pipeline.text_encoder.encode(prompts)
     empty = pipeline.text_encoder.encode([""])
+    tower = pipeline.text_encoder.module
+    check_finite(torch.cat([context, empty]), "its states", "the text encoder", tower)
     kv = pipeline.unet.project_context(guidance_context(context, empty, scale))
     unet = pipeline.unet
 

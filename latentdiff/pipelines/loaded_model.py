@@ -14,7 +14,8 @@ from latentdiff.formats.components import Components
 from latentdiff.formats.embedding_file import read_embedding
 from latentdiff.formats.model import load_model, save_model
 from latentdiff.models.learned_words import add_word
-from latentdiff.pipelines.lora import Loras
+from latentdiff.pipelines.lora import Loras, parts_of
+from latentdiff.pipelines.size_limit import check_pixels
 
 #: Guidance scale when neither the caller nor the model's folder gives one.
 DEFAULT_GUIDANCE = 5.0
@@ -35,7 +36,7 @@ class LoadedModel:
         self.text_encoder = components.text_encoder
         self.schedule = NoiseSchedule(components.schedule)
         self.prediction = components.prediction
-        self.loras = Loras({"unet": self.unet, "text_encoder": self.text_encoder.module})
+        self.loras = Loras(parts_of(components))
 
     @classmethod
     def from_pretrained(
@@ -125,6 +126,17 @@ class LoadedModel:
         size = self.unet.config.sample_size or 64
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.autoencoder.downscale, width * self.autoencoder.downscale
+
+    def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(height, width) to draw, where None is that of the training.
+
+        Raises:  UserError: not positive multiples of the autoencoder's downscale, or too large.
+        """
+        default = self.default_size
+        size = default[0] if height is None else height, default[1] if width is None else width
+        self.autoencoder.check_image_size(size)
+        check_pixels(*size)
+        return size
 
     @property
     def default_guidance(self) -> float:

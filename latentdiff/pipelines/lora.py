@@ -10,17 +10,24 @@ W' = W + Σ s_k ΔW_k, so the order does not matter and fused equals attached.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.formats.compvis_keys import placed
+from latentdiff.formats.compvis_unet import unet_places
+from latentdiff.formats.lora_facts import BASES
 from latentdiff.formats.lora_files import LoraFile, read_lora, some
 from latentdiff.formats.lora_names import places
 from latentdiff.models.low_rank import Branch, Layer, LowRank, add_to, layers_of
+
+if TYPE_CHECKING:
+    from latentdiff.formats.components import Components
 
 #: (part, module name), for example ("unet", "mid_block.attentions.0.proj_in").
 Place = tuple[str, str]
@@ -69,7 +76,7 @@ class Loras:
 
         Args:    path: see `read_lora`.  weight: strength; 1 as trained, 0 none.
                  name: to unload it by; None: the file's, with a number where it is taken.
-        Returns: its name.
+        Returns: its name. Warns of learned words in the file, which are left out.
         Raises:  UserError: the file is not for this model, or the name is taken; nothing changes.
         """
         if (
@@ -90,6 +97,12 @@ class Loras:
                 "another name."
             )
         one = _Loaded(match(file, self._parts), float(weight))
+        if file.bundled:
+            warnings.warn(
+                f"{file.path} holds learned words besides its LoRA, which are not loaded: "
+                f"{some(file.bundled)}. Words are loaded from files of their own.",
+                stacklevel=3,
+            )
         for place, change in one.changes.items():
             layer = self._layer(place)
             branch = Branch(change, layer, self._before.get(place, layer.weight), one.strength)
@@ -144,13 +157,32 @@ class Loras:
         one.hooks.clear()
 
 
+def lora_and_weight(text: str) -> tuple[str, float]:
+    """("style.safetensors", 0.7) from "style.safetensors:0.7"; the weight may be left out.
+
+    Raises: UserError: the weight is no number.
+    """
+    file, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists() or "/" in weight or "\\" in weight:  # C:\style
+        return text, 1.0
+    try:
+        return file, float(weight)
+    except ValueError:
+        raise UserError(f"--lora must be FILE or FILE:WEIGHT; got {text!r}.") from None
+
+
+def parts_of(components: Components) -> dict[str, nn.Module]:
+    """The networks of a model by the names that files use."""
+    return {"unet": components.unet, "text_encoder": components.text_encoder.module}
+
+
 def match(file: LoraFile, parts: Mapping[str, nn.Module]) -> dict[Place, LowRank]:
     """Find the layer of every change in a file.
 
     Raises: UserError: naming what matches nothing, or what has other shapes than the model.
     """
     layers = {part: layers_of(module) for part, module in parts.items()}
-    known = places({part: {n: m.weight for n, m in own.items()} for part, own in layers.items()})
+    known = places(layers, _compvis_names(parts["unet"]))
     lost = [name for name in file.weights if name not in known]
     if lost:
         count = "nothing" if len(lost) == len(file.weights) else "not everything"
@@ -175,11 +207,15 @@ def match(file: LoraFile, parts: Mapping[str, nn.Module]) -> dict[Place, LowRank
     return found
 
 
+def _compvis_names(unet: Any) -> Callable[[str], str]:
+    theirs = unet_places(unet.config)
+    return lambda module: placed(module, theirs)
+
+
 def _guess(changes: Mapping[str, LowRank]) -> str:
     """Which family has such a text width, where one layer shows it."""
-    widths = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
     for name, change in changes.items():
-        if name.endswith(("attn2.to_k", "attn2_to_k")) and change.down.shape[1] in widths:
+        if name.endswith(("attn2.to_k", "attn2_to_k")) and change.down.shape[1] in BASES:
             width = change.down.shape[1]
-            return f" Its text states are {width} wide, as those of {widths[width]} are."
+            return f" Its text states are {width} wide, as those of {BASES[width]} are."
     return ""

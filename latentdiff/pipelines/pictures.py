@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from latentdiff.pipelines.inputs import check_steps
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -44,10 +46,12 @@ def grid(images: Sequence[Image], columns: int | None = None, gap: int = 2) -> I
     """One picture of several of equal size, row by row on white.
 
     Args:    columns: None for about as many as rows.  gap: pixels between pictures.
+    Raises:  UserError: columns below 1.
     """
     from PIL import Image
 
-    columns = columns or round(len(images) ** 0.5 + 0.499)
+    columns = round(len(images) ** 0.5 + 0.499) if columns is None else columns
+    check_steps("columns", columns)
     rows = -(-len(images) // columns)
     width, height = images[0].size
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)

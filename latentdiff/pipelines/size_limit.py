@@ -16,8 +16,10 @@ def check_pixels(height: int, width: int, name: str = "height x width") -> None:
     """Refuse sizes that no model draws and no memory holds.
 
     Args:    name: what the caller calls the size.
-    Raises:  UserError: more than `MAX_PIXELS`.
+    Raises:  UserError: a side below 1, or more than `MAX_PIXELS`.
     """
+    if min(height, width) < 1:
+        raise UserError(f"{name} must be at least 1 in both directions; got {height}x{width}.")
     if height * width > MAX_PIXELS:
         raise UserError(
             f"{name} must be at most {MAX_PIXELS:,} pixels in all, such as 4096x4096; got "

@@ -22,8 +22,15 @@ from latentdiff.diffusion.guidance import (
     needs_unconditional,
 )
 from latentdiff.diffusion.noise import batch_noise, step_noise
-from latentdiff.diffusion.samplers import as_denoiser, custom_grid, run, timestep_grid
+from latentdiff.diffusion.samplers import (
+    as_denoiser,
+    custom_grid,
+    run,
+    timestep_grid,
+    warn_of_late_start,
+)
 from latentdiff.diffusion.samplers.registry import SAMPLERS, check_options, split_name
+from latentdiff.models.finite import not_finite
 from latentdiff.models.long_prompts import PromptSyntax, ReadPrompt, check_syntax, read_prompt
 from latentdiff.models.unknown_words import warn_of_unknown_words
 from latentdiff.pipelines.contexts import batch_contexts, image_contexts, passes
@@ -36,11 +43,11 @@ from latentdiff.pipelines.inputs import (
     guidance_scales,
     negative_prompts,
     prompt_list,
+    warn_of_unused_negatives,
 )
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.loaded_model import LoadedModel
 from latentdiff.pipelines.pictures import to_output
-from latentdiff.pipelines.size_limit import check_pixels
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -109,9 +116,9 @@ class LatentDiffusionPipeline(LoadedModel):
                  height, width: in pixels, multiples of the autoencoder's downscale, at most
                  `MAX_PIXELS` in all; None: the size of the training.
                  num_inference_steps: 1 … T; more is finer and slower.
-                 guidance_scale: 1 = off; higher follows the prompt more closely; None: the model's
-                 own (generation_config.json in its folder), or 5. One for all or
-                 one for each prompt.
+                 guidance_scale: up to 1 = off; higher follows the prompt more closely; None: the
+                 model's own (generation_config.json in its folder), or 5. One for all or one for
+                 each prompt.
                  guidance_rescale: 0 … 1, against washed-out pictures at high guidance.
                  guidance_interval: guide only at timesteps low … high; the steps outside take half
                  the time.
@@ -128,11 +135,13 @@ class LatentDiffusionPipeline(LoadedModel):
                  progress: show a bar on the terminal.
         Returns: images, their seeds, and how the prompts were read.
         Raises:  UserError: any argument outside what is described here, before any work.
+                 NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
         """
         prompts = prompt_list(prompt, "prompt")
         negatives = negative_prompts(negative_prompt, len(prompts))
         guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
         scales = guidance_scales(guidance_scale, len(prompts))
+        warn_of_unused_negatives(negatives, scales)
         interval = guidance_interval_of(guidance_interval)
         check_output_type(output_type)
         check_syntax(prompt_syntax)
@@ -148,6 +157,8 @@ class LatentDiffusionPipeline(LoadedModel):
             sampler, sampler_options, timestep_spacing, num_inference_steps, timesteps
         )
         plan = _Plan(sampler, grid, options, guidance_rescale, interval)
+        if latents is None:
+            warn_of_late_start(self.schedule, grid)
         x_T = batch_noise(seeds, shape) if latents is None else latents
         check_latents(x_T, (len(seeds), *shape))
         # A1111's syntax refuses networks, and says so itself.
@@ -232,18 +243,21 @@ class LatentDiffusionPipeline(LoadedModel):
         noise = step_noise(seeds, x_T.shape[1:], self.device)
         x = x_T.to(self.device, torch.float32)
         states = run(plan.sampler, denoiser, x, self.schedule, plan.grid, noise, **plan.options)
+        finite = []
         for state in states:
             x = state.x_t
+            finite.append(x.isfinite().all())  # stays on the device: no step waits for it
             bar.update()
+        if False in (steps := torch.stack(finite).tolist()):
+            step = steps.index(False)
+            where = f"step {step + 1} of {len(steps)} (timestep {float(plan.grid[step]):g})"
+            raise not_finite(f"the latents after {where}", "the U-Net", self.unet)
         return x
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        default = self.default_size
-        size = (height or default[0], width or default[1])
-        self.autoencoder.check_image_size(size)
-        check_pixels(*size)
         down = self.autoencoder.downscale
-        return self.autoencoder.latent_channels, size[0] // down, size[1] // down
+        height, width = self.image_size(height, width)
+        return self.autoencoder.latent_channels, height // down, width // down
 
     def _seeds(self, seed: int | None, count: int) -> list[int]:
         first = secrets.randbelow(2**31) if seed is None else check_seed(seed)
@@ -259,14 +273,14 @@ class LatentDiffusionPipeline(LoadedModel):
     ) -> tuple[str, Tensor, dict[str, Any]]:
         """Sampler name, grid and options, with the folder's defaults filled in."""
         defaults = self.components.sampling
-        name, named_spacing = split_name(sampler or defaults.sampler)
+        name, named_spacing = split_name(defaults.sampler if sampler is None else sampler)
         row, options = SAMPLERS[name], dict(options or {})
-        if defaults.final_timestep is not None and "final_timestep" in row.options:
-            options.setdefault("final_timestep", defaults.final_timestep)
+        options.setdefault("final_timestep", defaults.final_timestep(name))
         check_options(name, options)
         if timesteps is not None:
             return name, custom_grid(self.schedule, timesteps), options
-        spacing = spacing or named_spacing or row.spacing or defaults.spacing
+        if spacing is None:
+            spacing = named_spacing or row.spacing or defaults.spacing
         grid = timestep_grid(self.schedule, steps, spacing, defaults.steps_offset, style=row.grid)
         return name, grid, options
 

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from latentdiff.data.source import DataConfig
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
+from latentdiff.models.added_tokens import BOS, EOS
 from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
-from latentdiff.models.tokenizer import BOS, EOS, PIECES, ClipTokenizer
+from latentdiff.models.tokenizer import PIECES, ClipTokenizer
 from latentdiff.trainer.stage import StageConfig
 
 #: The value of `start` that means the package's own model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ class ValidationConfig:
     steps: int = 25
     """DDIM steps."""
     guidance: float = 4.0
-    """Guidance scale; 1 is off."""
+    """Guidance scale; up to 1 is off."""
     seed: int = 0
     """Seed of the first picture; the next one has the next seed."""
     samples: int = 256
@@ -105,10 +106,11 @@ class ValidationConfig:
 
     def validate(self) -> list[str]:
         """List what is out of range."""
+        least = {"every": 0, "pictures": 0, "steps": 1, "samples": 1, "guidance": 0}
         return [
-            f"{name} must be at least {least}; got {getattr(self, name)}."
-            for name, least in (("every", 0), ("pictures", 0), ("steps", 1), ("samples", 1))
-            if getattr(self, name) < least
+            f"{name} must be finite and at least {low}; got {getattr(self, name)}."
+            for name, low in least.items()
+            if not low <= getattr(self, name) < math.inf
         ]
 
 

@@ -1,4 +1,4 @@
-"""What a run ran on, for its report: written once at the start, OUTPUT/environment.json."""
+"""What a run ran on: every start of it adds to OUTPUT/environment.json."""
 
 from __future__ import annotations
 

@@ -1,14 +1,20 @@
-"""A fresh meeting place for processes that the launcher starts again.
+"""A rendezvous of its own for every attempt of a run that the launcher restarts.
 
-torch's launcher keeps one key-value store for all attempts of a run. A process that was started
-again may read there the address of one that is dead, and then fails ("Connection refused") or
-waits for good. So the processes of an attempt first agree on a number that no attempt before had,
-and put it before their keys. They cannot count restarts: each machine of a run counts its own, and
-not those that another machine caused.
+torch's launcher keeps one key-value store for all attempts, so a restarted process may read there
+the address of one that is dead, and then fails ("Connection refused") or hangs. So the processes of
+an attempt first agree on a number that no attempt before had, and use it as the prefix of their
+keys. They cannot count restarts: the launcher on each machine counts only those it caused.
 
 The launcher has to have ended all processes of an attempt before it starts the next, which it does
 on one machine, and with `rdzv_backend: c10d` on several.
-Source of the facts: github.com/pytorch/pytorch/issues/135712.
+
+Upstream: github.com/pytorch/pytorch/issues/135712 (closed, but its fix still reuses the store when
+the launcher itself goes on) and 167288 (open). No release is free of it yet: with torch 2.13.0 and
+without this module a restart under c10d ends in "connectFullMesh failed", under static it hangs.
+The module can go with the first torch where
+tests/test_sharded_runs.py::test_one_process_dies_while_saving_and_the_launcher_goes_on passes with
+`init_method` returning None. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the launcher's environment
+avoids it too, but under c10d only.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-#: The scheme that `init_process_group(init_method=…)` knows this meeting place by.
+#: The URL scheme of this rendezvous for `init_process_group(init_method=…)`.
 SCHEME = "fresh"
 #: Processes of one attempt start within this time of each other; then something is wrong.
 LIMIT = timedelta(minutes=30)
@@ -40,9 +46,9 @@ def attempt() -> int:
 
 
 def init_method() -> str | None:
-    """How processes of this launch should meet; None for torch's own way.
+    """The `init_method` of this launch; None for torch's own.
 
-    Only a launcher that shares its store needs another one.
+    Only a launcher that shares its store with the processes needs another one.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -58,7 +64,7 @@ def _register() -> None:
 
 
 def _meet(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Any, int, int]]:
-    """What torch asks of a meeting place: (store, rank, number of processes)."""
+    """torch's rendezvous handler: yields (store, rank, number of processes)."""
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 

@@ -12,6 +12,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 METRICS = "metrics.jsonl"
+_NO_TENSORBOARD = (
+    "note: no curves for TensorBoard, which is not installed: `pip install 'latentdiff[tracking]'` "
+    "(or set loop.tensorboard=false). metrics.jsonl has all numbers."
+)
 
 
 class LoopLength(Protocol):
@@ -70,7 +74,8 @@ class Tracker:
         self._path = folder / METRICS
         forget_after(self._path, first_step)
         self._writers = more()
-        if config.tensorboard and (events := _summary_writer(folder / "tensorboard", first_step)):
+        events = _summary_writer(folder / "tensorboard", first_step) if config.tensorboard else None
+        if events is not None:
             self._writers.append(events)
         from tqdm import tqdm
 
@@ -78,6 +83,8 @@ class Tracker:
         self._bar: Any = tqdm(
             total=config.max_steps, initial=first_step, unit="step", dynamic_ncols=True, **slow
         )
+        if config.tensorboard and events is None:
+            self.say(_NO_TENSORBOARD)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows; each has `step`, the number of optimizer steps made."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentdiff.diffusion.guidance import guidance_context, guide
 from latentdiff.diffusion.noise import batch_noise, step_noise
 from latentdiff.diffusion.objective import ObjectiveConfig, draw, per_sample_loss
-from latentdiff.diffusion.samplers import as_denoiser, sample, timestep_grid
+from latentdiff.diffusion.samplers import as_denoiser, sample, timestep_grid, warn_of_late_start
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.models.unet import UNet
 from latentdiff.trainer.bucket_order import by_bucket
@@ -114,6 +114,7 @@ def pictures(
     """
     device = next(unet.parameters()).device
     grid = timestep_grid(schedule, steps)
+    warn_of_late_start(schedule, grid)
     found = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.models.finite import NotFiniteError
 from latentdiff.trainer.config import TrainConfig
 from latentdiff.trainer.context import ContextCache
 from latentdiff.trainer.ema import Ema
@@ -88,18 +89,22 @@ class Validator:
         if not self._prompts:
             return
         validation, (channels, height, width) = self._config.validation, self._latents.data.shape
-        images = pictures(
-            self._model,
-            self._parts.autoencoder,
-            self._context,
-            self._schedule,
-            self._config.objective.prediction,
-            self._prompts,
-            (channels // 2, height, width),
-            steps=validation.steps,
-            guidance=validation.guidance,
-            seed=validation.seed,
-        )
+        try:
+            images = pictures(
+                self._model,
+                self._parts.autoencoder,
+                self._context,
+                self._schedule,
+                self._config.objective.prediction,
+                self._prompts,
+                (channels // 2, height, width),
+                steps=validation.steps,
+                guidance=validation.guidance,
+                seed=validation.seed,
+            )
+        except NotFiniteError as error:  # whether the run goes on is decided by its steps
+            self._tracker.say(f"step {step}: no pictures: {error}")
+            return
         grid = picture_grid(images)
         if self._accelerator.is_main_process:
             write_png(grid, Path(self._config.output) / SAMPLES / f"step-{step:08d}{kind}.png")

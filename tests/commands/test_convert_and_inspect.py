@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from safetensors.torch import load_file, save_file
 from latentdiff.commands import convert, inspect
 from latentdiff.commands.keys import grouped, size
 from latentdiff.formats.diffusers_folder import load_components
+from latentdiff.formats.lora_files import write_lora
+from latentdiff.formats.model import load_model
+from latentdiff.models.low_rank import LowRank, layers_of
+from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 from tests.random_models import make_pipeline
 
 
@@ -126,3 +131,72 @@ def test_lists_in_few_lines() -> None:
     keys = ["betas", *(f"model_ema.a{i}.weight" for i in range(7)), *(f"x.y.{i}" for i in range(9))]
     assert grouped(keys)[0] == "betas" and grouped(keys)[-1] == "x.y.…  (9 keys)"
     assert [size(n) for n in (12, 3_440_000_000, 5_000_000)] == ["12 bytes", "3.44 GB", "5.00 MB"]
+
+
+def dora(folder: Path, file: Path) -> LatentDiffusionPipeline:
+    """A pipeline with a DoRA of rank 2 on it, which the file holds."""
+    pipeline = LatentDiffusionPipeline.from_pretrained(folder)
+    torch.manual_seed(3)
+    changes = {}
+    for name, layer in layers_of(pipeline.unet).items():
+        if name.endswith(("to_q", "conv1")):
+            down = torch.randn(2, *layer.weight.shape[1:]) / layer.weight[0].numel() ** 0.5
+            up = torch.randn(len(layer.weight), 2, *[1] * (layer.weight.ndim - 2)) * 0.1
+            size = layer.weight.detach().flatten(1).norm(dim=1) * 1.3
+            changes[f"unet.{name}"] = LowRank(down, up, 2.0, size)
+    pipeline.load_lora(write_lora(file, changes, "kohya"))
+    return pipeline
+
+
+def test_loras_are_merged_at_their_weights(folder: Path, tmp_path: Path) -> None:
+    pipeline = dora(folder, tmp_path / "dora.safetensors")
+    pipeline.unload_lora()
+    pipeline.load_lora(tmp_path / "dora.safetensors", 0.7)
+    pipeline.fuse_lora()
+    for target in ("merged", "merged.safetensors"):
+        arguments = [str(folder), str(tmp_path / target), "--lora"]
+        assert convert.main([*arguments, f"{tmp_path / 'dora.safetensors'}:0.7"]) == 0
+        merged = load_model(tmp_path / target).unet.state_dict()
+        for name, weight in pipeline.unet.state_dict().items():
+            assert torch.equal(merged[name], weight), name
+
+
+def test_a_dora_becomes_the_nearest_plain_lora(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    pipeline = dora(folder, tmp_path / "dora.safetensors")
+    before = {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    pipeline.fuse_lora()
+    wanted = {k: v - before[k] for k, v in pipeline.unet.state_dict().items()}
+    whole = sum(float(d.square().sum()) for d in wanted.values())
+    pipeline.unload_lora()
+    for rank in (4, 1000):
+        file = tmp_path / f"plain-{rank}.safetensors"
+        arguments = [str(folder), str(file), "--lora", str(tmp_path / "dora.safetensors")]
+        assert convert.main([*arguments, "--rank", str(rank)]) == 0
+        said = float(re.search(r"relative error of the change: (\S+)", capsys.readouterr().out)[1])
+        assert not any(key.endswith("dora_scale") for key in load_file(file))
+        pipeline.load_lora(file)
+        pipeline.fuse_lora()
+        after = pipeline.unet.state_dict()
+        off = sum(float((after[k] - before[k] - d).square().sum()) for k, d in wanted.items())
+        assert said == pytest.approx((off / whole) ** 0.5, rel=0.01, abs=1e-5)
+        assert said > 0.05 if rank == 4 else said < 1e-5
+        pipeline.unload_lora()
+
+
+def test_what_becomes_no_plain_lora(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    plain = write_lora(
+        tmp_path / "plain.safetensors",
+        {"unet.conv_in": LowRank(torch.ones(1, 4, 3, 3), torch.ones(16, 1, 1, 1), 1.0)},
+    )
+    out = str(tmp_path / "out.safetensors")
+    for arguments, words in (
+        ([out, "--lora", str(plain), "--rank", "0"], "at least 1"),
+        ([out, "--rank", "4"], "one --lora"),
+        ([str(tmp_path / "out"), "--lora", str(plain), "--rank", "4"], "written as .safetensors"),
+        ([out, "--lora", str(plain), "--rank", "4"], "plain LoRA already"),
+        ([out, "--lora", str(tmp_path / "none"), "--rank", "4"], "no LoRA file"),
+        ([out, "--lora", f"{plain}:much"], "FILE:WEIGHT"),
+    ):
+        assert convert.main([str(folder), *arguments]) == 2
+        assert words in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["plain.safetensors"]

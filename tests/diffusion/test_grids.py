@@ -1,13 +1,24 @@
 """Time grids against diffusers' and against what they promise."""
 
 import math
+from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from latentdiff.diffusion.samplers import SPACINGS, custom_grid, get_spacing, timestep_grid
+from latentdiff.diffusion.samplers import (
+    SPACINGS,
+    custom_grid,
+    get_spacing,
+    timestep_grid,
+    warn_of_late_start,
+)
+from latentdiff.diffusion.samplers.grids import GridStyle
+from latentdiff.diffusion.samplers.walk import walk
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from latentdiff.errors import UserError
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
 ZERO = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
@@ -106,3 +117,76 @@ def test_a_list_of_your_own() -> None:
 def test_faults(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+#: By name, what a checkpoint may have been trained on.
+SCHEDULES = {
+    "scaled_linear": ScheduleConfig(),
+    "DDPM": ScheduleConfig("linear", beta_start=1e-4, beta_end=0.02),
+    "cosine": ScheduleConfig("cosine"),
+    "zero SNR": ScheduleConfig(zero_terminal_snr=True),
+    "cosine, zero SNR": ScheduleConfig("cosine", zero_terminal_snr=True),
+    "short": ScheduleConfig(num_train_timesteps=200),
+    "long": ScheduleConfig("linear", 4000, beta_start=2.5e-5, beta_end=0.005),
+    "flow": ScheduleConfig("flow"),
+}
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_grid_is_one_that_samplers_take(name: str, spacing: str) -> None:
+    """Whatever the schedule, grid, steps and offset: a walk to either end, or a reason."""
+    schedule = NoiseSchedule(SCHEDULES[name])
+    first, last = schedule.clean_timestep + 1, schedule.last_timestep
+    even = spacing in ("leading", "linspace")
+    ways = product(get_args(GridStyle), (0, 1)) if even else [("whole", 1)]
+    for n, (style, offset) in product(range(1, 51), ways):
+        if (name, spacing) in UNSUITED:
+            with pytest.raises(UserError, match=r"was found for sch|starts from pure noise"):
+                timestep_grid(schedule, n, spacing, offset, style=style)
+            continue
+        grid = timestep_grid(schedule, n, spacing, offset, style=style)
+        assert len(grid) == n and first <= grid[-1] and grid[0] <= last
+        assert bool((grid.diff() < 0).all())
+        if n in (1, 5, 20):
+            for end in (None, first):
+                assert all(step.h >= 0 for step in walk(schedule, grid, end))
+
+
+#: Grids that do not fit their schedule.
+UNSUITED = {
+    *(("flow", spacing) for spacing in ("leading", "linspace", "lcm", "align_your_steps")),
+    *((name, "align_your_steps") for name in ("zero SNR", "cosine, zero SNR", "short")),
+}
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_grids_of_levels_end_at_the_first_level_itself(name: str, spacing: str) -> None:
+    schedule = NoiseSchedule(SCHEDULES[name])
+    for n in (3, 10, 50):
+        grid = timestep_grid(schedule, n, spacing)
+        assert float(grid[-1]) == pytest.approx(schedule.clean_timestep + 1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "n", "late"),
+    [
+        ("scaled_linear", "leading", 1, True),
+        ("scaled_linear", "linspace", 1, True),
+        ("DDPM", "leading", 1, True),
+        ("cosine", "linspace", 1, True),
+        ("scaled_linear", "leading", 2, False),
+        ("scaled_linear", "trailing", 1, False),
+        ("scaled_linear", "karras", 1, False),
+        ("scaled_linear", "lcm", 1, False),
+        ("zero SNR", "trailing", 1, False),
+        ("flow", "trailing", 1, False),
+    ],
+)
+def test_a_start_at_the_clean_end_is_warned_of(
+    name: str, spacing: str, n: int, late: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    schedule = NoiseSchedule(SCHEDULES[name])
+    warn_of_late_start(schedule, timestep_grid(schedule, n, spacing, 1))
+    assert ["will be noise" in str(w.message) for w in recwarn] == [True] * late

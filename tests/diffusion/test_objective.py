@@ -8,7 +8,6 @@ from torch import Tensor
 from latentdiff.diffusion.objective import (
     ObjectiveConfig,
     draw,
-    drop_context,
     loss_weight,
     per_sample_loss,
 )
@@ -188,13 +187,6 @@ def test_zero_terminal_snr_has_finite_weights() -> None:
             config = ObjectiveConfig(prediction=prediction, weighting=weighting)
             weight = loss_weight(torch.arange(1000), schedule, config)
             assert weight.isfinite().all() and (weight >= 0).all()
-
-
-def test_drop_context_empties_the_marked_samples_only() -> None:
-    context, empty = torch.randn(3, 5, 2), torch.zeros(5, 2)
-    dropped = drop_context(context, empty, torch.tensor([True, False, True]))
-    assert torch.equal(dropped[1], context[1])
-    assert (dropped[0] == 0).all() and (dropped[2] == 0).all()
 
 
 @pytest.mark.parametrize(

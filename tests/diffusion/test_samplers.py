@@ -14,7 +14,6 @@ from latentdiff.diffusion.samplers import (
     as_denoiser,
     dynamic_threshold,
     get_sampler,
-    make_denoiser,
     resume,
     run,
     sample,
@@ -122,7 +121,7 @@ def test_a_new_sampler_is_one_function_and_one_row(monkeypatch: pytest.MonkeyPat
             x = advance(x, push * x_0, step.now, step.next)
             yield SamplerState(step.number, step.now.t, x, x_0)
 
-    monkeypatch.setitem(SAMPLERS, "toy", Sampler(toy, "Euler, pushed", ("Toy 1",)))
+    monkeypatch.setitem(SAMPLERS, "toy", Sampler(toy, ("Toy 1",)))
     grid, x_T = timestep_grid(SCHEDULE, 5), batch_noise([1], SHAPE)
     found = sample("toy 1", DENOISER, x_T, SCHEDULE, grid, NOISE, clip=2.0)
     assert torch.equal(found, sample("euler", DENOISER, x_T, SCHEDULE, grid, NOISE, clip=2.0))
@@ -184,12 +183,12 @@ def test_pure_noise_is_a_usable_start(name: str, schedule: NoiseSchedule, predic
     """A network that knows the data leads from alpha = 0 to it, whichever way it answers."""
     image = normal((2, *SHAPE), seed=9)
 
-    def network(x_t: Tensor, t: Tensor, context: None) -> Tensor:
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (c[0].float() for c in (schedule.alpha(t), schedule.sigma(t)))
         eps = (x_t - alpha * image) / sigma
         return {"v": alpha * eps - sigma * image, "x0": image, "flow": eps - image}[prediction]
 
-    denoiser = make_denoiser(network, None, schedule, prediction)
+    denoiser = as_denoiser(network, schedule, prediction)
     grid = timestep_grid(schedule, 25)
     assert grid[0] == schedule.last_timestep
     noise = step_noise([1, 2], SHAPE)

@@ -128,7 +128,7 @@ def test_the_report_stands_on_its_own(examined: tuple[Path, Path]) -> None:
     anchors = {a["id"] for _, a in tags if "id" in a}
     assert links and all(link.removeprefix("#") in anchors for link in links)
     assert "&lt;script&gt;" in text and "url(" not in text and "\x1b" not in text
-    assert re.search(r"1:1</td><td class=n>\d+", text) and "JPEG CMYK" in text
+    assert re.search(r'1:1</td><td class="n">\d+', text) and "JPEG CMYK" in text
 
 
 def test_a_zip_is_examined_in_place(examined: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -10,9 +12,9 @@ from latentdiff.data.emoji import Drawing, Rendering
 from latentdiff.data.styles import BACKGROUNDS, STYLES
 from latentdiff.evaluation.measures import Shown
 from latentdiff.evaluation.misses import concept_miss, ground_miss, style_miss
-from latentdiff.evaluation.page import page
 from latentdiff.evaluation.prompts import Asked
 from latentdiff.evaluation.statistics import fit_classifier
+from latentdiff.html_report import write_html
 
 DRAWINGS = [Drawing(name, (), b"", False) for name in ("cat", "dog", "owl")]
 
@@ -48,9 +50,13 @@ def test_another_style_is_named() -> None:
         assert style_miss(asked(0, other), one, classifier) == f"style: {style}"
 
 
-def test_the_page_says_it_and_nothing_where_all_is_well() -> None:
+def test_the_page_says_it_and_nothing_where_all_is_well(tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 4))
-    shown = [Shown("a <cat>", image, image, "ground: red & blue"), Shown("an owl", image)]
-    text = page("A", {"figure": 1}, {"Concepts": shown})
-    assert "a &lt;cat&gt;<i>ground: red &amp; blue</i></figcaption>" in text
-    assert "an owl</figcaption>" in text and text.count("<i>") == 1
+    shown = [Shown("a <cat>\u202e", image, image, "ground: red & blue"), Shown("an owl", image)]
+    file, facts = tmp_path / "page.html", {"figure": 0.25}.items()
+    write_html(file, "evaluation.html", title="<A>", facts=facts, sections={"Concepts": shown})
+    text = file.read_text("utf-8")
+    assert "<h1>&lt;A&gt;</h1>" in text and "<td>figure</td><td>0.25</td>" in text
+    assert r"a &lt;cat&gt;\u202e<span" in text and ">ground: red &amp; blue</span></fig" in text
+    assert "an owl</figcaption>" in text and text.count('class="miss"') == 1
+    assert text.count('<img src="data:image/png;base64,') == 3

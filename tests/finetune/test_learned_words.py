@@ -108,10 +108,11 @@ def test_a_model_with_words_is_saved_with_them(
     add_word(pipeline.text_encoder, "dog-2", VECTORS[:1])
     pipeline.save_pretrained(tmp_path / "new")
     again = LatentDiffusionPipeline.from_pretrained(tmp_path / "new")
-    texts = [*TEXTS, "dog-2 <my-cat>"]
+    texts = [*TEXTS, "dog-20", "dog-2 <my-cat>"]
     assert torch.equal(again.text_encoder.encode(texts), pipeline.text_encoder.encode(texts))
-    expected = open_theirs(tmp_path / "new").encode_prompt(texts[-1], "cpu", 1, False)[0][0]
-    torch.testing.assert_close(again.text_encoder.encode(texts)[-1], expected)
+    theirs = open_theirs(tmp_path / "new")
+    expected = [theirs.encode_prompt(text, "cpu", 1, False)[0][0] for text in texts[-2:]]
+    torch.testing.assert_close(again.text_encoder.encode(texts[-2:]), torch.stack(expected))
 
 
 def test_a_word_of_several_vectors_stays_whole_in_long_prompts(
@@ -127,6 +128,31 @@ def test_a_word_of_several_vectors_stays_whole_in_long_prompts(
     with pytest.warns(UserWarning, match="cut off: '<my-cat> dog'"):
         row = pipeline.text_encoder.tokenizer(["cat " * 12 + "<my-cat> dog"])[0]
     assert len(row) == pipeline.text_encoder.max_length
+
+
+@pytest.mark.parametrize(
+    ("word", "without", "within"),
+    [
+        (
+            "zed",
+            ["zedd", "azed", "zed_1x", "zed2", "Zedé"],
+            ["zed", "a ZED, dog", "(zed)", "zed's"],
+        ),
+        ("cat-2", ["cat-20", "xcat-2", "cat-2s"], ["cat-2", "dog,cat-2.", "pain cat-2-dog"]),
+        ("<zed>", ["zed", "< zed>"], ["<zed>s", "a<zed>b", "<<zed>>"]),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_word_is_not_met_within_a_longer_one(
+    pipeline: LatentDiffusionPipeline, word: str, without: list[str], within: list[str], count: int
+) -> None:
+    encoder = pipeline.text_encoder
+    before = encoder.encode(without), [encoder.tokenizer.pieces(text) for text in without]
+    ids = add_word(encoder, word, VECTORS[:count])
+    assert [encoder.tokenizer.pieces(text) for text in without] == before[1]
+    assert torch.equal(encoder.encode(without), before[0])
+    for text in within:
+        assert tuple(ids) in encoder.tokenizer.pieces(text), text
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from latentdiff.diffusion.samplers import timestep_grid
+from latentdiff.diffusion.samplers import sampler_name, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import UserError
 from latentdiff.formats.scheduler_config import (
+    ALPHA_TO_ONE,
     PREDICTION_NAMES,
     SamplingDefaults,
     read_scheduler,
@@ -105,7 +106,11 @@ def test_stable_diffusion_1_5_as_published() -> None:
         "clip_sample": False,
     }
     found = read_scheduler(published)
-    assert found == (ScheduleConfig(), "eps", SamplingDefaults("pndm", "leading", 1, 0))
+    assert found == (
+        ScheduleConfig(),
+        "eps",
+        SamplingDefaults("pndm", "leading", 1, ("ddim", "pndm")),
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,60 @@ def test_solver_and_grid_are_those_of_the_folder(
     name: str, fields: dict[str, Any], expected: tuple[str, str, int | None]
 ) -> None:
     sampling = read_scheduler(saved(scheduler(name, **SD, **fields)))[2]
-    assert (sampling.sampler, sampling.spacing, sampling.final_timestep) == expected
+    found = sampling.sampler, sampling.spacing, sampling.final_timestep(sampling.sampler)
+    assert found == expected
+
+
+def last_sigma(scheduler: Any) -> float:
+    """σ/α that the last step of diffusers' scheduler leads to."""
+    scheduler.set_timesteps(20)
+    if hasattr(scheduler, "sigmas"):
+        return float(scheduler.sigmas[-1])
+    alpha_bar = getattr(scheduler, "final_alpha_cumprod", 1.0)  # DDPM has no such field
+    return float((1 / alpha_bar - 1) ** 0.5)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "HeunDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_class_name": "PNDMScheduler", "set_alpha_to_one": False},  # SD 1.x
+        {"_class_name": "DDIMScheduler", "set_alpha_to_one": False},  # SD 2.x
+        {"_class_name": "DDIMScheduler", "set_alpha_to_one": True},
+        {"_class_name": "UniPCMultistepScheduler", "final_sigmas_type": "sigma_min"},
+        {"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "zero"},
+        {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "final_sigmas_type": "sigma_min",
+            "set_alpha_to_one": False,
+        },
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_every_sampler_ends_where_diffusers_ends_it_for_the_same_file(
+    name: str, fields: dict[str, Any]
+) -> None:
+    import diffusers
+
+    data = {**SD, **fields, "steps_offset": 1}
+    if name == "PNDMScheduler":
+        data["skip_prk_steps"] = True
+        data.setdefault("set_alpha_to_one", True)  # its own default is another
+    theirs = getattr(diffusers, name).from_config(data)
+    schedule, _, sampling = read_scheduler(data)
+    sampler = sampler_name(name)
+    end = sampling.final_timestep(sampler)
+    ours = NoiseSchedule(schedule)
+    ratio = 0.0 if end is None else float(ours.noise_ratio(end))
+    assert ratio == pytest.approx(last_sigma(theirs), rel=1e-4)
+
+
+def test_the_last_level_survives_saving() -> None:
+    for end_noisy in ((), ALPHA_TO_ONE):
+        data = write_scheduler(ScheduleConfig(), "eps", SamplingDefaults(end_noisy=end_noisy))
+        assert data["set_alpha_to_one"] is not bool(end_noisy)
+        assert read_scheduler(data)[2].end_noisy == end_noisy
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.models.low_rank import Branch, Layer, LowRank, add_to
+from latentdiff.models.low_rank import Branch, Layer, LowRank, add_to, nearest
 
 
 def make(layer: Layer, rank: int = 3, alpha: float = 5.0, dora: bool = False) -> LowRank:
@@ -61,6 +61,27 @@ def test_beside_the_weight_is_the_same_as_in_it(number: int, dora: bool) -> None
     add_to(layer, strength * change.delta(layer.weight))
     torch.testing.assert_close(layer(x), beside, rtol=1e-5, atol=1e-5)
     assert (without - beside).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_nearest_lora_leaves_out_the_smallest_singular_values(number: int) -> None:
+    weight = layers()[number].weight
+    delta = make(layers()[number], dora=True).delta(weight)
+    values = torch.linalg.svdvals(delta.flatten(1))
+    for rank in (1, 2, 9):
+        change = nearest(delta, rank)
+        assert change.fits(weight) and change.rank == min(rank, len(values))
+        off = (change.delta(weight) - delta).norm()
+        torch.testing.assert_close(off, values[rank:].norm(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    weight = torch.zeros(4, 6)
+    weight[1:] = torch.randn(3, 6)
+    change = LowRank(torch.randn(2, 6), torch.zeros(4, 2), 2.0, torch.ones(4))
+    delta = change.delta(weight)
+    assert torch.equal(delta[0], torch.zeros(6))
+    torch.testing.assert_close((weight + delta)[1:].norm(dim=1), torch.ones(3))
 
 
 def test_what_fits() -> None:

@@ -3,14 +3,17 @@ fit."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latentdiff.commands import inspect
 from latentdiff.errors import UserError
 from latentdiff.formats.lora_files import write_lora
 from latentdiff.models.low_rank import LowRank, layers_of
@@ -191,6 +194,78 @@ def test_what_diffusers_writes_is_read_here(model: Path, tmp_path: Path) -> None
     assert_same_picture(theirs, ours)
 
 
+def comfy_names(pipeline: LatentDiffusionPipeline, folder: Path) -> dict[str, str]:
+    """Layers → what ComfyUI calls them, by where a single file keeps the same weights."""
+    file = folder / "whole.safetensors"
+    pipeline.save_pretrained(file)
+    stored = load_file(file)
+    found = {}
+    for name, layer in layers_of(pipeline.unet).items():
+        (key,) = (k for k, t in stored.items() if torch.equal(t.reshape(-1), layer.weight.ravel()))
+        found[f"unet.{name}"] = key.removeprefix("model.").removesuffix(".weight")
+    for name in layers_of(pipeline.text_encoder.module):
+        found[f"text_encoder.{name}"] = f"text_encoders.clip_l.transformer.text_model.{name}"
+    return found
+
+
+@pytest.mark.parametrize("flat", (False, True))
+def test_names_of_comfyui_and_compvis(model: Path, tmp_path: Path, flat: bool) -> None:
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    changes, theirs = make(pipeline, 1), comfy_names(pipeline, tmp_path)
+    assert theirs["unet.conv_in"] == "diffusion_model.input_blocks.0.0"
+    state = {}
+    for name, change in changes.items():
+        key = theirs[name]
+        if flat:
+            key = re.sub(r"^diffusion_model\.|^text.*transformer\.", "lora_unet_", key)
+            key = key.replace(".", "_").replace("lora_unet_text_model", "lora_te_text_model")
+        state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = change.down, change.up
+        state[f"{key}.alpha"] = torch.tensor(change.alpha)
+    save_file(state, tmp_path / "comfy.safetensors")
+    pipeline.load_lora(tmp_path / "comfy.safetensors")
+    found = output(pipeline)
+    pipeline.unload_lora()
+    pipeline.load_lora(write_lora(tmp_path / "ours.safetensors", changes))
+    assert torch.equal(found, output(pipeline))
+
+
+@pytest.mark.parametrize("start", ("base_model.model.text_model.", "base_model.model."))
+def test_the_text_tower_alone_as_peft_saves_it(model: Path, tmp_path: Path, start: str) -> None:
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    changes = {n: c for n, c in make(pipeline, 1).items() if n.startswith("text_encoder.")}
+    state = {}
+    for name, change in changes.items():
+        layer = start + name.removeprefix("text_encoder.")
+        state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = change.down, change.up
+    (tmp_path / "peft").mkdir()
+    save_file(state, tmp_path / "peft" / "adapter_model.safetensors")
+    (tmp_path / "peft" / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 5}')
+    pipeline.load_lora(tmp_path / "peft")
+    found = output(pipeline)
+    pipeline.unload_lora()
+    pipeline.load_lora(write_lora(tmp_path / "ours.safetensors", changes))
+    assert torch.equal(found, output(pipeline))
+
+
+def test_learned_words_in_the_file_are_left_out_and_named(model: Path, tmp_path: Path) -> None:
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    file = write_lora(tmp_path / "a.safetensors", make(pipeline, 1), "kohya")
+    pipeline.load_lora(file)
+    expected = output(pipeline)
+    pipeline.unload_lora()
+    words = {
+        "bundle_emb.cat.string_to_param.*": torch.ones(2, 24),
+        "bundle_emb.dog.emb_params": torch.ones(1, 24),
+    }
+    save_file(load_file(file) | words, file)
+    with pytest.warns(UserWarning, match="learned words .* not loaded: cat, dog"):
+        pipeline.load_lora(file)
+    assert torch.equal(output(pipeline), expected)
+    found = dict(inspect.inspect(file))
+    assert found["what"].endswith("used beside a model, with --lora FILE")
+    assert found["left out"] == "learned words: cat, dog"
+
+
 def refused(pipeline: LatentDiffusionPipeline, file: Path, *words: str) -> None:
     plain = output(pipeline)
     with pytest.raises(UserError) as error:
@@ -219,7 +294,7 @@ def test_files_for_other_models_are_refused_by_name(model: Path, tmp_path: Path)
         if name.endswith("attn2.to_k")
     }
     write_lora(tmp_path / "wide.safetensors", wide)
-    refused(pipeline, tmp_path / "wide.safetensors", "(16, 24) here", "2048", "SDXL")
+    refused(pipeline, tmp_path / "wide.safetensors", "(16, 24) here", "2048", "Diffusion XL")
 
 
 def test_names(model: Path, tmp_path: Path) -> None:

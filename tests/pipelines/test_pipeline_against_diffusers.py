@@ -117,6 +117,8 @@ def test_ddim_in_place_of_the_folders_solver(tmp_path: Path) -> None:
         ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
         ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
         ("UniPCMultistepScheduler", {}),
+        ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
         ("HeunDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
     ],
 )
@@ -132,6 +134,35 @@ def test_the_folders_solver_and_grid_are_used(
     theirs.save_pretrained(tmp_path)
     ours = LatentDiffusionPipeline.from_pretrained(tmp_path)
     assert_same_pictures(theirs, ours, PROMPTS, sampler=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        ("EulerDiscreteScheduler", "euler"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("UniPCMultistepScheduler", "unipc"),
+    ],
+)
+def test_another_solver_ends_at_the_clean_image_whatever_ddim_does(
+    name: str, sampler: str, tmp_path: Path
+) -> None:
+    """Every Stable Diffusion file says set_alpha_to_one=False, which these do not know."""
+    import diffusers
+
+    theirs = make_pipeline(scheduler=ddim(set_alpha_to_one=False))
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path)
+    theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config)
+    ours = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    call = {"latents": noise, "num_inference_steps": 20, "guidance_scale": 4.0}
+    expected = theirs("a cat", output_type="latent", **call).images
+    found = ours("a cat", output_type="latent", progress=False, sampler=sampler, **call).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    call |= {"sampler": sampler, "progress": False, "output_type": "latent"}
+    before = ours("a cat", sampler_options={"final_timestep": 0}, **call).images
+    assert (before - expected).abs().max() > 4e-3
 
 
 def test_flow_folder_opens_in_theirs(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,54 @@ def test_one_guidance_scale_for_each_prompt(pipeline: LatentDiffusionPipeline) -
         assert (alone - many[2 * k : 2 * k + 2]).abs().max() <= 1 / 255
 
 
+@pytest.mark.parametrize("scale", [0, 0.5, 1, 1.0, [1], [0.2]])
+def test_up_to_one_guidance_is_off_and_a_negative_prompt_does_nothing(
+    pipeline: LatentDiffusionPipeline, scale: Any
+) -> None:
+    """The picture is the conditional network's own; sd-turbo is drawn with 0."""
+    call = {**FAST, "seed": 1, "guidance_scale": scale}
+    expected = pipeline("a cat", **{**call, "guidance_scale": 1.0}).images
+    sizes: list[int] = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    found = pipeline("a cat", **call).images
+    hook.remove()
+    assert sizes == [1] * 4 and torch.equal(found, expected)
+    with pytest.warns(UserWarning, match="the negative prompt 'dog' does nothing"):
+        assert torch.equal(pipeline("a cat", negative_prompt="dog", **call).images, expected)
+
+
+def test_scales_up_to_one_among_others(pipeline: LatentDiffusionPipeline) -> None:
+    call: dict[str, Any] = {**FAST, "seed": 2}
+    given = {"guidance_scale": [0, 4, 1], "negative_prompt": ["", "pain", "dog"]}
+    with pytest.warns(UserWarning, match="the negative prompt 'dog' does nothing") as told:
+        many = pipeline(["a cat", "dog", "x"], **given, **call).images
+    assert len(told) == 1
+    off = {**call, "guidance_scale": 1}
+    alone = [
+        pipeline("a cat", **off),
+        pipeline("dog", guidance_scale=4, negative_prompt="pain", **{**call, "seed": 3}),
+        pipeline("x", **{**off, "seed": 4}),
+    ]
+    for one, expected in zip(many, alone, strict=True):
+        assert (one - expected.images[0]).abs().max() <= 1 / 255
+
+
+def test_a_start_at_the_clean_end_is_warned_of(pipeline: LatentDiffusionPipeline) -> None:
+    late = "starts at timestep (0|1|100), where the network expects more image than noise"
+    for more in (
+        {"num_inference_steps": 1, "timestep_spacing": "leading", "sampler": "ddim"},
+        {"num_inference_steps": 1, "timestep_spacing": "linspace", "sampler": "euler"},
+        {"timesteps": [100, 50]},
+    ):
+        with pytest.warns(UserWarning, match=late):
+            pipeline("a cat", **{**FAST, **more})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline("a cat", **{**FAST, "num_inference_steps": 1, "timestep_spacing": "trailing"})
+        x_100 = torch.zeros(1, 4, 16, 16)  # one's own start, such as a picture with some noise
+        pipeline("a cat", **{**FAST, "timesteps": [100, 50], "latents": x_100})
+
+
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "karras", "ays"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_and_grid_by_name(
@@ -146,6 +195,14 @@ def test_a1111_names_carry_their_grid(pipeline: LatentDiffusionPipeline) -> None
         ({"negative_prompt": ["a", "b"]}, "one for each of the 1 prompts; got 2"),
         ({"height": 33}, r"multiples of 2.*got 33\. The nearest is 32"),
         ({"width": -2}, "multiples of 2"),
+        ({"height": 0}, r"multiples of 2.*got 0\. The nearest is 2"),
+        ({"width": 0}, "multiples of 2"),
+        ({"height": 32.0}, r"height and width must be whole numbers; got 32\.0"),
+        ({"width": "32"}, "must be whole numbers; got '32'"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"sampler": ""}, "sampler must be one of"),
+        ({"timestep_spacing": ""}, "timestep spacing must be one of"),
+        ({"timesteps": []}, "timesteps must decrease strictly and not be empty"),
         ({"sampler": "dddim"}, "Did you mean 'ddim'"),
         ({"sampler_options": {"etaa": 1.0}}, "Did you mean 'eta'"),
         ({"timestep_spacing": "trailling"}, "Did you mean 'trailing'"),

@@ -194,3 +194,20 @@ def test_the_fused_optimizer_decides_on_the_device() -> None:
     with NoQuestions([*net.parameters(), norm]) as mode:
         step_if_finite(optimizer, norm)
     assert mode.operations and not mode.asked
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_no_step_of_sampling_reads_from_the_device(guidance: float) -> None:
+    """That the latents are finite is asked once at the end, whatever the number of steps."""
+    from latentdiff import pipeline
+
+    model = pipeline._load()
+    asked = []
+    for steps in (2, 6):
+        with NoQuestions(model.unet.parameters()) as mode:
+            mode.strict = False
+            options = {"guidance_scale": guidance, "output_type": "latent", "progress": False}
+            model("a cat", num_inference_steps=steps, **options)
+        assert mode.operations > 100 * steps
+        asked.append(mode.asked)
+    assert asked[0] == asked[1] <= 1

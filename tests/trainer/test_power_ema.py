@@ -131,7 +131,7 @@ def test_the_script_writes_a_model_folder_from_a_run(tmp_path: Path, picture_fol
     from reconstruct_ema import main
     from train_latent import main as train
 
-    from latentdiff.formats.diffusers_folder import load_unet
+    from latentdiff.formats.diffusers_folder import load_components
 
     parts, output = make_parts(tmp_path / "parts"), tmp_path / "run"
     given = ["power_ema.every=2", "power_ema.dtype=float32", "export.dtype=float32"]
@@ -139,7 +139,7 @@ def test_the_script_writes_a_model_folder_from_a_run(tmp_path: Path, picture_fol
     assert [s.step for s in snapshots(output)] == [2, 4, 6]
     assert main([str(output), "--sigma-rel", "0.1", "0.05"]) == 0
     wanted = reconstruct(output, 0.1).weights
-    unet = load_unet(output / "model-sigma-0.1" / "unet")
+    unet = load_components(output / "model-sigma-0.1").unet
     assert set(wanted) <= set(unet.state_dict())
     for name, value in wanted.items():
         assert torch.equal(unet.state_dict()[name], value), name

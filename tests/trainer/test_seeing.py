@@ -15,6 +15,7 @@ from latentdiff.errors import UserError
 from latentdiff.models.unet import UNet
 from latentdiff.trainer import flops
 from latentdiff.trainer.diagnosis import diagnose
+from latentdiff.trainer.environment import read_environment, write_environment
 from latentdiff.trainer.extras import check_extras
 from latentdiff.trainer.flops import count_flops, count_module_flops, measured_peak, peak_flops
 from latentdiff.trainer.gauges import Gauges, peak_memory
@@ -150,6 +151,20 @@ def test_a_step_that_is_not_finite_does_not_stop_tensorboard(tmp_path: Path) -> 
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+def test_a_run_without_tensorboard_says_how_to_get_curves(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    for wanted in (False, True):
+        Tracker(tmp_path, 0, LoopConfig(max_steps=9, tensorboard=wanted), True).close()
+        assert ("pip install 'latentdiff[tracking]'" in capsys.readouterr().err) is wanted
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_every_start_of_a_run_is_recorded(tmp_path: Path) -> None:
+    write_environment(tmp_path, {"torch": "1"})
+    write_environment(tmp_path, {"torch": "2"})
+    assert [start["torch"] for start in read_environment(tmp_path)] == ["1", "2"]
+
+
 class HostTensor:
     """A tensor in ordinary memory, as far as moving it goes."""
 
@@ -206,5 +221,4 @@ def test_a_run_writes_all_that_there_is_to_see(tmp_path: Path, picture_folder: P
     names = sorted(p.name for p in (output / "samples").iterdir())
     assert names == ["step-00000006-raw.png", "step-00000006.png"]
     assert json.loads((output / "environment.json").read_text())[0]["torch"] == torch.__version__
-    text = (output / "report.html").read_text()
-    assert text.count("data:image/png") == 2 and "max_steps: 6" in text
+    assert list((output / "tensorboard").glob("events*"))

@@ -8,10 +8,16 @@ Start reading with `walk.py`: all are made of one kind of step.
 from latentdiff.diffusion.samplers.adams import lms, pndm
 from latentdiff.diffusion.samplers.consistency import lcm
 from latentdiff.diffusion.samplers.ddpm_ddim import ddim, ddpm
-from latentdiff.diffusion.samplers.denoiser import as_denoiser, dynamic_threshold, make_denoiser
+from latentdiff.diffusion.samplers.denoiser import as_denoiser, dynamic_threshold
 from latentdiff.diffusion.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral
 from latentdiff.diffusion.samplers.euler_heun import euler, euler_ancestral, heun
-from latentdiff.diffusion.samplers.grids import SPACINGS, custom_grid, get_spacing, timestep_grid
+from latentdiff.diffusion.samplers.grids import (
+    SPACINGS,
+    custom_grid,
+    get_spacing,
+    timestep_grid,
+    warn_of_late_start,
+)
 from latentdiff.diffusion.samplers.registry import (
     SAMPLERS,
     Sampler,
@@ -47,7 +53,6 @@ __all__ = [
     "heun",
     "lcm",
     "lms",
-    "make_denoiser",
     "pndm",
     "resume",
     "run",
@@ -56,4 +61,5 @@ __all__ = [
     "split_name",
     "timestep_grid",
     "unipc",
+    "warn_of_late_start",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,16 +29,6 @@ def as_denoiser(predict: Predict, schedule: NoiseSchedule, prediction: str) -> D
         return to_x_0(prediction, y.to(x_t.dtype), x_t, schedule.alpha(t), schedule.sigma(t))
 
     return denoise
-
-
-def make_denoiser(
-    model: Callable[[Tensor, Tensor, Any], Tensor],
-    context: Any,
-    schedule: NoiseSchedule,
-    prediction: str,
-) -> Denoiser:
-    """`as_denoiser` for a network model(x_t, t, context) without guidance."""
-    return as_denoiser(lambda x_t, t: model(x_t, t, context), schedule, prediction)
 
 
 def bound_of(clip: float | None, threshold: float | None) -> Bound | None:

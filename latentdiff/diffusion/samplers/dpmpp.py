@@ -25,18 +25,24 @@ from latentdiff.diffusion.samplers.walk import (
     ancestral_variance,
     check_fraction,
     estimate_at,
+    is_end,
     level,
     walk,
 )
 from latentdiff.diffusion.schedule import NoiseSchedule
 
+#: In runs of fewer steps the last one is of first order (diffusers' lower_order_final).
+FEW_STEPS = 15
+
 
 def extrapolated(x_0: Tensor, history: History, step: Step, schedule: NoiseSchedule) -> Tensor:
     """D of 2M: the line through this and the previous estimate at half the step.
 
-    First order without a previous estimate, and to the clean image, where h is infinite.
+    First order without a previous estimate, to the clean image, where h is infinite, and in the
+    last of few steps.
     """
-    if not history or step.next.is_clean:
+    last = step.remaining == 1 and is_end(schedule, step.next.t)
+    if not history or step.next.is_clean or (last and step.number + 1 < FEW_STEPS):
         return x_0
     t_before, x_0_before = history[0]
     h_before = step.now.log_snr - level(schedule, t_before).log_snr

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -122,6 +123,20 @@ def custom_grid(schedule: NoiseSchedule, timesteps: Sequence[float]) -> Tensor:
     return torch.tensor(list(timesteps), dtype=torch.int64 if whole else torch.float32)
 
 
+def warn_of_late_start(schedule: NoiseSchedule, timesteps: Tensor) -> None:
+    """Warn if sampling from pure noise starts where the network expects more image than noise.
+
+    A single step of a leading or linspace grid is at the clean end; what is drawn there is noise.
+    """
+    if float(schedule.snr(timesteps[0])) > 1:
+        warnings.warn(
+            f"sampling starts at timestep {float(timesteps[0]):g}, where the network expects more "
+            "image than noise, but from pure noise: the picture will be noise. Start near "
+            f"{schedule.last_timestep}: with trailing spacing, or with more steps.",
+            stacklevel=3,
+        )
+
+
 def _most_steps(total: int, spacing: str, style: str) -> int:
     if spacing == "lcm":
         return min(_LCM_STEPS, total)
@@ -164,15 +179,22 @@ def _align_your_steps(schedule: NoiseSchedule, n: int) -> Tensor:
             "align_your_steps was found for schedules like Stable Diffusion's, which keep a little "
             "of the image at the last step; this one ends in pure noise. Use trailing spacing."
         )
+    ends = torch.tensor([schedule.clean_timestep + 1, schedule.last_timestep])
+    low, high = schedule.noise_ratio(ends).tolist()
+    if high < 0.999 * _AYS_LEVELS[0] or low > 1.01 * _AYS_LEVELS[-1]:  # Stable Diffusion's fit
+        raise UserError(
+            "align_your_steps was found for schedules like Stable Diffusion's, with noise ratios "
+            f"from {_AYS_LEVELS[-1]} to {_AYS_LEVELS[0]:.1f}; this one has {low:.3g} to "
+            f"{high:.3g}. Use leading, trailing or karras spacing."
+        )
     places = np.linspace(0, len(_AYS_LEVELS) - 1, n + 1)[:-1]
     logs = np.interp(places, np.arange(len(_AYS_LEVELS)), np.log(_AYS_LEVELS))
-    limit = float(schedule.noise_ratio(schedule.last_timestep))
-    return _at_ratios(schedule, [min(float(r), limit) for r in np.exp(logs)])
+    return _at_ratios(schedule, [float(r) for r in np.exp(logs)])
 
 
 def _at_ratios(schedule: NoiseSchedule, ratios: list[float]) -> Tensor:
-    # The ends may leave the schedule by a rounding.
-    low, high = float(schedule.clean_timestep), float(schedule.last_timestep)
+    # The ends may leave the schedule by a rounding; below its first level no network was trained.
+    low, high = float(schedule.clean_timestep + 1), float(schedule.last_timestep)
     most = float(schedule.noise_ratio(high))
     found = [schedule.timestep_at(min(float(r), most)) for r in ratios]
     return torch.tensor([min(max(t, low), high) for t in found], dtype=torch.float32)

@@ -34,8 +34,6 @@ class Sampler:
 
     function: Callable[..., Iterator[SamplerState]]
     """The generator function."""
-    summary: str
-    """One phrase for help texts."""
     aliases: tuple[str, ...] = ()
     """Other names: the class of diffusers' scheduler, and what A1111 and ComfyUI call it."""
     grid: GridStyle = "whole"
@@ -52,56 +50,43 @@ class Sampler:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(ddpm, "ancestral sampling, new noise at every step", ("DDPMScheduler",)),
-    "ddim": Sampler(ddim, "deterministic, good from about 20 steps", ("DDIMScheduler",)),
+    "ddpm": Sampler(ddpm, ("DDPMScheduler",)),
+    "ddim": Sampler(ddim, ("DDIMScheduler",)),
     "euler": Sampler(
         euler,
-        "first order, deterministic",
         ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "k_euler"),
         grid="real",
     ),
     "euler_ancestral": Sampler(
         euler_ancestral,
-        "Euler with new noise at every step",
         ("EulerAncestralDiscreteScheduler", "Euler a", "k_euler_a"),
         grid="real",
     ),
     "heun": Sampler(
         heun,
-        "second order, two evaluations a step",
         ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "k_heun"),
         grid="real",
     ),
     "dpmpp_2m": Sampler(
         dpmpp_2m,
-        "second order, one evaluation a step; good from about 12",
         ("DPMSolverMultistepScheduler", "DPM++ 2M", "dpm++_2m"),
         grid="open",
     ),
-    "dpmpp_2m_sde": Sampler(
-        dpmpp_2m_sde, "DPM++ 2M with noise", ("DPM++ 2M SDE", "dpm++_2m_sde"), grid="open"
-    ),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, ("DPM++ 2M SDE", "dpm++_2m_sde"), grid="open"),
     "dpmpp_2s_ancestral": Sampler(
         dpmpp_2s_ancestral,
-        "second order from a trial step, with noise; two evaluations a step",
         ("DPM++ 2S a", "DPM++ 2S ancestral", "dpm++_2s_a"),
         grid="real",
     ),
     "unipc": Sampler(
         unipc,
-        "second order with a free corrector; good from about 8",
         ("UniPCMultistepScheduler", "uni_pc", "uni_pc_bh2"),
         grid="open",
     ),
-    "lms": Sampler(
-        lms, "linear multistep, up to fourth order", ("LMSDiscreteScheduler", "k_lms"), grid="real"
-    ),
-    "pndm": Sampler(
-        pndm, "pseudo linear multistep, of Stable Diffusion 1", ("PNDMScheduler", "PLMS")
-    ),
+    "lms": Sampler(lms, ("LMSDiscreteScheduler", "k_lms"), grid="real"),
+    "pndm": Sampler(pndm, ("PNDMScheduler", "PLMS")),
     "lcm": Sampler(
         lcm,
-        "for consistency-distilled models, 1 to 8 steps",
         ("LCMScheduler", "FlowMatchLCMScheduler"),
         spacing="lcm",
     ),

@@ -27,6 +27,7 @@ from latentdiff.diffusion.samplers.walk import (
     Timesteps,
     advance,
     estimate_at,
+    is_end,
     level,
     walk,
 )
@@ -90,12 +91,13 @@ def unipc(
     """UniPC in its data-prediction form with B_2; one evaluation a step.
 
     Args:    as for `ddpm`; noise is never asked.  order: 1 … 3, of the predictor; the corrector
-             adds one. Towards the clean image the order falls to 1.
+             adds one. Towards the end the order falls to 1.
     Source:  Zhao et al. 2023, Algorithms 5-8, arXiv:2302.04867.
     """
     if order not in (1, 2, 3):
         raise UserError(f"the order of unipc must be 1, 2 or 3; got {order}.")
     x, history = x_T, after.history if after else ()
+    whole = is_end(schedule, final_timestep)
     for step in walk(schedule, timesteps, final_timestep, after):
         x_0 = estimate_at(denoiser, x, step.now.t)
         if history:  # the state before, and the estimates up to it
@@ -104,7 +106,7 @@ def unipc(
             estimate = combined(tuple(known), before, step.now, schedule, x_0)
             x = advance(x_before, estimate, before, step.now)
         # The corrector of this step must use as many estimates as its predictor.
-        most = order if final_timestep is not None else min(order, step.remaining)
+        most = min(order, step.remaining) if whole else order
         used = ((step.now.t, x_0), *history[1:])[:most]
         estimate = combined(used, step.now, step.next, schedule)
         history = ((step.now.t, x), *used)

@@ -124,6 +124,14 @@ def walk(
         yield Step(number, levels[number], levels[number + 1], len(grid) - number)
 
 
+def is_end(schedule: NoiseSchedule, t: float | None) -> bool:
+    """Whether a sampler ends at t: the first noise level, or below it (None: the clean image).
+
+    A run that is cut off at a higher level is a part of one that goes on.
+    """
+    return t is None or t <= schedule.clean_timestep + 1
+
+
 def estimate_at(denoiser: Denoiser, x: Tensor, t: float) -> Tensor:
     """x_0 at level t, which is handed over once per image.
 
