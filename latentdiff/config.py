@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -44,7 +45,9 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     for text in overrides:
         _apply_override(cls, data, text)
     problems: Problems = []
-    config = _build(cls, _resolve(cls, data, "", problems), problems)
+    data = _resolve(cls, data, "", problems)
+    problems += _unusable(data, "")
+    config = _build(cls, data, problems)
     if config is not None and not problems:
         problems += list(_cross_checks(config, ""))
     if problems or config is None:
@@ -205,12 +208,29 @@ def _under(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 # --- validation --------------------------------------------------------------------------------
 
 
+def _unusable(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Values that YAML can write and that are of no use to any key."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _unusable(item, _join(path, key))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, f"must be a finite number; got {value}."
+    elif isinstance(value, str) and value != _whole(value):
+        yield path, f"holds half of a character (a lone surrogate); got {value!r:.200}."
+
+
+def _whole(text: str) -> str:
+    """Text as UTF-8 can write it, with ? for halves of surrogate pairs."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _build(cls: type[T], data: Any, problems: Problems) -> T | None:
     from pydantic import TypeAdapter, ValidationError
 
     # Strict JSON mode: lists become tuples and whole numbers floats, but "1" is not 1 nor 1 true.
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+        text = _whole(json.dumps(data, ensure_ascii=False))
+        return TypeAdapter(cls).validate_json(text, strict=True)
     except ValidationError as error:
         found: dict[str, list[str]] = {}
         for item in error.errors(include_url=False):

@@ -129,6 +129,21 @@ def test_strictness(override: str, fits: bool) -> None:
         assert override.split("=")[0].removesuffix(".x") in message(override)
 
 
+@pytest.mark.parametrize(
+    ("number", "shown"), [(".inf", "inf"), ("-.inf", "-inf"), (".nan", "nan"), ("1e999", "inf")]
+)
+def test_numbers_are_finite(number: str, shown: str) -> None:
+    text = message(f"optimizer.lr={number}", f"loops=[{{share: {number}}}]")
+    for key in ("optimizer.lr", "loops.0.share"):
+        assert f"{key}: must be a finite number; got {shown}." in text
+
+
+def test_text_is_of_whole_characters() -> None:
+    text = message(r'loops=[{name: "\ud83d cat"}]')
+    assert r"loops.0.name: holds half of a character (a lone surrogate); got '\ud83d cat'." in text
+    assert load(r'loop.name="\U0001F408 cat"').loop.name == "\N{CAT} cat"
+
+
 def test_text_fields_take_overrides_as_they_are_typed() -> None:
     assert load("loop.name=2024").loop.name == "2024"
     assert load("loop.name=a: b").loop.name == "a: b"
