@@ -2,14 +2,14 @@
 
 Both are mapped into memory: a tensor costs RAM when it is first used, and none while the file's
 pages can be dropped. A pickle goes through PyTorch's `weights_only=True`, which builds tensors,
-numbers, texts and containers and refuses everything that could run code.
+numbers, texts and containers and refuses everything that could run code. No tensor is larger than
+what the file holds of it.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.weight_formats import weights_format
 
-#: Endings of the files that are read as pickles; every other file is read as safetensors.
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+#: Tensors that share memory may have so many times the bytes of the file together.
+MOST_SHARING = 8
+#: Names of tensors: characters of each, and how many there may be.
+LONGEST_NAME, MOST_NAMES = 1000, 10**6
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,21 @@ class TensorFile:
 def read_tensor_file(file: Path) -> TensorFile:
     """Open a file of weights.
 
-    Raises:  UserError: missing, cut off, damaged, or a pickle that holds more than tensors.
+    Raises:  UserError: missing, cut off, damaged, another kind of file, a pickle that holds more
+             than tensors, or tensors that are larger than what the file holds of them.
     """
     content, metadata = load_content(file)
-    if file.suffix.lower() in PICKLES:
-        return _named_tensors(file, content)
-    return TensorFile(file, content, metadata)
+    data = content if isinstance(content, Mapping) else {}
+    state = data.get("state_dict", data)
+    if not isinstance(content, Mapping):
+        kind = type(content).__name__
+        raise UserError(f"{file} cannot be read: it holds a {kind} instead of named tensors.")
+    if not isinstance(state, Mapping):
+        raise UserError(f"{file} cannot be read: its state_dict holds no named tensors.")
+    tensors = _named(file, state)
+    _refuse_inflated(file, tensors.values())
+    facts = {k: v for k, v in data.items() if isinstance(k, str) and _is_fact(v)}
+    return TensorFile(file, tensors, metadata, facts)
 
 
 def load_content(file: Path) -> tuple[Any, dict[str, str]]:
@@ -55,36 +67,81 @@ def load_content(file: Path) -> tuple[Any, dict[str, str]]:
     Returns: a table of tensors; of a pickle, whatever it holds of tensors, numbers and containers.
     Raises:  UserError: as `read_tensor_file`.
     """
-    from safetensors import SafetensorError
-
     try:
-        return _load(file)
+        load = _load_safetensors if weights_format(file) == "safetensors" else _load_pickle
+        content, metadata = load(file)
+    except UserError:
+        raise
     except UnpicklingError as error:
         # PyTorch's own text tells how to turn the protection off.
         raise UserError(
             f"{file} cannot be read: it is damaged, or a pickle that holds more than tensors and "
             "could run code. Ask for it as safetensors."
         ) from error
-    except SafetensorError as error:
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # whatever damaged data make of the two libraries
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UserError(
-            f"{file} cannot be read: it is no safetensors file, or one that was cut off or damaged "
-            f"({_first_line(error)}). Get it again."
+            f"{file} cannot be read: it was cut off or damaged ({what}). Get it again."
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
+    _refuse_inflated(file, list(_tensors_in(file, content)))
+    return content, metadata
 
 
-def _load(file: Path) -> tuple[Any, dict[str, str]]:
-    if file.suffix.lower() in PICKLES:
-        mapped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None), {}
+def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import safe_open
     from safetensors.torch import load_file
 
     with safe_open(file, framework="pt") as opened:
         metadata = dict(opened.metadata() or {})
     return load_file(file), metadata
+
+
+def _load_pickle(file: Path) -> tuple[Any, dict[str, str]]:
+    mapped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
+    with torch.serialization.safe_globals(_HARMLESS):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None), {}
+
+
+def _tensors_in(file: Path, content: Any) -> Iterator[Tensor]:
+    """Every tensor in containers within each other, which are looked into once."""
+    seen, waiting = set[int](), [content]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, Mapping | list | tuple) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, Mapping) else one
+            if isinstance(one, Mapping):
+                _check_names(file, one)
+
+
+def _check_names(file: Path, table: Mapping[Any, Any]) -> None:
+    for name in table:
+        if isinstance(name, str) and len(name) > LONGEST_NAME:
+            raise UserError(
+                f"{file} cannot be used: the name {name[:40]!r}… in it has {len(name):,} "
+                f"characters; at most {LONGEST_NAME:,} are allowed."
+            )
+
+
+def _refuse_inflated(file: Path, tensors: Collection[Tensor]) -> None:
+    """Refuse tensors that would need far more memory than the file has. Raises: UserError."""
+    for tensor in tensors:
+        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.is_quantized:
+            raise UserError(
+                f"{file} cannot be used: it holds sparse, quantised or absent tensors. Ask for it "
+                "as safetensors."
+            )
+    total, size = sum(tensor.nbytes for tensor in tensors), file.stat().st_size
+    if total > MOST_SHARING * size + 2**20:
+        raise UserError(
+            f"{file} cannot be used: its tensors would take {total:,} bytes of memory, which they "
+            f"make of a file of {size:,} by repeating the same numbers. Ask for it as safetensors."
+        )
 
 
 class _Inert:
@@ -106,24 +163,21 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
-def _named_tensors(file: Path, data: Any) -> TensorFile:
-    if not isinstance(data, Mapping):
-        kind = type(data).__name__
-        raise UserError(f"{file} cannot be read: it holds a {kind} instead of named tensors.")
-    state = data.get("state_dict", data)
-    if not isinstance(state, dict | OrderedDict):
-        raise UserError(f"{file} cannot be read: its state_dict holds no named tensors.")
-    nested = {
-        f"{k}.{i}": t for k, v in state.items() if isinstance(v, Mapping) for i, t in v.items()
+def _named(file: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Tensors by name; those of a table within the table as TABLE.NAME."""
+    tables = [
+        (f"{name}.", table)
+        for name, table in state.items()
+        if isinstance(name, str) and isinstance(table, Mapping)
+    ]
+    if sum(len(table) for _, table in tables) > MOST_NAMES:
+        raise UserError(f"{file} cannot be used: it holds over {MOST_NAMES:,} names.")
+    return {
+        f"{start}{name}": tensor.detach()
+        for start, table in [("", state), *tables]
+        for name, tensor in table.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
     }
-    named = {**state, **nested}
-    tensors = {str(k): t.detach() for k, t in named.items() if isinstance(t, Tensor)}
-    plain = {str(k): v for k, v in data.items() if isinstance(v, int | float | str)}
-    return TensorFile(file, tensors, facts=plain)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def refuse_not_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
@@ -135,3 +189,7 @@ def refuse_not_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
                 f"{where} cannot be used: {name} has numbers that are not finite (NaN or "
                 "infinity). The training that wrote it diverged, or its 16 bits overflowed."
             )
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, float | str) or (isinstance(value, int) and value.bit_length() <= 64)

@@ -68,13 +68,14 @@ def place_weights(
              useless: names that files of this kind may hold although the network has no use for
              them.
     Returns: those of `useless` that were there.
-    Raises:  UserError: a weight is missing, unexpected or of another shape.
+    Raises:  UserError: a weight is missing, unexpected, of another shape or not of real numbers.
     """
     wanted = module.state_dict()
     refuse_misfit(
         [name for name in wanted if name not in state],
         [name for name in state if name not in wanted and name not in useless],
         [n for n, t in wanted.items() if n in state and state[n].shape != t.shape],
+        [n for n in wanted if n in state and not state[n].is_floating_point()],
         where,
     )
     cast = {
@@ -89,11 +90,17 @@ def refuse_misfit(
     missing: Sequence[str],
     unexpected: Sequence[str],
     misshapen: Sequence[str],
+    unreal: Sequence[str],
     where: str | Path,
 ) -> None:
     """Name weights that do not fit. Raises: UserError: unless there are none."""
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        "not of real numbers": unreal,
+    }
+    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
     if found:
         raise UserError(
             f"the weights in {where} do not fit its configuration; {'; '.join(found)}. "

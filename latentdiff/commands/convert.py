@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentdiff.commands.convert_dora import check_dora, convert_dora
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, printable
 
 if TYPE_CHECKING:
     from latentdiff.formats.components import Components
@@ -98,14 +98,21 @@ def _check(source: str, target: Path, overwrite: bool) -> None:
 def report(written: Path, components: Components) -> str:
     """Say what was written and what was left out."""
     from latentdiff.commands.keys import grouped
-    from latentdiff.formats.sd_likeness import sd_differences
+    from latentdiff.formats.sd_likeness import sd_differences, sd_version
     from latentdiff.formats.write_single_file import ENDING
 
-    lines = [f"wrote {written}"]
-    if components.dropped:
-        lines.append(f"left out {len(components.dropped)} keys that no part has a use for:")
-        lines += [f"  {line}" for line in grouped(components.dropped)]
-    if written.suffix.lower() == ENDING and (differences := sd_differences(components)):
+    lines, single = [f"wrote {written}"], written.suffix.lower() == ENDING
+    if dropped := [*components.dropped, *(() if single else components.spare)]:
+        lines.append(f"left out {len(dropped)} keys that no part has a use for:")
+        lines += [f"  {printable(line)}" for line in grouped(dropped)]
+    differences = sd_differences(components) if single else {}
+    if single and not differences and sd_version(components) == "2" and not components.spare:
+        lines.append(
+            "note: the file has the 23 text layers that Stable Diffusion 2 uses, as SOURCE has. "
+            "Programs that build all 24 of OpenCLIP name the others as missing when they open it "
+            "(ComfyUI: 'clip missing'), and draw the same."
+        )
+    if differences:
         lines.append(
             "note: not of Stable Diffusion's size. Its configuration is in the metadata, so "
             "it opens here; programs that take sizes from the keys alone will not open it."

@@ -34,7 +34,7 @@ def adapter_in(folder: Path) -> Path | None:
 
 def beside(file: Path) -> Rows:
     """The other files of weights in the folder, by name, for example the other layout's."""
-    from latentdiff.tensor_file import PICKLES
+    from latentdiff.weight_formats import PICKLES
 
     endings = (".safetensors", *PICKLES)
     others = [f for f in sorted(file.parent.iterdir()) if f.suffix.lower() in endings and f != file]

@@ -48,6 +48,9 @@ class Components:
     """What the U-Net was stored in; saving keeps to it unless told otherwise."""
     dropped: list[str] = field(default_factory=list)
     """Keys of the file or folder that no part has a use for."""
+    spare: dict[str, Tensor] = field(default_factory=dict)
+    """What OpenCLIP's tower has besides the layers in use, by its keys in a single file: of no use
+    here, and kept for single files, since other programs look for it."""
 
     def check(self) -> None:
         """Refuse parts that do not fit together.

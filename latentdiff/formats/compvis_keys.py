@@ -69,7 +69,8 @@ def take(tensors: State, keys: Keys, shapes: State) -> dict[str, Tensor]:
     """
     state = {}
     for key, names in keys.items():
-        pieces = tensors[key].chunk(len(names)) if len(names) > 1 else (tensors[key],)
+        whole = tensors[key]
+        pieces = whole.tensor_split(len(names)) if whole.ndim else (whole,) * len(names)
         for name, piece in zip(names, pieces, strict=True):
             state[name] = _squeeze(piece, shapes[name])
     return state

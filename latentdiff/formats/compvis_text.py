@@ -34,6 +34,17 @@ def is_openclip(config: Mapping[str, Any]) -> bool:
     return config.get("hidden_act", "quick_gelu") == "gelu"
 
 
+def is_spare(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a key is part of OpenCLIP's tower and of no use to a tower of this configuration.
+
+    That is the last layer, which Stable Diffusion 2 leaves out, and what OpenCLIP has beside the
+    layers. Programs that build the whole tower look for them.
+    """
+    last = f"{OPENCLIP_PREFIX}transformer.resblocks.{config['num_hidden_layers']}."
+    beside = (f"{OPENCLIP_PREFIX}text_projection", f"{OPENCLIP_PREFIX}logit_scale")
+    return key.startswith(last) or key in beside
+
+
 def text_keys(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Key of the file → our names whose rows it holds, in their order."""
     if not is_openclip(config):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from latentdiff.errors import UserError
 from latentdiff.formats.components import SPECIAL_INPUTS
-from latentdiff.formats.compvis_keys import UNET_PREFIX
+from latentdiff.formats.compvis_keys import UNET_PREFIX, VAE_PREFIX
 from latentdiff.formats.lora_facts import adapter_kind
 from latentdiff.formats.sd_facts import VERSIONS
 
@@ -32,7 +32,10 @@ _OTHERS = (
     (r"^(encoder|decoder)\.(down|up)_blocks\.", "the autoencoder of a diffusers folder, alone"),
     (r"^(encoder|decoder)\.(down|up)\.\d+\.block\.", "an autoencoder alone"),
     (r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.", "a CLIP text encoder alone"),
+    (r"^(diffusion_model\.)?input_blocks\.\d", "the U-Net of a single file, alone"),
 )
+#: What a whole file has besides the U-Net, by how the keys begin.
+_OTHER_PARTS = {VAE_PREFIX: "autoencoder", "cond_stage_model.": "text encoder"}
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,13 @@ def identify(shapes: Shapes, metadata: Mapping[str, str]) -> Identity:
     for pattern, name in _OTHERS:
         if any(re.search(pattern, key) for key in shapes):
             return Identity(name)
-    if _FIRST not in shapes:
-        some = ", ".join(sorted(shapes)[:3])
-        return Identity(f"something unknown (keys such as {some})" if some else "without tensors")
-    return _stable_diffusion(shapes)
+    if len(shapes.get(_FIRST, ())) == 4:
+        return _stable_diffusion(shapes)
+    parts = [name for name, found in _other_parts(shapes).items() if found]
+    if parts:
+        return Identity(f"the {' and '.join(parts)} of a single file, without the U-Net")
+    some = ", ".join(sorted(shapes)[:3])
+    return Identity(f"something unknown (keys such as {some})" if some else "without tensors")
 
 
 def refuse_unsupported(identity: Identity, where: object) -> None:
@@ -105,7 +111,17 @@ def _stable_diffusion(shapes: Shapes) -> Identity:
             f"a diffusion model of a size of its own ({channels} input channels, context of "
             f"{width}) that does not say its configuration"
         )
+    lacking = [name for name, found in _other_parts(shapes).items() if not found]
+    if lacking:
+        return Identity(f"Stable Diffusion {version}.x without its {' and '.join(lacking)}")
     return Identity(f"Stable Diffusion {version}.x", version)
+
+
+def _other_parts(shapes: Shapes) -> dict[str, bool]:
+    """Part beside the U-Net → whether the file has anything of it."""
+    return {
+        name: any(key.startswith(start) for key in shapes) for start, name in _OTHER_PARTS.items()
+    }
 
 
 def context_width(shapes: Shapes) -> int | None:
@@ -113,6 +129,6 @@ def context_width(shapes: Shapes) -> int | None:
     found = (
         shape[1]
         for key, shape in shapes.items()
-        if key.startswith(UNET_PREFIX) and key.endswith(".attn2.to_k.weight")
+        if key.startswith(UNET_PREFIX) and key.endswith(".attn2.to_k.weight") and len(shape) > 1
     )
     return next(found, None)

@@ -37,6 +37,9 @@ _DEFAULT_SPACING = {
     "DEISMultistepScheduler": "linspace",
     "UniPCMultistepScheduler": "linspace",
 }
+#: Fields that are numbers, with the range that makes sense; others that are words.
+_NUMBERS = {"num_train_timesteps": (2, 10**6), "beta_start": (0, 1), "beta_end": (0, 1)}
+_WORDS = ("_class_name", "prediction_type", "beta_schedule", "timestep_spacing")
 _FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
 #: The samplers that each of diffusers' two fields for the last level concerns. It has no such field
 #: for the others, which end at the clean image, as all do in k-diffusion.
@@ -73,8 +76,9 @@ def read_scheduler(
     """Understand a parsed scheduler_config.json.
 
     Returns: (noise schedule, prediction, sampling defaults).
-    Raises:  UserError: a schedule or prediction that we do not have, named.
+    Raises:  UserError: a schedule or prediction that we do not have, named, or a damaged field.
     """
+    _check_types(data)
     kind = str(data.get("_class_name", "DDIMScheduler"))
     for field in ("trained_betas", "thresholding", "use_dynamic_shifting"):
         if data.get(field):
@@ -142,6 +146,19 @@ def _write_flow(schedule: ScheduleConfig, prediction_type: str) -> dict[str, Any
         "timestep_spacing": "linspace",
         "steps_offset": 1,
     }
+
+
+def _check_types(data: Mapping[str, Any]) -> None:
+    for name, (least, most) in _NUMBERS.items():
+        value = data.get(name, least)
+        if not (type(value) in (int, float) and least <= value <= most):
+            raise UserError(
+                f"scheduler_config.json: {name} must be a number from {least} to {most:,}; got "
+                f"{value!r:.80}."
+            )
+    for name in _WORDS:
+        if not isinstance(data.get(name, ""), str):
+            raise UserError(f"scheduler_config.json: {name} must be text; got {data[name]!r:.80}.")
 
 
 def _discrete_schedule(data: Mapping[str, Any]) -> ScheduleConfig:

@@ -11,6 +11,7 @@ wholly or not at all.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from latentdiff.errors import UserError
 from latentdiff.formats.components import Components, check_inputs, empty_unet, fill_unet
 from latentdiff.formats.compvis_keys import PARTS, Layout, compvis_layout, ema_key, take
-from latentdiff.formats.compvis_text import CLIP_PREFIX
+from latentdiff.formats.compvis_text import CLIP_PREFIX, is_openclip, is_spare
 from latentdiff.formats.generation_config import with_generation
 from latentdiff.formats.identify import CONFIGURATION, Identity, identify, refuse_unsupported
+from latentdiff.formats.inference_yaml import yaml_beside
 from latentdiff.formats.scheduler_config import read_scheduler
 from latentdiff.formats.sd_facts import sd_configuration
 from latentdiff.formats.stated import has_zero_snr, measured_prediction, stated_prediction
@@ -55,19 +57,15 @@ class _Opened:
     """A file that is understood but not read yet."""
 
     file: TensorFile
-    identity: Identity
     config: dict[str, Any]
     """Configuration files by the names of their folders."""
+    is_measured: bool
+    """Whether it could be either of Stable Diffusion 2's two kinds, and its weights must tell."""
     networks: dict[str, Any]
     """Part → network without weights."""
     layout: Layout
-    dropped: list[str]
-    """Keys that nothing has a use for."""
-
-    @property
-    def says_no_prediction(self) -> bool:
-        """Whether it could be either of Stable Diffusion 2's two kinds."""
-        return self.identity.version == "2" and stated_prediction(self.file) is None
+    others: list[str]
+    """Keys that no part has a use for."""
 
     def state(self, part: str) -> dict[str, Tensor]:
         """The weights of one part, under our names."""
@@ -90,17 +88,52 @@ def load_single_file(
     Raises:  UserError: damaged, another kind of model (named), or keys that are missing,
              unexpected or of another shape (listed).
     """
-    opened = _open(Path(file).expanduser(), variant, prediction)
-    path, unet_state = opened.file.path, opened.state("unet")
+    found = read_tensor_file(Path(file).expanduser())
+    return _assemble(_understand(found, variant, prediction), dtype, prediction)
+
+
+def check_single_file(file: TensorFile) -> None:
+    """Find out whether a file opens, without reading its weights. Raises: UserError: why not."""
+    _assemble(dataclasses.replace(_understand(file), is_measured=False), None, None)
+
+
+def autoencoder_of_file(file: Path) -> Autoencoder:
+    """The autoencoder of a single file, in float32. Raises: UserError: see load_single_file."""
+    return _autoencoder(_understand(read_tensor_file(file)), torch.float32)
+
+
+def text_encoder_of_file(file: Path) -> TextEncoder:
+    """The text encoder of a single file, in float32. Raises: UserError: see load_single_file."""
+    return _text_encoder(_understand(read_tensor_file(file)), torch.float32)
+
+
+def latent_size_of_file(file: Path) -> Any:
+    """The side of the latents that a single file's U-Net was trained on.
+
+    A version 2 that does not say what it predicts is read and asked, since its two kinds differ.
+    """
+    opened = _understand(read_tensor_file(file))
+    config = opened.config
+    if opened.is_measured:
+        unet = fill_unet(opened.networks["unet"], opened.state("unet"), file, torch.float32)
+        config = sd_configuration(
+            "2", measured_prediction(unet, _text_encoder(opened, torch.float32))
+        )
+    return config["unet"].get("sample_size")
+
+
+def _assemble(opened: _Opened, dtype: torch.dtype | None, prediction: str | None) -> Components:
+    path, unet_state, config = opened.file.path, opened.state("unet"), opened.config
     unet = fill_unet(opened.networks["unet"], unet_state, path, dtype)
     text = _text_encoder(opened, dtype)
-    config = opened.config
-    if prediction is None and opened.says_no_prediction:
+    if opened.is_measured:
         found = measured_prediction(unet, text)
         config = sd_configuration("2", found, zero_snr=has_zero_snr(opened.file) and found == "v")
         unet.config = config_from_dict(config["unet"])
         opened.networks["vae"].config["sample_size"] = config["vae"]["sample_size"]
     schedule, said, sampling = read_scheduler(config["scheduler"])
+    tower = text.config_dict()
+    kept = [key for key in opened.others if is_openclip(tower) and is_spare(key, tower)]
     components = Components(
         unet=unet,
         autoencoder=_autoencoder(opened, None if dtype is None else torch.float32),
@@ -109,73 +142,57 @@ def load_single_file(
         prediction=prediction or said,
         sampling=with_generation(sampling, config.get("generation", {}), path),
         dtype_on_disk=stored_dtype(unet_state),
-        dropped=opened.dropped,
+        dropped=[key for key in opened.others if key not in kept],
+        spare={key: opened.file.tensors[key] for key in kept},
     )
     components.check()
     return components
 
 
-def autoencoder_of_file(file: Path) -> Autoencoder:
-    """The autoencoder of a single file, in float32. Raises: UserError: see load_single_file."""
-    return _autoencoder(_open(file), torch.float32)
-
-
-def text_encoder_of_file(file: Path) -> TextEncoder:
-    """The text encoder of a single file, in float32. Raises: UserError: see load_single_file."""
-    return _text_encoder(_open(file), torch.float32)
-
-
-def latent_size_of_file(file: Path) -> Any:
-    """The side of the latents that a single file's U-Net was trained on.
-
-    A version 2 that does not say what it predicts is read and asked, since its two kinds differ.
-    """
-    opened = _open(file)
-    config = opened.config
-    if opened.says_no_prediction:
-        unet = fill_unet(opened.networks["unet"], opened.state("unet"), file, torch.float32)
-        config = sd_configuration(
-            "2", measured_prediction(unet, _text_encoder(opened, torch.float32))
-        )
-    return config["unet"].get("sample_size")
-
-
-def _open(file: Path, variant: str | None = None, prediction: str | None = None) -> _Opened:
+def _understand(
+    found: TensorFile, variant: str | None = None, prediction: str | None = None
+) -> _Opened:
     """Understand a file and compare its keys with those that it must have."""
-    found = _with_usual_names(read_tensor_file(file))
-    identity = identify({k: tuple(t.shape) for k, t in found.tensors.items()}, found.metadata)
-    refuse_unsupported(identity, file)
-    config = _configuration(found, identity, prediction)
+    found, path = _with_usual_names(found), found.path
+    shapes = {k: tuple(t.shape) for k, t in found.tensors.items()}
+    identity = identify(shapes, found.metadata)
+    refuse_unsupported(identity, path)
+    config, is_measured = _configuration(found, identity, prediction)
     unet_config = config_from_dict(config["unet"])
     check_inputs(unet_config)
-    networks: dict[str, nn.Module] = {
+    networks: dict[str, Any] = {
         "unet": empty_unet(unet_config),
-        "vae": empty_autoencoder(config["vae"], file),
-        "text_encoder": empty_text_tower(config["text_encoder"], file),
+        "vae": empty_autoencoder(config["vae"], path),
+        "text_encoder": empty_text_tower(config["text_encoder"], path),
     }
     names = {part: _shapes(networks[part]) for part in PARTS}
     layout = compvis_layout(unet_config, config["vae"], config["text_encoder"], names)
     layout = _averaged(layout, found, variant)
-    dropped = _check_keys(found, layout, config["text_encoder"])
-    return _Opened(found, identity, config, networks, layout, dropped)
+    others = _check_keys(found, layout, networks["text_encoder"].config)
+    return _Opened(found, config, is_measured, networks, layout, others)
 
 
-def _configuration(file: TensorFile, identity: Identity, prediction: str | None) -> dict[str, Any]:
+def _configuration(
+    file: TensorFile, identity: Identity, prediction: str | None
+) -> tuple[dict[str, Any], bool]:
+    """Configuration files by the names of their folders; whether the weights must tell the rest."""
     if identity.version == "own":
+        config = parse_json(file.metadata[CONFIGURATION], f"{file.path}'s configuration")
         try:
-            config = parse_json(file.metadata[CONFIGURATION], f"{file.path}'s configuration")
-            return {part: dict(config[part]) for part in (*PARTS, "scheduler", "tokenizer")} | {
-                "generation": dict(config.get("generation") or {})
-            }
-        except UserError:
-            raise
+            parts = {part: dict(config[part]) for part in (*PARTS, "scheduler", "tokenizer")}
+            return parts | {"generation": dict(config.get("generation") or {})}, False
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"the configuration in {file.path}'s metadata is damaged: {error!r}."
             ) from error
-    version = str(identity.version)
-    said = prediction or stated_prediction(file) or ("eps" if version == "1" else "v")
-    return sd_configuration(version, said, zero_snr=has_zero_snr(file) and said == "v")
+    version, beside = str(identity.version), yaml_beside(file.path)
+    stated = prediction or stated_prediction(file, beside)
+    said = stated or ("eps" if version == "1" else "v")
+    config = sd_configuration(version, said, zero_snr=has_zero_snr(file) and said == "v")
+    if beside is not None:
+        beside.check(config["unet"]["in_channels"], config["unet"]["cross_attention_dim"])
+        beside.overlay(config)
+    return config, version == "2" and stated is None
 
 
 def _with_usual_names(file: TensorFile) -> TensorFile:
@@ -201,15 +218,14 @@ def _check_keys(file: TensorFile, layout: Layout, text: Mapping[str, Any]) -> li
     """Compare the file's keys with the layout's. Returns: needless keys. Raises: UserError."""
     wanted = layout.all()
     others = [key for key in file.tensors if key not in wanted]
-    past_last = f"cond_stage_model.model.transformer.resblocks.{text.get('num_hidden_layers')}."
     averaged = any(key.startswith("model_ema.") for key in layout.unet)
 
     def needless(key: str) -> bool:
         newest = averaged and key.startswith("model.diffusion_model.")
-        return newest or key.startswith(past_last) or _NEEDLESS.fullmatch(key) is not None
+        return newest or is_spare(key, text) or _NEEDLESS.fullmatch(key) is not None
 
     missing = [key for key in wanted if key not in file.tensors]
-    refuse_misfit(missing, [key for key in others if not needless(key)], (), file.path)
+    refuse_misfit(missing, [key for key in others if not needless(key)], (), (), file.path)
     return others
 
 

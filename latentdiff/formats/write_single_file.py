@@ -19,6 +19,7 @@ from torch import Tensor
 from latentdiff.errors import UserError
 from latentdiff.formats.components import Components
 from latentdiff.formats.compvis_keys import PARTS, Layout, compvis_layout, give
+from latentdiff.formats.compvis_text import is_openclip
 from latentdiff.formats.generation_config import generation_defaults
 from latentdiff.formats.identify import CONFIGURATION
 from latentdiff.formats.scheduler_config import write_scheduler
@@ -60,6 +61,9 @@ def save_single_file(
     for part in PARTS:
         stored = {name: stored_tensor(name, t, dtypes[part]) for name, t in states[part].items()}
         tensors |= give(stored, getattr(layout, part), part)
+    spare = components.spare if is_openclip(components.text_encoder.config_dict()) else {}
+    text = dtypes["text_encoder"]
+    tensors |= {name: stored_tensor(name, tensor, text) for name, tensor in spare.items()}
     metadata = modelspec(components, title or target.stem)
     metadata[CONFIGURATION] = json.dumps(configuration(components), ensure_ascii=False)
     _write(tensors, target, metadata)

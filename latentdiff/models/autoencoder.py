@@ -25,6 +25,7 @@ from latentdiff.errors import UserError, choice_error
 from latentdiff.json_text import read_json
 from latentdiff.models.finite import NotFiniteError, broken_weight, check_finite, is_finite
 from latentdiff.models.quiet import quiet
+from latentdiff.models.sizes import check_numbers
 from latentdiff.models.vae import AutoencoderKL, covers, modern_names
 from latentdiff.weight_files import VAE_STEM, place_weights, read_weights, stored_dtype
 
@@ -197,12 +198,15 @@ def empty_autoencoder(config: Mapping[str, Any], where: str | Path) -> nn.Module
     Raises:  UserError: unknown class, or a configuration that no network has.
     """
     kind = str(config.get("_class_name", "AutoencoderKL"))
-    ours = kind == "AutoencoderKL" and covers(config)
-    build = AutoencoderKL if ours else partial(_from_diffusers, _network_class(kind))
+    check_numbers("the autoencoder", config)
     try:
+        ours = kind == "AutoencoderKL" and covers(config)
+        build = AutoencoderKL if ours else partial(_from_diffusers, _network_class(kind))
         with torch.device("meta"):
             return build(config)
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever fields of other types make of diffusers' classes
         raise UserError(f"{where} describes no autoencoder: {error}") from error
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.errors import UserError, choice_error
+from latentdiff.models.sizes import check_numbers
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -112,12 +113,13 @@ class ClipText(nn.Module):
     """The whole tower.
 
     Args:   config: transformers' config.json; kept as `config`, with its defaults.
-    Raises: UserError: an activation that CLIP does not have.
+    Raises: UserError: an activation that CLIP does not have, or sizes that no tower has.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = c = {**DEFAULTS, **config}
+        check_numbers("the text encoder", c)
         if c["hidden_act"] not in ACTIVATIONS:
             raise choice_error("the text encoder's hidden_act", c["hidden_act"], ACTIVATIONS)
         width, hidden, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]

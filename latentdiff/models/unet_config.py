@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
+from latentdiff.config_types import options, type_name
 from latentdiff.errors import UserError, choice_error, did_you_mean
+from latentdiff.models.sizes import check_numbers
 
 CLASS_NAME = "UNet2DConditionModel"
 #: The diffusers release whose layout is written.
@@ -102,6 +104,7 @@ class UNetConfig:
     """Shift of the sinusoidal frequencies' exponent."""
 
     def __post_init__(self) -> None:
+        check_numbers("the U-Net", vars(self))
         levels = len(self.block_out_channels)
         for name in ("down_block_types", "up_block_types"):
             _check_length(name, getattr(self, name), levels)
@@ -140,22 +143,20 @@ def config_from_dict(data: Mapping[str, Any]) -> UNetConfig:
     given_class = data.get("_class_name", CLASS_NAME)
     if given_class != CLASS_NAME:
         raise UserError(f"the U-Net's class must be {CLASS_NAME}; got {given_class!r}.")
-    names = [field.name for field in dataclasses.fields(UNetConfig)]
+    names = get_type_hints(UNetConfig)
     known: dict[str, Any] = {}
     problems: list[str] = []
     for name, value in data.items():
         if name in names:
             known[name] = _as_tuple(value)
+            if not _has_type(known[name], names[name]):
+                problems.append(f"{name} must be {type_name(names[name])}; got {value!r:.80}")
         elif name in FIXED_FIELDS:
             if not _is_neutral(name, value):
-                problems.append(f"{name} must be {FIXED_FIELDS[name]!r}; got {value!r}")
+                problems.append(f"{name} must be {FIXED_FIELDS[name]!r}; got {value!r:.80}")
         elif not name.startswith("_") and value not in (None, False):
             hint = did_you_mean(name, [*names, *FIXED_FIELDS])
-            problems.append(f"{name} is not a known field (given {value!r}).{hint}")
-    if not isinstance(known.get("cross_attention_dim", 0), int):
-        problems.append(
-            f"cross_attention_dim must be one number; got {data['cross_attention_dim']}"
-        )
+            problems.append(f"{name} is not a known field (given {value!r:.80}).{hint}")
     if problems:
         raise UserError(
             "this U-Net configuration asks for what is not supported: " + "; ".join(problems)
@@ -169,6 +170,18 @@ def config_to_dict(config: UNetConfig) -> dict[str, Any]:
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
     head = {"_class_name": CLASS_NAME, "_diffusers_version": DIFFUSERS_VERSION}
     return head | dict(sorted((fields | FIXED_FIELDS).items()))
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    for option in options(hint):
+        inner = get_args(option)
+        if get_origin(option) is tuple and isinstance(value, tuple):
+            fits = inner[-1] is Ellipsis or len(inner) == len(value)
+            if fits and all(type(one) is inner[0] for one in value):
+                return True
+        elif type(value) is option or (option is float and type(value) is int):
+            return True
+    return False
 
 
 def _is_neutral(name: str, value: Any) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from latentdiff.errors import UserError, choice_error
-from latentdiff.models.finite import is_finite
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -108,5 +107,7 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
             f"latents must have the shape (images, channels, height, width) = {shape} for this "
             f"prompt, size and model; got {tuple(latents.shape)}."
         )
+    from latentdiff.models.finite import is_finite  # torch is imported late: --help is instant
+
     if not is_finite(latents):
         raise UserError("latents must be finite; the given ones hold NaN or infinity.")
