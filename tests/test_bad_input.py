@@ -44,6 +44,7 @@ CASES = {
     "model.unet.cross_attention_dim=40": ["cross_attention_dim", "24", "40"],
     "model.vae=nowhere/vae": ["nowhere/vae"],
     "model.pretrained=nowhere/model/x": ["nowhere/model/x"],
+    "validation.steps=1001": ["validation.steps", "1 … 1000", "1001"],
     "loop.batch_size=0": ["loop", "batch_size must be at least 1"],
     "loop.mixed_precision=bf61": ["loop.mixed_precision", "Did you mean 'bf16'?"],
     "data.crop=random": ["data.crop=random", "center or pad"],
@@ -59,6 +60,8 @@ def test_mistakes_in_the_configuration(
         make_pictures(pictures, 1)
         (pictures / "metadata.csv").write_text("file_name,caption\n0.png,a square\n")
     given = arguments(parts, pictures, tmp_path / "run", override)
+    if override.startswith("validation"):
+        given.append("validation.prompts=[a square]")
     if override.startswith("model.pretrained"):
         given = [a for a in given if not a.startswith("model.unet")]
     error = run(given, capsys)

@@ -43,6 +43,7 @@ from latentdiff.trainer.gauges import MEBI, peak_memory
 from latentdiff.trainer.interrupt import Interrupted
 from latentdiff.trainer.latent_run import (
     batch_shape,
+    check_steps_left,
     ending,
     export_trained,
     load_parts,
@@ -53,7 +54,7 @@ from latentdiff.trainer.latent_run import (
 )
 from latentdiff.trainer.loop import training_loop
 from latentdiff.trainer.open_data import long_captions, none_held_out, open_latents
-from latentdiff.trainer.optimizer import learning_rate, make_optimizer
+from latentdiff.trainer.optimizer import learning_rate, make_optimizer, never_at_peak
 from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_loss
 from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
 from latentdiff.trainer.power_ema import AllAverages, PowerEmas
@@ -71,6 +72,8 @@ def train(given: Given, resume: bool) -> str:
     accelerator = start_processes(config.loop.mixed_precision, shards=True)
     resume = resume or (was_restarted() and is_started(output))
     check_output(output, resume)
+    before = stored_facts(output / CHECKPOINTS) if resume else None
+    nothing_left = check_steps_left(before, config.loop.max_steps)
     components, config, notes = load_parts(given)
     autoencoder, schedule = (
         components.autoencoder.to(accelerator.device),
@@ -90,7 +93,6 @@ def train(given: Given, resume: bool) -> str:
     model, prepared_optimizer = prepare(accelerator, unet, optimizer)
     ema = Ema(unet, config.loop.ema_decay)
     powers = PowerEmas(unet, config.power_ema, output, accelerator.is_main_process)
-    before = stored_facts(output / CHECKPOINTS) if resume else None
     shape, recut = batch_shape(config, accelerator, before)
     context = ContextCache(trainee.encoder, config.latents.context_megabytes * 2**20)
     facts = {**deciding_facts(config), **latents.facts(), "pictures per step": shape.total}
@@ -120,7 +122,8 @@ def train(given: Given, resume: bool) -> str:
         output, first_step, config.loop, accelerator.is_main_process, partial(more_writers, config)
     )
     notes += [trainee.about()] if trainee.adds else []
-    notes += recut + none_held_out(latents, config)
+    notes += recut + nothing_left + none_held_out(latents, config)
+    notes += never_at_peak(config.optimizer, config.loop.max_steps)
     for note in notes + long_captions(latents, components.text_encoder):
         tracker.say(note)
     make_batch = BatchMaker(
@@ -142,8 +145,8 @@ def train(given: Given, resume: bool) -> str:
         config.optimizer.clip_norm,
         shape.accumulation,
     )
-    if config.validation.at_start and not resume:
-        validate(0)
+    if validate.due(first_step):
+        validate(first_step)
 
     done = first_step
     for step, batch in training_loop(
@@ -156,6 +159,7 @@ def train(given: Given, resume: bool) -> str:
         first_step,
         seconds,
         gauges,
+        lambda done: validate(done) if validate.due(done) else None,
     ):
         x_0 = autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
         loss = per_sample_loss(
@@ -164,14 +168,14 @@ def train(given: Given, resume: bool) -> str:
         step.backward(loss)
         if step.update():
             ema.update(step.number)
-            powers.update(step.number)
+            with tracker.going_on("a stored average"):
+                powers.update(step.number)
             done = step.number + 1
-            if validate.due(done):
-                validate(done)
 
     if not validate.due(done):
         validate(done)
-    powers.store(done)
+    with tracker.going_on("a stored average"):
+        powers.store(done)
     tracker.say(f"peak memory: {peak_memory(accelerator.device) / MEBI:.0f} MB")
     tracker.close()
     written = export_trained(config, components, trainee, ema, accelerator.is_main_process)

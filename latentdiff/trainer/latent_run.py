@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from latentdiff.config import to_dict
 from latentdiff.config_yaml import to_yaml
 from latentdiff.diffusion.objective import check_objective
+from latentdiff.diffusion.samplers import timestep_grid
+from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
 from latentdiff.trainer.config import Given, TrainConfig, adopt, check_given
 from latentdiff.trainer.ema import Ema
@@ -140,6 +143,11 @@ def check_fit(components: Components, config: TrainConfig) -> None:
             f"{unet.cross_attention_dim}. Set model.unet.cross_attention_dim={width}, or choose "
             "another model.text_encoder."
         )
+    if config.validation.prompts or config.validation.pictures:
+        try:
+            timestep_grid(NoiseSchedule(config.schedule), config.validation.steps)
+        except UserError as error:
+            raise UserError(f"validation.steps: {error}") from error
     size, key = config.data.image_size, "image_size"
     if config.data.buckets:
         size, key = config.data.bucket_step, "bucket_step"
@@ -177,6 +185,25 @@ def prepare_unet(components: Components, config: TrainConfig, accelerator: Accel
     if config.model.compile:
         unet.compile()
     return unet.train()
+
+
+def check_steps_left(before: dict[str, Any] | None, max_steps: int) -> list[str]:
+    """Say that a run to go on with has no steps left, where that is so.
+
+    Args:    before: manifest of the checkpoint to go on from.
+    Raises:  UserError: it has more steps than the run should have.
+    """
+    done = 0 if before is None else int(before["step"])
+    if done > max_steps:
+        raise UserError(
+            f"--resume: the run has made {done} steps, and loop.max_steps={max_steps} is less. Set "
+            f"loop.max_steps to {done} or more, or train {max_steps} steps in another output "
+            "folder."
+        )
+    return [
+        f"note: all loop.max_steps={max_steps} steps have been made before; nothing is trained, "
+        "and the result is written again."
+    ] * (done == max_steps)
 
 
 def batch_shape(
@@ -278,10 +305,10 @@ def save_config(config: TrainConfig) -> None:
 
 
 def ending(config: TrainConfig, written: list[Path], trainee: Trainee) -> str:
-    """Say what a run has written and how to use it."""
+    """Say what a run has written and how to use it, as a shell takes it."""
     base = config.model.pretrained
-    model = "" if base in (None, "embedded") else f"--model {base} "
-    adds = model + trainee.usage.replace("{output}", config.output)
-    usage = adds if trainee.usage else f"--model {''.join(map(str, written))}"
+    model = "" if base in (None, "embedded") else f"--model {quote(base)} "
+    adds = model + trainee.usage.replace("{output}", quote(config.output))
+    usage = adds if trainee.usage else f"--model {quote(''.join(map(str, written)))}"
     files = "".join(f"\nmodel: {path}" for path in written)
     return f'{files}\nuse it: python inference/generate.py "{trainee.example}" {usage}'

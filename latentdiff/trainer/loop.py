@@ -120,6 +120,7 @@ def training_loop(
     first_step: int = 0,
     seconds: float = 0.0,
     gauges: Callable[[float], dict[str, float]] | None = None,
+    look: Callable[[int], None] = lambda done: None,
 ) -> Iterator[tuple[Step, Batch]]:
     """Yield every micro-batch of the run; save and log in between.
 
@@ -128,6 +129,8 @@ def training_loop(
         save: (steps made, seconds spent) → writes a checkpoint; called on every process.
         first_step, seconds: steps made and time spent before, when resuming.
         gauges: images per second → more numbers for the row of each log point.
+        look: called with the steps made after each of them, when its checkpoint is written: what
+            fails in looking at the model costs none of it.
     Raises:
         Interrupted: after SIGTERM or SIGINT, with the checkpoint written.
         CheckpointError: the last checkpoint, or the one before stopping, was not; after any
@@ -163,6 +166,7 @@ def training_loop(
             if stop and signal.number:
                 tracker.close()
                 raise Interrupted(signal.number, done)
+            look(done)
             if stop:
                 tracker.say(f"loop.max_minutes={config.max_minutes} is over at step {done}.")
                 return

@@ -68,6 +68,18 @@ def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
     return rate
 
 
+def never_at_peak(config: OptimizerConfig, max_steps: int) -> list[str]:
+    """Say that a run ends within its warm-up, at another learning rate than the one asked for."""
+    if config.warmup_steps <= max_steps:
+        return []
+    return [
+        f"note: the run is shorter (loop.max_steps={max_steps}) than the warm-up "
+        f"(optimizer.warmup_steps={config.warmup_steps}): the learning rate rises to "
+        f"{learning_rate(max_steps - 1, config, max_steps):.3g} and never reaches optimizer.lr="
+        f"{config.lr:g}. Lower optimizer.warmup_steps."
+    ]
+
+
 #: The U-Net's first and last layer face latents and not features: Muon leaves them to Adam.
 _OUTER = ("conv_in.", "conv_out.")
 

@@ -28,6 +28,7 @@ from latentdiff.trainer.power_profile import (
     gamma_of,
     misfit,
 )
+from latentdiff.weight_files import save_tensors
 
 FOLDER = "ema"
 
@@ -242,12 +243,10 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        save_file(tensors, partial, {"about": json.dumps(about)})
+        save_tensors(tensors, partial, {"about": json.dumps(about)})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

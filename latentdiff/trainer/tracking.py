@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +74,7 @@ class Tracker:
             return
         self._path = folder / METRICS
         forget_after(self._path, first_step)
+        self._unwritten: list[str] = []
         self._writers = more()
         events = _summary_writer(folder / "tensorboard", first_step) if config.tensorboard else None
         if events is not None:
@@ -90,13 +92,25 @@ class Tracker:
         """Append rows; each has `step`, the number of optimizer steps made."""
         if not self._active or not rows:
             return
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-        for writer in self._writers:
-            for row in rows:
-                for name, value in row.items():
-                    if name != "step" and value is not None:
-                        writer.add_scalar(name, value, row["step"])
+        self._unwritten += [json.dumps(row) + "\n" for row in rows]
+        with self.going_on(METRICS):
+            _append(self._path, "".join(self._unwritten))
+            self._unwritten = []
+        with self.going_on("a file of TensorBoard or W&B"):
+            for writer in self._writers:
+                for row in rows:
+                    for name, value in row.items():
+                        if name != "step" and value is not None:
+                            writer.add_scalar(name, value, row["step"])
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Warn, and let the training go on, where `what` cannot be written: a full disk, say."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            self.say(f"warning: {what} could not be written ({reason}). Training goes on.")
 
     def progress(self, step: int, shown: Mapping[str, str]) -> None:
         """Move the bar to a step and show some words beside it."""
@@ -110,8 +124,9 @@ class Tracker:
     def image(self, name: str, step: int, picture: Tensor) -> None:
         """Show a picture, uint8 (3, H, W), in TensorBoard and W&B."""
         if self._active:
-            for writer in self._writers:
-                writer.add_image(name, picture, step)
+            with self.going_on("a picture for TensorBoard or W&B"):
+                for writer in self._writers:
+                    writer.add_image(name, picture, step)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -127,21 +142,44 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl; a half-written last line is left out."""
+    """Read the rows of a metrics.jsonl; lines that a crash has cut are left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [row for line in lines[:-1] if (row := _row(line)) is not None]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _append(path: Path, text: str) -> None:
+    """Append text, or nothing of it. Raises: OSError."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Remove the rows that were written after the checkpoint of `step`."""
+    """Keep of a metrics.jsonl what was known at the checkpoint of `step`: the validation after it
+    is made again. Lines that a crash has cut go too.
+    """
     rows = read_metrics(path)
-    kept = [row for row in rows if row["step"] <= step]
-    if not path.exists() or (len(kept) == len(rows) and path.read_bytes().endswith(b"\n")):
+    kept = [row for row in rows if row["step"] < step + ("loss" in row)]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    if not path.exists() or path.read_bytes() == text.encode():
         return
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

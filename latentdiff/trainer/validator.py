@@ -50,8 +50,10 @@ class Validator:
 
     def due(self, step: int) -> bool:
         """Whether to validate after so many steps (the end comes by itself)."""
-        every = self._config.validation.every
-        return bool(every) and step % every == 0
+        validation = self._config.validation
+        if step == 0:
+            return validation.at_start
+        return bool(validation.every) and step % validation.every == 0
 
     def __call__(self, step: int) -> None:
         """Validate the averaged weights; the other processes wait."""
@@ -107,7 +109,9 @@ class Validator:
             return
         grid = picture_grid(images)
         if self._accelerator.is_main_process:
-            write_png(grid, Path(self._config.output) / SAMPLES / f"step-{step:08d}{kind}.png")
+            file = Path(self._config.output) / SAMPLES / f"step-{step:08d}{kind}.png"
+            with self._tracker.going_on(str(file)):
+                write_png(grid, file)
         self._tracker.image(f"samples{kind}", step, grid)
 
     def _captions(self, count: int) -> Sequence[str]:

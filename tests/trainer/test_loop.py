@@ -2,12 +2,14 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.trainer import tracking
 from latentdiff.trainer.batches import Prefetch
 from latentdiff.trainer.checkpoint import CheckpointError
 from latentdiff.trainer.descent import Descent
@@ -53,7 +55,11 @@ class Run:
         rows = [torch.randn(4, generator=torch.Generator().manual_seed(n)) for n in samples]
         return torch.stack(rows)
 
-    def __call__(self, spoil: Callable[[int], bool] = lambda step: False) -> None:
+    def __call__(
+        self,
+        spoil: Callable[[int], bool] = lambda step: False,
+        look: Callable[[int], None] = lambda done: None,
+    ) -> None:
         steps: Iterator = training_loop(
             self.descent,
             self.batch,
@@ -61,6 +67,7 @@ class Run:
             self.config,
             self.tracker,
             self.save,
+            look=look,
         )
         for step, x in steps:
             loss = (self.net(x) - x).square().mean()
@@ -142,9 +149,28 @@ def test_a_bad_step_changes_nothing_and_many_end_the_run(tmp_path: Path) -> None
 
 def test_metrics_of_steps_that_will_be_made_again_are_removed(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 6)) + '{"step": 6, "l')
+    file.write_text(
+        "".join(json.dumps({"step": n, "loss": n}) + "\n" for n in range(1, 6)) + '{"step": 6, "l'
+    )
+    forget_after(file, 5)
+    assert [row["step"] for row in read_metrics(file)] == [1, 2, 3, 4, 5]
+    assert file.read_text().endswith('"step": 5, "loss": 5}\n')
+    with open(file, "a") as more:  # the validation after the checkpoint is made again
+        more.write('{"step": 5, "validation_loss": 1}\n{"step": 6, "loss": 1}\n')
+    forget_after(file, 5)
+    assert [list(row) for row in read_metrics(file)] == [["step", "loss"]] * 5
     forget_after(file, 3)
-    assert read_metrics(file) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert [row["step"] for row in read_metrics(file)] == [1, 2, 3]
+
+
+def test_metrics_with_lines_that_a_crash_has_cut_can_be_gone_on_with(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    good = [{"step": n, "loss": n / 3} for n in (1, 2, 5)]
+    first, second, last = map(json.dumps, good)
+    file.write_text("\n".join([first, '{"step": 2, "lo' + second, second, "", "[]", "7", last, ""]))
+    assert read_metrics(file) == good
+    forget_after(file, 2)
+    assert file.read_text() == f"{first}\n{second}\n"
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
@@ -175,6 +201,54 @@ def test_a_full_disk_does_not_end_the_run_but_the_last_checkpoint_must_be(tmp_pa
     run.fails_at = {10}
     with pytest.raises(CheckpointError, match="disk is full"):
         run()
+
+
+def test_metrics_that_a_full_disk_refuses_come_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, max_steps=12)
+    said, room = [], [False]
+    run.tracker.say = said.append  # type: ignore[method-assign]
+
+    class Half:
+        """A file that takes half of a text."""
+
+        def __init__(self, *given: Any, **options: Any) -> None:
+            self.file = open(*given, **options)  # noqa: SIM115
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, text: str) -> None:
+            self.file.write(text if room[0] else text[: len(text) // 2])
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+
+    def look(done: int) -> None:
+        if done < 8:
+            assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+        room[0] = done >= 8
+
+    monkeypatch.setattr(tracking, "open", Half, raising=False)
+    run(look=look)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 13))
+    assert all("metrics.jsonl" in text and "No space left" in text for text in said)
+    assert len(said) == 3  # after steps 1, 4 and 8
+
+
+def test_the_model_is_looked_at_when_its_checkpoint_is_written(tmp_path: Path) -> None:
+    run = Run(tmp_path, max_steps=10, checkpoint_every=4)
+
+    def look(done: int) -> None:
+        if done == 8:
+            raise UserError("no memory for pictures")
+
+    with pytest.raises(UserError, match="no memory"):
+        run(look=look)
+    assert run.saved == [4, 8]
 
 
 @pytest.mark.parametrize("every", [0, 7, -10])
