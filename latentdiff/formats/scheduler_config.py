@@ -40,7 +40,9 @@ _DEFAULT_SPACING = {
 #: Fields that are numbers, with the range that makes sense; others that are words.
 _NUMBERS = {"num_train_timesteps": (2, 10**6), "beta_start": (0, 1), "beta_end": (0, 1)}
 _WORDS = ("_class_name", "prediction_type", "beta_schedule", "timestep_spacing")
-_FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
+_FLOW_MATCH = "FlowMatch"
+#: How the names of schedulers begin whose noise levels are no schedule of β.
+_WITHOUT_BETAS = ("CMStochastic", "CosineDPM", "EDM", "KarrasVe", "ScoreSde", "VQDiffusion")
 #: The samplers that each of diffusers' two fields for the last level concerns. It has no such field
 #: for the others, which end at the clean image, as all do in k-diffusion.
 ALPHA_TO_ONE = ("ddim", "pndm")
@@ -83,8 +85,15 @@ def read_scheduler(
     for field in ("trained_betas", "thresholding", "use_dynamic_shifting"):
         if data.get(field):
             raise UserError(f"scheduler_config.json: {field}={data[field]!r} is not supported.")
-    flow = kind == _FLOW_MATCH or bool(data.get("use_flow_sigmas"))
-    prediction_name = data.get("prediction_type", "flow_prediction" if flow else "epsilon")
+    if kind.startswith(_WITHOUT_BETAS):
+        raise UserError(
+            f"scheduler_config.json: the noise levels of {kind} are not supported; those of DDPM "
+            "(a schedule of β) and of flow matching are."
+        )
+    flow = kind.startswith(_FLOW_MATCH) or bool(data.get("use_flow_sigmas"))
+    # As diffusers wrote it before prediction_type came (0.9).
+    usual = "sample" if data.get("predict_epsilon") is False else "epsilon"
+    prediction_name = data.get("prediction_type", "flow_prediction" if flow else usual)
     if prediction_name not in PREDICTION_NAMES:
         raise choice_error("prediction_type", prediction_name, PREDICTION_NAMES)
     schedule = _flow_schedule(data) if flow else _discrete_schedule(data)

@@ -187,6 +187,28 @@ def test_the_last_level_survives_saving() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "prediction"),
+    [
+        ({}, "eps"),
+        # As diffusers wrote it before prediction_type came (0.9).
+        ({"predict_epsilon": True}, "eps"),
+        ({"predict_epsilon": False}, "x0"),
+        ({"predict_epsilon": False, "prediction_type": "v_prediction"}, "v"),
+    ],
+)
+def test_predictions_of_old_folders(fields: dict[str, Any], prediction: str) -> None:
+    data = {k: v for k, v in SD.items() if k != "prediction_type"} | fields
+    assert read_scheduler({"_class_name": "DDPMScheduler", **data})[1] == prediction
+
+
+@pytest.mark.parametrize("kind", ["Euler", "Heun"])
+def test_flow_matching_of_every_solver(kind: str) -> None:
+    name = f"FlowMatch{kind}DiscreteScheduler"
+    schedule, prediction, _ = read_scheduler({"_class_name": name, "shift": 1.0})
+    assert (schedule.kind, prediction) == ("flow", "flow")
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"beta_schedule": "scaled_liner"}, "Did you mean 'scaled_linear'"),
@@ -194,6 +216,9 @@ def test_the_last_level_survives_saving() -> None:
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"thresholding": True}, "thresholding"),
         ({"use_flow_sigmas": True, "flow_shift": 3.0}, "shifted by 3"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0}, "shifted by 3"),
+        ({"_class_name": "EDMEulerScheduler"}, "noise levels of EDMEulerScheduler"),
+        ({"_class_name": "ScoreSdeVeScheduler"}, "noise levels of ScoreSdeVeScheduler"),
     ],
 )
 def test_refused(fields: dict[str, Any], message: str) -> None:
