@@ -8,6 +8,7 @@ STEM.bin …                 the same as pickles (pytorch_model for `model`), ne
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -44,13 +45,28 @@ def read_weights(
             state: dict[str, Tensor] = {}
             for file in files:
                 state |= read_tensor_file(file).tensors
-            return state
+            return _unwrapped(state)
+    raise UserError(_no_weights(folder, stem, variant))
+
+
+def _no_weights(folder: Path, stem: str, variant: str | None) -> str:
     present = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
     expected = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-    raise UserError(
+    whole = (re.fullmatch(rf"{stem}\.(.+)\.(safetensors|bin)", name) for name in present)
+    variants = list(dict.fromkeys(match[1] for match in whole if match))
+    hint = f" Name the variant: {', '.join(variants)} (--variant, or variant=)." if variants else ""
+    return (
         f"no weights in {folder}: expected {expected} (or shards with an index, or .bin); "
-        f"there is {', '.join(present) or 'none'}."
+        f"there is {', '.join(present) or 'none'}.{hint}"
     )
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what torch.compile and data-parallel training put before every name."""
+    for wrapper in ("module.", "_orig_mod.", "module."):
+        if all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    return state
 
 
 def place_weights(
@@ -176,9 +192,10 @@ def _find(folder: Path, stem: str, variant: str | None) -> list[Path]:
         whole = folder / f"{name}{dot}.{ending}"
         if whole.is_file():
             return [whole]
-        index = folder / f"{name}.{ending}.index{dot}.json"
-        if index.is_file():
-            return _shard_files(index)
+        # The second is what diffusers wrote before 0.30.
+        for index in (f"{name}.{ending}.index{dot}.json", f"{name}.{ending}{dot}.index.json"):
+            if (folder / index).is_file():
+                return _shard_files(folder / index)
     return []
 
 

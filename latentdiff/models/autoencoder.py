@@ -63,12 +63,13 @@ class Autoencoder(nn.Module):
         self.downscale: int = 2 ** (len(levels) - 1)
         """How many pixels one latent position stands for, in each direction."""
         scale, shift = config.get("scaling_factor"), config.get("shift_factor")
-        self.scale = 1.0 if scale is None else float(scale)
+        # A key that is left out has its class's default by now; null has no meaning.
+        self.scale = 0.0 if scale is None else float(scale)
         self.shift = 0.0 if shift is None else float(shift)
         if not math.isfinite(self.scale * self.shift) or self.scale == 0:
             raise UserError(
                 "the autoencoder's scaling_factor and shift_factor must be finite, and the former "
-                f"not 0; got {scale!r} and {shift!r}."
+                f"not 0 (Stable Diffusion: 0.18215 and 0); got {scale!r} and {shift!r}."
             )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,59 @@ def test_variants_side_by_side(theirs: Any, tmp_path: Path) -> None:
     assert torch.equal(found.unet.conv_in.weight, plain + 1)
     with pytest.raises(UserError, match=r"expected diffusion_pytorch_model\.fp16\.safetensors"):
         load_components(tmp_path / "model", variant="fp16")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_shards_of_a_variant_under_the_names_of_older_releases(
+    ending: str, theirs: Any, tmp_path: Path
+) -> None:
+    theirs.save_pretrained(tmp_path / "model")
+    unet, stem = tmp_path / "model/unet", "diffusion_pytorch_model"
+    state = load_file(unet / f"{stem}.safetensors")
+    (unet / f"{stem}.safetensors").unlink()
+    placed = {
+        name: f"{stem}-0000{1 + n % 2}-of-00002.fp16.{ending}" for n, name in enumerate(state)
+    }
+    for file in set(placed.values()):
+        part = {name: state[name] for name in state if placed[name] == file}
+        (save_file if ending == "safetensors" else torch.save)(part, unet / file)
+    index = unet / f"{stem}.{ending}.fp16.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    for variant in ("fp16", None):  # as for a whole file, there being no other
+        found = load_components(tmp_path / "model", variant=variant).unet.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_weights_of_compiled_and_data_parallel_modules(
+    wrapper: str, theirs: Any, tmp_path: Path
+) -> None:
+    theirs.save_pretrained(tmp_path / "model")
+    plain = load_components(tmp_path / "model")
+    for file in (
+        "unet/diffusion_pytorch_model",
+        "vae/diffusion_pytorch_model",
+        "text_encoder/model",
+    ):
+        weights = tmp_path / f"model/{file}.safetensors"
+        save_file({wrapper + name: t for name, t in load_file(weights).items()}, weights)
+    found = load_components(tmp_path / "model")
+    for part in ("unet", "autoencoder", "text_encoder"):
+        ours, expected = (getattr(c, part).state_dict() for c in (found, plain))
+        assert list(ours) == list(expected)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("variant", ["fp32", "non_ema", "fp16.non_ema"])
+def test_the_only_variant_is_named(variant: str, theirs: Any, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name(f"diffusion_pytorch_model.{variant}.safetensors"))
+    with pytest.raises(UserError, match=rf"Name the variant: {re.escape(variant)} \("):
+        load_components(tmp_path / "model")
+    load_components(tmp_path / "model", variant=variant)
 
 
 def test_each_part_keeps_its_dtype(theirs: Any, tmp_path: Path) -> None:

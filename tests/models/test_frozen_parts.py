@@ -78,6 +78,19 @@ def test_shift_and_scale_cancel() -> None:
     torch.testing.assert_close(ours.decode(latents), vae.decode(raw).sample.clamp(-1, 1))
 
 
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+@pytest.mark.parametrize("scale", [None, 0, 0.0])
+def test_latents_have_a_scale(scale: float | None, kind: str, tmp_path: Path) -> None:
+    make_vae(kind).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"scaling_factor": scale}))
+    with pytest.raises(UserError, match="scaling_factor"):
+        load_autoencoder(tmp_path)
+    del config["scaling_factor"]  # the class's default
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_autoencoder(tmp_path).scale == (0.18215 if kind == "kl" else 1.0)
+
+
 def test_image_size_must_fit(folder: Path) -> None:
     ours = load_autoencoder(folder / "tiny")
     ours.check_image_size((16, 24))
