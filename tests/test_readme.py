@@ -1,4 +1,4 @@
-"""The README's file tree names every file, and commands in the docs have the options they use."""
+"""docs/architecture.md lists every file, and commands in the docs have the options they use."""
 
 import re
 import runpy
@@ -15,8 +15,9 @@ ROW = re.compile(r"( *)([\w./-]+(?:, [\w./-]+)*)(?: +(\S.*))?$")
 
 
 def tree() -> dict[str, str]:
-    """Path → its phrase, from the tree of the README (two spaces to a level)."""
-    block = (ROOT / "README.md").read_text(encoding="utf-8").split("## Files\n\n```\n")[1]
+    """Path → its phrase, from the tree of docs/architecture.md (two spaces to a level)."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = page.split("## Files\n\n```\n")[1]
     found, folders = dict[str, str](), list[str]()
     for line in block.split("```")[0].splitlines():
         row = ROW.match(line)
@@ -43,8 +44,9 @@ def test_the_tree_names_every_file_once_with_a_phrase_and_no_other() -> None:
 
 def test_the_tree_is_read_by_level() -> None:
     found = tree()
-    assert "latentdiff/diffusion/samplers/walk.py" in found
-    assert "latentdiff/trainer/stream.py" not in found and "latentdiff/data/stream.py" in found
+    assert "latentdiff/diffusion/samplers/step.py" in found
+    assert "latentdiff/train/likelihood.py" not in found
+    assert "latentdiff/evaluation/likelihood.py" in found
 
 
 def commands(script: str) -> list[tuple[str, str]]:
