@@ -95,7 +95,7 @@ def posterior() -> dict[str, float]:
 
 
 def averages() -> dict[str, float]:
-    """How far averages that are built afterwards are from those asked for (docs/averages.md)."""
+    """How far averages that are built afterwards are from those asked for (docs/training.md)."""
     from latentdiff.trainer.power_profile import Profile, fit, gamma_of, misfit
 
     found = {}
@@ -179,12 +179,12 @@ EVALUATE = "inference/evaluate.py"
 #: The quick ones first.
 MEASURES = {
     "posterior": Measure("diffusion.md", posterior),
-    "averages": Measure("averages.md", averages),
+    "averages": Measure("training.md", averages),
     "sizes": Measure("embedded-model.md", sizes),
     "start-up": Measure("embedded-model.md", start_up),
     "orders": Measure("samplers.md", orders),
     "parity": Measure("samplers.md", parity),
-    "embedded-parts": Measure("first-light.md", embedded_parts),
+    "embedded-parts": Measure("embedded-model.md", embedded_parts),
     "inversion": Measure("generating.md", of_script("benchmarks/inversion.py")),
     "loader": Measure("data-at-scale.md", loader),
     "train-step": Measure("watching.md", of_script("benchmarks/train_step.py")),
