@@ -21,6 +21,7 @@ from latentdiff.data.latent_store import LatentStore
 from latentdiff.data.source import DataConfig
 from latentdiff.data.transforms import TRANSFORM_VERSION
 from latentdiff.errors import UserError
+from latentdiff.tensor_file import raw_bytes
 
 Shape = tuple[int, int, int]
 
@@ -118,8 +119,7 @@ def cache_key(autoencoder: Any, config: DataConfig) -> str:
     digest = hashlib.blake2b(repr(transform).encode(), digest_size=8)
     for name, tensor in sorted(autoencoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
