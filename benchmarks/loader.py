@@ -36,7 +36,7 @@ from latentdiff.data.latent_cache import LatentCache
 from latentdiff.data.latent_index import LatentIndex
 from latentdiff.data.latent_store import LatentStore, LatentWriter, key_array
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import UserError, exit_with
+from latentdiff.errors import UserError, command
 from latentdiff.trainer.batches import BatchMaker, Prefetch
 from latentdiff.trainer.config import TrainConfig
 from latentdiff.trainer.order import BatchShape, Order, choose_caption
@@ -261,6 +261,7 @@ def measure(
     return figures, reading, training
 
 
+@command
 def main() -> None:
     """Measure, plot, print."""
     parser = argparse.ArgumentParser(
@@ -288,7 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    sys.exit(main())

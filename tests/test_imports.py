@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "latentdiff"
 #: Lower may not import higher, and parts of the same level do not know each other.
 LEVEL = {
-    "errors": 0, "embedded": 0, "precision": 0,
+    "errors": 0, "embedded": 0, "precision": 0, "atomic": 1,
     "tensor_file": 1, "weight_files": 2, "config_types": 1, "config_yaml": 1, "config": 2,
     "diffusion": 3, "models": 3, "data": 3, "formats": 4, "finetune": 5,
     "pipelines": 6, "trainer": 6, "doctor": 6,

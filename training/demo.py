@@ -10,12 +10,17 @@ With --from-scratch a small U-Net starts from random weights (demo_from_scratch.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from latentdiff.atomic import atomic_file
+from latentdiff.errors import command
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "configs" / "demo.yaml"
@@ -56,33 +61,43 @@ def draw(model: Path | None, target: Path) -> None:
     pipeline = LatentDiffusionPipeline.from_pretrained(model)
     images = pipeline(prompts(), seed=0).images
     large = [image.resize((128, 128), 0) for image in images]
-    grid(large, columns=len(PROMPTS)).save(target)
+    with atomic_file(target) as new:
+        grid(large, columns=len(PROMPTS)).save(new)
 
 
-def main() -> int:
-    """Train, draw, say where everything is. Returns: the exit code."""
+def train(words: Sequence[str]) -> int:
+    """Run train_latent.py with these words. Returns: its exit code."""
+    # Ctrl-C reaches the training too; it writes its checkpoint and says so, and is waited for.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        script = [sys.executable, str(HERE / "train_latent.py")]
+        return subprocess.run([*script, *words], check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, draw, say where everything is; see `errors.command` for exit codes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--from-scratch", action="store_true", help="begin with random weights")
-    arguments = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
     started = time.monotonic()
-    folder = free_folder(arguments.output)
-    config = FROM_SCRATCH if arguments.from_scratch else CONFIG
-    command = [sys.executable, str(HERE / "train_latent.py"), "--config", str(config)]
-    command.append(f"output={folder}")
-    code = subprocess.run([*command, *arguments.overrides], check=False).returncode
-    if code:
+    folder = free_folder(options.output)
+    config = FROM_SCRATCH if options.from_scratch else CONFIG
+    if code := train(["--config", str(config), f"output={folder}", *options.overrides]):
         return code
     picture = folder / "grid.png"
     draw(folder / "model", picture)
-    if not arguments.from_scratch:
+    if not options.from_scratch:
         draw(None, folder / "before.png")
     print(f"rows: {', '.join(SUBJECTS)}")
     print(f"columns: {', '.join(p.format('…') for p in PROMPTS)}")
-    if not arguments.from_scratch:
+    if not options.from_scratch:
         print(f"before the training: {(folder / 'before.png').resolve()}")
     print(f"{time.monotonic() - started:.0f} s after the start, pictures: {picture.resolve()}")
     return 0

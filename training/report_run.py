@@ -15,22 +15,18 @@ from pathlib import Path
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.errors import UserError
+from latentdiff.errors import command
 from latentdiff.trainer.report import write_report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns: the exit code."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN")
-    try:
-        print(f"report: {write_report(parser.parse_args(arguments).run)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(f"report: {write_report(parser.parse_args(arguments).run)}")
 
 
 if __name__ == "__main__":

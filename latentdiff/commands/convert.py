@@ -10,12 +10,11 @@ they have on disk unless --dtype says otherwise. Nothing is written before all o
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, command
 
 if TYPE_CHECKING:
     from latentdiff.formats.components import Components
@@ -96,12 +95,7 @@ def _some(texts: Sequence[str], most: int = 3) -> str:
     return ", ".join(texts[:most]) + more
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns: the exit code."""
-    args = parse(arguments)
-    try:
-        print(report(*convert(args)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; see `errors.command` for exit codes."""
+    print(report(*convert(parse(arguments))))

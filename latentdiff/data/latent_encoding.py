@@ -182,9 +182,13 @@ def _prefetch(
 ) -> Iterator[_Job]:
     """Yield call(item) in order while the pool works on at most `ahead` items."""
     waiting: deque[Future[_Job]] = deque()
-    for item in items:
-        waiting.append(pool.submit(call, item))
-        if len(waiting) >= ahead:
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    finally:
+        for future in waiting:  # after Ctrl-C what is still in the queue is not waited for
+            future.cancel()

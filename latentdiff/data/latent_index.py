@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from latentdiff.atomic import atomic_file
 from latentdiff.data.latent_store import Array, LatentStore
 from latentdiff.data.source import Skipped
 from latentdiff.errors import UserError
@@ -123,13 +123,11 @@ class IndexFiles:
 
 def write_whole(file: Path, data: bytes) -> None:
     """Write a file so that others see the old one or the new one. Raises: UserError."""
-    temporary = file.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{file.name}")
     try:
-        with open(temporary, "wb") as target:
+        with atomic_file(file) as new, open(new, "wb") as target:
             target.write(data)
             target.flush()
             os.fsync(target.fileno())
-        os.replace(temporary, file)
     except OSError as error:
         raise UserError(
             f"the latent cache cannot be written to {file.parent} ({error}). "

@@ -7,7 +7,6 @@ names, groups and captions (a list per picture).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latentdiff.atomic import atomic_file
 from latentdiff.data.latent_cache import LatentCache, Stored
 from latentdiff.data.source import Skipped
 from latentdiff.errors import UserError
@@ -97,10 +97,9 @@ def write_pack(
     }
     encoded = np.frombuffer(json.dumps(text).encode(), dtype=np.uint8).copy()
     tensors = {"moments": cache.moments_of(list(chosen)), "text": torch.from_numpy(encoded)}
-    temporary = Path(path).with_name(f".tmp-{os.getpid()}-{Path(path).name}")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        with atomic_file(Path(path)) as new:
+            save_file(tensors, new)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the latent pack cannot be written to {path} ({error}).") from error

@@ -230,6 +230,8 @@ class LatentWriter:
             os.replace(self._temporary, self._final)
         except OSError as error:
             raise self._unwritable(error) from error
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def _start(self, schema: Any) -> None:
         import pyarrow

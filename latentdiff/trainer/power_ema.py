@@ -8,7 +8,6 @@ What the averages are, and how others are built from stored ones, is in `power_p
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from latentdiff.atomic import atomic_file
 from latentdiff.errors import UserError
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.power_profile import (
@@ -28,6 +28,7 @@ from latentdiff.trainer.power_profile import (
     gamma_of,
     misfit,
 )
+from latentdiff.weight_files import refuse_not_finite
 
 FOLDER = "ema"
 
@@ -103,6 +104,7 @@ class PowerEmas:
             for number, track in enumerate(self.tracks)
             for name, value in track.placed().items()
         }
+        refuse_not_finite(tensors)
         if self._writes:
             about = {"step": step, "sigma_rel": [track.sigma_rel for track in self.tracks]}
             _write(self._folder / f"step-{step:08d}.safetensors", tensors, about)
@@ -245,9 +247,5 @@ def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> Non
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        save_file(tensors, partial, {"about": json.dumps(about)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as new:
+        save_file(tensors, new, {"about": json.dumps(about)})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from latentdiff.atomic import write_text
 
 METRICS = "metrics.jsonl"
 
@@ -133,9 +134,7 @@ def forget_after(path: Path, step: int) -> None:
     kept = [row for row in rows if row["step"] <= step]
     if not path.exists() or (len(kept) == len(rows) and path.read_bytes().endswith(b"\n")):
         return
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _summary_writer(folder: Path, first_step: int) -> Any:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latentdiff import atomic
 from latentdiff.errors import UserError
-from latentdiff.formats import atomic
 from latentdiff.formats.diffusers_folder import (
     Components,
     load_components,
