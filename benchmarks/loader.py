@@ -34,7 +34,7 @@ import torch
 
 from latentdiff.data.latents import LatentCache, LatentIndex, Shards, key_array, write_shard
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import UserError, exit_with
+from latentdiff.errors import UserError, command
 from latentdiff.trainer.batches import BatchMaker, Prefetch
 from latentdiff.trainer.config import TrainConfig
 from latentdiff.trainer.order import BatchShape, Order, choose_caption
@@ -258,6 +258,7 @@ def measure(
     return figures, reading, training
 
 
+@command
 def main() -> None:
     """Measure, plot, print."""
     parser = argparse.ArgumentParser(
@@ -285,7 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    sys.exit(main())

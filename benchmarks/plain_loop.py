@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
-from latentdiff.errors import UserError, exit_with
+from latentdiff.errors import command
 from latentdiff.formats.diffusers_folder import save_components
 from latentdiff.precision import has_fast_bf16
 from latentdiff.trainer.batches import BatchMaker
@@ -88,6 +88,7 @@ def train(config_file: Path, overrides: list[str], rate: float) -> Path:
     return folder
 
 
+@command
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(
@@ -97,11 +98,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    try:
-        print(train(arguments.config, arguments.overrides, arguments.lr))
-    except UserError as error:
-        exit_with(error)
+    print(train(arguments.config, arguments.overrides, arguments.lr))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,13 +12,15 @@ import argparse
 import importlib.util
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.errors import UserError, exit_with
+from latentdiff.atomic import atomic_file
+from latentdiff.errors import UserError, command
 from latentdiff.pipelines.size_limit import check_pixels
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ SAMPLER_NAMES = (
 )
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; nothing heavy is imported yet, so --help is instant."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -181,25 +183,24 @@ def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
         images, paths = [grid(images, columns)], [args.output]
     try:
         for image, path in zip(images, paths, strict=True):
-            image.save(path)
+            with atomic_file(path) as new:
+                image.save(new)
     except OSError as error:
         raise UserError(f"{args.output} cannot be written ({error.strerror or error}).") from error
     return paths
 
 
-def main() -> None:
-    """Run; mistakes of the user end with one line, not a traceback."""
-    args = parse()
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
+    args = parse(arguments)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        picture_size(args.size)
-        if args.columns is not None and args.columns < 1:
-            raise UserError(f"--columns must be at least 1; got {args.columns}.")
-        check_output(args.output)
-        images, seeds = generate(args)
-        paths = save(images, args)
-    except UserError as error:
-        exit_with(error)
+    picture_size(args.size)
+    if args.columns is not None and args.columns < 1:
+        raise UserError(f"--columns must be at least 1; got {args.columns}.")
+    check_output(args.output)
+    images, seeds = generate(args)
+    paths = save(images, args)
     seen = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     print(f"seed {seen}", file=sys.stderr)
     for path in paths:
@@ -207,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,16 +12,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.errors import UserError, exit_with
+from latentdiff.atomic import atomic_file
+from latentdiff.errors import UserError, command
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -89,27 +91,26 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
     return to_pil(torch.cat([given, kept, back, *edits])), found.latents, float(psnr(back, kept))
 
 
-def main() -> None:
-    """Run; mistakes of the user end with one line, not a traceback."""
-    args = parse()
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
+    args = parse(arguments)
+    pictures, noise, decibels = run(args)
+    from latentdiff.pipelines.pictures import grid
+    from latentdiff.weight_files import save_tensors
+
     try:
-        pictures, noise, decibels = run(args)
-        from latentdiff.pipelines.pictures import grid
-
-        try:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            grid(pictures, len(pictures)).save(args.output)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--output: {args.output} cannot be written ({error}).") from error
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(args.output) as new:
+            grid(pictures, len(pictures)).save(new)
         if args.noise is not None:
-            from safetensors.torch import save_file
-
-            save_file({"latents": noise.contiguous()}, args.noise)
-    except UserError as error:
-        exit_with(error)
+            with atomic_file(args.noise) as new:
+                save_tensors({"latents": noise.contiguous()}, new)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the result cannot be written ({error}).") from error
     print(f"round trip against the autoencoder's own picture: {decibels:.1f} dB")
     print(args.output)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from latentdiff.errors import command
+
 #: word → (module, what it is for).
 COMMANDS = {
     "inspect": ("latentdiff.commands.inspect", "say what a file or folder of weights is"),
@@ -13,8 +15,9 @@ COMMANDS = {
 }
 
 
+@command
 def main() -> int:
-    """Run the command that the first argument names. Returns: the exit code."""
+    """Run the command that the first argument names; see `errors.command` for exit codes."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in COMMANDS:
         code = import_module(COMMANDS[word][0]).main(sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Files and folders replaced in one step: a reader, or a crash, sees the old or the new one."""
+"""Writing a file or folder all at once: a reader, or a crash, sees the old one or the new one."""
 
 from __future__ import annotations
 
@@ -16,24 +16,43 @@ INDEX = "model_index.json"
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` that takes its place, flushed to the disk, if the block succeeds.
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target`, of the same ending; its file takes target's place when the
+    block ends well.
 
-    Raises: OSError: it cannot be written.
+    Raises:  OSError: what writing or replacing raises; target is as it was.
     """
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    target = Path(os.path.realpath(target))  # what a link points to is replaced, not the link
+    temporary = target.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{target.name}")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(target: Path, text: str) -> None:
+    """Write a text file in UTF-8, all at once. Raises: OSError."""
+    with atomic_file(target) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; it takes target's place when the block ends well."""
+    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 @contextmanager
 def atomic_folder(target: Path, ours: Collection[str]) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its place when the block ends well.
+    """Write a model folder as `whole_folder` does, and keep what else is in it.
 
     Args:    target: may exist already; entries of it that are not in `ours` are carried over.
              ours: names that a folder of this kind consists of.
@@ -41,19 +60,14 @@ def atomic_folder(target: Path, ours: Collection[str]) -> Iterator[Path]:
     """
     target = target.absolute()
     _check(target)
-    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        with whole_folder(target) as new:
+            yield new
+            for entry in target.iterdir() if target.exists() else ():
+                if entry.name not in ours:
+                    _copy(entry, new / entry.name)
     except OSError as error:
-        raise _unwritable(target, error) from error
-    try:
-        yield temporary
-        _replace(temporary, target, ours)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write a model to {target}: {error.strerror or error}.") from error
 
 
 def _check(target: Path) -> None:
@@ -67,22 +81,17 @@ def _check(target: Path) -> None:
         )
 
 
-def _replace(temporary: Path, target: Path, ours: Collection[str]) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        return
-    for entry in target.iterdir():
-        if entry.name not in ours:
-            _copy(entry, temporary / entry.name)
+def _replace(temporary: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
     try:
+        if target.exists():
+            target.rename(old)
         temporary.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -90,7 +99,3 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copytree(source, target, symlinks=True)
     else:
         shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _unwritable(target: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write a model to {target}: {error.strerror or error}.")

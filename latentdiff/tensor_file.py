@@ -144,6 +144,14 @@ def _refuse_inflated(file: Path, tensors: Collection[Tensor]) -> None:
         )
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in the order of its indices, whatever its device and memory layout."""
+    plain = tensor.detach().cpu().contiguous()
+    # PyTorch calls a tensor contiguous whatever the strides of its dimensions of size 1 are, such
+    # as those of a channels_last 1×1 kernel, but views bytes only where the last stride is 1.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
 class _Inert:
     """Stands for a class of another library that checkpoints mention: has no code, does nothing."""
 

@@ -166,13 +166,37 @@ def write_weights(
     (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
+def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Look at weights in the number format of a file before they are written.
+
+    Raises: UserError: one of them holds NaN, or values that the format has no room for.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.itemsize == 1 or tensor.isfinite().all():
+            continue
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if bool(tensor.isnan().any()):
+            raise UserError(
+                f"{name} holds NaN, so nothing was written: these weights are broken, or come from "
+                "a training that diverged."
+            )
+        raise UserError(
+            f"{name} has values beyond the largest of {kind} ({torch.finfo(tensor.dtype).max:.4g}),"
+            " so nothing was written. Write float32 or bfloat16 (export.dtype of a training, "
+            "--dtype of `latentdiff convert`); weights that large may also come from a training "
+            "that diverged."
+        )
+
+
 def save_tensors(
     tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write one file; safetensors' own can be read by their owner only, ours are as usual.
 
     Raises: OSError: it cannot be written; a full disk too, which safetensors calls otherwise.
+            UserError: as `refuse_not_finite`.
     """
+    refuse_not_finite(tensors)
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

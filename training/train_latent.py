@@ -29,7 +29,7 @@ import torch
 from latentdiff.config import describe
 from latentdiff.diffusion.objective import per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, command
 from latentdiff.finetune.registry import apply_method
 from latentdiff.trainer.batches import BatchMaker
 from latentdiff.trainer.bucket_order import make_order
@@ -40,7 +40,6 @@ from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.environment import environment, write_environment
 from latentdiff.trainer.extras import check_extras
 from latentdiff.trainer.gauges import MEBI, peak_memory
-from latentdiff.trainer.interrupt import Interrupted
 from latentdiff.trainer.latent_run import (
     batch_shape,
     check_steps_left,
@@ -186,8 +185,9 @@ def train(given: Given, resume: bool) -> str:
     return ending(config, written, trainee)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns: the exit code."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="configuration keys (given as key=value):\n\n" + describe(TrainConfig),
@@ -198,23 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
     try:
-        given = read_config(options.config, options.overrides)
-        end = train(given, options.resume)
-    except UserError as error:
-        # Any process may be the one that fails, and the launcher then stops the others.
-        where = "" if is_first_process() else f" (process {os.environ['RANK']})"
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        return 2
+        end = train(read_config(options.config, options.overrides), options.resume)
     except torch.OutOfMemoryError as error:
-        print(f"error: {RAN_OUT} ({str(error).splitlines()[0]})", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        if is_first_process():
-            print(stop, file=sys.stderr)
-        return stop.exit_code
+        raise UserError(f"{RAN_OUT} ({str(error).splitlines()[0]})") from error
     if is_first_process():
         print(end)
-    return 0
 
 
 if __name__ == "__main__":

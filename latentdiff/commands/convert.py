@@ -15,13 +15,12 @@ a plain LoRA, which comes as near to a DoRA on this model as its rank allows.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentdiff.commands.convert_dora import check_dora, convert_dora
-from latentdiff.errors import UserError, printable
+from latentdiff.errors import UserError, command, printable
 
 if TYPE_CHECKING:
     from latentdiff.formats.components import Components
@@ -126,12 +125,7 @@ def _some(texts: Sequence[str], most: int = 3) -> str:
     return ", ".join(texts[:most]) + more
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns: the exit code."""
-    args = parse(arguments)
-    try:
-        print(convert(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; see `errors.command` for exit codes."""
+    print(convert(parse(arguments)))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from latentdiff.commands.inspect_adapters import (
 )
 from latentdiff.commands.keys import grouped, joined, size
 from latentdiff.embedded import named
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,14 +192,10 @@ def _short(text: str) -> str:
     return text if len(text) <= _LONG else f"{text[:_LONG]} … ({len(text):,} characters)"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns: the exit code."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; see `errors.command` for exit codes."""
     args = parse(arguments)
-    try:
-        rows = inspect(Path(named(args.file)), args.keys)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = inspect(Path(named(args.file)), args.keys)
     width = max(len(name) for name, _ in rows) + 2
     print("\n".join(f"{name:{width}}{text}" for name, text in rows))
-    return 0

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from latentdiff.doctor.findings import (
     check_kinds,
 )
 from latentdiff.doctor.tokens import open_counter
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, command
 
 
 @dataclass(frozen=True)
@@ -138,20 +137,11 @@ def summary(order: Order, result: Result) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns: 0 when all was looked at, whatever was found; 2 otherwise."""
-    args = parse(arguments)
-    try:
-        order = read_order(args)
-        result = examine(order)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was changed.", file=sys.stderr)
-        return 130
-    print(summary(order, result))
-    return 0
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the exit code is 0 when all was looked at, whatever was found."""
+    order = read_order(parse(arguments))
+    print(summary(order, examine(order)))
 
 
 def _stem(dataset: str) -> str:

@@ -79,9 +79,13 @@ def examine(order: Order, progress: bool = True) -> Result:
         seconds = time.monotonic() - began
         result = Result(len(source), readable, counts, len(listed), seconds)
         write_report(order.output / REPORT, _page(order, result, findings), findings, order.shown)
-    except OSError as error:
-        raise UserError(f"--output: {order.output} cannot be written ({error}).") from error
-    return result
+        return result
+    except BaseException as error:  # Ctrl-C too: all three files or none
+        for name in (ALL, LIST, REPORT):
+            (order.output / name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"--output: {order.output} cannot be written ({error}).") from error
+        raise
 
 
 def make_output(folder: Path, data: DataConfig) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from latentdiff.atomic import atomic_file
 from latentdiff.data.emoji import Drawing, EmojiSource, Rendering
 from latentdiff.evaluation.features import SIDE, Features
 
@@ -54,7 +54,6 @@ class Galleries:
         self._say(f"features of {len(source)} real pictures, {style} on {background}")
         found = self._features([source[i].image for i in range(len(source))])
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        save_file({"features": found}, partial)
-        os.replace(partial, file)
+        with atomic_file(file) as new:
+            save_file({"features": found}, new)
         return found

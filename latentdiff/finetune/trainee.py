@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff.tensor_file import raw_bytes
+
 
 class TokenIds:
     """Stands where a text encoder would: says what was written, not what it means.
@@ -74,8 +76,7 @@ class Trainee:
         digest = hashlib.blake2b(digest_size=12)
         for parameter in self.module.parameters():
             if not parameter.requires_grad:
-                raw = parameter.detach().cpu().contiguous().view(torch.uint8)
-                digest.update(raw.numpy().data)
+                digest.update(raw_bytes(parameter))
         return {"frozen weights": digest.hexdigest()}
 
     def trained(self) -> dict[str, nn.Parameter]:

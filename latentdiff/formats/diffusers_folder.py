@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.atomic import atomic_folder
+from latentdiff.atomic import atomic_folder, whole_folder
 from latentdiff.errors import UserError
 from latentdiff.formats.components import Components, check_inputs, empty_unet, fill_unet
 from latentdiff.formats.generation_config import generation_defaults, with_generation
@@ -152,10 +152,10 @@ def save_components(
 def save_autoencoder(
     autoencoder: Autoencoder, folder: Path, dtype: torch.dtype = torch.float16
 ) -> Path:
-    """Write an autoencoder's config.json and weights alone. Returns: the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", autoencoder.config_dict())
-    write_weights(folder, VAE_STEM, autoencoder.module.state_dict(), dtype, None)
+    """Write an autoencoder's config.json and weights alone, all at once. Returns: the folder."""
+    with whole_folder(folder) as new:
+        _write_json(new / "config.json", autoencoder.config_dict())
+        write_weights(new, VAE_STEM, autoencoder.module.state_dict(), dtype, None)
     return folder
 
 

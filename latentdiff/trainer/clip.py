@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentdiff.atomic import whole_folder
 from latentdiff.data.source import DataConfig
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
@@ -24,6 +25,7 @@ from latentdiff.models.added_tokens import BOS, EOS
 from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
 from latentdiff.models.tokenizer import PIECES, ClipTokenizer
 from latentdiff.trainer.stage import StageConfig
+from latentdiff.weight_files import refuse_not_finite, save_tensors
 
 #: The value of `start` that means the package's own model.
 EMBEDDED = "embedded"
@@ -276,21 +278,22 @@ def retrieval_accuracy(queries: Tensor, gallery: Tensor, top: int) -> float:
 def save_clip(clip: Any, folder: Path) -> None:
     """Write both towers (FOLDER/clip) and the text tower alone (FOLDER/text_encoder), in fp16.
 
+    Raises: UserError: weights that fp16 has no room for; nothing is written.
+
     The text tower keeps the `text_model.` prefix that readers of Stable Diffusion folders expect;
     transformers ≥ 5.6 reads both forms but writes none.
     """
-    from safetensors.torch import save_file
-
     clip = clip.half()
-    clip.save_pretrained(folder / "clip")
-    text = folder / "text_encoder"
-    text.mkdir(exist_ok=True)
+    refuse_not_finite(clip.state_dict())
+    with whole_folder(folder / "clip") as both:
+        clip.save_pretrained(both)
     config = {**clip.config.text_config.to_dict(), "architectures": ["CLIPTextModel"]}
     config["dtype"] = "float32"  # see TextEncoder.config_dict
-    (text / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     state = {
         f"text_model.{name}": value.contiguous()
         for name, value in clip.text_model.state_dict().items()
         if not name.endswith("position_ids")
     }
-    save_file(state, text / "model.safetensors", metadata={"format": "pt"})
+    with whole_folder(folder / "text_encoder") as text:
+        (text / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        save_tensors(state, text / "model.safetensors")

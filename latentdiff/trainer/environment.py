@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from latentdiff.atomic import write_text
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -45,9 +47,7 @@ def write_environment(folder: Path, facts: dict[str, Any]) -> None:
     """Add this start of the run to OUTPUT/environment.json, a list of all of them."""
     file = folder / ENVIRONMENT
     text = json.dumps([*read_environment(folder), facts], indent=2) + "\n"
-    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, text)
 
 
 def read_environment(folder: Path) -> list[dict[str, Any]]:

@@ -1,24 +1,9 @@
-"""Stopping in an orderly way: finish the step, write a checkpoint, leave with the signal's code."""
+"""Stopping in an orderly way: the step is finished and its checkpoint written first."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
-
-
-class Interrupted(Exception):  # noqa: N818  (a request, not an error)
-    """The run was asked to stop and its checkpoint is written.
-
-    Attributes: exit_code: 128 + the signal's number, as shells count.
-    """
-
-    def __init__(self, number: int, step: int) -> None:
-        self.exit_code = 128 + number
-        name = signal.Signals(number).name
-        super().__init__(
-            f"stopped by {name} after step {step}; the checkpoint is written. "
-            "Run the same command with --resume to go on."
-        )
 
 
 class StopSignal:
@@ -43,6 +28,8 @@ class StopSignal:
         trace: TracebackType | None,
     ) -> None:
         self._restore()
+        if kind is None and self.number:  # it came too late to stop what is over by now
+            signal.raise_signal(self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number

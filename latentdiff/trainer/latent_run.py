@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from latentdiff.atomic import write_text
 from latentdiff.config import to_dict
 from latentdiff.config_yaml import to_yaml
 from latentdiff.diffusion.objective import check_objective
@@ -21,6 +22,7 @@ from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.open_data import Latents
 from latentdiff.trainer.order import BatchShape, recut
 from latentdiff.trainer.output import MODEL
+from latentdiff.trainer.ranks import on_first
 from latentdiff.trainer.sharding import gather_state, is_sharded
 from latentdiff.trainer.tracking import Writer
 
@@ -263,10 +265,10 @@ def export_trained(
 
     All processes must call this; see `export`.
     """
-    if trainee.export is None:
+    if (write := trainee.export) is None:
         return [export(config, components, ema, writes)]
     with ema.applied():
-        return trainee.export(Path(config.output), _dtype(config)) if writes else []
+        return on_first(lambda: write(Path(config.output), _dtype(config))) or []
 
 
 def _dtype(config: TrainConfig) -> torch.dtype:
@@ -277,6 +279,7 @@ def export(config: TrainConfig, components: Components, ema: Ema, writes: bool) 
     """Write OUTPUT/model with the averaged weights; return the folder.
 
     All processes must call this: those that do not write hand over their shards.
+    Raises: UserError: on all of them; a model that was there before is as it was.
     """
     from latentdiff.formats.diffusers_folder import save_components
     from latentdiff.models.unet import UNet
@@ -290,8 +293,7 @@ def export(config: TrainConfig, components: Components, ema: Ema, writes: bool) 
             if writes:
                 whole.load_state_dict(state, assign=True)
             components = dataclasses.replace(components, unet=whole)
-        if writes:
-            save_components(folder, components, _dtype(config))
+        on_first(lambda: save_components(folder, components, _dtype(config)))
     return folder
 
 
@@ -300,8 +302,7 @@ def save_config(config: TrainConfig) -> None:
     resolved = to_dict(config)
     if config.model.pretrained is not None:  # its own configuration says what the U-Net is
         del resolved["model"]["unet"]
-    file = Path(config.output) / "config.yaml"
-    file.write_text(to_yaml(resolved), encoding="utf-8")
+    write_text(Path(config.output) / "config.yaml", to_yaml(resolved))
 
 
 def ending(config: TrainConfig, written: list[Path], trainee: Trainee) -> str:

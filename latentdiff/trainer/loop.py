@@ -15,16 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from signal import Signals
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from latentdiff.diffusion.noise import mix
+from latentdiff.errors import Interrupted, UserError
 from latentdiff.trainer.batches import Prefetch
 from latentdiff.trainer.checkpoint import CheckpointError
 from latentdiff.trainer.descent import Descent
-from latentdiff.trainer.interrupt import Interrupted, StopSignal
+from latentdiff.trainer.interrupt import StopSignal
 from latentdiff.trainer.loop_log import Log
 from latentdiff.trainer.order import BatchShape
 from latentdiff.trainer.tracking import Tracker
@@ -135,7 +137,7 @@ def training_loop(
         Interrupted: after SIGTERM or SIGINT, with the checkpoint written.
         CheckpointError: the last checkpoint, or the one before stopping, was not; after any
             other the run goes on with a warning.
-        UserError: after 20 steps in a row without a finite loss.
+        UserError: after 20 steps in a row that were not finite, or when the last ones were not.
     """
     keys = (
         (step, micro)
@@ -144,29 +146,51 @@ def training_loop(
     )
     batches = Prefetch(make_batch, keys)
     log = Log(descent, shape, config, tracker, batches, seconds, gauges)
-    with StopSignal() as signal:
-        for number, micro, batch in batches:
-            last = micro == shape.accumulation - 1
-            # Dropout, if the model has any, must not depend on how often the run was resumed.
-            torch.manual_seed(mix(mix(config.seed, number), micro * shape.processes + shape.rank))
-            with nullcontext() if last else descent.no_sync():
-                yield Step(descent, number, last), batch
-            if not last:
-                continue
-            done = number + 1
-            stop = log.after(done, signal)
-            if stop or done % config.checkpoint_every == 0 or done == config.max_steps:
-                log.flush(done)
-                try:
-                    save(done, log.seconds)
-                except CheckpointError as error:
-                    if stop or done == config.max_steps:
-                        raise
-                    tracker.say(f"warning: {error} Training goes on.")
-            if stop and signal.number:
-                tracker.close()
-                raise Interrupted(signal.number, done)
-            look(done)
-            if stop:
-                tracker.say(f"loop.max_minutes={config.max_minutes} is over at step {done}.")
-                return
+    try:
+        with StopSignal() as signal:
+            for number, micro, batch in batches:
+                last = micro == shape.accumulation - 1
+                # Dropout, if the model has any, must not depend on how often a run was resumed.
+                place = micro * shape.processes + shape.rank
+                torch.manual_seed(mix(mix(config.seed, number), place))
+                with nullcontext() if last else descent.no_sync():
+                    yield Step(descent, number, last), batch
+                if last and _after_step(number + 1, signal, log, config, tracker, save, look):
+                    return
+    except (UserError, Interrupted):
+        tracker.close()  # so that it writes what it holds back
+        raise
+
+
+def _after_step(
+    done: int,
+    signal: StopSignal,
+    log: Log,
+    config: LoopConfig,
+    tracker: Tracker,
+    save: Callable[[int, float], None],
+    look: Callable[[int], None],
+) -> bool:
+    """Log, save and look after `done` steps; say whether the run is over before its last step."""
+    stop = log.after(done, signal)
+    ends = stop or done == config.max_steps
+    if ends or done % config.checkpoint_every == 0:
+        log.flush(done)
+        if ends and not signal.number:
+            log.check_end()
+        try:
+            save(done, log.seconds)
+        except CheckpointError as error:
+            if ends:
+                raise
+            tracker.say(f"warning: {error} Training goes on.")
+    if stop and signal.number:
+        raise Interrupted(
+            signal.number,
+            f"stopped by {Signals(signal.number).name} after step {done}; the checkpoint is "
+            "written. Run the same command with --resume to go on.",
+        )
+    look(done)
+    if stop:
+        tracker.say(f"loop.max_minutes={config.max_minutes} is over at step {done}.")
+    return stop

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentdiff.errors import UserError
 from latentdiff.trainer.batches import Prefetch
 from latentdiff.trainer.descent import Descent
-from latentdiff.trainer.diagnosis import diagnose
+from latentdiff.trainer.diagnosis import BadSteps, Remedies, finite_or_none
 from latentdiff.trainer.interrupt import StopSignal
 from latentdiff.trainer.order import BatchShape
 from latentdiff.trainer.tracking import Tracker
 
 if TYPE_CHECKING:
     from latentdiff.trainer.loop import LoopConfig
-
-#: So many steps in a row without a finite loss end the run.
-MAX_BAD_STEPS = 20
 
 
 class Log:
@@ -43,9 +38,10 @@ class Log:
         self._tracker, self._batches = tracker, batches
         self._began = time.monotonic() - seconds
         self._window = (time.monotonic(), 0.0)
-        self._bad = self._skipped = 0
         self._has_logged = False
-        self._finite: deque[dict[str, Any]] = deque(maxlen=5)
+        precision = descent.accelerator.mixed_precision
+        keys = ("optimizer.lr", "optimizer.warmup_steps", "loop.mixed_precision")
+        self._bad = BadSteps(descent.model.named_parameters, Remedies(*keys, precision))
 
     @property
     def seconds(self) -> float:
@@ -85,12 +81,12 @@ class Log:
         rows: list[dict[str, Any]] = []
         for (step, _, _), (loss, norm) in zip(history, values.tolist(), strict=True):
             rate = self._descent.rate(step - 1)
-            rows.append({"step": step, "loss": _finite(loss), "grad_norm": _finite(norm)})
-            rows[-1]["lr"] = rate
-            self._count(rows[-1])
+            rows.append({"step": step, "loss": finite_or_none(loss)})
+            rows[-1] |= {"grad_norm": finite_or_none(norm), "lr": rate}
+            self._bad.note(rows[-1])
         found = self._speed(len(rows))
         if speed:
-            rows[-1] |= found | {"skipped_steps": self._skipped}
+            rows[-1] |= found | {"skipped_steps": self._bad.skipped}
         self._has_logged = True
         self._tracker.write(rows)
         finite = [row["loss"] for row in rows if row["loss"] is not None]
@@ -100,26 +96,11 @@ class Log:
             shown["images/s"] = f"{found['images_per_second']:.1f}"
             shown["waiting"] = f"{found['waiting']:.0%}"
         self._tracker.progress(done, shown)
-        if self._bad >= MAX_BAD_STEPS:
-            self._tracker.close()
-            raise UserError(self._not_finite(done, rows[-1]))
+        self._bad.check()
 
-    def _count(self, row: dict[str, Any]) -> None:
-        if row["loss"] is not None and row["grad_norm"] is not None:
-            self._bad = 0
-            self._finite.append(row)
-        else:
-            self._bad += 1
-            self._skipped += 1
-
-    def _not_finite(self, done: int, bad: dict[str, Any]) -> str:
-        found = diagnose(list(self._finite), bad, self._descent.model.named_parameters())
-        return (
-            f"the loss or its gradient was not finite in the last {self._bad} steps (now at step "
-            f"{done}; those steps changed no weights). {' '.join(found)} Usual causes: "
-            f"optimizer.lr too high, loop.mixed_precision={self._config.mixed_precision} (try bf16 "
-            "or no), or broken pretrained weights. The last checkpoint is kept."
-        )
+    def check_end(self) -> None:
+        """Refuse to end as a success what did not. Raises: UserError: see `BadSteps`."""
+        self._bad.check_end()
 
     def _speed(self, steps: int) -> dict[str, float]:
         now, waited = time.monotonic(), self._batches.waited
@@ -133,7 +114,3 @@ class Log:
             **self._gauges(speed),
             "seconds": round(self.seconds, 1),
         }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON knows no NaN

@@ -8,7 +8,6 @@ What the averages are, and how others are built from stored ones, is in `power_p
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from latentdiff.atomic import atomic_file
 from latentdiff.errors import UserError
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.power_profile import (
@@ -28,7 +28,7 @@ from latentdiff.trainer.power_profile import (
     gamma_of,
     misfit,
 )
-from latentdiff.weight_files import save_tensors
+from latentdiff.weight_files import refuse_not_finite, save_tensors
 
 FOLDER = "ema"
 
@@ -104,6 +104,7 @@ class PowerEmas:
             for number, track in enumerate(self.tracks)
             for name, value in track.placed().items()
         }
+        refuse_not_finite(tensors)
         if self._writes:
             about = {"step": step, "sigma_rel": [track.sigma_rel for track in self.tracks]}
             _write(self._folder / f"step-{step:08d}.safetensors", tensors, about)
@@ -244,9 +245,5 @@ def _whole(value: Tensor) -> Tensor:
 
 def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        save_tensors(tensors, partial, {"about": json.dumps(about)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as new:
+        save_tensors(tensors, new, {"about": json.dumps(about)})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import distributed
+
+from latentdiff.errors import UserError
 
 T = TypeVar("T")
 
@@ -26,6 +29,23 @@ def share(value: T) -> list[T]:
     found: list[T | None] = [None] * process_count()
     distributed.all_gather_object(found, value)
     return found  # type: ignore[return-value]
+
+
+def on_first(action: Callable[[], T]) -> T | None:
+    """Run an action on the first process while the others wait; for all processes.
+
+    Returns: its result there, None elsewhere.
+    Raises:  UserError: on all processes, what it raised on the first.
+    """
+    result, problem = None, None
+    if process_rank() == 0:
+        try:
+            result = action()
+        except UserError as error:
+            problem = error
+    if problem := share(problem)[0]:
+        raise problem
+    return result
 
 
 def _joined() -> bool:

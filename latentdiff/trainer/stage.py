@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from latentdiff.atomic import atomic_file
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import Example, Source
 from latentdiff.errors import UserError, printable
+from latentdiff.trainer.diagnosis import BadSteps, Remedies, check_weights, finite_or_none
+from latentdiff.trainer.optimizer import step_if_finite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -168,6 +170,10 @@ class Stage:
         self.folder = Path(config.output)
         self.started = time.monotonic()
         self.recent: list[dict[str, Tensor]] = []
+        self._descents: list[tuple[Tensor, Tensor]] = []
+        self._history: list[tuple[int, Tensor]] = []
+        keys = ("stage.learning_rate", "stage.warmup_steps", "stage.mixed_precision")
+        self._bad = BadSteps(self._weights, Remedies(*keys, accelerator.mixed_precision))
 
     @property
     def state_file(self) -> Path:
@@ -190,7 +196,13 @@ class Stage:
         return int(state["step"])
 
     def save(self, step: int) -> None:
-        """Write the state after `step` steps; the old file stays until the new one is whole."""
+        """Write the state after `step` steps; the old file stays until the new one is whole.
+
+        Raises: UserError: the stage has diverged; nothing is written.
+        """
+        if step == self.config.max_steps:
+            self._bad.check_end()
+        check_weights({"weight": dict(self._weights())}, step)
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -198,18 +210,30 @@ class Stage:
             "modules": {n: m.state_dict() for n, m in self.modules.items()},
             "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
         }
-        temporary = self.state_file.with_suffix(".partial")
-        torch.save(state, temporary)
-        os.replace(temporary, self.state_file)
+        with atomic_file(self.state_file) as new:
+            torch.save(state, new)
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        for module in self.modules.values():
+            yield from module.named_parameters()
 
     def step(self, names: Sequence[str], loss: Tensor) -> None:
-        """Descend a loss of the named modules: backward, clip each, update, clear."""
+        """Descend a loss of the named modules: backward, clip each, update, clear.
+
+        A module whose gradient is not finite stays as it is.
+        """
         self.accelerator.backward(loss)
+        norms = []
         for name in names:
             module, optimizer = self.modules[name], self.optimizers[name]
-            self.accelerator.clip_grad_norm_(module.parameters(), self.config.clip_norm)
-            optimizer.step()
+            norm = self.accelerator.clip_grad_norm_(module.parameters(), self.config.clip_norm)
+            if self.accelerator.scaler is None:
+                step_if_finite(optimizer.optimizer, norm)
+            else:
+                optimizer.step()  # the fp16 gradient scaler has the same check
             optimizer.zero_grad()
+            norms.append(norm.detach())
+        self._descents.append((loss.detach().float(), torch.stack(norms).norm()))
 
     def set_rate(self, step: int) -> None:
         """Set every optimizer's learning rate for a step."""
@@ -218,20 +242,43 @@ class Stage:
                 group["lr"] = cosine_rate(step, self.config)
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
-        """Remember a step's values; every `log_every` steps print and write their means."""
+        """Remember a step's values; every `log_every` steps print and write their means.
+
+        Raises: UserError: too many steps in a row were not finite.
+        """
         self.recent.append({k: v.detach() for k, v in values.items()})
+        if self._descents:
+            total = torch.stack([torch.stack(found) for found in self._descents]).sum(0)
+            self._history.append((step + 1, total))
+            self._descents = []
         if (step + 1) % self.config.log_every and step + 1 < self.config.max_steps:
             return
-        means = _means(self.recent)
+        if self.accelerator.is_main_process:
+            self._write(step + 1, _means(self.recent))
         self.recent = []
-        if not self.accelerator.is_main_process:
-            return
+        self._count()
+
+    def _write(self, step: int, means: dict[str, float]) -> None:
         seconds = time.monotonic() - self.started
-        row: dict[str, Any] = {"step": step + 1, "seconds": round(seconds, 1), **means}
+        finite = {k: finite_or_none(v) for k, v in means.items()}
+        row: dict[str, Any] = {"step": step, "seconds": round(seconds, 1), **finite}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         text = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
-        print(f"step {step + 1}/{self.config.max_steps}  {seconds:.0f} s  {text}", flush=True)
+        print(f"step {step}/{self.config.max_steps}  {seconds:.0f} s  {text}", flush=True)
+
+    def _count(self) -> None:
+        """Read the losses and gradient norms since the last time from the device."""
+        if not self._history:
+            return
+        steps, totals = zip(*self._history, strict=True)
+        self._history = []
+        # Each process has the loss of its own samples, and all have the same gradients.
+        values = self.accelerator.reduce(torch.stack(totals), "mean").tolist()
+        for step, (loss, norm) in zip(steps, values, strict=True):
+            row = {"step": step, "loss": finite_or_none(loss), "grad_norm": finite_or_none(norm)}
+            self._bad.note({**row, "lr": cosine_rate(step - 1, self.config)})
+        self._bad.check()
 
 
 def _means(rows: Sequence[dict[str, Tensor]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 from latentdiff.trainer.checkpoint import delete_old, latest, read_manifest, write_checkpoint
+from latentdiff.trainer.diagnosis import check_weights
 from latentdiff.trainer.ema import Ema
 from latentdiff.trainer.optimizer import load_named_state, named_state
 from latentdiff.trainer.power_ema import AllAverages
@@ -52,6 +53,7 @@ class TrainingState:
         """Write a checkpoint after `step` steps; every process writes its own rows.
 
         Raises: CheckpointError: on all processes; the earlier checkpoints are kept.
+                UserError: likewise, when the run has diverged.
         """
         release(self.unet)
         tensors = {
@@ -59,6 +61,7 @@ class TrainingState:
             "ema": self.ema.placed(),
             "optimizer": named_state(self.optimizer, self.unet),
         }
+        check_weights({"weight": tensors["unet"], "average": tensors["ema"]}, step)
         scaler = self.accelerator.scaler
         facts = {
             "seconds": seconds,

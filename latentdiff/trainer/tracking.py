@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from latentdiff.atomic import write_text
+
 METRICS = "metrics.jsonl"
 _NO_TENSORBOARD = (
     "note: no curves for TensorBoard, which is not installed: `pip install 'latentdiff[tracking]'` "
@@ -178,9 +180,7 @@ def forget_after(path: Path, step: int) -> None:
     text = "".join(json.dumps(row) + "\n" for row in kept)
     if not path.exists() or path.read_bytes() == text.encode():
         return
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)
 
 
 def _summary_writer(folder: Path, first_step: int) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from latentdiff.atomic import atomic_file
 from latentdiff.diffusion.guidance import guidance_context, guide
 from latentdiff.diffusion.noise import batch_noise, step_noise
 from latentdiff.diffusion.objective import ObjectiveConfig, draw, per_sample_loss
@@ -155,4 +156,5 @@ def write_png(picture: Tensor, path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    with atomic_file(path) as new:
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(new)

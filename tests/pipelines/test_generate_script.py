@@ -33,7 +33,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
-    script.main()
+    if code := script.main():
+        sys.exit(code)
 
 
 def test_one_picture(

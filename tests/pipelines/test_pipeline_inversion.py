@@ -116,7 +116,8 @@ def script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["invert.py", *arguments])
-    module.main()
+    if code := module.main():
+        sys.exit(code)
 
 
 def test_the_script_writes_a_row_and_the_noise(

@@ -13,8 +13,8 @@ from latentdiff.trainer import tracking
 from latentdiff.trainer.batches import Prefetch
 from latentdiff.trainer.checkpoint import CheckpointError
 from latentdiff.trainer.descent import Descent
+from latentdiff.trainer.diagnosis import MAX_BAD_STEPS
 from latentdiff.trainer.loop import LoopConfig, training_loop
-from latentdiff.trainer.loop_log import MAX_BAD_STEPS
 from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
 from latentdiff.trainer.order import BatchShape
 from latentdiff.trainer.tracking import Tracker, forget_after, read_metrics

@@ -14,7 +14,7 @@ from torch import nn
 from latentdiff.errors import UserError
 from latentdiff.models.unet import UNet
 from latentdiff.trainer import flops
-from latentdiff.trainer.diagnosis import diagnose
+from latentdiff.trainer.diagnosis import Remedies, diagnose
 from latentdiff.trainer.environment import read_environment, write_environment
 from latentdiff.trainer.extras import check_extras
 from latentdiff.trainer.flops import count_flops, count_module_flops, measured_peak, peak_flops
@@ -189,16 +189,40 @@ def test_batches_go_to_a_gpu_through_page_locked_memory_and_stay_on_a_cpu() -> N
     assert to_device(plain, CPU) is plain
 
 
-def test_the_diagnosis_tells_divergence_overflow_and_broken_weights_apart() -> None:
-    weights = [("a", torch.ones(2)), ("b", torch.ones(2))]
-    rows = [{"loss": x, "grad_norm": 1.0} for x in (0.1, 0.4, 9.0)]
-    diverged = " ".join(diagnose(rows, {"loss": None}, weights))
-    assert "0.1, 0.4, 9" in diverged and "lower optimizer.lr" in diverged
-    overflow = " ".join(diagnose(rows[:1] * 3, {"loss": 2.0, "grad_norm": None}, weights))
-    assert "gradient was not" in overflow and "no sign of divergence" in overflow
-    broken = diagnose([], {"loss": None}, [*weights, ("c.weight", torch.tensor(torch.nan))])
-    assert "c.weight" in broken[0] and len(broken) == 1
-    assert "No step of this run was finite" in " ".join(diagnose([], {"loss": None}, weights))
+NO_LOSS, NO_GRADIENT = {"loss": None}, {"loss": 2.0, "grad_norm": None}
+
+
+@pytest.mark.parametrize(
+    ("losses", "bad", "weight", "arithmetic", "said", "not_said"),
+    [
+        ((0.1, 0.4, 9.0), NO_LOSS, 1.0, "no", ["0.1, 0.4, 9", "lower RATE (the rate was 0.5)"], []),
+        ((0.1,) * 3, NO_GRADIENT, 1.0, "fp16", ["its gradient overflowed", "PRECISION=bf16"], []),
+        ((0.1,) * 3, NO_GRADIENT, 1.0, "bf16", ["no sign of divergence"], ["PRECISION"]),
+        ((0.1,) * 3, NO_LOSS, 1.0, "no", ["no sign of divergence"], ["PRECISION"]),
+        ((0.1,), NO_LOSS, 1.0, "no", ["only step 1", "lower RATE"], ["no sign of divergence"]),
+        ((0.1,) * 3, NO_LOSS, 1e18, "no", ["have grown to 1e+18 (c)", "lower RATE"], ["no sign"]),
+        ((0.1,), NO_LOSS, torch.inf, "no", ["no longer finite (c)", "lower RATE"], ["before this"]),
+        ((), NO_LOSS, torch.nan, "no", ["c", "broken before this run's first step"], ["RATE"]),
+        ((), NO_LOSS, 1.0, "no", ["No step of this run was finite"], ["RATE", "PRECISION"]),
+    ],
+)
+def test_the_diagnosis_fits_the_record_the_weights_and_the_arithmetic(
+    losses: tuple[float, ...],
+    bad: dict[str, Any],
+    weight: float,
+    arithmetic: str,
+    said: list[str],
+    not_said: list[str],
+) -> None:
+    weights = [("a", torch.ones(2)), ("b", torch.empty(0)), ("c", torch.tensor([0.0, -weight]))]
+    rows = [
+        {"step": n, "loss": loss, "grad_norm": 1.0, "lr": 0.5} for n, loss in enumerate(losses, 1)
+    ]
+    text = " ".join(
+        diagnose(rows, bad, weights, Remedies("RATE", "WARMUP", "PRECISION", arithmetic))
+    )
+    assert all(words in text for words in said), text
+    assert not any(words in text for words in not_said), text
 
 
 @pytest.mark.slow
