@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
+
+from latentdiff.errors import piped, printable
 
 #: word → (module, what it is for).
 COMMANDS = {
@@ -13,8 +16,12 @@ COMMANDS = {
 }
 
 
+@piped
 def main() -> int:
     """Run the command that the first argument names. Returns: the exit code."""
+    warnings.showwarning = lambda message, *_: print(
+        f"warning: {printable(str(message))}", file=sys.stderr
+    )
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in COMMANDS:
         code = import_module(COMMANDS[word][0]).main(sys.argv[2:])

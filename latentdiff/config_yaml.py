@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -23,21 +23,69 @@ _CORE: list[tuple[str, re.Pattern[str], str]] = [
     ("int", re.compile(r"^[-+]?[0-9]+$"), "-+0123456789"),
     ("float", _FLOAT, "-+.0123456789"),
 ]
+#: Values of a configuration with aliases written out; a list of prompts has some thousands.
+_MOST_NODES = 100_000
+_MOST_BYTES = 2**20
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)
+    # Without YAML 1.1's dates, bytes and sets, which a configuration does not know.
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in _PLAIN
+    }
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _count(node, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _error("a key must be a word, not a list or a section", key_node)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", key_node.start_mark
-                )
+                raise _error(f"the key '{key}' stands twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes a node has with aliases written out. Raises: yaml.YAMLError: too many."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 0  # until it is known: what is met again within itself has no end
+        parts = (part for item in node.value for part in (item if type(item) is tuple else (item,)))
+        known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    count = known[id(node)]
+    if not 0 < count <= _MOST_NODES:
+        why = f"more than {_MOST_NODES} values" if count else "an alias within what it stands for"
+        raise _error(why, node)
+    return count
+
+
+def _error(words: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    # Leading zeros are decimal, not octal as in YAML 1.1.
+    if len(text) > 40 or not -(2**63) <= int(text) < 2**63:
+        raise _error("a whole number of more than 64 bits", node)
+    return int(text)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
+    text = loader.construct_scalar(node).lower()
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -48,17 +96,21 @@ for _name, _pattern, _first in _CORE:
     _tag = f"tag:yaml.org,2002:{_name}"
     _Loader.add_implicit_resolver(_tag, _pattern, ["", *_first] if _name == "null" else [*_first])
     _Dumper.add_implicit_resolver(_tag, _pattern, [*_first])
-# Leading zeros are decimal, not octal as in YAML 1.1.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
-_Loader.add_constructor(
-    "tag:yaml.org,2002:float",
-    lambda _, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
-)
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse one YAML document. Raises: yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    """Parse one YAML document of plain values.
+
+    Raises: yaml.YAMLError: also for what would be endless or huge with its aliases written out.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    except (ValueError, TypeError, KeyError) as error:  # a tag such as !!int before other text
+        raise yaml.YAMLError(f"a value does not fit its tag ({error})") from error
 
 
 def to_yaml(data: object) -> str:
@@ -83,6 +135,8 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(_missing_file(file))
     if file.resolve() in _seen:
         raise UserError(f"config file {file} extends itself. Remove one `extends:` of the circle.")
+    if file.stat().st_size > _MOST_BYTES:
+        raise UserError(f"config file {file} has more than {_MOST_BYTES // 2**20} MB of text.")
     try:
         data = parse_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import os
 import sys
 import unicodedata
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import NoReturn, ParamSpec
 
+P = ParamSpec("P")
 #: Exit code of every command for what its user can fix, as of argparse for a wrong option.
 BAD_INPUT = 2
 #: Characters that turn the direction of the text after them: a name could show another ending.
@@ -41,6 +44,27 @@ def exit_with(error: UserError) -> NoReturn:
     """End a script with the error's text on stderr and the exit code `BAD_INPUT`."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(BAD_INPUT)
+
+
+def piped(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorate the main() of a command: when the reader of its output leaves, it ends quietly.
+
+    Returns: main() that gives 128 + SIGPIPE then, as shells see of other programs before `| head`.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            try:
+                return main(*args, **kwargs)
+            finally:
+                print(end="", flush=True)
+        except BrokenPipeError:
+            # Python writes at exit what is still in the buffer.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + 13
+
+    return run
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
