@@ -60,14 +60,21 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
     """Decorate the main() of a command: bad input and Ctrl-C end it in one line on stderr.
 
     Returns: main() that gives an exit code: what `main` gave (None is 0), `BAD_INPUT` after a
-             UserError, 128 + the signal's number after a signal.
+             UserError, 128 + the signal's number after a signal or when the reader has left.
     """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         with _ctrl_c() as signals:
             try:
-                return main(*args, **kwargs) or 0
+                try:
+                    return main(*args, **kwargs) or 0
+                finally:
+                    print(end="", flush=True)
+            except BrokenPipeError:  # the reader of the output has left, as `| head` does
+                # Python writes at exit what is still in the buffer.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 128 + 13  # SIGPIPE, which Windows lacks
             except Interrupted as stop:
                 text, code = str(stop), stop.exit_code
             except (Exception, KeyboardInterrupt) as error:

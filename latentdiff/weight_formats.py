@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import zipfile
 from pathlib import Path
 from typing import Literal
@@ -15,21 +16,21 @@ _UNPACK = "Unpack it, and name the file in it"
 #: How a file begins → what it is, what to do.
 _OTHERS: dict[bytes, tuple[str, str]] = {
     b"version https://git-lfs": (
-        "a Git LFS pointer, which stands for the file and holds none of it",
+        "a Git LFS pointer, which stands for the file of weights and holds none of it",
         "Run `git lfs pull`, or download the file itself",
     ),
-    b"GGUF": ("a GGUF file of quantised weights", "Ask for it as safetensors"),
+    b"GGUF": ("a GGUF file, of quantised weights", "Ask for it as safetensors"),
     b"\x89HDF": ("an HDF5 file (Keras)", "Ask for it as safetensors"),
     b"\x89PNG": ("a PNG picture", _AGAIN),
     b"\xff\xd8\xff": ("a JPEG picture", _AGAIN),
     b"RIFF": ("a WebP picture", _AGAIN),
+    b"GIF8": ("a GIF picture", _AGAIN),
     b"\x1f\x8b": ("a gzip archive", _UNPACK),
     b"7z\xbc\xaf": ("a 7-Zip archive", _UNPACK),
     b"Rar!": ("a RAR archive", _UNPACK),
     b"\xfd7zXZ": ("an xz archive", _UNPACK),
     b"\x28\xb5\x2f\xfd": ("a Zstandard archive", _UNPACK),
 }
-_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<")
 
 
 def weights_format(file: Path) -> Literal["safetensors", "pickle"]:
@@ -41,12 +42,17 @@ def weights_format(file: Path) -> Literal["safetensors", "pickle"]:
         head = opened.read(512)
     if other := _other(file, head):
         what, advice = other
-        raise UserError(f"{file} cannot be read: it is {what}, no file of weights. {advice}.")
+        raise UserError(f"{file} cannot be read: it is {what}. {advice}.")
     # A header's length, which is at most 100 MB, and the beginning of the header.
     if head[4:9] == b"\0\0\0\0{":
         return "safetensors"
-    is_pickle = head.startswith((b"PK\3\4", b"\x80")) or file.suffix.lower() in PICKLES
-    return "pickle" if is_pickle else "safetensors"
+    ending = file.suffix.lower()
+    is_pickle = head.startswith((b"PK\3\4", b"\x80"))
+    if is_pickle and ending == ".safetensors":  # which torch.load goes by
+        raise UserError(
+            f"{file} is a pickle of PyTorch, not safetensors. Rename it to end in .ckpt."
+        )
+    return "pickle" if is_pickle or ending in PICKLES else "safetensors"
 
 
 def _other(file: Path, head: bytes) -> tuple[str, str] | None:
@@ -55,18 +61,16 @@ def _other(file: Path, head: bytes) -> tuple[str, str] | None:
     if head[4:9] == b"\0\0\0\0{":
         return None
     if len(head) > 8 and not any(head):
-        return "zeros from its beginning on, as in an unfinished download", _AGAIN
+        return "nothing but zeros at its beginning, as in an unfinished download", _AGAIN
     for start, other in _OTHERS.items():
         if head.startswith(start):
             return other
-    if head.startswith(b"PK\3\4"):
+    if head.startswith(b"PK"):
         return _other_archive(file)
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith(_PAGE):
-        return "a web page (HTML or XML)", f"The server answered with it: log in there. {_AGAIN}"
-    if len(head) > 8 and _is_text(head):
-        return f"text, which begins {text.decode()[:60]!r}", _AGAIN
-    return None
+    text = _text(head)
+    if text.startswith("<"):
+        return "a web page, with which a server answered", f"{_AGAIN}, where needed logged in"
+    return (f"a text, which begins {text[:60]!r}", _AGAIN) if text else None
 
 
 def _other_archive(file: Path) -> tuple[str, str] | None:
@@ -90,9 +94,12 @@ def _other_archive(file: Path) -> tuple[str, str] | None:
     return None
 
 
-def _is_text(head: bytes) -> bool:
+def _text(head: bytes) -> str:
+    """The beginning of a file of text; empty when it is none."""
     try:
-        words = head.decode("ascii")
+        # A character may be cut in two.
+        words = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
     except UnicodeDecodeError:
-        return False
-    return all(sign.isprintable() or sign.isspace() for sign in words)
+        return ""
+    is_text = all(sign.isprintable() or sign.isspace() for sign in words)
+    return words.strip() if is_text and len(words) > 8 else ""

@@ -103,7 +103,7 @@ def report(written: Path, components: Components) -> str:
     lines, single = [f"wrote {written}"], written.suffix.lower() == ENDING
     if dropped := [*components.dropped, *(() if single else components.spare)]:
         lines.append(f"left out {len(dropped)} keys that no part has a use for:")
-        lines += [f"  {printable(line)}" for line in grouped(dropped)]
+        lines += [f"  {line}" for line in grouped(dropped)]
     differences = sd_differences(components) if single else {}
     if single and not differences and sd_version(components) == "2" and not components.spare:
         lines.append(
@@ -117,7 +117,7 @@ def report(written: Path, components: Components) -> str:
             "it opens here; programs that take sizes from the keys alone will not open it."
         )
         lines += [f"  {part}: {_some(texts)}" for part, texts in differences.items()]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _some(texts: Sequence[str], most: int = 3) -> str:

@@ -2,15 +2,15 @@
 
     latentdiff inspect FILE [--keys]
 
-FILE is a single-file checkpoint, a LoRA, a textual inversion, one part of a model, or a folder
-that holds a model or one of these.
+FILE is a single-file checkpoint, a LoRA, a textual inversion, one part of a model, a folder that
+holds a model or one of these, or the hub id of a model, which is downloaded into the usual cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from latentdiff.commands.inspect_adapters import (
 )
 from latentdiff.commands.keys import grouped, joined, size
 from latentdiff.embedded import named
-from latentdiff.errors import UserError, command
+from latentdiff.errors import UserError, command, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,38 +41,41 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "latentdiff inspect", description=__doc__, formatter_class=form
     )
-    parser.add_argument("file", metavar="FILE", help="file or folder; `embedded` is the package's")
+    parser.add_argument("file", metavar="FILE", help="file, folder or hub id")
     parser.add_argument("--keys", action="store_true", help="list every key, its shape and dtype")
     return parser.parse_args(arguments)
 
 
-def inspect(path: Path, keys: bool = False) -> list[tuple[str, str]]:
-    """What a file or folder is, as (name, value) rows; a row without a name goes on.
+def inspect(name: str, keys: bool = False) -> list[tuple[str, str]]:
+    """What a file, folder or hub id is, as (name, value) rows; a row without a name goes on.
 
     Raises:  UserError: it does not exist or cannot be read.
     """
-    path = path.expanduser()
+    from latentdiff.formats.hub import resolve_folder
+    from latentdiff.formats.model import as_file
     from latentdiff.tensor_file import read_tensor_file
 
-    if path.is_dir():
-        if inner := adapter_in(path):
-            first, *others = _file(read_tensor_file(inner), keys)
-            return [first, *beside(inner), *others]
-        return _folder(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist.")
-    return _file(read_tensor_file(path), keys)
+    if file := as_file(name):
+        return _file(read_tensor_file(file), keys)
+    folder = resolve_folder(named(name))
+    if inner := adapter_in(folder):
+        first, *others = _file(read_tensor_file(inner), keys)
+        return [first, *beside(inner), *others]
+    return _folder(folder)
 
 
 def _file(file: TensorFile, keys: bool) -> list[tuple[str, str]]:
     from latentdiff.formats.identify import identify
+    from latentdiff.formats.single_file import check_single_file
 
     shapes = {name: tuple(t.shape) for name, t in file.tensors.items()}
     identity = identify(shapes, file.metadata)
+    why_not = None
     if identity.kind != "model":
         opens = usable(file, identity)
     elif identity.is_supported:
-        opens = "opens here"
+        why_not = _why_not(check_single_file, file)
+        opens = f"does not open: {why_not}" if why_not else "opens here"
     else:
         opens = "does not open as a text-to-image model"
     rows = [("file", f"{file.path}  ({size(file.path.stat().st_size)})")]
@@ -81,11 +84,19 @@ def _file(file: TensorFile, keys: bool) -> list[tuple[str, str]]:
         rows += lora_rows(file)
     elif identity.kind == "word":
         rows += word_rows(file)
-    elif identity.is_supported:
+    elif identity.is_supported and not why_not:
         rows += _checkpoint(file, str(identity.version))
     rows += _record(file)
     rows += [("keys" if i == 0 else "", line) for i, line in enumerate(_keys(file.tensors, keys))]
     return rows
+
+
+def _why_not(opening: Callable[[Any], object], what: Any) -> str | None:
+    try:
+        opening(what)
+    except UserError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def _amounts(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
@@ -100,12 +111,14 @@ def _amounts(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 def _checkpoint(file: TensorFile, version: str) -> list[tuple[str, str]]:
     from latentdiff.formats.identify import CONFIGURATION
+    from latentdiff.formats.inference_yaml import yaml_beside
     from latentdiff.formats.stated import has_zero_snr, stated_prediction
+    from latentdiff.json_text import parse_json
 
-    said = stated_prediction(file)
     if version == "own":
-        scheduler = _json(file.metadata[CONFIGURATION]).get("scheduler", {})
+        scheduler = parse_json(file.metadata[CONFIGURATION], file.path)["scheduler"]
         return [("prediction", _prediction(scheduler))]
+    said = stated_prediction(file, yaml_beside(file.path))
     unsaid = {"1": "eps (version 1, and the file says nothing else)"}
     text = said or unsaid.get(version, "not said by the file; measured when it is opened")
     rows = [("prediction", text + (", zero terminal SNR" if has_zero_snr(file) else ""))]
@@ -118,13 +131,16 @@ def _record(file: TensorFile) -> list[tuple[str, str]]:
     """What is said about the training, and the fields for people."""
     from latentdiff.formats.identify import CONFIGURATION
 
-    rows = [(name.removeprefix("modelspec."), text) for name, text in file.metadata.items()
-            if name.startswith("modelspec.")]  # fmt: skip
+    rows = [
+        (_short(name.removeprefix("modelspec.")), _short(text))
+        for name, text in file.metadata.items()
+        if name.startswith("modelspec.")
+    ]
     record = {
         k: v for k, v in file.metadata.items() if k.startswith(_RECORDS) and k != CONFIGURATION
     }
     record |= {k: str(v) for k, v in file.facts.items()}
-    rows += [(name, _short(text)) for name, text in sorted(record.items())]
+    rows += [(_short(name), _short(text)) for name, text in sorted(record.items())]
     return rows if record else [*rows, ("training record", "none")]
 
 
@@ -138,18 +154,21 @@ def _keys(tensors: Mapping[str, Tensor], every: bool) -> list[str]:
 
 
 def _folder(folder: Path) -> list[tuple[str, str]]:
-    from latentdiff.formats.diffusers_folder import PARTS, check_layout
+    from latentdiff.formats.diffusers_folder import PARTS, check_layout, load_components
+    from latentdiff.json_text import read_json
     from latentdiff.weight_files import TEXT_STEM, UNET_STEM, read_weights
 
     _refuse_without_weights(folder, PARTS)
     check_layout(folder)
-    scheduler = _json((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    unet = _json((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    unet = read_json(folder / "unet" / "config.json")
+    why_not = _why_not(partial(load_components, dtype=None), folder)
+    opens = f"does not open: {why_not}" if why_not else "opens here"
     rows = [
         ("folder", f"{folder}  ({size(_bytes(folder))})"),
-        ("what", f"a text-to-image model in the diffusers layout: {joined(PARTS)}"),
-        ("prediction", _prediction(scheduler)),
-        ("context", f"{unet.get('cross_attention_dim')} channels of text states"),
+        ("what", f"a text-to-image model in the diffusers layout: {joined(PARTS)}; {opens}"),
+        ("prediction", _short(_prediction(scheduler))),
+        ("context", _short(f"{unet.get('cross_attention_dim')} channels of text states")),
     ]
     for part, stem in (("unet", UNET_STEM), ("vae", UNET_STEM), ("text_encoder", TEXT_STEM)):
         tensors = read_weights(folder / part, stem)
@@ -179,14 +198,6 @@ def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _json(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"a configuration is not valid JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
-
-
 def _short(text: str) -> str:
     text = " ".join(text.split())  # indented JSON would fill the screen
     return text if len(text) <= _LONG else f"{text[:_LONG]} … ({len(text):,} characters)"
@@ -196,6 +207,6 @@ def _short(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see `errors.command` for exit codes."""
     args = parse(arguments)
-    rows = inspect(Path(named(args.file)), args.keys)
+    rows = inspect(args.file, args.keys)
     width = max(len(name) for name, _ in rows) + 2
-    print("\n".join(f"{name:{width}}{text}" for name, text in rows))
+    print("\n".join(printable(f"{name:{width}}{text}") for name, text in rows))

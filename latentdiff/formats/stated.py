@@ -53,7 +53,7 @@ def _within(file: TensorFile) -> str | None:
     words = known.get(given.strip().lower().replace("-", "_"))
     if given and words is None:
         warnings.warn(
-            f"{file.path} says {printable(given[:40])!r} for what it predicts "
+            f"{file.path} says '{printable(given[:40])}' for what it predicts "
             f"(modelspec.prediction_type), which is none of {', '.join(known)}; it is left out.",
             stacklevel=3,
         )
