@@ -72,15 +72,14 @@ def check(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Return the figures and the pictures."""
-    import torch
-
     from latentdiff.embedded import EMBEDDED_MODEL
     from latentdiff.evaluation.measures import Generator
     from latentdiff.evaluation.run import Evaluation, Size, device_words, open_score, rounded
+    from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
     from latentdiff.trainer.output import default_cache
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
     guidance = pipeline.default_guidance if args.guidance is None else args.guidance
     generator = Generator(pipeline, args.steps, guidance, args.batch_size)
@@ -107,16 +106,15 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 def likelihood(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the figures and the loss curves, by kind of picture."""
-    import torch
-
     from latentdiff.evaluation import measures, prompts
     from latentdiff.evaluation.likelihood import LikelihoodSize, check_plot, measure
     from latentdiff.evaluation.run import device_words, rounded
+    from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
     check_plot()
     size = LikelihoodSize(args.levels, args.ode_pictures, batch_size=args.batch_size)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
     drawings, count = prompts.gallery_drawings(), args.pictures
     styles = prompts.held_out_styles(drawings, count - count // 2)

@@ -14,13 +14,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.atomic import atomic_file
 from latentdiff.errors import UserError, command
+from latentdiff.pipelines.picture_files import check_picture_file, save_picture
 from latentdiff.pipelines.size_limit import check_pixels
 
 if TYPE_CHECKING:
@@ -90,19 +90,6 @@ def numbers(option: str, text: str | None) -> list[float] | None:
         raise UserError(f"{option} must be numbers with commas between; got {text!r}.") from None
 
 
-def check_output(output: Path) -> None:
-    """Make the folder before the work is done. Raises: UserError: it cannot hold a picture."""
-    from PIL import Image
-
-    endings = sorted(Image.registered_extensions())
-    if output.suffix.lower() not in endings or output.is_dir():
-        raise UserError(f"--output must be a picture file such as cat.png; got {output}.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: {output.parent} cannot be made ({error.strerror}).") from error
-
-
 def embedding_and_token(text: str) -> tuple[str, str | None]:
     """("cat.pt", "<my-cat>") from "cat.pt=<my-cat>"; the token may be left out."""
     file, sign, token = text.rpartition("=")
@@ -113,10 +100,11 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     """The pictures and their seeds, prompt by prompt."""
     import torch
 
+    from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.lora import lora_and_weight
     from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
-    dtype = getattr(torch, args.dtype)
+    dtype, device = getattr(torch, args.dtype), device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(
         args.model,
         dtype=dtype,
@@ -130,7 +118,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     for text in args.embedding:
         name = pipeline.load_embedding(*embedding_and_token(text))
         print(f"word: {name}", file=sys.stderr)
-    result = pipeline.to(device_of(args.device))(
+    result = pipeline.to(device)(
         args.prompts,
         negative_prompt=args.negative,
         prompt_syntax="a1111" if args.weighted else "long" if args.long else "plain",
@@ -152,21 +140,6 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     return result.images, result.seeds
 
 
-def device_of(given: str | None) -> Any:
-    """The device to compute on. Raises: UserError: no such device here."""
-    import torch
-
-    try:
-        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {given} cannot be used here: {str(error).splitlines()[0]} Leave --device "
-            "out, or take one that this machine has: cpu, cuda, cuda:1, mps."
-        ) from error
-    return device
-
-
 def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
     """Write one file, or numbered ones; returns their paths."""
     if args.separate and len(images) > 1:
@@ -181,13 +154,7 @@ def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
         if columns is None and args.num_images > 1:
             columns = args.num_images
         images, paths = [grid(images, columns)], [args.output]
-    try:
-        for image, path in zip(images, paths, strict=True):
-            with atomic_file(path) as new:
-                image.save(new)
-    except OSError as error:
-        raise UserError(f"{args.output} cannot be written ({error.strerror or error}).") from error
-    return paths
+    return [save_picture(image, path) for image, path in zip(images, paths, strict=True)]
 
 
 @command
@@ -198,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     picture_size(args.size)
     if args.columns is not None and args.columns < 1:
         raise UserError(f"--columns must be at least 1; got {args.columns}.")
-    check_output(args.output)
+    check_picture_file(args.output, "--output")
     images, seeds = generate(args)
     paths = save(images, args)
     seen = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"

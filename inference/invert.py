@@ -21,6 +21,7 @@ if importlib.util.find_spec("latentdiff") is None:
 
 from latentdiff.atomic import atomic_file
 from latentdiff.errors import UserError, command
+from latentdiff.pipelines.picture_files import check_picture_file, check_place, save_picture
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
     import torch
 
     from latentdiff.data.images import UnreadableImage, open_image
+    from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.inversion import image_tensors
     from latentdiff.pipelines.pictures import psnr, to_output, to_pil
     from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
@@ -61,8 +63,8 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
         picture = open_image(args.picture)
     except UnreadableImage as error:
         raise UserError(str(error)) from error
-    pipeline = LatentDiffusionPipeline.from_pretrained(args.model)
-    pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(args.device)
+    pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
     found = pipeline.invert(
         picture,
         args.prompt,
@@ -91,25 +93,32 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
     return to_pil(torch.cat([given, kept, back, *edits])), found.latents, float(psnr(back, kept))
 
 
+def write_noise(file: Path, noise: Any) -> None:
+    """Write x_T. Raises: UserError: it cannot be written."""
+    from latentdiff.weight_files import save_tensors
+
+    try:
+        with atomic_file(file) as new:
+            save_tensors({"latents": noise.contiguous()}, new)
+    except OSError as error:
+        raise UserError(f"--noise: {file} cannot be written ({error}).") from error
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; see `errors.command` for exit codes."""
     args = parse(arguments)
+    check_picture_file(args.output, "--output")
+    if args.noise is not None:
+        check_place(args.noise, "--noise")
     pictures, noise, decibels = run(args)
     from latentdiff.pipelines.pictures import grid
-    from latentdiff.weight_files import save_tensors
 
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(args.output) as new:
-            grid(pictures, len(pictures)).save(new)
-        if args.noise is not None:
-            with atomic_file(args.noise) as new:
-                save_tensors({"latents": noise.contiguous()}, new)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the result cannot be written ({error}).") from error
+    written = save_picture(grid(pictures, len(pictures)), args.output)
+    if args.noise is not None:
+        write_noise(args.noise, noise)
     print(f"round trip against the autoencoder's own picture: {decibels:.1f} dB")
-    print(args.output)
+    print(written)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ tokenizer classes of transformers and gives the same ids.
 from __future__ import annotations
 
 import json
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -119,11 +120,15 @@ class ClipTokenizer:
     def _fit(self, text: str) -> tuple[list[int], str]:
         """The ids that have room between the marks, and the words that have not."""
         encoding = self._encode(text)
-        ids: list[int] = []
-        for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
+        ids, begin, word = list[int](), 0, None
+        for token, (at, _), own in zip(
+            encoding.ids, encoding.offsets, encoding.word_ids, strict=True
+        ):
+            # Scripts without spaces (category Lo) are one "word", of which each sign is one.
+            if own != word or unicodedata.category(text[at]) == "Lo":
+                begin, word = at, own
             ids += self.learned.get(token, (token,))
             if len(ids) > self.max_length - 2:
-                begin = text.rfind(" ", 0, start + 1) + 1  # the word that token belongs to
                 return ids[: self.max_length - 2], text[begin:]
         return ids, ""
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError, choice_error
@@ -111,3 +112,16 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
 
     if not is_finite(latents):
         raise UserError("latents must be finite; the given ones hold NaN or infinity.")
+
+
+def device_of(given: str | None) -> torch.device:
+    """The device that --device names, or the best there is. Raises: UserError: no such device."""
+    try:
+        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {given} cannot be used here: {str(error).splitlines()[0]} Leave --device "
+            "out, or take one that this machine has: cpu, cuda, cuda:1, mps."
+        ) from error
+    return device

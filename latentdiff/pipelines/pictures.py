@@ -52,6 +52,7 @@ def grid(images: Sequence[Image], columns: int | None = None, gap: int = 2) -> I
 
     columns = round(len(images) ** 0.5 + 0.499) if columns is None else columns
     check_steps("columns", columns)
+    columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     width, height = images[0].size
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)

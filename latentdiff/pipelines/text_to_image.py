@@ -163,7 +163,7 @@ class LatentDiffusionPipeline(LoadedModel):
         check_latents(x_T, (len(seeds), *shape))
         # A1111's syntax refuses networks, and says so itself.
         warn_of_unknown_words(
-            self.text_encoder.tokenizer, [*prompts, *negatives], prompt_syntax != "a1111"
+            self.text_encoder.tokenizer, [*prompts, *negatives], prompt_syntax == "a1111"
         )
 
         read = [self.read_prompt(text, prompt_syntax) for text in prompts]

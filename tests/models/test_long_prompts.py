@@ -144,6 +144,22 @@ def test_weights_reach_the_tokens_of_their_words(encoder: TextEncoder) -> None:
     torch.testing.assert_close(scale, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("cat,dog,cat,dog,cat,dog,cat,painting,dog", "painting,dog"),  # tags without spaces
+        ("cat\n" * 13 + "painting\tof a dog", "painting\tof a dog"),
+        ("\u732b" * 40, "\u732b" * (40 - ROOM // 3)),  # three bytes a sign; the last is cut
+        ("cat " * 11 + "\u732b\u304c dog", "\u304c dog"),
+        ("x" * 20, "x" * 20),  # a word that is cut is named whole
+        ("cat " * ROOM, ""),
+        ("", ""),
+    ],
+)
+def test_what_does_not_fit_begins_with_a_word(text: str, left: str, encoder: TextEncoder) -> None:
+    assert read_prompt(encoder, text).left_out == left
+
+
 def test_what_does_not_fit_is_named(encoder: TextEncoder) -> None:
     text = "cat " * 13 + "painting of a dog"
     read = read_prompt(encoder, text)

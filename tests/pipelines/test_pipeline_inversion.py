@@ -142,7 +142,14 @@ def test_the_script_writes_a_row_and_the_noise(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("nothing.png",), "nothing.png"), (("in.png", "--model", "./no"), "does not exist")],
+    [
+        (("nothing.png",), "nothing.png"),
+        (("in.png", "--model", "./no"), "does not exist"),
+        (("in.png", "--model", "./no", "--output", "a.psd"), "cannot be written in PSD"),
+        (("in.png", "--model", "./no", "--output", "/proc/a.png"), "--output: /proc/a.png cannot"),
+        (("in.png", "--model", "./no", "--noise", "/proc/a"), "--noise: /proc/a cannot"),
+        (("in.png", "--model", "./no", "--device", "abacus"), "--device abacus cannot be used"),
+    ],
 )
 def test_mistakes_end_with_one_line(
     arguments: tuple[str, ...],
