@@ -73,8 +73,8 @@ def picture_size(text: str | None) -> tuple[int | None, int | None]:
     if text is None:
         return None, None
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
-        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r}.")
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) < 10 for part in parts):
+        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r:.40}.")
     height, width = int(parts[0]), int(parts[-1])
     check_pixels(height, width, "--size")
     return height, width

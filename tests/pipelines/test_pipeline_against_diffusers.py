@@ -150,7 +150,7 @@ def test_another_solver_ends_at_the_clean_image_whatever_ddim_does(
     """Every Stable Diffusion file says set_alpha_to_one=False, which these do not know."""
     import diffusers
 
-    theirs = make_pipeline(scheduler=ddim(set_alpha_to_one=False))
+    theirs = make_pipeline(scheduler=ddim(timestep_spacing="leading"))
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(tmp_path)
     theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config)

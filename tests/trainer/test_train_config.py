@@ -92,6 +92,24 @@ def test_an_objective_without_a_finite_weight_is_refused_before_anything_is_open
 
 
 @pytest.mark.parametrize(
+    ("given", "least"),
+    [
+        ("guidance=-1", 0),
+        ("guidance=.nan", 0),
+        ("guidance=.inf", 0),
+        ("steps=0", 1),
+        ("samples=0", 1),
+        ("pictures=-1", 0),
+        ("every=-1", 0),
+    ],
+)
+def test_validation_out_of_range_is_refused(given: str, least: int) -> None:
+    name = given.partition("=")[0]
+    with pytest.raises(UserError, match=rf"{name} must be finite and at least {least}; got"):
+        read_config(None, [f"validation.{given}"])
+
+
+@pytest.mark.parametrize(
     ("given", "pixels", "sample"), [([], 16, 8), (["data.image_size=32"], 32, 16)]
 )
 @pytest.mark.parametrize("name", ["model", "model.safetensors"])
