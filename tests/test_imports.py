@@ -8,11 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "latentdiff"
 #: Lower may not import higher, and parts of the same level do not know each other.
 LEVEL = {
-    "errors": 0, "atomic": 1, "embedded": 0, "precision": 0, "html_report": 1, "json_text": 1,
-    "tensor_file": 1, "weight_files": 2, "config_types": 1, "config_yaml": 1, "config": 2,
-    "diffusion": 3, "models": 3, "data": 3, "formats": 4, "finetune": 5,
-    "pipelines": 6, "trainer": 6, "doctor": 6,
-    "command_line": 7, "commands": 7, "evaluation": 7, "__init__": 8, "__main__": 8,
+    "errors": 0, "embedded": 0, "precision": 0, "atomic": 1, "html_report": 1, "json_text": 1,
+    "weight_formats": 1, "tensor_file": 2, "weight_files": 3,
+    "config_types": 1, "config_yaml": 1, "config": 2,
+    "diffusion": 4, "models": 4, "data": 4, "formats": 5, "finetune": 6,
+    "pipelines": 7, "trainer": 7, "doctor": 7,
+    "command_line": 8, "commands": 8, "evaluation": 8, "__init__": 9, "__main__": 9,
 }  # fmt: skip
 CONFIG = {"config", "config_types", "config_yaml", "errors"}
 
