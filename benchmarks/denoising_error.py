@@ -24,10 +24,10 @@ from latentdiff.diffusion.prediction import to_x_0
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import command
-from latentdiff.evaluation.measures import real_latents
+from latentdiff.evaluation.metrics import real_latents
 from latentdiff.evaluation.prompts import concept_prompts, gallery_drawings
-from latentdiff.formats.diffusers_folder import load_components
-from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.formats.folder import load_components
+from latentdiff.models.clip_text import TextEncoder, load_text_encoder
 
 LEVELS = (999, 900, 750, 600, 400, 200, 50)
 

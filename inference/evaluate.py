@@ -24,8 +24,8 @@ from typing import Any
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.atomic import atomic_file, write_text
 from latentdiff.errors import UserError, command
+from latentdiff.files import atomic_file, write_text
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,11 +73,11 @@ def check(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Return the figures and the pictures."""
     from latentdiff.embedded import EMBEDDED_MODEL
-    from latentdiff.evaluation.measures import Generator
+    from latentdiff.evaluation.metrics import Generator
     from latentdiff.evaluation.run import Evaluation, Size, device_words, open_score, rounded
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
-    from latentdiff.trainer.output import default_cache
+    from latentdiff.train.checkpoint import default_cache
 
     device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
@@ -98,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     }
     figures = {**facts, **rounded(result.figures)}
     if args.hub_metrics:
-        from latentdiff.evaluation.hub_metrics import hub_metrics
+        from latentdiff.evaluation.metrics import hub_metrics
 
         figures |= rounded(hub_metrics(result.pages["Concepts"], pipeline.device))
     return figures, result.pages
@@ -106,11 +106,12 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 def likelihood(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the figures and the loss curves, by kind of picture."""
-    from latentdiff.evaluation import measures, prompts
+    from latentdiff.evaluation import metrics as measures
+    from latentdiff.evaluation import prompts
     from latentdiff.evaluation.likelihood import LikelihoodSize, check_plot, measure
     from latentdiff.evaluation.run import device_words, rounded
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
     check_plot()
     size = LikelihoodSize(args.levels, args.ode_pictures, batch_size=args.batch_size)

@@ -20,8 +20,8 @@ if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latentdiff.errors import UserError, command
-from latentdiff.pipelines.picture_files import check_picture_file, save_picture
-from latentdiff.pipelines.size_limit import check_pixels
+from latentdiff.pipelines.image_files import check_picture_file, save_picture
+from latentdiff.pipelines.inputs import check_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -100,9 +100,9 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     """The pictures and their seeds, prompt by prompt."""
     import torch
 
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.lora import lora_and_weight
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
     dtype, device = getattr(torch, args.dtype), device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(
@@ -148,7 +148,7 @@ def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
             args.output.with_name(f"{name}-{k:03d}{args.output.suffix}") for k in range(len(images))
         ]
     else:
-        from latentdiff.pipelines.pictures import grid
+        from latentdiff.pipelines.images import grid
 
         columns = args.columns
         if columns is None and args.num_images > 1:

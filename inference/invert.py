@@ -19,9 +19,9 @@ from typing import Any
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.atomic import atomic_file
 from latentdiff.errors import UserError, command
-from latentdiff.pipelines.picture_files import check_picture_file, check_place, save_picture
+from latentdiff.files import atomic_file
+from latentdiff.pipelines.image_files import check_picture_file, check_place, save_picture
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
     import torch
 
     from latentdiff.data.images import UnreadableImage, open_image
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+    from latentdiff.pipelines.images import psnr, to_output, to_pil
     from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.inversion import image_tensors
-    from latentdiff.pipelines.pictures import psnr, to_output, to_pil
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
     try:
         picture = open_image(args.picture)
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
 
 def write_noise(file: Path, noise: Any) -> None:
     """Write x_T. Raises: UserError: it cannot be written."""
-    from latentdiff.weight_files import save_tensors
+    from latentdiff.weights import save_tensors
 
     try:
         with atomic_file(file) as new:
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.noise is not None:
         check_place(args.noise, "--noise")
     pictures, noise, decibels = run(args)
-    from latentdiff.pipelines.pictures import grid
+    from latentdiff.pipelines.images import grid
 
     written = save_picture(grid(pictures, len(pictures)), args.output)
     if args.noise is not None:

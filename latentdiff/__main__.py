@@ -10,9 +10,9 @@ from latentdiff.errors import command, printable
 
 #: word → (module, what it is for).
 COMMANDS = {
-    "inspect": ("latentdiff.commands.inspect", "say what a file or folder of weights is"),
-    "convert": ("latentdiff.commands.convert", "turn a model into a folder or a single file"),
-    "doctor": ("latentdiff.doctor.command", "look a data set over before training on it"),
+    "inspect": ("latentdiff.cli.inspect", "say what a file or folder of weights is"),
+    "convert": ("latentdiff.cli.convert", "turn a model into a folder or a single file"),
+    "doctor": ("latentdiff.cli.doctor", "look a data set over before training on it"),
 }
 
 

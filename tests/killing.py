@@ -43,8 +43,8 @@ def arm(fate: Fate, patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """Turn writing a checkpoint, writing the log and training into events."""
     import safetensors.torch
 
-    from latentdiff.trainer import tracking
-    from latentdiff.trainer.descent import Descent
+    from latentdiff.train import log as tracking
+    from latentdiff.train.loop import Descent
 
     save_file, fsync, rename, unlink = safetensors.torch.save_file, os.fsync, os.rename, Path.unlink
     write_text, write_rows = Path.write_text, tracking.Tracker.write

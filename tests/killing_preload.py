@@ -11,12 +11,12 @@ import train_latent  # noqa: F401
 from accelerate import Accelerator  # noqa: F401
 from transformers.models.clip import CLIPModel  # noqa: F401
 
-import latentdiff.commands.convert
-import latentdiff.commands.inspect
+import latentdiff.cli.convert
+import latentdiff.cli.doctor
+import latentdiff.cli.inspect
 import latentdiff.data.latents
-import latentdiff.doctor.command
-import latentdiff.formats.diffusers_folder
+import latentdiff.formats.folder
 import latentdiff.models.autoencoder
-import latentdiff.models.text_encoder
-import latentdiff.pipelines.text_to_image
-import latentdiff.trainer.latent_run  # noqa: F401
+import latentdiff.models.clip_text
+import latentdiff.pipelines.generate
+import latentdiff.train.run  # noqa: F401

@@ -21,8 +21,8 @@ from random_models import TEXT_WIDTH, make_pipeline  # noqa: E402
 from tiny_training import make_pictures  # noqa: E402
 
 from latentdiff.errors import UserError  # noqa: E402
-from latentdiff.trainer.ema import Ema  # noqa: E402
-from latentdiff.trainer.tracking import read_metrics  # noqa: E402
+from latentdiff.train.ema import Ema  # noqa: E402
+from latentdiff.train.log import read_metrics  # noqa: E402
 
 RESULTS = ("model", "lora/pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
 
@@ -172,7 +172,7 @@ def test_averages_that_broke(
 
 
 def _components(model: Path, value: float) -> Any:
-    from latentdiff.formats.diffusers_folder import load_components
+    from latentdiff.formats.folder import load_components
 
     components = load_components(model)
     for module in (components.unet, components.autoencoder.module):
@@ -181,25 +181,25 @@ def _components(model: Path, value: float) -> Any:
 
 
 def _folder(model: Path, target: Path, value: float) -> None:
-    from latentdiff.formats.diffusers_folder import save_components
+    from latentdiff.formats.folder import save_components
 
     save_components(target, _components(model, value), torch.float16)
 
 
 def _single_file(model: Path, target: Path, value: float) -> None:
-    from latentdiff.formats.write_single_file import save_single_file
+    from latentdiff.formats.single_file import save_single_file
 
     save_single_file(f"{target}.safetensors", _components(model, value), torch.float16)
 
 
 def _autoencoder(model: Path, target: Path, value: float) -> None:
-    from latentdiff.formats.diffusers_folder import save_autoencoder
+    from latentdiff.formats.folder import save_autoencoder
 
     save_autoencoder(_components(model, value).autoencoder, target)
 
 
 def _lora(model: Path, target: Path, value: float) -> None:
-    from latentdiff.formats.lora_files import write_lora
+    from latentdiff.formats.lora import write_lora
     from latentdiff.models.low_rank import LowRank
 
     change = LowRank(torch.ones(2, 4), torch.full((4, 2), value), 2.0)
@@ -207,14 +207,14 @@ def _lora(model: Path, target: Path, value: float) -> None:
 
 
 def _word(model: Path, target: Path, value: float) -> None:
-    from latentdiff.formats.embedding_file import write_embedding
+    from latentdiff.formats.embedding import write_embedding
 
     wide = torch.full((1, TEXT_WIDTH), value, dtype=torch.float64) * 1e34  # written in float32
     write_embedding(target / "a.safetensors", "<a>", wide)
 
 
 def _clip(model: Path, target: Path, value: float) -> None:
-    from latentdiff.trainer.clip import ClipConfig, build_clip, save_clip, train_tokenizer
+    from latentdiff.train.clip import ClipConfig, build_clip, save_clip, train_tokenizer
 
     shape = ClipConfig(600, 12, 32, 1, 2, 32, 1, 2, 8, 16)
     clip = build_clip(shape, train_tokenizer(["a"], 600, 12), 16)

@@ -199,7 +199,7 @@ def test_the_demo_waits_for_its_training_to_stop(tmp_path: Path) -> None:
 
 
 def test_a_signal_in_the_last_moment_of_the_loop_is_not_lost() -> None:
-    from latentdiff.trainer.interrupt import StopSignal
+    from latentdiff.train.loop import StopSignal
 
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -24,9 +24,9 @@ from latentdiff.config import describe
 from latentdiff.data.latents import Encoding, LatentFolder
 from latentdiff.data.source import open_source, problems_of, report_skipped
 from latentdiff.errors import command
-from latentdiff.trainer.caching import Worker, frozen_autoencoder, this_worker
-from latentdiff.trainer.config import Given, TrainConfig, read_config
-from latentdiff.trainer.output import default_cache
+from latentdiff.train.checkpoint import default_cache
+from latentdiff.train.config import Given, TrainConfig, read_config
+from latentdiff.train.run import Worker, frozen_autoencoder, this_worker
 
 
 def cache(given: Given, worker: Worker) -> None:

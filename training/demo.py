@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.atomic import atomic_file
 from latentdiff.errors import command
+from latentdiff.files import atomic_file
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "configs" / "demo.yaml"
@@ -82,7 +82,7 @@ def make_images(folder: Path) -> None:
 def draw(target: Path, model: Path | None = None, lora: Path | None = None) -> None:
     """Generate the grid with a trained model, or with the embedded one and a LoRA file."""
     from latentdiff import LatentDiffusionPipeline
-    from latentdiff.pipelines.pictures import grid
+    from latentdiff.pipelines.images import grid
 
     pipeline = LatentDiffusionPipeline.from_pretrained(model)
     if lora is not None:

@@ -19,10 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.atomic import atomic_file, whole_folder, write_text
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError, command
-from latentdiff.formats.diffusers_folder import GENERATION
+from latentdiff.files import atomic_file, whole_folder, write_text
+from latentdiff.formats.folder import GENERATION
 from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
 
 
@@ -58,7 +58,7 @@ def embed_clip(run: Path, target: Path) -> None:
 
 def embed_unet(model: Path, target: Path) -> None:
     """Take a trained model's U-Net in small files, its schedule and its index."""
-    from latentdiff.formats.diffusers_folder import SMALL_SHARDS, load_components, save_components
+    from latentdiff.formats.folder import SMALL_SHARDS, load_components, save_components
 
     with tempfile.TemporaryDirectory() as folder:
         again = save_components(
@@ -71,8 +71,8 @@ def embed_unet(model: Path, target: Path) -> None:
 
 def embed_text(run: Path, target: Path) -> None:
     """Take a text encoder in small files, and its vocabulary; the scorer keeps the old one."""
-    from latentdiff.formats.diffusers_folder import SMALL_SHARDS, save_text_encoder
-    from latentdiff.models.text_encoder import load_text_encoder
+    from latentdiff.formats.folder import SMALL_SHARDS, save_text_encoder
+    from latentdiff.models.clip_text import load_text_encoder
 
     tower = load_text_encoder(run / "text_encoder", run / "tokenizer")
     if not (target / TEXT_TOWER).exists():

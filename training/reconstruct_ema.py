@@ -21,10 +21,10 @@ if importlib.util.find_spec("latentdiff") is None:
 import torch
 
 from latentdiff.errors import UserError, command
-from latentdiff.formats.diffusers_folder import save_components
-from latentdiff.trainer.config import read_config
-from latentdiff.trainer.latent_run import load_parts
-from latentdiff.trainer.power_ema import reconstruct
+from latentdiff.formats.folder import save_components
+from latentdiff.train.config import read_config
+from latentdiff.train.ema import reconstruct
+from latentdiff.train.run import load_parts
 
 #: A profile further than this from the wanted one is another average; see power_profile.misfit.
 POOR_FIT = 0.1

@@ -18,15 +18,19 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from latentdiff.command_line import command_line
+from latentdiff.cli.arguments import command_line
+from latentdiff.data.images import to_tensor
 from latentdiff.data.source import DataConfig, Source, open_source, split
-from latentdiff.data.transforms import to_tensor
 from latentdiff.errors import command
-from latentdiff.formats.diffusers_folder import save_autoencoder
+from latentdiff.formats.folder import save_autoencoder
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from latentdiff.models.autoencoder_losses import (
+    PatchDiscriminator,
+    discriminator_loss,
+    generator_loss,
+)
 from latentdiff.models.vae import AutoencoderKL
-from latentdiff.trainer.autoencoder import (
+from latentdiff.train.autoencoder import (
     AutoencoderPass,
     AutoencoderTrainConfig,
     build_autoencoder,
@@ -36,9 +40,8 @@ from latentdiff.trainer.autoencoder import (
     posterior,
     psnr,
 )
-from latentdiff.trainer.processes import start_processes
-from latentdiff.trainer.ranks import on_first
-from latentdiff.trainer.stage import (
+from latentdiff.train.distributed import on_first, start_processes
+from latentdiff.train.stage import (
     Readable,
     Stage,
     adamw,
@@ -140,7 +143,7 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
     late = round(weights.late_start * stage_config.max_steps)
     distance = None
     if weights.perceptual:
-        from latentdiff.models.perceptual import PerceptualDistance
+        from latentdiff.models.autoencoder_losses import PerceptualDistance
 
         distance = PerceptualDistance(stages=weights.perceptual_stages).to(accelerator.device)
 

@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from latentdiff.atomic import whole_folder
-from latentdiff.command_line import command_line
+from latentdiff.cli.arguments import command_line
+from latentdiff.data.images import to_tensor
 from latentdiff.data.source import Source, open_source
-from latentdiff.data.transforms import to_tensor
 from latentdiff.errors import UserError, command
+from latentdiff.files import whole_folder
 from latentdiff.models.tokenizer import load_tokenizer
-from latentdiff.trainer.clip import (
+from latentdiff.train.clip import (
     ClipFeatures,
     ClipTrainConfig,
     contrastive_loss,
@@ -35,9 +35,8 @@ from latentdiff.trainer.clip import (
     train_tokenizer,
     trim_padding,
 )
-from latentdiff.trainer.processes import start_processes
-from latentdiff.trainer.ranks import on_first
-from latentdiff.trainer.stage import (
+from latentdiff.train.distributed import on_first, start_processes
+from latentdiff.train.stage import (
     Readable,
     Stage,
     adamw,
@@ -46,7 +45,7 @@ from latentdiff.trainer.stage import (
     process_part,
     sample_indices,
 )
-from latentdiff.trainer.teacher import open_teacher
+from latentdiff.train.teacher import open_teacher
 
 CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
 

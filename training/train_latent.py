@@ -31,37 +31,40 @@ from latentdiff.diffusion.objective import per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError, command
 from latentdiff.finetune.registry import apply_method
-from latentdiff.trainer.batches import BatchMaker
-from latentdiff.trainer.bucket_order import make_order
-from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_config
-from latentdiff.trainer.context import ContextCache
-from latentdiff.trainer.descent import Descent
-from latentdiff.trainer.ema import Ema
-from latentdiff.trainer.environment import environment, write_environment
-from latentdiff.trainer.extras import check_extras
-from latentdiff.trainer.gauges import MEBI, peak_memory
-from latentdiff.trainer.latent_run import (
+from latentdiff.train.batches import BatchMaker, ContextCache, make_order
+from latentdiff.train.checkpoint import (
+    CHECKPOINTS,
+    TrainingState,
+    check_output,
+    is_started,
+    open_output,
+    stored_facts,
+)
+from latentdiff.train.config import Given, TrainConfig, deciding_facts, read_config
+from latentdiff.train.distributed import is_first_process, prepare, start_processes, was_restarted
+from latentdiff.train.ema import AllAverages, Ema, PowerEmas
+from latentdiff.train.log import MEBI, Tracker, peak_memory
+from latentdiff.train.loop import Descent, training_loop
+from latentdiff.train.memory import RAN_OUT, halved_note, probe, trial_loss
+from latentdiff.train.optimizer import learning_rate, make_optimizer, never_at_peak
+from latentdiff.train.run import (
     batch_shape,
+    check_extras,
     check_steps_left,
     ending,
+    environment,
     export_trained,
     load_parts,
+    long_captions,
     make_gauges,
     more_writers,
+    none_held_out,
+    open_latents,
     prepare_unet,
     save_config,
+    write_environment,
 )
-from latentdiff.trainer.loop import training_loop
-from latentdiff.trainer.open_data import long_captions, none_held_out, open_latents
-from latentdiff.trainer.optimizer import learning_rate, make_optimizer, never_at_peak
-from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_loss
-from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
-from latentdiff.trainer.power_ema import AllAverages, PowerEmas
-from latentdiff.trainer.processes import is_first_process, start_processes, was_restarted
-from latentdiff.trainer.sharding import prepare
-from latentdiff.trainer.state import TrainingState, stored_facts
-from latentdiff.trainer.tracking import Tracker
-from latentdiff.trainer.validator import Validator
+from latentdiff.train.validation import Validator
 
 
 def train(given: Given, resume: bool) -> str:

@@ -38,14 +38,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.atomic import atomic_file
 from latentdiff.data.buckets import nearest, sizes_of
-from latentdiff.data.images import UnreadableImage
-from latentdiff.data.masks import latent_mask, stack_masks
+from latentdiff.data.images import (
+    TRANSFORM_VERSION,
+    UnreadableImage,
+    latent_mask,
+    stack_masks,
+    to_tensor,
+)
 from latentdiff.data.source import DataConfig, Skipped, Source, group_of, problems_of
-from latentdiff.data.transforms import TRANSFORM_VERSION, to_tensor
 from latentdiff.errors import UserError
-from latentdiff.tensor_file import raw_bytes
+from latentdiff.files import atomic_file
+from latentdiff.weights import raw_bytes
 
 _log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]

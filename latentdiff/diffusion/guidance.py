@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.broadcast import per_sample
+from latentdiff.diffusion.schedule import per_sample
 from latentdiff.errors import UserError
 
 Predict = Callable[[Tensor, Tensor], Tensor]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_folder import load_components
+from latentdiff.formats.folder import load_components
 from latentdiff.formats.identify import CONFIGURATION
 from latentdiff.formats.model import load_model, save_model
 from latentdiff.models.autoencoder import load_autoencoder

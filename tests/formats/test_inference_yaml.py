@@ -13,10 +13,10 @@ from torch import Tensor
 
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError
-from latentdiff.formats import single_file
-from latentdiff.formats.components import Components
+from latentdiff.formats import single_file as single_file
+from latentdiff.formats.folder import Components
 from latentdiff.formats.single_file import load_single_file
-from latentdiff.tensor_file import TensorFile
+from latentdiff.weights import TensorFile
 from tests.formats.test_single_file import virtual
 
 #: As in github.com/CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml.

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentdiff.commands import inspect
+from latentdiff.cli import inspect as inspect
 from latentdiff.errors import UserError
-from latentdiff.formats.embedding_file import read_embedding
-from latentdiff.formats.lora_files import read_lora
+from latentdiff.formats.embedding import read_embedding
+from latentdiff.formats.lora import read_lora
 
 KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
 NAME = "unet.mid_block.attentions.0.proj_in"

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from latentdiff.formats import single_file
-from latentdiff.models.clip_vocabulary import clip_tokenizer, describe_tokenizer, tokenizer_of
+from latentdiff.formats import single_file as single_file
+from latentdiff.models.tokenizer import clip_tokenizer, describe_tokenizer, tokenizer_of
 
 
 @pytest.mark.parametrize(("measured", "side"), [("eps", 64), ("v", 96)])

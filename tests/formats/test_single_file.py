@@ -19,19 +19,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentdiff.commands import convert
+from latentdiff.cli import convert as convert
 from latentdiff.errors import UserError
-from latentdiff.formats import single_file
-from latentdiff.formats.compvis_keys import PARTS, compvis_layout, ema_key, give
-from latentdiff.formats.diffusers_folder import load_components
+from latentdiff.formats import single_file as single_file
+from latentdiff.formats.folder import load_components
 from latentdiff.formats.identify import CONFIGURATION
+from latentdiff.formats.key_map import PARTS, compvis_layout, ema_key, give
 from latentdiff.formats.model import load_model, open_autoencoder, open_text_encoder, save_model
 from latentdiff.formats.sd_facts import sd_configuration
-from latentdiff.formats.single_file import load_single_file
-from latentdiff.formats.stated import measured_prediction
+from latentdiff.formats.single_file import load_single_file, measured_prediction
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
-from latentdiff.tensor_file import TensorFile
+from latentdiff.pipelines.generate import LatentDiffusionPipeline
+from latentdiff.weights import TensorFile
 from tests.formats.test_compvis_keys import parts
 from tests.formats.test_diffusers_folder import assert_same
 from tests.random_models import make_pipeline, make_text_model, make_vae
@@ -296,7 +295,7 @@ def test_pickles_of_training_libraries_open(file: Path, tmp_path: Path, monkeypa
 
 def load_single_file_of(file: Path) -> Any:
     """Without the patched reader."""
-    from latentdiff.tensor_file import read_tensor_file
+    from latentdiff.weights import read_tensor_file
 
     keep, single_file.read_tensor_file = single_file.read_tensor_file, read_tensor_file
     try:

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save, save_file
 
 from latentdiff.errors import UserError
-from latentdiff.formats.embedding_file import read_embedding
+from latentdiff.formats.embedding import read_embedding
 from latentdiff.formats.model import load_model
-from latentdiff.tensor_file import LONGEST_NAME, load_content, read_tensor_file
+from latentdiff.weights import LONGEST_NAME, load_content, read_tensor_file
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.float16)}
 
@@ -213,7 +213,7 @@ def test_what_is_beside_the_tensors(tmp_path: Path) -> None:
 
 
 def test_tensors_of_whole_numbers_are_no_weights(tmp_path: Path) -> None:
-    from latentdiff.formats.diffusers_folder import load_unet
+    from latentdiff.formats.folder import load_unet
     from tests.random_models import make_unet
 
     make_unet().save_pretrained(tmp_path)

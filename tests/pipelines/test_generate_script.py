@@ -87,7 +87,7 @@ def test_learned_words_by_file_and_by_name(
 ) -> None:
     import torch
 
-    from latentdiff.formats.embedding_file import write_embedding
+    from latentdiff.formats.embedding import write_embedding
 
     file = str(write_embedding(tmp_path / "a=b.safetensors", "<a>", torch.ones(2, TEXT_WIDTH)))
     fast = ("--model", model, "--steps", "1", "--quiet", "--output", str(tmp_path / "a.png"))
@@ -176,7 +176,7 @@ def test_lora_option(
 ) -> None:
     import torch
 
-    from latentdiff.formats.lora_files import write_lora
+    from latentdiff.formats.lora import write_lora
     from latentdiff.models.low_rank import LowRank
 
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import UserError
-from latentdiff.pipelines.pictures import psnr
+from latentdiff.pipelines.images import psnr
 from tests.random_models import make_pipeline
 
 SCRIPT = Path(__file__).parents[2] / "inference" / "invert.py"
