@@ -12,14 +12,16 @@ import argparse
 import importlib.util
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.errors import UserError, exit_with
-from latentdiff.pipelines.size_limit import check_pixels
+from latentdiff.errors import UserError, command
+from latentdiff.pipelines.image_files import check_picture_file, save_picture
+from latentdiff.pipelines.inputs import check_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +34,7 @@ SAMPLER_NAMES = (
 )
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; nothing heavy is imported yet, so --help is instant."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -71,8 +73,8 @@ def picture_size(text: str | None) -> tuple[int | None, int | None]:
     if text is None:
         return None, None
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
-        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r}.")
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) < 10 for part in parts):
+        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r:.40}.")
     height, width = int(parts[0]), int(parts[-1])
     check_pixels(height, width, "--size")
     return height, width
@@ -88,19 +90,6 @@ def numbers(option: str, text: str | None) -> list[float] | None:
         raise UserError(f"{option} must be numbers with commas between; got {text!r}.") from None
 
 
-def check_output(output: Path) -> None:
-    """Make the folder before the work is done. Raises: UserError: it cannot hold a picture."""
-    from PIL import Image
-
-    endings = sorted(Image.registered_extensions())
-    if output.suffix.lower() not in endings or output.is_dir():
-        raise UserError(f"--output must be a picture file such as cat.png; got {output}.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: {output.parent} cannot be made ({error.strerror}).") from error
-
-
 def embedding_and_token(text: str) -> tuple[str, str | None]:
     """("cat.pt", "<my-cat>") from "cat.pt=<my-cat>"; the token may be left out."""
     file, sign, token = text.rpartition("=")
@@ -111,10 +100,11 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     """The pictures and their seeds, prompt by prompt."""
     import torch
 
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+    from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.lora import lora_and_weight
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
-    dtype = getattr(torch, args.dtype)
+    dtype, device = getattr(torch, args.dtype), device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(
         args.model,
         dtype=dtype,
@@ -128,7 +118,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     for text in args.embedding:
         name = pipeline.load_embedding(*embedding_and_token(text))
         print(f"word: {name}", file=sys.stderr)
-    result = pipeline.to(device_of(args.device))(
+    result = pipeline.to(device)(
         args.prompts,
         negative_prompt=args.negative,
         prompt_syntax="a1111" if args.weighted else "long" if args.long else "plain",
@@ -150,21 +140,6 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     return result.images, result.seeds
 
 
-def device_of(given: str | None) -> Any:
-    """The device to compute on. Raises: UserError: no such device here."""
-    import torch
-
-    try:
-        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {given} cannot be used here: {str(error).splitlines()[0]} Leave --device "
-            "out, or take one that this machine has: cpu, cuda, cuda:1, mps."
-        ) from error
-    return device
-
-
 def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
     """Write one file, or numbered ones; returns their paths."""
     if args.separate and len(images) > 1:
@@ -173,33 +148,26 @@ def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
             args.output.with_name(f"{name}-{k:03d}{args.output.suffix}") for k in range(len(images))
         ]
     else:
-        from latentdiff.pipelines.pictures import grid
+        from latentdiff.pipelines.images import grid
 
         columns = args.columns
         if columns is None and args.num_images > 1:
             columns = args.num_images
         images, paths = [grid(images, columns)], [args.output]
-    try:
-        for image, path in zip(images, paths, strict=True):
-            image.save(path)
-    except OSError as error:
-        raise UserError(f"{args.output} cannot be written ({error.strerror or error}).") from error
-    return paths
+    return [save_picture(image, path) for image, path in zip(images, paths, strict=True)]
 
 
-def main() -> None:
-    """Run; mistakes of the user end with one line, not a traceback."""
-    args = parse()
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
+    args = parse(arguments)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        picture_size(args.size)
-        if args.columns is not None and args.columns < 1:
-            raise UserError(f"--columns must be at least 1; got {args.columns}.")
-        check_output(args.output)
-        images, seeds = generate(args)
-        paths = save(images, args)
-    except UserError as error:
-        exit_with(error)
+    picture_size(args.size)
+    if args.columns is not None and args.columns < 1:
+        raise UserError(f"--columns must be at least 1; got {args.columns}.")
+    check_picture_file(args.output, "--output")
+    images, seeds = generate(args)
+    paths = save(images, args)
     seen = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     print(f"seed {seen}", file=sys.stderr)
     for path in paths:
@@ -207,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,15 +1,43 @@
-"""Checks of what callers of a pipeline give, before any work is done."""
+"""The largest picture that is drawn; apart, without imports, so that scripts check before loading.
+
+Memory grows with the pixels in the decoder, and with their square in attention on some machines. A
+slip such as 100000 for 1000 would take the whole machine down instead of ending with a message.
+
+Checks of what callers of a pipeline give, before any work is done.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError, choice_error
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: Height times width; eight times as wide and tall as what Stable Diffusion was trained on.
+MAX_PIXELS = 4096 * 4096
+
+
+def check_pixels(height: int, width: int, name: str = "height x width") -> None:
+    """Refuse sizes that no model draws and no memory holds.
+
+    Args:    name: what the caller calls the size.
+    Raises:  UserError: a side below 1, or more than `MAX_PIXELS`.
+    """
+    if min(height, width) < 1:
+        raise UserError(f"{name} must be at least 1 in both directions; got {height}x{width}.")
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"{name} must be at most {MAX_PIXELS:,} pixels in all, such as 4096x4096; got "
+            f"{height}x{width}, {height * width:,} pixels. Draw near the size of the training and "
+            "enlarge the picture afterwards."
+        )
+
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -111,3 +139,18 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
 
     if not is_finite(latents):
         raise UserError("latents must be finite; the given ones hold NaN or infinity.")
+
+
+def device_of(given: str | None) -> torch.device:
+    """The device that --device names, or the best there is. Raises: UserError: no such device."""
+    import torch  # late: --help is instant
+
+    try:
+        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {given} cannot be used here: {str(error).splitlines()[0]} Leave --device "
+            "out, or take one that this machine has: cpu, cuda, cuda:1, mps."
+        ) from error
+    return device

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from latentdiff.errors import UserError
-from latentdiff.models.long_prompts import emphasised, encode_prompts, read_prompt
-from latentdiff.models.prompt_chunks import chunks_of, comma_reach
-from latentdiff.models.prompt_syntax import Run
-from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.models.clip_text import TextEncoder, load_text_encoder
+from latentdiff.models.prompts import (
+    Run,
+    chunks_of,
+    comma_reach,
+    emphasised,
+    encode_prompts,
+    read_prompt,
+)
 from tests.random_models import MAX_TOKENS, make_text_model, make_tokenizer
 
 ROOM = MAX_TOKENS - 2
@@ -142,6 +147,22 @@ def test_weights_reach_the_tokens_of_their_words(encoder: TextEncoder) -> None:
     expected = torch.ones(3, MAX_TOKENS)
     expected[0, cat], expected[2, 1] = 1.5, 1 / 1.1
     torch.testing.assert_close(scale, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("cat,dog,cat,dog,cat,dog,cat,painting,dog", "painting,dog"),  # tags without spaces
+        ("cat\n" * 13 + "painting\tof a dog", "painting\tof a dog"),
+        ("\u732b" * 40, "\u732b" * (40 - ROOM // 3)),  # three bytes a sign; the last is cut
+        ("cat " * 11 + "\u732b\u304c dog", "\u304c dog"),
+        ("x" * 20, "x" * 20),  # a word that is cut is named whole
+        ("cat " * ROOM, ""),
+        ("", ""),
+    ],
+)
+def test_what_does_not_fit_begins_with_a_word(text: str, left: str, encoder: TextEncoder) -> None:
+    assert read_prompt(encoder, text).left_out == left
 
 
 def test_what_does_not_fit_is_named(encoder: TextEncoder) -> None:
