@@ -1,4 +1,4 @@
-"""What a configuration dataclass declares: its fields, their types, defaults and docstrings."""
+"""What a configuration dataclass declares: its fields, their types, defaults, docs and limits."""
 
 from __future__ import annotations
 
@@ -105,3 +105,13 @@ def type_name(tp: Any) -> str:
         else:
             names.append(plain.get(option, getattr(option, "__name__", str(option))))
     return " or ".join(dict.fromkeys(names))
+
+
+def too_small(config: object, **least: float) -> list[str]:
+    """Complaints about fields of a configuration that are less than they may be."""
+    given = {name: getattr(config, name) for name in least}
+    return [
+        f"{name} must be at least {least[name]}; got {value}."
+        for name, value in given.items()
+        if value < least[name]
+    ]
