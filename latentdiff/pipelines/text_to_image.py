@@ -8,7 +8,7 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from latentdiff.diffusion.samplers import (
     warn_of_late_start,
 )
 from latentdiff.diffusion.samplers.registry import SAMPLERS, check_options, split_name
+from latentdiff.errors import UserError
 from latentdiff.models.finite import not_finite
 from latentdiff.models.long_prompts import PromptSyntax, ReadPrompt, check_syntax, read_prompt
 from latentdiff.models.unknown_words import warn_of_unknown_words
@@ -38,6 +39,7 @@ from latentdiff.pipelines.inputs import (
     check_latents,
     check_output_type,
     check_seed,
+    check_share,
     check_steps,
     guidance_interval_of,
     guidance_scales,
@@ -128,7 +130,8 @@ class LatentDiffusionPipeline(LoadedModel):
                  sampler_options: for the sampler, for example {"eta": 1.0} for ddim.
                  timestep_spacing: a name in SPACINGS; None: as the sampler or the folder says.
                  timesteps: your own, decreasing, instead of num_inference_steps and a spacing.
-                 seed: of the first image, image k has seed + k; None: drawn, see `.seeds`.
+                 seed: of the first image, image k has seed + k, below 2^64; None: drawn, see
+                 `.seeds`.
                  latents: initial noise (B, C, h, w) instead of the seeds'.
                  output_type: pil, np, pt or latent; see `PipelineOutput`.
                  batch_size: images per pass; does not change them.
@@ -143,6 +146,7 @@ class LatentDiffusionPipeline(LoadedModel):
         scales = guidance_scales(guidance_scale, len(prompts))
         warn_of_unused_negatives(negatives, scales)
         interval = guidance_interval_of(guidance_interval)
+        check_share("guidance_rescale", guidance_rescale)
         check_output_type(output_type)
         check_syntax(prompt_syntax)
         for name, value in (
@@ -260,7 +264,7 @@ class LatentDiffusionPipeline(LoadedModel):
         return self.autoencoder.latent_channels, height // down, width // down
 
     def _seeds(self, seed: int | None, count: int) -> list[int]:
-        first = secrets.randbelow(2**31) if seed is None else check_seed(seed)
+        first = secrets.randbelow(2**31) if seed is None else check_seed(seed, count)
         return [first + k for k in range(count)]
 
     def _sampling(
@@ -274,6 +278,8 @@ class LatentDiffusionPipeline(LoadedModel):
         """Sampler name, grid and options, with the folder's defaults filled in."""
         defaults = self.components.sampling
         name, named_spacing = split_name(defaults.sampler if sampler is None else sampler)
+        if not isinstance(options, Mapping | None):
+            raise UserError(f"sampler_options must be names and values; got {options!r:.80}.")
         row, options = SAMPLERS[name], dict(options or {})
         options.setdefault("final_timestep", defaults.final_timestep(name))
         check_options(name, options)
