@@ -23,11 +23,11 @@ from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.prediction import to_x_0
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
-from latentdiff.errors import UserError, exit_with
-from latentdiff.evaluation.measures import real_latents
+from latentdiff.errors import command
+from latentdiff.evaluation.metrics import real_latents
 from latentdiff.evaluation.prompts import concept_prompts, gallery_drawings
-from latentdiff.formats.diffusers_folder import load_components
-from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.formats.folder import load_components
+from latentdiff.models.clip_text import TextEncoder, load_text_encoder
 
 LEVELS = (999, 900, 750, 600, 400, 200, 50)
 
@@ -52,6 +52,7 @@ def errors(folder: Path, text: TextEncoder | None, count: int) -> tuple[list[flo
     return found, float((x_0 - x_0.mean(0)).square().mean())
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Measure the models named, or the embedded one."""
     form = argparse.RawDescriptionHelpFormatter
@@ -70,7 +71,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        exit_with(error)
+    sys.exit(main())

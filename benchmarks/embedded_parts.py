@@ -31,13 +31,13 @@ from latentdiff.data.emoji import (
     subject,
 )
 from latentdiff.data.emoji_captions import fixed_captions, unit_hash
+from latentdiff.data.images import to_tensor
 from latentdiff.data.source import split
 from latentdiff.data.styles import BACKGROUNDS, STYLES
-from latentdiff.data.transforms import to_tensor
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
 from latentdiff.models.clip_scorer import ClipScorer, load_clip_scorer
-from latentdiff.trainer.autoencoder import psnr
+from latentdiff.train.autoencoder import psnr
 
 SIZE = 64
 #: Share of the concepts that the autoencoder's training held out (autoencoder_gpu.yaml).

@@ -34,10 +34,9 @@ import torch
 
 from latentdiff.data.latents import LatentCache, LatentIndex, Shards, key_array, write_shard
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import UserError, exit_with
-from latentdiff.trainer.batches import BatchMaker, Prefetch
-from latentdiff.trainer.config import TrainConfig
-from latentdiff.trainer.order import BatchShape, Order, choose_caption
+from latentdiff.errors import UserError, command
+from latentdiff.train.batches import BatchMaker, BatchShape, Order, Prefetch, choose_caption
+from latentdiff.train.config import TrainConfig
 
 SHAPE = (8, 16, 16)
 BATCH = 24
@@ -139,10 +138,10 @@ def train(cache: LatentCache, steps: int, room: int) -> tuple[dict[str, float], 
     from latentdiff.diffusion.objective import per_sample_loss
     from latentdiff.embedded import EMBEDDED_MODEL
     from latentdiff.models.autoencoder import load_autoencoder
-    from latentdiff.models.text_encoder import load_text_encoder
+    from latentdiff.models.clip_text import load_text_encoder
     from latentdiff.models.unet import UNet
-    from latentdiff.trainer.context import ContextCache
-    from latentdiff.trainer.optimizer import make_optimizer
+    from latentdiff.train.batches import ContextCache
+    from latentdiff.train.optimizer import make_optimizer
 
     config, channels = TrainConfig(), SHAPE[0] // 2
     text = load_text_encoder(EMBEDDED_MODEL / "text_encoder", EMBEDDED_MODEL / "tokenizer")
@@ -258,6 +257,7 @@ def measure(
     return figures, reading, training
 
 
+@command
 def main() -> None:
     """Measure, plot, print."""
     parser = argparse.ArgumentParser(
@@ -285,7 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    sys.exit(main())

@@ -28,13 +28,12 @@ OURS, THEIRS = "latentdiff", "diffusers"
 
 def write_folder(folder: Path) -> None:
     """About 1 GB: more than half of it the U-Net."""
-    from latentdiff.formats.components import Components, empty_unet
-    from latentdiff.formats.diffusers_folder import save_components
-    from latentdiff.formats.scheduler_config import read_scheduler
+    from latentdiff.formats.folder import Components, empty_unet, save_components
+    from latentdiff.formats.scheduler import read_scheduler
     from latentdiff.formats.sd_facts import sd_configuration
     from latentdiff.models.autoencoder import Autoencoder, empty_autoencoder
-    from latentdiff.models.clip_vocabulary import tokenizer_of
-    from latentdiff.models.text_encoder import TextEncoder, empty_text_tower
+    from latentdiff.models.clip_text import TextEncoder, empty_text_tower
+    from latentdiff.models.tokenizer import tokenizer_of
     from latentdiff.models.unet_config import config_from_dict
 
     config = sd_configuration("1", "eps")
@@ -60,7 +59,7 @@ def write_folder(folder: Path) -> None:
 
 def load_ours(folder: str) -> list[Any]:
     """The networks, opened here."""
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
 
     pipe = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
     return [pipe.unet, pipe.autoencoder.module, pipe.text_encoder.module]

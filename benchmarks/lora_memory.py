@@ -28,11 +28,11 @@ def measure(kind: str, channels: list[int], batch: int, size: int) -> dict[str, 
     from latentdiff.finetune.full import FullConfig
     from latentdiff.finetune.lora import LoraConfig
     from latentdiff.finetune.registry import apply_method
-    from latentdiff.formats.diffusers_folder import load_components
+    from latentdiff.formats.folder import load_components
     from latentdiff.models.unet import UNet
     from latentdiff.models.unet_config import UNetConfig
-    from latentdiff.trainer.ema import Ema
-    from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
+    from latentdiff.train.ema import Ema
+    from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
 
     components = load_components(EMBEDDED_MODEL)
     if channels:

@@ -26,15 +26,12 @@ from torch.nn import functional as F
 
 from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
-from latentdiff.errors import UserError, exit_with
-from latentdiff.formats.diffusers_folder import save_components
+from latentdiff.errors import command
+from latentdiff.formats.folder import save_components
 from latentdiff.precision import has_fast_bf16
-from latentdiff.trainer.batches import BatchMaker
-from latentdiff.trainer.config import read_config
-from latentdiff.trainer.context import ContextCache
-from latentdiff.trainer.latent_run import batch_shape, load_parts, prepare_unet
-from latentdiff.trainer.open_data import open_latents
-from latentdiff.trainer.order import Order
+from latentdiff.train.batches import BatchMaker, ContextCache, Order
+from latentdiff.train.config import read_config
+from latentdiff.train.run import batch_shape, load_parts, open_latents, prepare_unet
 
 #: train_text_to_image.py at its defaults.
 WARMUP, CLIP_NORM, EMA_DECAY = 500, 1.0, 0.9999
@@ -88,6 +85,7 @@ def train(config_file: Path, overrides: list[str], rate: float) -> Path:
     return folder
 
 
+@command
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(
@@ -97,11 +95,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    try:
-        print(train(arguments.config, arguments.overrides, arguments.lr))
-    except UserError as error:
-        exit_with(error)
+    print(train(arguments.config, arguments.overrides, arguments.lr))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

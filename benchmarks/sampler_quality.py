@@ -25,9 +25,8 @@ from torch import Tensor
 from latentdiff.diffusion.samplers import SAMPLERS, sample, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.evaluation import prompts
-from latentdiff.evaluation.features import ClassifierFeatures
-from latentdiff.evaluation.galleries import Galleries
-from latentdiff.evaluation.statistics import frechet_distance
+from latentdiff.evaluation.metrics import ClassifierFeatures, frechet_distance
+from latentdiff.evaluation.run import Galleries
 
 BUDGETS = (5, 10, 20, 50)
 CACHE = Path.home() / ".cache/latentdiff/features"
@@ -94,7 +93,7 @@ def plot(cells: Cells, path: Path) -> None:
 
 def measure(model: str | None, count: int, state: Path) -> Cells:
     """Fill every cell that `state` does not hold yet."""
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
 
     pipeline = LatentDiffusionPipeline.from_pretrained(*([model] if model else []))
     drawings = prompts.gallery_drawings()

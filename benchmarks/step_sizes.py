@@ -20,10 +20,9 @@ import torch
 
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.embedded import EMBEDDED_MODEL
-from latentdiff.formats.diffusers_folder import Components, load_components, save_components
+from latentdiff.formats.folder import Components, load_components, save_components
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.models.clip_text import ClipText
-from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.clip_text import ClipText, TextEncoder
 from latentdiff.models.tokenizer import load_tokenizer
 from latentdiff.models.unet import UNet
 

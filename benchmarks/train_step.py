@@ -42,15 +42,20 @@ from latentdiff.data.latents import build_latent_cache
 from latentdiff.data.source import DataConfig, open_source
 from latentdiff.diffusion.objective import ObjectiveConfig, per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.formats.diffusers_folder import load_components
-from latentdiff.trainer.batches import BatchMaker, LatentBatch, Prefetch
-from latentdiff.trainer.context import ContextCache
-from latentdiff.trainer.descent import Descent
-from latentdiff.trainer.ema import Ema
-from latentdiff.trainer.flops import count_flops
-from latentdiff.trainer.latent_run import likes_channels_last
-from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer
-from latentdiff.trainer.order import BatchShape, Order
+from latentdiff.formats.folder import load_components
+from latentdiff.train.batches import (
+    BatchMaker,
+    BatchShape,
+    ContextCache,
+    LatentBatch,
+    Order,
+    Prefetch,
+)
+from latentdiff.train.ema import Ema
+from latentdiff.train.log import count_flops
+from latentdiff.train.loop import Descent
+from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
+from latentdiff.train.run import likes_channels_last
 
 OBJECTIVE = ObjectiveConfig(prediction="eps", weighting="none", condition_dropout=0.0)
 

@@ -51,7 +51,7 @@ def seconds(code: str) -> float:
 def sizes() -> dict[str, Any]:
     """Parameters of the embedded model's parts, and bytes on disk."""
     from latentdiff.embedded import EMBEDDED_MODEL
-    from latentdiff.formats.diffusers_folder import load_components
+    from latentdiff.formats.folder import load_components
 
     parts = load_components(EMBEDDED_MODEL)
     networks = {
@@ -79,7 +79,7 @@ def posterior() -> dict[str, float]:
     """Largest difference between the two forms of the posterior's mean, in float64."""
     import torch
 
-    from latentdiff.diffusion.posterior import posterior_mean, posterior_mean_from_eps
+    from latentdiff.diffusion.bounds import posterior_mean, posterior_mean_from_eps
     from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 
     schedule = NoiseSchedule(ScheduleConfig())
@@ -96,7 +96,7 @@ def posterior() -> dict[str, float]:
 
 def averages() -> dict[str, float]:
     """How far averages that are built afterwards are from those asked for (docs/averages.md)."""
-    from latentdiff.trainer.power_profile import Profile, fit, gamma_of, misfit
+    from latentdiff.train.ema import Profile, fit, gamma_of, misfit
 
     found = {}
     for files in (40, 8):

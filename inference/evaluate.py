@@ -17,16 +17,18 @@ import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.errors import UserError, exit_with
+from latentdiff.errors import UserError, command
+from latentdiff.files import atomic_file, write_text
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -71,11 +73,11 @@ def check(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Return the figures and the pictures."""
     from latentdiff.embedded import EMBEDDED_MODEL
-    from latentdiff.evaluation.measures import Generator
+    from latentdiff.evaluation.metrics import Generator
     from latentdiff.evaluation.run import Evaluation, Size, device_words, open_score, rounded
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
-    from latentdiff.trainer.output import default_cache
+    from latentdiff.train.checkpoint import default_cache
 
     device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
@@ -96,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     }
     figures = {**facts, **rounded(result.figures)}
     if args.hub_metrics:
-        from latentdiff.evaluation.hub_metrics import hub_metrics
+        from latentdiff.evaluation.metrics import hub_metrics
 
         figures |= rounded(hub_metrics(result.pages["Concepts"], pipeline.device))
     return figures, result.pages
@@ -104,11 +106,12 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 def likelihood(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the figures and the loss curves, by kind of picture."""
-    from latentdiff.evaluation import measures, prompts
+    from latentdiff.evaluation import metrics as measures
+    from latentdiff.evaluation import prompts
     from latentdiff.evaluation.likelihood import LikelihoodSize, check_plot, measure
     from latentdiff.evaluation.run import device_words, rounded
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
     check_plot()
     size = LikelihoodSize(args.levels, args.ode_pictures, batch_size=args.batch_size)
@@ -143,30 +146,29 @@ def write_likelihood(args: argparse.Namespace, figures: Any, curves: Any) -> Non
     for name, value in figures.items():
         print(f"{name:54} {value}")
     file, picture = args.output / "likelihood.json", args.output / "likelihood.png"
-    file.write_text(json.dumps({**figures, "loss by timestep": curves}, indent=2) + "\n")
-    plot(curves, picture, f"Loss of {figures['model']}")
+    write_text(file, json.dumps({**figures, "loss by timestep": curves}, indent=2) + "\n")
+    with atomic_file(picture) as new:
+        plot(curves, new, f"Loss of {figures['model']}")
     print(f"\n{file}\n{picture}")
 
 
-def main() -> None:
-    """Run; mistakes of the user end with one line, not a traceback."""
-    args = parse()
-    try:
-        check(args)
-        if args.likelihood:
-            return write_likelihood(args, *likelihood(args))
-        figures, pages = evaluate(args)
-    except UserError as error:
-        exit_with(error)
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
+    args = parse(arguments)
+    check(args)
+    if args.likelihood:
+        return write_likelihood(args, *likelihood(args))
+    figures, pages = evaluate(args)
     from latentdiff.html_report import write_html
 
     for name, value in figures.items():
         print(f"{name:46} {value}")
-    (args.output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_text(args.output / "figures.json", json.dumps(figures, indent=2) + "\n")
     page, title = args.output / "index.html", f"Evaluation of {figures['model']}"
     write_html(page, "evaluation.html", title=title, facts=figures.items(), sections=pages)
     print(f"\n{args.output / 'figures.json'}\n{page.resolve()}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

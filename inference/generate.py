@@ -12,15 +12,16 @@ import argparse
 import importlib.util
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.errors import UserError, exit_with
-from latentdiff.pipelines.picture_files import check_picture_file, save_picture
-from latentdiff.pipelines.size_limit import check_pixels
+from latentdiff.errors import UserError, command
+from latentdiff.pipelines.image_files import check_picture_file, save_picture
+from latentdiff.pipelines.inputs import check_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +34,7 @@ SAMPLER_NAMES = (
 )
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; nothing heavy is imported yet, so --help is instant."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -72,8 +73,8 @@ def picture_size(text: str | None) -> tuple[int | None, int | None]:
     if text is None:
         return None, None
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
-        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r}.")
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) < 10 for part in parts):
+        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r:.40}.")
     height, width = int(parts[0]), int(parts[-1])
     check_pixels(height, width, "--size")
     return height, width
@@ -99,9 +100,9 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     """The pictures and their seeds, prompt by prompt."""
     import torch
 
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.lora import lora_and_weight
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
     dtype, device = getattr(torch, args.dtype), device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(
@@ -147,7 +148,7 @@ def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
             args.output.with_name(f"{name}-{k:03d}{args.output.suffix}") for k in range(len(images))
         ]
     else:
-        from latentdiff.pipelines.pictures import grid
+        from latentdiff.pipelines.images import grid
 
         columns = args.columns
         if columns is None and args.num_images > 1:
@@ -156,19 +157,17 @@ def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
     return [save_picture(image, path) for image, path in zip(images, paths, strict=True)]
 
 
-def main() -> None:
-    """Run; mistakes of the user end with one line, not a traceback."""
-    args = parse()
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
+    args = parse(arguments)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        picture_size(args.size)
-        if args.columns is not None and args.columns < 1:
-            raise UserError(f"--columns must be at least 1; got {args.columns}.")
-        check_picture_file(args.output, "--output")
-        images, seeds = generate(args)
-        paths = save(images, args)
-    except UserError as error:
-        exit_with(error)
+    picture_size(args.size)
+    if args.columns is not None and args.columns < 1:
+        raise UserError(f"--columns must be at least 1; got {args.columns}.")
+    check_picture_file(args.output, "--output")
+    images, seeds = generate(args)
+    paths = save(images, args)
     seen = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     print(f"seed {seen}", file=sys.stderr)
     for path in paths:
@@ -176,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,18 +12,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latentdiff.atomic import atomic_file
-from latentdiff.errors import UserError, exit_with
-from latentdiff.pipelines.picture_files import check_picture_file, check_place, save_picture
+from latentdiff.errors import UserError, command
+from latentdiff.files import atomic_file
+from latentdiff.pipelines.image_files import check_picture_file, check_place, save_picture
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -53,10 +54,10 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
     import torch
 
     from latentdiff.data.images import UnreadableImage, open_image
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+    from latentdiff.pipelines.images import psnr, to_output, to_pil
     from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.inversion import image_tensors
-    from latentdiff.pipelines.pictures import psnr, to_output, to_pil
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 
     try:
         picture = open_image(args.picture)
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
 
 def write_noise(file: Path, noise: Any) -> None:
     """Write x_T. Raises: UserError: it cannot be written."""
-    from latentdiff.weight_files import save_tensors
+    from latentdiff.weights import save_tensors
 
     try:
         with atomic_file(file) as new:
@@ -103,24 +104,22 @@ def write_noise(file: Path, noise: Any) -> None:
         raise UserError(f"--noise: {file} cannot be written ({error}).") from error
 
 
-def main() -> None:
-    """Run; mistakes of the user end with one line, not a traceback."""
-    args = parse()
-    try:
-        check_picture_file(args.output, "--output")
-        if args.noise is not None:
-            check_place(args.noise, "--noise")
-        pictures, noise, decibels = run(args)
-        from latentdiff.pipelines.pictures import grid
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
+    args = parse(arguments)
+    check_picture_file(args.output, "--output")
+    if args.noise is not None:
+        check_place(args.noise, "--noise")
+    pictures, noise, decibels = run(args)
+    from latentdiff.pipelines.images import grid
 
-        written = save_picture(grid(pictures, len(pictures)), args.output)
-        if args.noise is not None:
-            write_noise(args.noise, noise)
-    except UserError as error:
-        exit_with(error)
+    written = save_picture(grid(pictures, len(pictures)), args.output)
+    if args.noise is not None:
+        write_noise(args.noise, noise)
     print(f"round trip against the autoencoder's own picture: {decibels:.1f} dB")
     print(written)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
     from latentdiff.errors import UserError
     from latentdiff.models.autoencoder import Autoencoder
-    from latentdiff.models.text_encoder import TextEncoder
+    from latentdiff.models.clip_text import TextEncoder
     from latentdiff.models.unet import UNet
     from latentdiff.models.unet_config import UNetConfig
     from latentdiff.pipelines.embedded import pipeline
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
 
 __version__ = "0.1.0"
 
@@ -28,10 +28,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 _HOME = {
     "Autoencoder": "latentdiff.models.autoencoder",
-    "LatentDiffusionPipeline": "latentdiff.pipelines.text_to_image",
+    "LatentDiffusionPipeline": "latentdiff.pipelines.generate",
     "NoiseSchedule": "latentdiff.diffusion.schedule",
     "ScheduleConfig": "latentdiff.diffusion.schedule",
-    "TextEncoder": "latentdiff.models.text_encoder",
+    "TextEncoder": "latentdiff.models.clip_text",
     "UNet": "latentdiff.models.unet",
     "UNetConfig": "latentdiff.models.unet_config",
     "UserError": "latentdiff.errors",

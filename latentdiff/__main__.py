@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
+
+from latentdiff.errors import command, printable
 
 #: word → (module, what it is for).
 COMMANDS = {
-    "inspect": ("latentdiff.commands.inspect", "say what a file or folder of weights is"),
-    "convert": ("latentdiff.commands.convert", "turn a model into a folder or a single file"),
-    "doctor": ("latentdiff.doctor.command", "look a data set over before training on it"),
+    "inspect": ("latentdiff.cli.inspect", "say what a file or folder of weights is"),
+    "convert": ("latentdiff.cli.convert", "turn a model into a folder or a single file"),
+    "doctor": ("latentdiff.cli.doctor", "look a data set over before training on it"),
 }
 
 
+@command
 def main() -> int:
-    """Run the command that the first argument names. Returns: the exit code."""
+    """Run the command that the first argument names; see `errors.command` for exit codes."""
+    warnings.showwarning = lambda message, *_: print(
+        f"warning: {printable(str(message))}", file=sys.stderr
+    )
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in COMMANDS:
         code = import_module(COMMANDS[word][0]).main(sys.argv[2:])

@@ -1,4 +1,8 @@
-"""The config engine: YAML file + `a.b=value` overrides → one checked tree of frozen dataclasses.
+"""What a configuration dataclass declares: its fields, their types, defaults and docstrings.
+
+YAML as people mean it: 1e-4 is a number, `no` and `off` are words, a key may stand only once.
+
+The config engine: YAML file + `a.b=value` overrides → one checked tree of frozen dataclasses.
 
 A configuration is a stdlib dataclass that lives beside the code it configures; each field has a
 string literal below it as its documentation. Every mistake in a file is reported in one go, with
@@ -7,29 +11,299 @@ its dotted path. Variants of a section are dataclasses told apart by a `kind: Li
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+import textwrap
+import types
+from collections.abc import Hashable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
-from latentdiff.config_types import (
-    MISSING,
-    fields_of,
-    kinds_of,
-    options,
-    sections,
-    type_name,
-    words_of,
-)
-from latentdiff.config_yaml import parse_yaml, read_yaml, to_inline
 from latentdiff.errors import UserError, did_you_mean
+
+MISSING = dataclasses.MISSING
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldInfo:
+    """One field: its resolved type, default (MISSING when required) and docstring."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+
+
+@cache
+def fields_of(cls: type) -> dict[str, FieldInfo]:
+    """List the init fields of a dataclass in order, with types resolved and docs found."""
+    hints = get_type_hints(cls, include_extras=True)
+    docs = _field_docs(cls)
+    return {
+        f.name: FieldInfo(f.name, hints[f.name], _default(f), docs.get(f.name, ""))
+        for f in dataclasses.fields(cls)
+        if f.init
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Read the string literals below the fields from the source, base classes first."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, SyntaxError, TypeError):
+            continue  # defined where no source exists (exec, REPL): no docs, nothing else is lost
+        class_node = tree.body[0]
+        body = class_node.body if isinstance(class_node, ast.ClassDef) else []
+        for node, after in itertools.pairwise(body):
+            is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and is_doc:
+                docs[node.target.id] = inspect.cleandoc(str(after.value.value))  # type: ignore[attr-defined]
+    return docs
+
+
+def options(tp: Any) -> Iterator[Any]:
+    """Yield the members of a union, seeing through Annotated and nested unions."""
+    origin = get_origin(tp)
+    if origin is Annotated:
+        yield from options(get_args(tp)[0])
+    elif origin in (Union, types.UnionType):
+        for arg in get_args(tp):
+            yield from options(arg)
+    else:
+        yield tp
+
+
+def sections(tp: Any) -> list[type]:
+    """List the dataclasses that a field's type allows (several: variants told apart by `kind`)."""
+    return [t for t in options(tp) if isinstance(t, type) and dataclasses.is_dataclass(t)]
+
+
+def words_of(tp: Any) -> list[Any]:
+    """List the words of a type's Literals."""
+    return [w for t in options(tp) if get_origin(t) is Literal for w in get_args(t)]
+
+
+def kinds_of(cls: type) -> list[Any]:
+    """List the values of a variant's `kind` tag."""
+    kind = fields_of(cls).get("kind")
+    return words_of(kind.type) if kind else []
+
+
+def type_name(tp: Any) -> str:
+    """Name a type in words for help and errors."""
+    plain = {int: "whole number", float: "number", bool: "true|false", str: "text"}
+    names = []
+    for option in options(tp):
+        if get_origin(option) is Literal:
+            names.append("|".join(map(str, get_args(option))))
+        elif option is types.NoneType:
+            names.append("null")
+        elif get_origin(option) in (list, tuple):
+            inner = [a for a in get_args(option) if a is not Ellipsis]
+            names.append(f"list of {' and '.join(dict.fromkeys(map(type_name, inner)))}")
+        else:
+            names.append(plain.get(option, getattr(option, "__name__", str(option))))
+    return " or ".join(dict.fromkeys(names))
+
+
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+"
+    r"|[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+# The core schema of YAML 1.2. YAML 1.1, which PyYAML follows, reads 1e-4 as text, `off` as false
+# and 12:30 as 750.
+_CORE: list[tuple[str, re.Pattern[str], str]] = [
+    ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), "~nN"),
+    ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    ("int", re.compile(r"^[-+]?[0-9]+$"), "-+0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
+]
+#: Values of a configuration with aliases written out; a list of prompts has some thousands.
+_MOST_NODES = 100_000
+_MOST_BYTES = 2**20
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)
+    # Without YAML 1.1's dates, bytes and sets, which a configuration does not know.
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in _PLAIN
+    }
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _count(node, {})
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _error("a key must be a word, not a list or a section", key_node)
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise _error(f"the key '{key}' stands twice", key_node)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes a node has with aliases written out. Raises: yaml.YAMLError: too many."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 0  # until it is known: what is met again within itself has no end
+        parts = (part for item in node.value for part in (item if type(item) is tuple else (item,)))
+        known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    count = known[id(node)]
+    if not 0 < count <= _MOST_NODES:
+        why = f"more than {_MOST_NODES} values" if count else "an alias within what it stands for"
+        raise _error(why, node)
+    return count
+
+
+def _error(words: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    # Leading zeros are decimal, not octal as in YAML 1.1.
+    if len(text) > 40 or not -(2**63) <= int(text) < 2**63:
+        raise _error("a whole number of more than 64 bits", node)
+    return int(text)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
+    text = loader.construct_scalar(node).lower()
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever either schema would read as something other than text."""
+
+
+for _name, _pattern, _first in _CORE:
+    _tag = f"tag:yaml.org,2002:{_name}"
+    _Loader.add_implicit_resolver(_tag, _pattern, ["", *_first] if _name == "null" else [*_first])
+    _Dumper.add_implicit_resolver(_tag, _pattern, [*_first])
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse one YAML document of plain values.
+
+    Raises: yaml.YAMLError: also for what would be endless or huge with its aliases written out.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    except (ValueError, TypeError, KeyError) as error:  # a tag such as !!int before other text
+        raise yaml.YAMLError(f"a value does not fit its tag ({error})") from error
+
+
+def to_yaml(data: object) -> str:
+    """Write plain data as YAML that `parse_yaml` reads back to the same values."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def to_inline(data: object) -> str:
+    """Write plain data as YAML on one line, as an override would give it."""
+    text = yaml.dump(data, Dumper=_Dumper, default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML mapping; a top-level `extends: other.yaml` is read first and overlaid.
+
+    Args:   path: the file; `extends` is relative to it.
+    Raises: UserError: file missing, not YAML, not a mapping, or extending itself.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(_missing_file(file))
+    if file.resolve() in _seen:
+        raise UserError(f"config file {file} extends itself. Remove one `extends:` of the circle.")
+    if file.stat().st_size > _MOST_BYTES:
+        raise UserError(f"config file {file} has more than {_MOST_BYTES // 2**20} MB of text.")
+    try:
+        data = parse_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {file} is not valid YAML: {error}") from error
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise UserError(f"config file {file} must hold `key: value` lines; got {data!r:.80}")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    if not isinstance(parent, str):
+        raise UserError(f"{file}: extends must be one file name; got {parent!r}")
+    return merge(read_yaml(file.parent / parent, (*_seen, file.resolve())), data)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Overlay `over` on `base`, mapping by mapping; every other value replaces."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = merge(old or {}, value) if both else value
+    return result
+
+
+def _missing_file(file: Path) -> str:
+    near = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+    hint = did_you_mean(file.name, near)
+    listing = f" YAML files in {file.parent}: {', '.join(sorted(near))}." if near else ""
+    return f"config file {file} does not exist.{listing}{hint}"
+
 
 T = TypeVar("T")
 Problems = list[tuple[str, str]]
+
+
+def too_small(config: object, **least: float) -> list[str]:
+    """Complaints about fields of a configuration that are less than they may be."""
+    given = {name: getattr(config, name) for name in least}
+    return [
+        f"{name} must be at least {least[name]}; got {value}."
+        for name, value in given.items()
+        if value < least[name]
+    ]
 
 
 def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:

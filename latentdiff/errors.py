@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import os
+import signal
 import sys
+import threading
 import unicodedata
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn, ParamSpec
 
+P = ParamSpec("P")
 #: Exit code of every command for what its user can fix, as of argparse for a wrong option.
 BAD_INPUT = 2
 #: Characters that turn the direction of the text after them: a name could show another ending.
+_STOPPED = "stopped by Ctrl-C; no file was left half-written."
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
@@ -35,6 +43,90 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(map(printable, super().__str__().split("\n")))
+
+
+class Interrupted(Exception):  # noqa: N818  (a request, not an error)
+    """A signal ended the work in good order.
+
+    Attributes: exit_code: 128 + the signal's number, as shells count.
+    """
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + number
+
+
+def command(main: Callable[P, int | None]) -> Callable[P, int]:
+    """Decorate the main() of a command: bad input and Ctrl-C end it in one line on stderr.
+
+    Returns: main() that gives an exit code: what `main` gave (None is 0), `BAD_INPUT` after a
+             UserError, 128 + the signal's number after a signal or when the reader has left.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        with _ctrl_c() as signals:
+            try:
+                try:
+                    return main(*args, **kwargs) or 0
+                finally:
+                    print(end="", flush=True)
+            except BrokenPipeError:  # the reader of the output has left, as `| head` does
+                # Python writes at exit what is still in the buffer.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 128 + 13  # SIGPIPE, which Windows lacks
+            except Interrupted as stop:
+                text, code = str(stop), stop.exit_code
+            except (Exception, KeyboardInterrupt) as error:
+                # Compiled code may turn the KeyboardInterrupt of a signal into an error of its own.
+                if signals.came or isinstance(error, KeyboardInterrupt):
+                    text, code = _STOPPED, 128 + signal.SIGINT
+                elif isinstance(error, UserError):
+                    text, code = str(error), BAD_INPUT
+                else:
+                    raise
+        # The exception has let go of its frames by now, so progress bars have ended their lines.
+        _say(text, code)
+        return code
+
+    return run
+
+
+class _CtrlC:
+    """A signal handler that raises KeyboardInterrupt, as Python's own, and notes that it did."""
+
+    came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[_CtrlC]:
+    """Let SIGINT be noted within the block; of nested blocks the outermost notes."""
+    before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if before is not signal.default_int_handler or not in_main_thread:
+        yield before if isinstance(before, _CtrlC) else _CtrlC()
+        return
+    handler = _CtrlC()
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say(text: str, code: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    if code == BAD_INPUT:
+        # Any process may be the one that fails, and the launcher then stops the others.
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {text}", file=sys.stderr)
+    elif rank == "0":
+        after_mark = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
+        print(after_mark + text, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def exit_with(error: UserError) -> NoReturn:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 
@@ -41,8 +43,8 @@ def arm(fate: Fate, patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """Turn writing a checkpoint, writing the log and training into events."""
     import safetensors.torch
 
-    from latentdiff.trainer import tracking
-    from latentdiff.trainer.descent import Descent
+    from latentdiff.train import log as tracking
+    from latentdiff.train.loop import Descent
 
     save_file, fsync, rename, unlink = safetensors.torch.save_file, os.fsync, os.rename, Path.unlink
     write_text, write_rows = Path.write_text, tracking.Tracker.write
@@ -98,14 +100,23 @@ def arm(fate: Fate, patch: Callable[[Any, str, Any], None] = setattr) -> None:
     patch(Descent, "update", stepping("update", update))
 
 
-def train(arguments: list[str], at: int = -1) -> int | None:
-    """Run train_latent.py in a process of its own; return how it ended (−9 when killed)."""
+def in_fork(target: Callable[..., None], *arguments: Any) -> int | None:
+    """Call in a process forked from one that has imported everything; return how that ended."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killing_preload"])
-    process = context.Process(target=_train, args=(arguments, at))
-    process.start()
+    process = context.Process(target=target, args=arguments)
+    folders = [str(ROOT), str(ROOT / "training"), str(ROOT / "tests")]
+    with pytest.MonkeyPatch.context() as patch:
+        # The server starts with the first process; it finds what it imports by the variable alone.
+        patch.setenv("PYTHONPATH", os.pathsep.join(folders))
+        process.start()
     process.join()
     return process.exitcode
+
+
+def train(arguments: list[str], at: int = -1) -> int | None:
+    """Run train_latent.py in a process of its own; return how it ended (−9 when killed)."""
+    return in_fork(_train, arguments, at)
 
 
 def _train(arguments: list[str], at: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.evaluation.features import ClassifierFeatures, to_tensors
+from latentdiff.evaluation.metrics import ClassifierFeatures, to_tensors
 
 
 def distances(ours: Tensor, theirs: Tensor) -> Tensor:

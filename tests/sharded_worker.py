@@ -27,16 +27,29 @@ from killing import Fate, arm  # noqa: E402
 
 from latentdiff.models.unet import UNet  # noqa: E402
 from latentdiff.models.unet_config import UNetConfig  # noqa: E402
-from latentdiff.trainer.descent import Descent  # noqa: E402
-from latentdiff.trainer.ema import Ema  # noqa: E402
-from latentdiff.trainer.loop import LoopConfig, training_loop  # noqa: E402
-from latentdiff.trainer.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
-from latentdiff.trainer.order import BatchShape, Order  # noqa: E402
-from latentdiff.trainer.power_ema import AllAverages, PowerEmaConfig, PowerEmas  # noqa: E402
-from latentdiff.trainer.processes import start_processes, was_restarted  # noqa: E402
-from latentdiff.trainer.sharding import gather_state, is_sharded, local, prepare  # noqa: E402
-from latentdiff.trainer.state import TrainingState  # noqa: E402
-from latentdiff.trainer.tracking import Tracker, read_metrics  # noqa: E402
+from latentdiff.train.batches import BatchShape, Order  # noqa: E402
+from latentdiff.train.checkpoint import TrainingState  # noqa: E402
+from latentdiff.train.distributed import (  # noqa: E402  # noqa: E402
+    gather_state,
+    is_sharded,
+    local,
+    prepare,
+    start_processes,
+    was_restarted,
+)
+from latentdiff.train.ema import (  # noqa: E402
+    AllAverages,
+    Ema,
+    PowerEmaConfig,
+    PowerEmas,
+)
+from latentdiff.train.log import Tracker, read_metrics  # noqa: E402
+from latentdiff.train.loop import (  # noqa: E402
+    Descent,
+    LoopConfig,
+    training_loop,
+)
+from latentdiff.train.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 
 PICTURES = 7
 SHAPE = UNetConfig(

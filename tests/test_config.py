@@ -10,8 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 from pydantic import Field
 
-from latentdiff.config import describe, load_config, to_dict
-from latentdiff.config_yaml import parse_yaml, to_inline, to_yaml
+from latentdiff.config import describe, load_config, parse_yaml, to_dict, to_inline, to_yaml
 from latentdiff.data.source import DataConfig
 from latentdiff.errors import UserError
 

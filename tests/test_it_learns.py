@@ -32,11 +32,11 @@ def learn(output: Path, *overrides: str) -> tuple[dict[str, Tensor], dict[str, T
     Returns: distances (made, original) by name; the same for originals through the autoencoder,
              which is the best that any model of its latents can do.
     """
+    from latentdiff.data.images import to_tensor
     from latentdiff.data.source import open_source
-    from latentdiff.data.transforms import to_tensor
-    from latentdiff.pipelines.pictures import to_output
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
-    from latentdiff.trainer.config import read_config
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+    from latentdiff.pipelines.images import to_output
+    from latentdiff.train.config import read_config
 
     given = [f"output={output}", f"latents.cache_dir={output.parent / 'cache'}", *overrides]
     # A process of its own: Accelerate's precision is settled once per process.

@@ -18,7 +18,7 @@ import tiny_training  # noqa: E402
 from launching import launch  # noqa: E402
 from tiny_training import arguments, make_parts, make_pictures  # noqa: E402
 
-from latentdiff.trainer.power_ema import reconstruct  # noqa: E402
+from latentdiff.train.ema import reconstruct  # noqa: E402
 
 pytestmark = pytest.mark.slow
 WORKER = ROOT / "tests" / "sharded_worker.py"

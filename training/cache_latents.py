@@ -23,10 +23,10 @@ if importlib.util.find_spec("latentdiff") is None:
 from latentdiff.config import describe
 from latentdiff.data.latents import Encoding, LatentFolder
 from latentdiff.data.source import open_source, problems_of, report_skipped
-from latentdiff.errors import UserError
-from latentdiff.trainer.caching import Worker, frozen_autoencoder, this_worker
-from latentdiff.trainer.config import Given, TrainConfig, read_config
-from latentdiff.trainer.output import default_cache
+from latentdiff.errors import command
+from latentdiff.train.checkpoint import default_cache
+from latentdiff.train.config import Given, TrainConfig, read_config
+from latentdiff.train.run import Worker, frozen_autoencoder, this_worker
 
 
 def cache(given: Given, worker: Worker) -> None:
@@ -58,8 +58,9 @@ def cache(given: Given, worker: Worker) -> None:
     print(f"{name}: the cache is complete: {usable} pictures in {folder.path}", flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns: the exit code."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="configuration keys (given as key=value):\n\n" + describe(TrainConfig),
@@ -70,13 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, help="how many processes there are")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        worker = this_worker(options.rank, options.ranks)
-        cache(read_config(options.config, options.overrides), worker)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    worker = this_worker(options.rank, options.ranks)
+    cache(read_config(options.config, options.overrides), worker)
 
 
 if __name__ == "__main__":

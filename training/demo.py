@@ -11,6 +11,7 @@ from random weights instead (demo_from_scratch.yaml), and there is no before.png
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from latentdiff.errors import command
+from latentdiff.files import atomic_file
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "configs" / "demo.yaml"
@@ -78,31 +82,38 @@ def make_images(folder: Path) -> None:
 def draw(target: Path, model: Path | None = None, lora: Path | None = None) -> None:
     """Generate the grid with a trained model, or with the embedded one and a LoRA file."""
     from latentdiff import LatentDiffusionPipeline
-    from latentdiff.pipelines.pictures import grid
+    from latentdiff.pipelines.images import grid
 
     pipeline = LatentDiffusionPipeline.from_pretrained(model)
     if lora is not None:
         pipeline.load_lora(lora)
     images = pipeline(prompts(), seed=0).images
     large = [image.resize((128, 128), 0) for image in images]
-    grid(large, columns=len(PROMPTS)).save(target)
+    with atomic_file(target) as new:
+        grid(large, columns=len(PROMPTS)).save(new)
 
 
 def train(words: Sequence[str]) -> int:
     """Run train_latent.py with these words. Returns: its exit code."""
-    script = [sys.executable, str(HERE / "train_latent.py")]
-    return subprocess.run([*script, *words], check=False).returncode
+    # Ctrl-C reaches the training too; it writes its checkpoint and says so, and is waited for.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        script = [sys.executable, str(HERE / "train_latent.py")]
+        return subprocess.run([*script, *words], check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def main() -> int:
-    """Draw, train, draw again, say where everything is. Returns: the exit code."""
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw, train, draw again, say where everything is; see `errors.command` for exit codes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--from-scratch", action="store_true", help="begin with random weights")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
     started = time.monotonic()
     folder = free_folder(options.output)
     run, grid, config, words = folder / "run", folder / "grid.png", FROM_SCRATCH, []

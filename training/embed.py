@@ -13,14 +13,16 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latentdiff.embedded import EMBEDDED_MODEL
-from latentdiff.errors import UserError, exit_with
-from latentdiff.formats.diffusers_folder import GENERATION
+from latentdiff.errors import UserError, command
+from latentdiff.files import atomic_file, whole_folder, write_text
+from latentdiff.formats.folder import GENERATION
 from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
 
 
@@ -28,11 +30,8 @@ def replace(source: Path, target: Path) -> None:
     """Copy a folder over another one. Raises: UserError: when there is nothing to copy."""
     if not source.is_dir():
         raise UserError(f"{source} is not there. Has its training ended?")
-    fresh = target.with_name(target.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(source, fresh)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+    with whole_folder(target) as new:
+        shutil.copytree(source, new, dirs_exist_ok=True)
 
 
 def embed_clip(run: Path, target: Path) -> None:
@@ -47,17 +46,19 @@ def embed_clip(run: Path, target: Path) -> None:
     image = CLIPVisionModelWithProjection(clip.config.vision_config).half()
     image.vision_model.load_state_dict(clip.vision_model.state_dict())
     image.visual_projection.load_state_dict(clip.visual_projection.state_dict())
-    image.save_pretrained(target / IMAGE_TOWER)
+    with whole_folder(target / IMAGE_TOWER) as new:
+        image.save_pretrained(new)
     head = {
         "text_projection.weight": clip.text_projection.weight.half().contiguous(),
         "logit_scale": clip.logit_scale.half(),
     }
-    save_file({k: v.detach() for k, v in head.items()}, target / HEAD)
+    with atomic_file(target / HEAD) as new:
+        save_file({k: v.detach() for k, v in head.items()}, new)
 
 
 def embed_unet(model: Path, target: Path) -> None:
     """Take a trained model's U-Net in small files, its schedule and its index."""
-    from latentdiff.formats.diffusers_folder import SMALL_SHARDS, load_components, save_components
+    from latentdiff.formats.folder import SMALL_SHARDS, load_components, save_components
 
     with tempfile.TemporaryDirectory() as folder:
         again = save_components(
@@ -70,12 +71,12 @@ def embed_unet(model: Path, target: Path) -> None:
 
 def embed_text(run: Path, target: Path) -> None:
     """Take a text encoder in small files, and its vocabulary; the scorer keeps the old one."""
-    from latentdiff.formats.diffusers_folder import SMALL_SHARDS, save_text_encoder
-    from latentdiff.models.text_encoder import load_text_encoder
+    from latentdiff.formats.folder import SMALL_SHARDS, save_text_encoder
+    from latentdiff.models.clip_text import load_text_encoder
 
     tower = load_text_encoder(run / "text_encoder", run / "tokenizer")
     if not (target / TEXT_TOWER).exists():
-        shutil.copytree(target / "text_encoder", target / TEXT_TOWER)
+        replace(target / "text_encoder", target / TEXT_TOWER)
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / "text_encoder"
         save_text_encoder(tower, again, max_shard_bytes=SMALL_SHARDS)
@@ -83,8 +84,9 @@ def embed_text(run: Path, target: Path) -> None:
     replace(run / "tokenizer", target / "tokenizer")
 
 
-def main() -> None:
-    """Copy what was asked for and print the sizes."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Copy what was asked for and print the sizes; see `errors.command` for exit codes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,27 +95,24 @@ def main() -> None:
     parser.add_argument("--unet", type=Path, help="a train_latent.py OUTPUT/model")
     parser.add_argument("--text", type=Path, help="a folder with text_encoder/ and tokenizer/")
     parser.add_argument("--guidance", type=float, help="the scale of calls that give none")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     EMBEDDED_MODEL.mkdir(parents=True, exist_ok=True)
-    if arguments.autoencoder:
-        replace(arguments.autoencoder / "vae", EMBEDDED_MODEL / "vae")
-    if arguments.clip:
-        embed_clip(arguments.clip, EMBEDDED_MODEL)
-    if arguments.unet:
-        embed_unet(arguments.unet, EMBEDDED_MODEL)
-    if arguments.text:
-        embed_text(arguments.text, EMBEDDED_MODEL)
-    if arguments.guidance is not None:
+    if options.autoencoder:
+        replace(options.autoencoder / "vae", EMBEDDED_MODEL / "vae")
+    if options.clip:
+        embed_clip(options.clip, EMBEDDED_MODEL)
+    if options.unet:
+        embed_unet(options.unet, EMBEDDED_MODEL)
+    if options.text:
+        embed_text(options.text, EMBEDDED_MODEL)
+    if options.guidance is not None:
         file = EMBEDDED_MODEL / GENERATION
         own = json.loads(file.read_text()) if file.is_file() else {}
-        own["guidance_scale"] = arguments.guidance
-        file.write_text(json.dumps(own, indent=2) + "\n")
+        own["guidance_scale"] = options.guidance
+        write_text(file, json.dumps(own, indent=2) + "\n")
     for file in sorted(EMBEDDED_MODEL.rglob("*.safetensors")):
         print(f"{file.stat().st_size / 1e6:7.2f} MB  {file.relative_to(EMBEDDED_MODEL)}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    sys.exit(main())

@@ -20,11 +20,11 @@ if importlib.util.find_spec("latentdiff") is None:
 
 import torch
 
-from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_folder import save_components
-from latentdiff.trainer.config import read_config
-from latentdiff.trainer.latent_run import load_parts
-from latentdiff.trainer.power_ema import reconstruct
+from latentdiff.errors import UserError, command
+from latentdiff.formats.folder import save_components
+from latentdiff.train.config import read_config
+from latentdiff.train.ema import reconstruct
+from latentdiff.train.run import load_parts
 
 #: A profile further than this from the wanted one is another average; see power_profile.misfit.
 POOR_FIT = 0.1
@@ -50,8 +50,9 @@ def write_model(run: Path, sigma_rel: float, step: int | None, output: Path | No
     return save_components(folder, components, getattr(torch, config.export.dtype))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns: the exit code."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,17 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="where the average ends; default: the newest")
     parser.add_argument("--output", type=Path, help="default: RUN/model-sigma-LENGTH")
     options = parser.parse_args(arguments)
-    try:
-        if not (options.run / "config.yaml").is_file():
-            raise UserError(f"{options.run} is not a run's folder: it has no config.yaml.")
-        if options.output is not None and len(options.sigma_rel) > 1:
-            raise UserError("--output names one folder; leave it out with several lengths.")
-        for sigma_rel in options.sigma_rel:
-            print(f"model: {write_model(options.run, sigma_rel, options.step, options.output)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if not (options.run / "config.yaml").is_file():
+        raise UserError(f"{options.run} is not a run's folder: it has no config.yaml.")
+    if options.output is not None and len(options.sigma_rel) > 1:
+        raise UserError("--output names one folder; leave it out with several lengths.")
+    for sigma_rel in options.sigma_rel:
+        print(f"model: {write_model(options.run, sigma_rel, options.step, options.output)}")
 
 
 if __name__ == "__main__":

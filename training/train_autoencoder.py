@@ -8,7 +8,7 @@ With no argument it trains the embedded default's. It ends with OUTPUT/vae, a di
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,15 +18,19 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from latentdiff.command_line import command_line
+from latentdiff.cli.arguments import command_line
+from latentdiff.data.images import to_tensor
 from latentdiff.data.source import DataConfig, Source, open_source, split
-from latentdiff.data.transforms import to_tensor
-from latentdiff.errors import UserError, exit_with
-from latentdiff.formats.diffusers_folder import save_autoencoder
+from latentdiff.errors import command
+from latentdiff.formats.folder import save_autoencoder
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from latentdiff.models.autoencoder_losses import (
+    PatchDiscriminator,
+    discriminator_loss,
+    generator_loss,
+)
 from latentdiff.models.vae import AutoencoderKL
-from latentdiff.trainer.autoencoder import (
+from latentdiff.train.autoencoder import (
     AutoencoderPass,
     AutoencoderTrainConfig,
     build_autoencoder,
@@ -36,8 +40,8 @@ from latentdiff.trainer.autoencoder import (
     posterior,
     psnr,
 )
-from latentdiff.trainer.processes import start_processes
-from latentdiff.trainer.stage import (
+from latentdiff.train.distributed import on_first, start_processes
+from latentdiff.train.stage import (
     Readable,
     Stage,
     adamw,
@@ -139,7 +143,7 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
     late = round(weights.late_start * stage_config.max_steps)
     distance = None
     if weights.perceptual:
-        from latentdiff.models.perceptual import PerceptualDistance
+        from latentdiff.models.autoencoder_losses import PerceptualDistance
 
         distance = PerceptualDistance(stages=weights.perceptual_stages).to(accelerator.device)
 
@@ -176,8 +180,7 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
         stage.log(step, losses)
         if (step + 1) % stage_config.checkpoint_every == 0 or step + 1 == stage_config.max_steps:
             stage.save(step + 1)
-    if accelerator.is_main_process:
-        export(vae.float().cpu().eval(), source, train_set, held_out, config)
+    on_first(lambda: export(vae.float().cpu().eval(), source, train_set, held_out, config))
 
 
 def export(
@@ -204,8 +207,11 @@ def export(
     print(f"autoencoder written to {folder}")
 
 
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
+    train(*command_line(AutoencoderTrainConfig, CONFIG, __doc__, arguments))
+
+
 if __name__ == "__main__":
-    try:
-        train(*command_line(AutoencoderTrainConfig, CONFIG, __doc__))
-    except UserError as error:
-        exit_with(error)
+    sys.exit(main())

@@ -9,7 +9,7 @@ OUTPUT/tokenizer (what a text-to-image model needs) and OUTPUT/clip (both towers
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from latentdiff.command_line import command_line
+from latentdiff.cli.arguments import command_line
+from latentdiff.data.images import to_tensor
 from latentdiff.data.source import Source, open_source
-from latentdiff.data.transforms import to_tensor
-from latentdiff.errors import UserError, exit_with
+from latentdiff.errors import UserError, command
+from latentdiff.files import whole_folder
 from latentdiff.models.tokenizer import load_tokenizer
-from latentdiff.trainer.clip import (
+from latentdiff.train.clip import (
     ClipFeatures,
     ClipTrainConfig,
     contrastive_loss,
@@ -34,8 +35,8 @@ from latentdiff.trainer.clip import (
     train_tokenizer,
     trim_padding,
 )
-from latentdiff.trainer.processes import start_processes
-from latentdiff.trainer.stage import (
+from latentdiff.train.distributed import on_first, start_processes
+from latentdiff.train.stage import (
     Readable,
     Stage,
     adamw,
@@ -44,7 +45,7 @@ from latentdiff.trainer.stage import (
     process_part,
     sample_indices,
 )
-from latentdiff.trainer.teacher import open_teacher
+from latentdiff.train.teacher import open_teacher
 
 CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
 
@@ -104,10 +105,12 @@ def prepare_vocabulary(source: Source, config: ClipTrainConfig) -> None:
         return
     start = start_folder(config)
     if start is not None:
-        load_tokenizer(start / "tokenizer", config.clip.max_tokens).save(folder)
-        return
-    captions = (text for i in range(len(source)) for text in source.captions(i))
-    train_tokenizer(captions, config.clip.vocabulary, config.clip.max_tokens).save(folder)
+        tokenizer = load_tokenizer(start / "tokenizer", config.clip.max_tokens)
+    else:
+        captions = (text for i in range(len(source)) for text in source.captions(i))
+        tokenizer = train_tokenizer(captions, config.clip.vocabulary, config.clip.max_tokens)
+    with whole_folder(folder) as new:
+        tokenizer.save(new)
 
 
 def train(config: ClipTrainConfig, resume: bool) -> None:
@@ -117,9 +120,7 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
     torch.manual_seed(stage_config.seed)
     check_stage_output(stage_config, resume)
     source = open_source(config.data)
-    if accelerator.is_main_process:
-        prepare_vocabulary(source, config)
-    accelerator.wait_for_everyone()
+    on_first(lambda: prepare_vocabulary(source, config))
     tokenizer = load_tokenizer(output / "tokenizer", config.clip.max_tokens)
     clip = load_or_build(config, tokenizer)
     model = accelerator.prepare(ClipFeatures(clip))
@@ -149,14 +150,16 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
         stage.log(step, {**losses, "batch_top1": torch.tensor(top_1), "scale": scale})
         if (step + 1) % stage_config.checkpoint_every == 0 or step + 1 == stage_config.max_steps:
             stage.save(step + 1)
-    accelerator.wait_for_everyone()
+    on_first(lambda: save_clip(clip.float().cpu().eval(), output))
     if accelerator.is_main_process:
-        save_clip(clip.float().cpu().eval(), output)
         print(f"text encoder, tokenizer and both towers written to {output}")
 
 
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
+    train(*command_line(ClipTrainConfig, CONFIG, __doc__, arguments))
+
+
 if __name__ == "__main__":
-    try:
-        train(*command_line(ClipTrainConfig, CONFIG, __doc__))
-    except UserError as error:
-        exit_with(error)
+    sys.exit(main())

@@ -29,40 +29,42 @@ import torch
 from latentdiff.config import describe
 from latentdiff.diffusion.objective import per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, command
 from latentdiff.finetune.registry import apply_method
-from latentdiff.trainer.batches import BatchMaker
-from latentdiff.trainer.bucket_order import make_order
-from latentdiff.trainer.config import Given, TrainConfig, deciding_facts, read_config
-from latentdiff.trainer.context import ContextCache
-from latentdiff.trainer.descent import Descent
-from latentdiff.trainer.ema import Ema
-from latentdiff.trainer.environment import environment, write_environment
-from latentdiff.trainer.extras import check_extras
-from latentdiff.trainer.gauges import MEBI, peak_memory
-from latentdiff.trainer.interrupt import Interrupted
-from latentdiff.trainer.latent_run import (
+from latentdiff.train.batches import BatchMaker, ContextCache, make_order
+from latentdiff.train.checkpoint import (
+    CHECKPOINTS,
+    TrainingState,
+    check_output,
+    is_started,
+    open_output,
+    stored_facts,
+)
+from latentdiff.train.config import Given, TrainConfig, deciding_facts, read_config
+from latentdiff.train.distributed import is_first_process, prepare, start_processes, was_restarted
+from latentdiff.train.ema import AllAverages, Ema, PowerEmas
+from latentdiff.train.log import MEBI, Tracker, peak_memory
+from latentdiff.train.loop import Descent, training_loop
+from latentdiff.train.memory import RAN_OUT, halved_note, probe, trial_loss
+from latentdiff.train.optimizer import learning_rate, make_optimizer, never_at_peak
+from latentdiff.train.run import (
     batch_shape,
+    check_extras,
     check_steps_left,
     ending,
+    environment,
     export_trained,
     load_parts,
+    long_captions,
     make_gauges,
     more_writers,
+    none_held_out,
+    open_latents,
     prepare_unet,
     save_config,
+    write_environment,
 )
-from latentdiff.trainer.loop import training_loop
-from latentdiff.trainer.open_data import long_captions, none_held_out, open_latents
-from latentdiff.trainer.optimizer import learning_rate, make_optimizer, never_at_peak
-from latentdiff.trainer.out_of_memory import RAN_OUT, halved_note, probe, trial_loss
-from latentdiff.trainer.output import CHECKPOINTS, check_output, is_started, open_output
-from latentdiff.trainer.power_ema import AllAverages, PowerEmas
-from latentdiff.trainer.processes import is_first_process, start_processes, was_restarted
-from latentdiff.trainer.sharding import prepare
-from latentdiff.trainer.state import TrainingState, stored_facts
-from latentdiff.trainer.tracking import Tracker
-from latentdiff.trainer.validator import Validator
+from latentdiff.train.validation import Validator
 
 
 def train(given: Given, resume: bool) -> str:
@@ -186,8 +188,9 @@ def train(given: Given, resume: bool) -> str:
     return ending(config, written, trainee)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns: the exit code."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `errors.command` for exit codes."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="configuration keys (given as key=value):\n\n" + describe(TrainConfig),
@@ -198,23 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
     try:
-        given = read_config(options.config, options.overrides)
-        end = train(given, options.resume)
-    except UserError as error:
-        # Any process may be the one that fails, and the launcher then stops the others.
-        where = "" if is_first_process() else f" (process {os.environ['RANK']})"
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        return 2
+        end = train(read_config(options.config, options.overrides), options.resume)
     except torch.OutOfMemoryError as error:
-        print(f"error: {RAN_OUT} ({str(error).splitlines()[0]})", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        if is_first_process():
-            print(stop, file=sys.stderr)
-        return stop.exit_code
+        raise UserError(f"{RAN_OUT} ({str(error).splitlines()[0]})") from error
     if is_first_process():
         print(end)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,15 @@
-"""Any picture file becomes 8-bit RGB, upright and opaque, or an error with the picture's name."""
+"""What a file that is named like a picture really holds, in words for the person who named it.
+
+Any picture file becomes 8-bit RGB, upright and opaque, or an error with the picture's name.
+
+From an RGB picture to the tensor that the autoencoder sees.
+
+Which parts of a picture count in the loss: white ones do, black ones do not, grey ones in part.
+
+A mask is a grey picture of the same size, from the picture's own transparency or from a file of its
+own. It is cut as the picture is and kept beside the moments, averaged over the pixels that one
+latent position stands for.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +19,63 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
 
-from latentdiff.data.what_it_is import what_it_is
+from latentdiff.errors import choice_error
+
+#: How a file begins → what it is, and what helps. Compared in small letters, without leading space.
+_BEGINNINGS = (
+    (b"version https://git-lfs", "a Git LFS pointer; fetch the picture itself with `git lfs pull`"),
+    (b"<!doctype html", "a web page, perhaps of a failed download; fetch the picture again"),
+    (b"<html", "a web page, perhaps of a failed download; fetch the picture again"),
+    (b"<svg", "an SVG drawing; export it as a PNG"),
+    (b"%pdf", "a PDF document; export its picture as a PNG"),
+    (b"pk\x03\x04", "a ZIP archive (or an office document); unpack it"),
+    (b"mz\x90", "a Windows program"),
+)
+#: Bytes 4 to 12 of a file from a phone.
+_HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
+_LOOKED_AT = 512
+
+
+def what_it_is(source: str | os.PathLike[str] | bytes) -> str:
+    """Name what a file is instead of a picture, e.g. "a text file"; "" where nobody can tell.
+
+    Args: source: a path, or the bytes of a file; only its beginning is looked at.
+    """
+    if isinstance(source, bytes):
+        head = source[:_LOOKED_AT]
+    else:
+        try:
+            with open(source, "rb") as file:
+                head = file.read(_LOOKED_AT)
+        except OSError:
+            return ""
+    if head[4:12] in _HEIC:
+        return "an HEIC picture, which Pillow cannot read; convert it to JPEG or PNG"
+    small = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginning, name in _BEGINNINGS:
+        if small.startswith(beginning):
+            return name
+    if small.startswith(b"<?xml") and b"<svg" in small:
+        return "an SVG drawing; export it as a PNG"
+    return f"a text file that begins with {shown!r}" if (shown := _as_text(head)) else ""
+
+
+def _as_text(head: bytes) -> str:
+    """The first line of a text, cut short; "" for what is no text."""
+    # The last character may be cut in two where the beginning ends.
+    text = head.decode("utf-8", "ignore" if len(head) == _LOOKED_AT else "replace")
+    lines = text.strip().splitlines()
+    whole = all(c.isprintable() or c.isspace() for c in text) and "\ufffd" not in text
+    return lines[0][:40] if lines and whole else ""
+
 
 T = TypeVar("T")
 RGB = tuple[int, int, int]
@@ -202,3 +264,97 @@ def _upright(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # broken EXIF beside good pixels: keep the pixels as they are
         ImageOps.exif_transpose(image, in_place=True)  # else it copies what is upright, too
     return image
+
+
+Crop = Literal["center", "random", "pad"]
+#: Raise it when the pixels of `open_image` or `fit` change: cached latents are then encoded anew.
+TRANSFORM_VERSION = 2
+
+
+def fit(
+    image: Image.Image,
+    size: int | tuple[int, int],
+    crop: Crop = "center",
+    *,
+    background: RGB = WHITE,
+    generator: torch.Generator | None = None,
+) -> Image.Image:
+    """Bring a picture to `size` pixels without distorting it, with an antialiased Lanczos filter.
+
+    Args:
+        size: side of a square, or (height, width).
+        crop: "center" or "random" cuts what sticks out; "pad" keeps all and fills with background.
+        generator: source of the random position; the global one by default.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if crop == "pad":
+        return _pad(image, height, width, background)
+    if crop not in ("center", "random"):
+        raise choice_error("crop", crop, ("center", "random", "pad"))
+    scale = max(width / image.width, height / image.height)
+    box_w, box_h = min(width / scale, image.width), min(height / scale, image.height)
+    at = torch.rand(2, generator=generator).tolist() if crop == "random" else (0.5, 0.5)
+    left = float(int((image.width - box_w) * at[0]))
+    top = float(int((image.height - box_h) * at[1]))
+    box = (left, top, left + box_w, top + box_h)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def to_tensor(
+    image: Image.Image,
+    size: int | tuple[int, int],
+    crop: Crop = "center",
+    *,
+    background: RGB = WHITE,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fit a picture and turn it into a tensor (see `fit` for the arguments).
+
+    Returns: float32 (3, height, width), 0 → −1 and 255 → 1.
+    """
+    fitted = fit(image, size, crop, background=background, generator=generator)
+    pixels = torch.from_numpy(np.array(fitted.convert("RGB"), dtype=np.uint8))  # (H, W, 3)
+    return pixels.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+
+
+def _pad(image: Image.Image, height: int, width: int, background: RGB) -> Image.Image:
+    scale = min(width / image.width, height / image.height)
+    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    canvas = Image.new("RGB", (width, height), background)
+    resized = image.resize(inner, Image.Resampling.LANCZOS)
+    canvas.paste(resized, ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    return canvas
+
+
+BLACK = (0, 0, 0)
+
+
+def latent_mask(
+    mask: Image.Image | None,
+    picture: tuple[int, int],
+    size: tuple[int, int],
+    crop: Crop,
+    latent: tuple[int, int],
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A mask at latent resolution.
+
+    Args:
+        mask: of any size (it is stretched to the picture's); None counts everything.
+        picture: (width, height) of the picture.
+        size: (height, width) that the picture is brought to; what padding adds does not count.
+        latent: (h, w) of the latents.
+        generator: source of the random position, in the state that the picture's had.
+    Returns: float32 (h, w) in [0, 1].
+    """
+    whole = mask.convert("L") if mask is not None else Image.new("L", picture, 255)
+    if whole.size != picture:
+        whole = whole.resize(picture, Image.Resampling.BILINEAR)
+    grey = whole.convert("RGB")
+    pixels = to_tensor(grey, size, crop, background=BLACK, generator=generator)[:1]  # (1, H, W), ±1
+    return F.adaptive_avg_pool2d((pixels[None] + 1) / 2, latent)[0, 0].clamp(0, 1)
+
+
+def stack_masks(moments: Tensor, masks: Tensor) -> Tensor:
+    """Moments (B, 2C, h, w) with masks (B, h, w) as one more channel."""
+    return torch.cat([moments, masks[:, None].to(moments)], dim=1)

@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import threading
 import time
 import uuid
@@ -37,13 +38,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.atomic import atomic_file
 from latentdiff.data.buckets import nearest, sizes_of
-from latentdiff.data.images import UnreadableImage
-from latentdiff.data.masks import latent_mask, stack_masks
+from latentdiff.data.images import (
+    TRANSFORM_VERSION,
+    UnreadableImage,
+    latent_mask,
+    stack_masks,
+    to_tensor,
+)
 from latentdiff.data.source import DataConfig, Skipped, Source, group_of, problems_of
-from latentdiff.data.transforms import TRANSFORM_VERSION, to_tensor
 from latentdiff.errors import UserError
+from latentdiff.files import atomic_file
+from latentdiff.weights import raw_bytes
 
 _log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
@@ -186,8 +192,10 @@ def write_shard(folder: Path, keys: Sequence[str], moments: Tensor) -> None:
 
 def _write(file: Path, data: bytes) -> None:
     try:
-        with atomic_file(file) as temporary:
-            temporary.write_bytes(data)
+        with atomic_file(file) as temporary, open(temporary, "wb") as target:
+            target.write(data)
+            target.flush()
+            os.fsync(target.fileno())
     except OSError as error:
         raise _unwritable(file.parent, error) from error
 
@@ -328,8 +336,7 @@ def cache_key(autoencoder: Any, config: DataConfig) -> str:
     found = hashlib.blake2b(repr(transform).encode(), digest_size=8)
     for name, tensor in sorted(autoencoder.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().data)
+        found.update(raw_bytes(tensor))
     return found.hexdigest()
 
 
@@ -541,12 +548,16 @@ def _prefetch(
 ) -> Iterator[_Job]:
     """Yield call(item) in order while the pool works on at most `ahead` items."""
     waiting: deque[Future[_Job]] = deque()
-    for item in items:
-        waiting.append(pool.submit(call, item))
-        if len(waiting) >= ahead:
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    finally:
+        for future in waiting:  # after Ctrl-C what is still in the queue is not waited for
+            future.cancel()
 
 
 def _remove_stale(folder: Path) -> None:

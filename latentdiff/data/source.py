@@ -168,7 +168,7 @@ def open_source(config: DataConfig) -> Source:
     source = open_whole(config)
     if config.quarantine is None:
         return source
-    from latentdiff.data.quarantine import Unquarantined, read_quarantine
+    from latentdiff.data.captions import Unquarantined, read_quarantine
 
     return Unquarantined(source, read_quarantine(config.quarantine), config.quarantine)
 
@@ -195,11 +195,11 @@ def open_whole(config: DataConfig) -> Source:
 
         return FolderSource(config)
     if config.kind == "parquet":
-        from latentdiff.data.parquet import open_parquet
+        from latentdiff.data.table import open_parquet
 
         return open_parquet(config)
     if config.kind == "hub":
-        from latentdiff.data.hub import open_hub
+        from latentdiff.data.table import open_hub
 
         return open_hub(config)
     if config.kind == "webdataset":

@@ -1,4 +1,9 @@
-"""A table with a picture column and a caption column, held by the `datasets` library."""
+"""A table with a picture column and a caption column, held by the `datasets` library.
+
+Parquet files with a picture column and a caption column.
+
+Any data set of the `datasets` library: a hub id, a `save_to_disk` folder, or a local folder.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.data.captions import choose_caption_column, clean_captions, decode_text
-from latentdiff.data.file_tree import MAX_TABLE_BYTES, is_inside, read_file
+from latentdiff.data.folder import MAX_TABLE_BYTES, find_files, is_inside, read_file
 from latentdiff.data.images import (
     UnreadableImage,
     display_name,
@@ -15,7 +20,7 @@ from latentdiff.data.images import (
     open_image,
     open_with_alpha,
 )
-from latentdiff.data.source import DataConfig, Example, Skipped
+from latentdiff.data.source import DataConfig, Example, Skipped, few
 from latentdiff.errors import UserError, did_you_mean
 
 
@@ -211,3 +216,140 @@ def check_captions(size: int, column: str, label: str) -> None:
             f"{MAX_TABLE_BYTES / 2**20:.0f} MB allowed. Name another: data.caption_column=NAME, or "
             "read the set as tar shards (data.kind=webdataset)."
         )
+
+
+def open_parquet(config: DataConfig) -> TableSource:
+    """Open one .parquet file or all below a folder, in the order of their names.
+
+    `datasets` converts them once to memory-mapped Arrow in its own cache; rows are read as needed.
+    Raises: UserError: nothing there, unreadable files, differing columns, or see TableSource.
+    """
+    place = Path(config.path or "").expanduser()
+    if not place.exists():
+        raise UserError(
+            f"data.path: {config.path} does not exist. Give a .parquet file or a folder."
+        )
+    folder = place.is_dir()
+    found = find_files(place, ("*.parquet",), config.follow_links) if folder else ([place], [])
+    files, problems = found
+    if not files:
+        left_out = f" Left out: {few(problems)}." * bool(problems)
+        raise UserError(f"data.path: no .parquet files in {place} or below it.{left_out}")
+    from datasets import Dataset
+
+    try:
+        _check_sizes(files, config, str(place))
+        dataset = Dataset.from_parquet([str(file) for file in files])
+    except UserError:
+        raise
+    except Exception as error:  # the library wraps what went wrong in many ways
+        cause = error.__cause__ or error
+        raise UserError(
+            f"the parquet data in {place} cannot be read ({cause}). All files must be complete and "
+            "have the same columns."
+        ) from error
+    source = TableSource(dataset, config, str(place), place if folder else place.parent)
+    source.problems += problems
+    return source
+
+
+def _check_sizes(files: list[Path], config: DataConfig, label: str) -> None:
+    """Refuse captions that are too large once each repeat, which is stored once, is written out."""
+    from pyarrow.parquet import ParquetFile
+
+    total = 0
+    for file in files:
+        plain = ParquetFile(file)
+        column = choose_caption_column(plain.schema_arrow.names, config.caption_column, label)
+        leaves = [plain.schema.column(i) for i in range(len(plain.schema))]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        for batch in ParquetFile(file, read_dictionary=texts).iter_batches(columns=[column]):
+            total += _size(batch.column(0))
+            check_captions(total, column, label)
+
+
+def _size(texts: Any) -> int:
+    """Bytes of an array of texts or lists of them, repeats written out."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    while pa.types.is_nested(texts.type) and hasattr(texts, "value_lengths"):
+        texts = texts.flatten()
+    if not pa.types.is_dictionary(texts.type):
+        return int(texts.nbytes)
+    return pc.sum(pc.take(pc.binary_length(texts.dictionary), texts.indices)).as_py() or 0
+
+
+def open_hub(config: DataConfig) -> TableSource:
+    """Open a data set by id or folder; a folder never touches the network.
+
+    Raises: UserError: cannot be found or loaded, no such split or subset, or see TableSource.
+    """
+    path = config.path or ""
+    place = Path(path).expanduser()
+    if not place.exists() and path.startswith((".", "/", "~")):
+        raise UserError(f"data.path: the folder {path} does not exist.")
+    try:
+        check_links(place, config)
+        loaded = _load(place, config) if place.exists() else _download(config)
+    except UserError:
+        raise
+    except Exception as error:  # network, permissions, missing repository, broken files …
+        where = (
+            "in the folder" if place.exists() else "on the Hugging Face hub (no such folder here)"
+        )
+        raise UserError(
+            f"the data set {path} cannot be loaded {where}: {type(error).__name__}: {error}"
+        ) from error
+    return TableSource(_choose_split(loaded, config, path), config, path, place, _caches())
+
+
+def _load(place: Path, config: DataConfig) -> Any:
+    import datasets
+    from datasets import load_dataset, load_from_disk
+
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        return load_from_disk(str(place))
+    # Even for a local folder the library reports its use over the network.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    return load_dataset(str(place), name=config.subset)
+
+
+def _download(config: DataConfig) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset(config.path or "", name=config.subset, revision=config.revision)
+
+
+def check_links(place: Path, config: DataConfig) -> None:
+    """Refuse a local folder with links that leave it: the library would follow them.
+
+    Raises: UserError: naming them.
+    """
+    if config.follow_links or not place.is_dir() or is_inside(place, *_caches()):
+        return
+    problems = find_files(place, ("*",), follow_links=False)[1]
+    if problems:
+        raise UserError(f"data.path: {place} cannot be opened: {few(problems)}.")
+
+
+def _caches() -> tuple[str, ...]:
+    """Where the libraries put what they download or unpack."""
+    import datasets
+    import huggingface_hub
+
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
+    return (*map(str, caches), huggingface_hub.constants.HF_HUB_CACHE)
+
+
+def _choose_split(loaded: Any, config: DataConfig, path: str) -> Any:
+    from datasets import DatasetDict
+
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if config.split not in loaded:
+        raise UserError(
+            f"data.split: {path} has no split '{config.split}'; it has {', '.join(loaded)}."
+            f"{did_you_mean(config.split, loaded)}"
+        )
+    return loaded[config.split]

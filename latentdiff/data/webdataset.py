@@ -21,11 +21,12 @@ from typing import NamedTuple
 
 from latentdiff.data.captions import (
     MAX_CAPTION_BYTES,
+    Texts,
     choose_caption_column,
     clean_captions,
     decode_text,
 )
-from latentdiff.data.file_tree import MAX_PICTURE_BYTES, check_size, find_files
+from latentdiff.data.folder import MAX_PICTURE_BYTES, check_size, find_files
 from latentdiff.data.images import (
     IMAGE_ENDINGS,
     UnreadableImage,
@@ -35,7 +36,6 @@ from latentdiff.data.images import (
     open_with_alpha,
 )
 from latentdiff.data.source import DataConfig, Example, Skipped, few
-from latentdiff.data.texts import Texts
 from latentdiff.errors import UserError
 
 _MASK_ENDING = "mask.png"

@@ -11,11 +11,12 @@ acts on the network's own output, as in diffusers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.broadcast import per_sample
+from latentdiff.diffusion.schedule import per_sample
 from latentdiff.errors import UserError
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -81,7 +82,7 @@ def guide(
         if not inside:
             return cond
         # At 1 an image's own answer is the conditional one.
-        w = per_sample(torch.tensor(scale).clamp(min=1), cond) if several else scale
+        w: Any = per_sample(torch.tensor(scale).clamp(min=1), cond) if several else scale
         y = uncond + w * (cond - uncond)
         return rescaled(y, cond, rescale) if rescale else y
 

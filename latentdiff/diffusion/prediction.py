@@ -22,8 +22,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from latentdiff.diffusion.broadcast import per_sample
-from latentdiff.diffusion.schedule import ScheduleConfig
+from latentdiff.diffusion.schedule import ScheduleConfig, per_sample
 from latentdiff.errors import UserError, choice_error
 
 Prediction = Literal["eps", "x0", "v", "flow"]

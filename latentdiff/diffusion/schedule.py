@@ -12,6 +12,8 @@ t = −1 is the clean image, ᾱ = 1. Flow uses t = 0 (clean) … T (pure noise)
 Tables are float64 on the CPU; a real t between two discrete steps interpolates log(σ/α) linearly,
 as every sampler's grid of noise levels does. Where that is infinite (before t = 0, and in the last
 step to zero SNR) ᾱ is interpolated.
+
+Shape and precision of the per-sample coefficients that multiply images.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.broadcast import per_sample
 from latentdiff.errors import UserError, choice_error
 
 ScheduleKind = Literal["linear", "scaled_linear", "cosine", "flow"]
@@ -222,3 +223,19 @@ class NoiseSchedule:
         linear = torch.lerp(table[lower], table[upper], position - lower)
         between = torch.lerp(log_ratio[lower], log_ratio[upper], position - lower)
         return torch.where((lower < upper) & between.isfinite(), (-2 * between).sigmoid(), linear)
+
+
+def per_sample(values: Tensor | float, like: Tensor) -> Tensor | float:
+    """Make (B,) coefficients multiply a (B, C, H, W) tensor.
+
+    Args:    values: (B,) or 0-d tensor, any device; a plain number passes through.
+             like: the tensor to be multiplied; gives device and number of dimensions.
+    Returns: (B, 1, 1, 1) tensor, at least float32 (float64 where `like` is float64).
+    """
+    if not isinstance(values, Tensor):
+        return values
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    values = values.to(dtype).to(like.device, non_blocking=True)
+    return (
+        values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+    )

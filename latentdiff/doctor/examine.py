@@ -1,26 +1,175 @@
-"""The whole examination: open, look, judge, write. No file of the data set is changed."""
+"""One pass over a data set in several threads, with a window of bounded size.
+
+Pillow decodes outside Python's global lock, so threads are enough, and nothing is copied between
+processes. At any moment each thread holds one picture, and large ones are decoded one at a time
+(`images.LARGE_PIXELS`); what stays of a picture is its record.
+
+One picture: its file, its pixels and its captions → a record.
+
+The whole examination: open, look, judge, write. No file of the data set is changed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import time
-from collections import Counter
+import warnings
+from collections import Counter, deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from posixpath import splitext
+from typing import Any
 
-from latentdiff.data.file_tree import open_tree
-from latentdiff.data.folder import METADATA_NAMES
-from latentdiff.data.images import IMAGE_ENDINGS, display_name
-from latentdiff.data.quarantine import json_line, write_quarantine
-from latentdiff.data.source import DataConfig, Skipped, open_source
-from latentdiff.doctor.findings import KINDS, Finding, Findings, Limits, quarantined
-from latentdiff.doctor.records import READABLE
+import numpy as np
+from PIL import Image
+
+from latentdiff.data.captions import json_line, write_quarantine
+from latentdiff.data.folder import METADATA_NAMES, open_tree
+from latentdiff.data.images import IMAGE_ENDINGS, RGB, UnreadableImage, display_name, open_image
+from latentdiff.data.source import DataConfig, Skipped, Source, open_source
+from latentdiff.doctor.findings import (
+    ANIMATED,
+    KINDS,
+    ONE_COLOUR,
+    READABLE,
+    ROTATED,
+    TRANSPARENT,
+    Finding,
+    Findings,
+    Limits,
+    Records,
+    TokenCounter,
+    quarantined,
+)
+from latentdiff.doctor.findings import WRONG_ENDING as WRONG
+from latentdiff.doctor.likeness import outline_and_colours
 from latentdiff.doctor.report import Page, write_report
-from latentdiff.doctor.scan import scan
 from latentdiff.doctor.tables import bucket_table, caption_table, mode_table, size_table
-from latentdiff.doctor.tokens import TokenCounter
 from latentdiff.errors import UserError
+
+
+def scan(
+    source: Source, background: RGB, counter: TokenCounter, threads: int, progress: bool = True
+) -> Records:
+    """Look at every picture of a source once.
+
+    Args: threads: pictures looked at at a time.   progress: whether to draw a bar.
+    """
+    from tqdm import tqdm
+
+    records = Records(len(source))
+
+    def look(index: int) -> tuple[dict[str, Any], str | None]:
+        try:
+            return look_at(source, index, background, counter)
+        except Exception as error:  # one picture must not end the examination of a million
+            return {"flags": 0}, f"the examination failed ({type(error).__name__}: {error})"
+
+    bar = tqdm(total=len(source), desc="looking", unit="img", disable=not progress)
+    with warnings.catch_warnings(), bar, ThreadPoolExecutor(threads) as pool:
+        # Pillow warns of large pictures and broken EXIF; the bar would be torn, the report says it.
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        waiting: deque[tuple[int, Future[Any]]] = deque()
+        upcoming = iter(range(len(source)))
+        try:
+            while True:
+                for index in islice(upcoming, 4 * threads - len(waiting)):
+                    waiting.append((index, pool.submit(look, index)))
+                if not waiting:
+                    return records
+                index, future = waiting.popleft()
+                records.put(index, *future.result())
+                bar.update()
+        finally:
+            for _, future in waiting:  # after Ctrl-C: do not look at what is still in the queue
+                future.cancel()
+
+
+_ORIENTATION = 0x0112
+#: Endings by the format that a file of that name should hold.
+_ENDINGS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "MPO": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "BMP": (".bmp", ".dib"),
+    "DIB": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+_ALL_ENDINGS = {ending for endings in _ENDINGS.values() for ending in endings}
+
+
+def look_at(
+    source: Source, index: int, background: RGB, counter: TokenCounter
+) -> tuple[dict[str, Any], str | None]:
+    """Read, decode and measure one picture exactly as training would.
+
+    Returns: facts for `Records.put`, and why the picture cannot be read (None when it can).
+    """
+    facts = _captions(source.captions(index), counter)
+    read = getattr(source, "read", None)
+    try:
+        if callable(read):
+            data = read(index)
+            facts["digest"] = _digest(data)
+            image = open_image(data, source.name(index), background)
+            facts |= _header(data, source.name(index))
+        else:  # a source that draws its pictures, or keeps the files to itself
+            image = source[index].image
+            facts |= {"digest": _digest(image.tobytes()), "mode": image.mode, "format": "drawn"}
+    except UnreadableImage as error:
+        return facts | {"flags": 0}, error.reason
+    outline, colours, one_colour = outline_and_colours(image)
+    flags = facts.get("flags", 0) | READABLE | ONE_COLOUR * one_colour
+    size = {"width": image.width, "height": image.height}
+    return facts | size | {"outline": outline, "colours": colours, "flags": flags}, None
+
+
+def _captions(captions: tuple[str, ...], counter: TokenCounter) -> dict[str, Any]:
+    counts = [counter.count(text) for text in captions]
+    return {
+        "captions": min(255, len(counts)),
+        "longest": max(counts, default=0),
+        "too_long": sum(count > counter.limit for count in counts),
+    }
+
+
+def _header(data: bytes, name: str) -> dict[str, Any]:
+    """What a file says about itself, without decoding it a second time."""
+    with Image.open(io.BytesIO(data)) as image:
+        flags = ANIMATED * _safe(lambda: getattr(image, "is_animated", False))
+        flags |= ROTATED * _safe(lambda: _is_rotated(image))
+        flags |= TRANSPARENT * image.has_transparency_data
+        kind = image.format or "?"
+        ending = PurePosixPath(name).suffix.lower()
+        wrong = ending in _ALL_ENDINGS and ending not in _ENDINGS.get(kind, ())
+        return {"mode": image.mode, "format": kind, "flags": flags | WRONG * wrong}
+
+
+def _is_rotated(image: Image.Image) -> bool:
+    # Asking a PNG that has no such entry would decode it to look behind the pixels.
+    known = image.format != "PNG" or "exif" in image.info
+    return known and image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+
+
+def _safe(ask: Any) -> bool:
+    """Ask a decoder; broken data beside good pixels raises nearly anything."""
+    try:
+        return bool(ask())
+    except Exception:
+        return False
+
+
+def _digest(data: bytes) -> Any:
+    return np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint8)
+
 
 REPORT, LIST, ALL = "report.html", "quarantine.jsonl", "findings.jsonl"
 
@@ -79,9 +228,13 @@ def examine(order: Order, progress: bool = True) -> Result:
         seconds = time.monotonic() - began
         result = Result(len(source), readable, counts, len(listed), seconds)
         write_report(order.output / REPORT, _page(order, result, findings), findings, order.shown)
-    except OSError as error:
-        raise UserError(f"--output: {order.output} cannot be written ({error}).") from error
-    return result
+        return result
+    except BaseException as error:  # Ctrl-C too: all three files or none
+        for name in (ALL, LIST, REPORT):
+            (order.output / name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"--output: {order.output} cannot be written ({error}).") from error
+        raise
 
 
 def make_output(folder: Path, data: DataConfig) -> None:

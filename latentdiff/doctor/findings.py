@@ -1,4 +1,10 @@
-"""What the doctor has to say about a data set: kinds of findings, and which pictures they name.
+"""What the doctor keeps of each picture: a fixed number of bytes, so that a million fit in memory.
+
+A record is 112 bytes. Texts that only some pictures need (why one cannot be read) are kept apart.
+
+How many tokens a caption takes: counted by the text encoder's tokenizer, or by CLIP's.
+
+What the doctor has to say about a data set: kinds of findings, and which pictures they name.
 
 | severity | meaning |
 |---|---|
@@ -13,16 +19,137 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from latentdiff.data.source import Skipped, Source, problems_of
 from latentdiff.doctor.likeness import similar_to
-from latentdiff.doctor.records import ANIMATED, ONE_COLOUR, READABLE, ROTATED, TRANSPARENT, Records
-from latentdiff.doctor.records import WRONG_ENDING as WRONG
-from latentdiff.doctor.tokens import TokenCounter
+from latentdiff.embedded import named
 from latentdiff.errors import UserError, choice_error
+from latentdiff.files import read_json
+from latentdiff.models.tokenizer import EOS
+
+#: Pillow's mode of the file, in the order of its code in a record.
+MODES = (
+    "RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16",
+    "I;16B", "I;16L", "I;16N", "La", "RGBa", "RGBX", "?",
+)  # fmt: skip
+
+READABLE = 1
+ANIMATED = 2
+ROTATED = 4
+TRANSPARENT = 8
+ONE_COLOUR = 16
+WRONG_ENDING = 32
+
+RECORD = np.dtype(
+    [
+        ("width", np.int32),
+        ("height", np.int32),
+        ("longest", np.int32),  # tokens of the longest caption
+        ("too_long", np.int32),  # captions over the limit
+        ("flags", np.uint8),
+        ("mode", np.uint8),
+        ("format", np.uint8),
+        ("captions", np.uint8),  # how many, 255 for more
+        ("digest", np.uint8, 16),  # of the file
+        ("outline", np.uint8, 16),  # see likeness.outline_and_colours
+        ("colours", np.uint8, 48),
+    ],
+    align=True,
+)
+
+
+class Records:
+    """Records of all pictures of a source, filled in any order.
+
+    Attributes: table: structured array (N,); reasons: why a picture cannot be read, by index.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.table = np.zeros(count, RECORD)
+        self.reasons: dict[int, str] = {}
+        self.formats: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def put(self, index: int, facts: dict[str, Any], reason: str | None) -> None:
+        """Store one picture's facts; `mode` and `format` are words here, numbers in the table."""
+        row = self.table[index]
+        if reason is not None:
+            self.reasons[index] = reason
+        for name, value in facts.items():
+            row[name] = self._code(name, value) if isinstance(value, str) else value
+
+    def flagged(self, flag: int) -> np.ndarray[Any, Any]:
+        """Which readable pictures have a flag: bool (N,)."""
+        flags = self.table["flags"]
+        return (flags & READABLE > 0) & (flags & flag > 0)
+
+    def mode(self, index: int) -> str:
+        """Pillow's mode of one picture's file."""
+        return MODES[int(self.table["mode"][index])]
+
+    def format(self, index: int) -> str:
+        """The file format of one picture, by its content."""
+        return self.formats[int(self.table["format"][index])]
+
+    def _code(self, name: str, word: str) -> int:
+        if name == "mode":
+            return MODES.index(word if word in MODES else "?")
+        if word not in self.formats:
+            self.formats.append(word)
+        return self.formats.index(word)
+
+
+#: What CLIP's text encoder takes, begin and end mark included.
+CLIP_LIMIT = 77
+
+
+@dataclass(frozen=True)
+class TokenCounter:
+    """A way of counting."""
+
+    count: Callable[[str], int]
+    """Text → tokens, begin and end mark included."""
+    limit: int
+    """What the text encoder takes."""
+    words: str
+    """How the report calls it."""
+
+
+def open_counter(folder: str | None, limit: int | None) -> TokenCounter:
+    """Open a tokenizer.
+
+    Args:    folder: a model folder, its tokenizer folder, or `embedded`; None: CLIP's own, which
+             Stable Diffusion 1.x and 2.x have.
+             limit: tokens that the text encoder takes; None asks the folder, else 77.
+    Raises:  UserError: the folder holds no tokenizer.
+    """
+    if folder is None:
+        from latentdiff.models.tokenizer import clip_tokenizer
+
+        count, words = clip_tokenizer(EOS).count, "counted by CLIP's own tokenizer"
+        return TokenCounter(count, limit or CLIP_LIMIT, words)
+    from latentdiff.models.tokenizer import load_tokenizer
+
+    home = Path(named(folder)).expanduser()
+    inner = home / "tokenizer"
+    inner = inner if inner.is_dir() else home
+    tokenizer = load_tokenizer(inner, limit or _positions(home) or CLIP_LIMIT)
+    words = f"counted by the tokenizer in {inner}"
+    return TokenCounter(tokenizer.count, limit or tokenizer.max_length, words)
+
+
+def _positions(folder: Path) -> int | None:
+    try:
+        return int(read_json(folder / "text_encoder" / "config.json")["max_position_embeddings"])
+    except (OverflowError, ValueError, KeyError, TypeError):
+        return None
+
 
 #: kind → (severity, what it is called in the report).
 KINDS = {
@@ -168,7 +295,7 @@ class Findings:
             "mode": lambda: (self._converted, lambda i: f"mode {r.mode(i)}, turned to RGB", None),
             "transparent": lambda: (r.flagged(TRANSPARENT), said("laid over the background"), None),
             "rotated": lambda: (r.flagged(ROTATED), said("turned upright"), None),
-            "ending": lambda: (r.flagged(WRONG), lambda i: f"holds {r.format(i)}", None),
+            "ending": lambda: (r.flagged(WRONG_ENDING), lambda i: f"holds {r.format(i)}", None),
         }
 
     @property

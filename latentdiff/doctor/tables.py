@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentdiff.doctor.records import MODES, READABLE, Records
-from latentdiff.doctor.tokens import TokenCounter
+from latentdiff.doctor.findings import MODES, READABLE, Records, TokenCounter
 
 #: Aspect ratios (width : height) that pictures usually have.
 RATIOS = (

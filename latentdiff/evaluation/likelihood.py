@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.likelihood import SampledBound, level_probabilities, sampled_elbo
+from latentdiff.diffusion.bounds import (
+    SampledBound,
+    bits_per_dimension,
+    level_probabilities,
+    ode_bound,
+    sampled_elbo,
+)
 from latentdiff.diffusion.noise import batch_noise
-from latentdiff.diffusion.ode_likelihood import ode_bound
-from latentdiff.diffusion.posterior import bits_per_dimension
 from latentdiff.diffusion.prediction import determinant
 from latentdiff.diffusion.samplers import Denoiser, as_denoiser
 from latentdiff.diffusion.schedule import NoiseSchedule

@@ -1,21 +1,112 @@
-"""One evaluation from prompts to figures."""
+"""Features of the real pictures of every concept in one look, kept on disk once computed.
+
+What each generated picture was taken for where it is not what was asked, in words.
+
+One evaluation from prompts to figures.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
-from latentdiff.data.emoji import Drawing
-from latentdiff.evaluation import measures, prompts
-from latentdiff.evaluation.features import ClassifierFeatures
-from latentdiff.evaluation.galleries import Galleries
-from latentdiff.evaluation.measures import Generator, Pictures, Result, Shown
-from latentdiff.evaluation.misses import concept_miss, ground_miss, style_miss
-from latentdiff.models.perceptual import PerceptualDistance
+from latentdiff.data.emoji import Drawing, EmojiSource, Rendering
+from latentdiff.data.styles import STYLES
+from latentdiff.evaluation import metrics as measures
+from latentdiff.evaluation import prompts
+from latentdiff.evaluation.metrics import (
+    SIDE,
+    ClassifierFeatures,
+    Features,
+    Generator,
+    Pictures,
+    Result,
+    Shown,
+    classify,
+    ground_of,
+    ranks,
+)
+from latentdiff.evaluation.prompts import Asked
+from latentdiff.files import atomic_file
+from latentdiff.models.autoencoder_losses import PerceptualDistance
+
+
+class Galleries:
+    """Look → (concepts, D) features of the real pictures.
+
+    Args:
+        drawings: one per concept, in the gallery's order.
+        size: side of the pictures in pixels.
+        features: the classifier.
+        folder: where results are kept.
+        say: called with a line when a gallery has to be computed.
+    """
+
+    def __init__(
+        self,
+        drawings: Sequence[Drawing],
+        size: int,
+        features: Features,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self._drawings, self._size, self._features = drawings, size, features
+        self._folder, self._say = folder, say
+        self._known: dict[tuple[str, str], Tensor] = {}
+
+    def __call__(self, style: str, background: str) -> Tensor:
+        """Return the features of one look."""
+        look = (style, background)
+        if look not in self._known:
+            self._known[look] = self._load_or_make(style, background)
+        return self._known[look]
+
+    def _load_or_make(self, style: str, background: str) -> Tensor:
+        from safetensors.torch import load_file, save_file
+
+        source = EmojiSource([Rendering(d, style, background) for d in self._drawings], self._size)
+        key = hashlib.blake2b(f"{source.fingerprint()} lite0 {SIDE}".encode(), digest_size=12)
+        file = self._folder / f"{key.hexdigest()}.safetensors"
+        if file.is_file():
+            return load_file(file)["features"]
+        self._say(f"features of {len(source)} real pictures, {style} on {background}")
+        found = self._features([source[i].image for i in range(len(source))])
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as new:
+            save_file({"features": found}, new)
+        return found
+
+
+def concept_miss(item: Asked, found: Tensor, gallery: Tensor, drawings: Sequence[Drawing]) -> str:
+    """Name the nearest real picture and the place of the right one; empty if that is the first.
+
+    Args: found: the picture's features (D,).  gallery: (M, D), one row per drawing.
+    """
+    place = ranks(found[None], gallery, [item.row])[0]
+    if place == 0:
+        return ""
+    cosines = F.normalize(gallery.double(), dim=1) @ found.double()
+    return f"taken for {drawings[int(cosines.argmax())].concept}, right one at {place + 1}"
+
+
+def style_miss(item: Asked, found: Tensor, classifier: Tensor) -> str:
+    """Name the style that the classifier sees; empty if it is the one that was asked for."""
+    seen = list(STYLES)[int(classify(found[None], classifier))]
+    return "" if seen == item.rendering.style else f"style: {seen}"
+
+
+def ground_miss(item: Asked, image: Image.Image) -> str:
+    """Name the ground that is there; empty if it is the one that was asked for."""
+    seen = ground_of(image)
+    return "" if seen == item.rendering.background else f"ground: {seen}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from latentdiff.finetune.trainee import Trainee
 
 if TYPE_CHECKING:
-    from latentdiff.formats.diffusers_folder import Components
+    from latentdiff.formats.folder import Components
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
-from latentdiff.finetune.text_conditioned import TextConditioned
-from latentdiff.finetune.trainee import TokenIds, Trainee
-from latentdiff.formats.lora_files import FILE, write_lora
-from latentdiff.models.clip_text import ClipText
+from latentdiff.finetune.trainee import TextConditioned, TokenIds, Trainee
+from latentdiff.formats.lora import FILE, write_lora
+from latentdiff.models.clip_text import ClipText, TextEncoder
 from latentdiff.models.low_rank import LowRank, layers_of
-from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
 
 if TYPE_CHECKING:
-    from latentdiff.formats.diffusers_folder import Components
+    from latentdiff.formats.folder import Components
 
 #: Where a run's files are, in its folder.
 FOLDER, KOHYA_FILE, FUSED = "lora", "lora_kohya.safetensors", "model"
@@ -183,7 +181,7 @@ def _export(
 def _export_fused(
     components: Components, config: LoraConfig, folder: Path, dtype: torch.dtype
 ) -> Path:
-    from latentdiff.formats.diffusers_folder import save_components
+    from latentdiff.formats.folder import save_components
 
     text = components.text_encoder
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from latentdiff.finetune.textual_inversion import TextualInversionConfig
 from latentdiff.finetune.trainee import Trainee
 
 if TYPE_CHECKING:
-    from latentdiff.formats.diffusers_folder import Components
+    from latentdiff.formats.folder import Components
 
 FinetuneConfig = FullConfig | LoraConfig | TextualInversionConfig
 """Any method's configuration."""

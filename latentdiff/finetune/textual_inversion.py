@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.finetune.text_conditioned import TextConditioned
-from latentdiff.finetune.trainee import Trainee
-from latentdiff.formats.embedding_file import FILE, write_embedding
-from latentdiff.models.learned_words import TrainedRows, add_word, starting_vectors
+from latentdiff.finetune.trainee import TextConditioned, Trainee
+from latentdiff.formats.embedding import FILE, write_embedding
+from latentdiff.models.prompts import TrainedRows, add_word, starting_vectors
 from latentdiff.models.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
-    from latentdiff.formats.diffusers_folder import Components
+    from latentdiff.formats.folder import Components
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from latentdiff.errors import UserError
-from latentdiff.weight_files import STAND_INS, TEXT_STEM, UNET_STEM, VAE_STEM
+from latentdiff.weights import STAND_INS, TEXT_STEM, UNET_STEM, VAE_STEM
 
 #: owner/name, as the Hugging Face hub spells its ids.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

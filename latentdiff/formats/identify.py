@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentdiff.errors import UserError
-from latentdiff.formats.components import SPECIAL_INPUTS
-from latentdiff.formats.compvis_keys import UNET_PREFIX, VAE_PREFIX
-from latentdiff.formats.lora_facts import adapter_kind
+from latentdiff.formats.folder import SPECIAL_INPUTS
+from latentdiff.formats.key_map import UNET_PREFIX, VAE_PREFIX
+from latentdiff.formats.lora import adapter_kind
 from latentdiff.formats.sd_facts import VERSIONS
 
 Shapes = Mapping[str, tuple[int, ...]]

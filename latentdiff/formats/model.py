@@ -10,20 +10,20 @@ import torch
 
 from latentdiff.embedded import named
 from latentdiff.errors import UserError
-from latentdiff.formats.components import Components
-from latentdiff.formats.diffusers_folder import load_components, save_components
+from latentdiff.files import read_json
+from latentdiff.formats.folder import Components, load_components, save_components
 from latentdiff.formats.hub import resolve_folder
 from latentdiff.formats.single_file import (
+    ENDING,
     ENDINGS,
     autoencoder_of_file,
     latent_size_of_file,
     load_single_file,
+    save_single_file,
     text_encoder_of_file,
 )
-from latentdiff.formats.write_single_file import ENDING, save_single_file
-from latentdiff.json_text import read_json
 from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
-from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.models.clip_text import TextEncoder, load_text_encoder
 
 
 def load_model(

@@ -1,4 +1,16 @@
-"""A whole model in one file, the way CompVis' code saves it: .safetensors or .ckpt, read.
+"""What a single file says about its training, and what its weights tell when it says nothing.
+
+Version 1 predicts eps as its published YAML does, unless the file, or a YAML beside it, says
+otherwise. Version 2 was published both ways with the same keys and shapes. At the last noise level
+x_T is all but pure noise ε, so a network that predicts eps gives back its input, and one that
+predicts v = α ε − σ x_0 ≈ −x_0 gives something unlike it: their correlation decides.
+
+Whether a model has the shapes of Stable Diffusion 1.x or 2.x, in all three of its parts.
+
+Programs that open single files by their keys alone (A1111, ComfyUI) take every size from what
+Stable Diffusion is, so one part of another size is enough to make a file unreadable there.
+
+A whole model in one file, the way CompVis' code saves it: .safetensors or .ckpt, read.
 
     model.diffusion_model.…   the U-Net (and model_ema.…, its averaged weights)
     first_stage_model.…       the autoencoder
@@ -7,37 +19,210 @@
 Such a file has no configuration. Ours carry it as JSON in their metadata; others are taken for
 Stable Diffusion 1.x or 2.x when their shapes say so, and refused by name otherwise. A file opens
 wholly or not at all.
+
+A whole model in one .safetensors file in CompVis' layout, written; see `single_file`.
+
+The metadata has ModelSpec's fields, which other programs show and some read, and our configuration
+files, with which any model comes back as it was and not only the sizes of Stable Diffusion.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from latentdiff.errors import UserError
-from latentdiff.formats.components import Components, check_inputs, empty_unet, fill_unet
-from latentdiff.formats.compvis_keys import PARTS, Layout, compvis_layout, ema_key, take
-from latentdiff.formats.compvis_text import CLIP_PREFIX, is_openclip, is_spare
-from latentdiff.formats.generation_config import with_generation
+from latentdiff.errors import UserError, printable
+from latentdiff.files import parse_json
+from latentdiff.formats.folder import Components, check_inputs, empty_unet, fill_unet
 from latentdiff.formats.identify import CONFIGURATION, Identity, identify, refuse_unsupported
-from latentdiff.formats.inference_yaml import yaml_beside
-from latentdiff.formats.scheduler_config import read_scheduler
-from latentdiff.formats.sd_facts import sd_configuration
-from latentdiff.formats.stated import has_zero_snr, measured_prediction, stated_prediction
-from latentdiff.json_text import parse_json
+from latentdiff.formats.key_map import (
+    CLIP_PREFIX,
+    PARTS,
+    Layout,
+    compvis_layout,
+    ema_key,
+    give,
+    is_openclip,
+    is_spare,
+    take,
+)
+from latentdiff.formats.scheduler import (
+    generation_defaults,
+    read_scheduler,
+    with_generation,
+    write_scheduler,
+)
+from latentdiff.formats.sd_facts import (
+    EPS_STEPS,
+    VERSIONS,
+    InferenceYaml,
+    sd_configuration,
+    sd_unet,
+    yaml_beside,
+)
+from latentdiff.models import clip_text as clip_text
+from latentdiff.models import vae
 from latentdiff.models.autoencoder import Autoencoder, empty_autoencoder, fill_autoencoder
-from latentdiff.models.clip_vocabulary import tokenizer_of
-from latentdiff.models.text_encoder import TextEncoder, empty_text_tower, fill_text_encoder
-from latentdiff.models.unet_config import config_from_dict
-from latentdiff.tensor_file import TensorFile, read_tensor_file
-from latentdiff.weight_files import refuse_misfit, stored_dtype
+from latentdiff.models.clip_text import TextEncoder, empty_text_tower, fill_text_encoder
+from latentdiff.models.tokenizer import CLIP, describe_tokenizer, tokenizer_of
+from latentdiff.models.unet import UNet
+from latentdiff.models.unet_config import UNetConfig, config_from_dict, per_level
+from latentdiff.weights import (
+    TensorFile,
+    read_tensor_file,
+    refuse_misfit,
+    save_tensors,
+    stored_dtype,
+    stored_tensor,
+)
+
+#: ModelSpec's words → ours. Source: github.com/Stability-AI/ModelSpec.
+MODELSPEC_WORDS = {"epsilon": "eps", "v": "v"}
+#: Others that stand in their place: those of diffusers and of trainers.
+_OTHER_WORDS = {"eps": "eps", "v_prediction": "v", "v_pred": "v", "sample": "x0", "x0": "x0"}
+_ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"}
+#: Empty tensors whose names say something: an agreement among trainers.
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
+
+
+def stated_prediction(file: TensorFile, beside: InferenceYaml | None = None) -> str | None:
+    """What a file, or the YAML beside it, says its U-Net predicts; None: nothing.
+
+    A YAML file that says it counts first, since it was put there for that; one that does not, and
+    so means eps, counts last.
+    """
+    within = _within(file)
+    if beside is None:
+        return within
+    if within not in (None, beside.prediction) and beside.says_prediction:
+        warnings.warn(
+            f"{beside.path} says that the model predicts {beside.prediction}, the file itself says "
+            f"{within}; {beside.prediction} is taken.",
+            stacklevel=2,
+        )
+    return beside.prediction if beside.says_prediction or within is None else within
+
+
+def _within(file: TensorFile) -> str | None:
+    given = file.metadata.get("modelspec.prediction_type", "")
+    known = MODELSPEC_WORDS | _OTHER_WORDS
+    words = known.get(given.strip().lower().replace("-", "_"))
+    if given and words is None:
+        warnings.warn(
+            f"{file.path} says '{printable(given[:40])}' for what it predicts "
+            f"(modelspec.prediction_type), which is none of {', '.join(known)}; it is left out.",
+            stacklevel=3,
+        )
+    words = words or _ARCHITECTURES.get(file.metadata.get("modelspec.architecture", ""))
+    if words is None and V_MARK in file.tensors:
+        return "v"
+    if words is None and file.facts.get("global_step") in EPS_STEPS:
+        return "eps"
+    return words
+
+
+def has_zero_snr(file: TensorFile) -> bool:
+    """Whether the schedule in the file, or its mark, ends in pure noise."""
+    alpha_bar = file.tensors.get("alphas_cumprod")
+    if alpha_bar is None or not alpha_bar.numel() or not alpha_bar.is_floating_point():
+        return ZERO_SNR_MARK in file.tensors
+    return ZERO_SNR_MARK in file.tensors or float(alpha_bar.flatten()[-1]) < 1e-5
+
+
+@torch.no_grad()
+def measured_prediction(unet: UNet, text_encoder: TextEncoder, size: int = 16) -> str:
+    """eps or v, by whether the prediction for pure noise is that noise."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, unet.config.in_channels, size, size, generator=generator)
+    context = text_encoder.encode([""])
+    answer = unet(noise.to(unet.dtype), 999, context.to(unet.dtype)).float()
+    return "eps" if _correlation(noise, answer) > 0.5 else "v"
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+
+
+#: What no weight depends on, and heads, which can be written in two ways and are compared apart.
+_FREE = {"sample_size", "upcast_attention", "dropout", "attention_head_dim"}
+#: Settings that may be one number for all levels.
+_PER_LEVEL = ("layers_per_block", "transformer_layers_per_block")
+
+
+def sd_version(components: Components) -> str | None:
+    """1 or 2 when every part is Stable Diffusion's, which other programs can open; else None."""
+    return None if sd_differences(components) else VERSIONS[_context(components)]
+
+
+def sd_differences(components: Components) -> dict[str, list[str]]:
+    """What is not as in Stable Diffusion, by part; empty when all is.
+
+    The version to compare with is the one whose text states are as wide, 1.x where none is.
+    """
+    version = VERSIONS.get(_context(components), "1")
+    sd, text = sd_configuration(version, "eps"), components.text_encoder
+    found = {
+        "U-Net": _differing(_unet_facts(components.unet.config), _unet_facts(sd_unet(version))),
+        "autoencoder": _differing(
+            _vae_facts(components.autoencoder.config_dict()), _vae_facts(sd["vae"])
+        ),
+        "text encoder": _differing(
+            _text_facts(text.config_dict()), _text_facts(sd["text_encoder"])
+        ),
+    }
+    if not found["text encoder"] and CLIP not in describe_tokenizer(text.tokenizer):
+        found["tokenizer"] = ["another vocabulary than CLIP's"]
+    return {part: texts for part, texts in found.items() if texts}
+
+
+def _context(components: Components) -> int:
+    return components.unet.config.cross_attention_dim
+
+
+def _differing(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {_plain(own.get(name))} instead of {_plain(value)}"
+        for name, value in other.items()
+        if _plain(own.get(name)) != _plain(value)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Lists of JSON and tuples of ours alike."""
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _unet_facts(config: UNetConfig) -> dict[str, Any]:
+    kept = (field.name for field in dataclasses.fields(config) if field.name not in _FREE)
+    levels = len(config.block_out_channels)
+    # A number may also be written once for every level.
+    spread = {name: per_level(getattr(config, name), levels) for name in _PER_LEVEL}
+    return {name: getattr(config, name) for name in kept} | spread | {"heads": config.heads}
+
+
+def _vae_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    full = {**vae.DEFAULTS, "_class_name": "AutoencoderKL", "shift_factor": None, **config}
+    facts = {name: full[name] for name in ("_class_name", *vae.DEFAULTS)}
+    # Those programs multiply by Stable Diffusion's factor and shift nothing.
+    return facts | {"shift_factor": full["shift_factor"] or 0.0}
+
+
+def _text_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    full = {**clip_text.DEFAULTS, **config}
+    return {name: full[name] for name in clip_text.DEFAULTS}
+
 
 #: How names of single files end.
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -243,3 +428,127 @@ def _text_encoder(opened: _Opened, dtype: torch.dtype | None) -> TextEncoder:
 def _shapes(network: nn.Module) -> dict[str, Tensor]:
     """Names and, on the meta device, shapes of a network's weights."""
     return network.state_dict()
+
+
+ENDING = ".safetensors"
+#: Stands in the header while the tensors are written; their hash has as many characters.
+_NO_HASH = "0x" + "0" * 64
+_CODE = {
+    "1": "https://github.com/CompVis/stable-diffusion",
+    "2": "https://github.com/Stability-AI/stablediffusion",
+}
+
+
+def save_single_file(
+    file: str | Path,
+    components: Components,
+    dtype: torch.dtype | None = None,
+    *,
+    title: str | None = None,
+) -> Path:
+    """Write a model into one file, all at once; an older file of that name is replaced.
+
+    Args:    file: its name must end in .safetensors.
+             dtype: on disk; None: what each part was read from.
+             title: for programs that show one; None: the file's name.
+    Returns: the file.
+    Raises:  UserError: another ending, a folder of that name, or it cannot be written.
+    """
+    components.check()
+    target = Path(file).expanduser().absolute()
+    check_target(target)
+    dtypes = components.part_dtypes(dtype)
+    states, layout = layout_of(components)
+    tensors: dict[str, Tensor] = {}
+    for part in PARTS:
+        stored = {name: stored_tensor(name, t, dtypes[part]) for name, t in states[part].items()}
+        tensors |= give(stored, getattr(layout, part), part)
+    spare = components.spare if is_openclip(components.text_encoder.config_dict()) else {}
+    text = dtypes["text_encoder"]
+    tensors |= {name: stored_tensor(name, tensor, text) for name, tensor in spare.items()}
+    metadata = modelspec(components, title or target.stem)
+    metadata[CONFIGURATION] = json.dumps(configuration(components), ensure_ascii=False)
+    _write(tensors, target, metadata)
+    return target
+
+
+def check_target(target: Path) -> None:
+    """Refuse a name that a file cannot have. Raises: UserError."""
+    if target.suffix.lower() != ENDING:
+        raise UserError(
+            f"a single file is written as {ENDING}; got {target.name}. Pickles are only read."
+        )
+    if target.is_dir():
+        raise UserError(f"cannot write a file to {target}: it is a folder.")
+
+
+def layout_of(components: Components) -> tuple[dict[str, dict[str, Tensor]], Layout]:
+    """The weights of each part, and where they go."""
+    vae, text = components.autoencoder, components.text_encoder
+    states: dict[str, dict[str, Tensor]] = {
+        "unet": dict(components.unet.state_dict()),
+        "vae": dict(vae.module.state_dict()),
+        "text_encoder": dict(text.module.state_dict()),
+    }
+    config = components.unet.config
+    return states, compvis_layout(config, vae.config_dict(), text.config_dict(), states)
+
+
+def configuration(components: Components) -> dict[str, Any]:
+    """The model's configuration files, by the names of their folders."""
+    sampling = components.sampling
+    return {
+        "unet": components.unet.config_dict(),
+        "vae": components.autoencoder.config_dict(),
+        "text_encoder": components.text_encoder.config_dict(),
+        "scheduler": write_scheduler(components.schedule, components.prediction, sampling),
+        "tokenizer": describe_tokenizer(components.text_encoder.tokenizer),
+        "generation": generation_defaults(sampling),
+    }
+
+
+def modelspec(components: Components, title: str) -> dict[str, str]:
+    """Metadata after github.com/Stability-AI/ModelSpec, version 1.0.0."""
+    version, words = sd_version(components), {ours: word for word, ours in MODELSPEC_WORDS.items()}
+    size = components.unet.config.sample_size or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    scale = components.autoencoder.downscale
+    prediction = components.prediction
+    names = {"1": "stable-diffusion-v1", "2": "stable-diffusion-v2-512"}
+    if (version, prediction) == ("2", "v"):
+        names["2"] = "stable-diffusion-v2-768-v"
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": names.get(version or "", "latentdiff"),
+        "modelspec.implementation": _CODE.get(version or "", "latentdiff"),
+        "modelspec.title": title,
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.resolution": f"{width * scale}x{height * scale}",
+        "modelspec.prediction_type": words.get(prediction, prediction),
+        "modelspec.hash_sha256": _NO_HASH,
+    }
+
+
+def _write(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
+    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, temporary, metadata)
+        _put_hash(temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _put_hash(file: Path) -> None:
+    """Fill in the hash of everything behind the header, which ModelSpec has in the header."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(length)
+        digest = hashlib.sha256()
+        while chunk := opened.read(2**24):
+            digest.update(chunk)
+        opened.seek(8 + header.index(_NO_HASH.encode()))
+        opened.write(f"0x{digest.hexdigest()}".encode())

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError, choice_error
-from latentdiff.json_text import read_json
+from latentdiff.files import read_json
 from latentdiff.models.finite import NotFiniteError, broken_weight, check_finite, is_finite
-from latentdiff.models.quiet import quiet
 from latentdiff.models.sizes import check_numbers
+from latentdiff.models.tokenizer import quiet
 from latentdiff.models.vae import AutoencoderKL, covers, modern_names
-from latentdiff.weight_files import VAE_STEM, place_weights, read_weights, stored_dtype
+from latentdiff.weights import VAE_STEM, place_weights, read_weights, stored_dtype
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 #: Log-variance given to an autoencoder without one; e^(−30) is no noise at all.

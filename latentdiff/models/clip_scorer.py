@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.errors import UserError
-from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.models.clip_text import TextEncoder, load_text_encoder
 
 #: Files beside `text_encoder/` that hold what a text-to-image model does not need.
 IMAGE_TOWER, HEAD = "image_encoder", "clip_head.safetensors"

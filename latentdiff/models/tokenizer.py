@@ -1,32 +1,127 @@
-"""CLIP's tokenizer: text → a fixed number of token ids.
+"""Keeping foreign loaders' progress bars and reports off the terminal; errors still raise.
+
+Tokens beside a tokenizer's vocabulary: its marks, and words that were taught.
+
+Folders say them in up to four files. As transformers (PreTrainedTokenizerBase.from_pretrained):
+
+    tokenizer_config.json    added_tokens_decoder, id → token: where it is there, it says all
+    added_tokens.json        word → id, in older folders
+    tokenizer.json           added_tokens
+    both of the first, and special_tokens_map.json    the marks, extra ones too
+
+A token gets the next free id unless it is in the vocabulary.
+
+CLIP's tokenizer: text → a fixed number of token ids.
 
 The work is done by the `tokenizers` library alone, which imports a hundred times faster than the
 tokenizer classes of transformers and gives the same ids.
+
+The vocabulary of OpenAI's CLIP, which single files of Stable Diffusion 1.x and 2.x rely on.
+
+It follows from 48,894 merges alone: every byte, every byte at a word's end, every merge, the two
+marks. Source of assets/clip_merges.txt.gz: lines 2 to 48895 of clip/bpe_simple_vocab_16e6.txt.gz in
+github.com/openai/CLIP (MIT licence, Copyright 2021 OpenAI).
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError
-from latentdiff.json_text import read_json
-from latentdiff.models.added_tokens import (
-    EOS,
-    MARKS,
-    Added,
-    add_tokens,
-    added_entries,
-    stated_tokens,
-    text_of,
-)
+from latentdiff.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@contextmanager
+def quiet(package: str) -> Iterator[None]:
+    """Silence `transformers` or `diffusers` inside a with block, then restore their settings."""
+    logging: Any = import_module(f"{package}.utils.logging")
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+#: Marks that every tokenizer of CLIP has, and what they are where a folder does not say.
+MARKS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+_EXTRA = ("additional_special_tokens", "extra_special_tokens")
+_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+#: (the id that is stated for it, a tokenizers.AddedToken)
+Added = tuple[int | None, Any]
+
+
+def text_of(token: Any) -> str:
+    """The token of an entry that is text or, in older files, an object."""
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def stated_tokens(config: Mapping[str, Any], words: Mapping[str, int]) -> list[Added]:
+    """What a folder adds, in the order of the ids; marks, which need no new ids, are the last.
+
+    Args:    config: tokenizer_config.json over special_tokens_map.json.
+             words: added_tokens.json.
+    """
+    marks = [config.get(name) or usual for name, usual in MARKS.items()]
+    for more in map(config.get, _EXTRA):
+        marks += more.values() if isinstance(more, dict) else more or ()
+    entries = config.get("added_tokens_decoder")
+    if entries is None:
+        special = set(map(text_of, marks))
+        entries = {i: {"content": word, "special": word in special} for word, i in words.items()}
+    stated = sorted(((int(i), added_token(e)) for i, e in entries.items()), key=lambda one: one[0])
+    return [*stated, *((None, added_token(mark, special=True)) for mark in marks)]
+
+
+def added_token(entry: Any, **changes: bool) -> Any:
+    """A `tokenizers.AddedToken` of an entry: text, or an object with its fields."""
+    from tokenizers import AddedToken
+
+    given = {"content": entry} if isinstance(entry, str) else entry
+    rules = {name: given[name] for name in _FIELDS[1:] if name in given}
+    return AddedToken(given["content"], **(rules | changes))
+
+
+def add_tokens(backend: Any, tokens: Iterable[Added]) -> None:
+    """Add tokens to a `tokenizers.Tokenizer`, but for those that it has already.
+
+    Raises: UserError: one gets another id than the one stated, which stands for its embedding.
+    """
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for stated, token in tokens:
+        if token.content not in known:
+            backend.add_tokens([token])
+            known.add(token.content)
+        found = backend.token_to_id(token.content)
+        if stated not in (None, found):
+            raise UserError(
+                f"the added word {token.content!r} has the id {stated} in it, where a tokenizer of "
+                f"this vocabulary gives {found}. Ids of added words follow the vocabulary without "
+                "gaps; correct those in added_tokens.json or tokenizer_config.json."
+            )
+
+
+def added_entries(backend: Any) -> dict[int, dict[str, Any]]:
+    """Every token beside the vocabulary, marks too, as JSON keeps it: id → its fields."""
+    tokens = sorted(backend.get_added_tokens_decoder().items())
+    return {i: {name: getattr(token, name) for name in _FIELDS} for i, token in tokens}
+
 
 #: How CLIP cuts text before merging: marks, contractions, letters, single digits, the rest.
 PIECES = (
@@ -237,3 +332,88 @@ def _optional(file: Path) -> dict[str, Any]:
 
 def _write_json(file: Path, data: dict[str, Any]) -> None:
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+MERGES: Path = Path(__file__).parents[1] / "assets" / "clip_merges.txt.gz"
+#: The one key of a description that stands for this vocabulary.
+CLIP = "clip"
+
+
+@cache
+def clip_merges() -> tuple[tuple[str, str], ...]:
+    """The merges, most frequent first."""
+    lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()
+    return tuple((a, b) for a, b in (line.split() for line in lines))
+
+
+@cache
+def clip_vocabulary() -> dict[str, int]:
+    """Token → id."""
+    letters = _letters()
+    words = letters + [letter + "</w>" for letter in letters]
+    words += ["".join(pair) for pair in clip_merges()] + [BOS, EOS]
+    return {word: number for number, word in enumerate(words)}
+
+
+def clip_tokenizer(
+    pad_token: str, max_length: int = 77, added: Sequence[Mapping[str, Any]] = ()
+) -> ClipTokenizer:
+    """CLIP's tokenizer.
+
+    Args:    pad_token: <|endoftext|> in Stable Diffusion 1.x, ! in 2.x.
+             max_length: ids per text, marks included.
+             added: words and marks beside those of CLIP, see `added_tokens.added_entries`.
+    """
+    from tokenizers.models import BPE
+
+    model = BPE(
+        vocab=clip_vocabulary(),
+        merges=list(clip_merges()),
+        unk_token=EOS,
+        end_of_word_suffix="</w>",
+    )
+    config = MARKS | {"pad_token": pad_token}
+    tokens = [*(added_token(mark, special=True) for mark in (BOS, EOS)), *map(added_token, added)]
+    backend = build_backend(model, config, [(None, token) for token in tokens])
+    return ClipTokenizer(backend, config, max_length)
+
+
+def describe_tokenizer(tokenizer: ClipTokenizer) -> dict[str, Any]:
+    """What `tokenizer_of` makes the same tokenizer of: CLIP's by its name, others as a whole."""
+    if tokenizer.backend.get_vocab(with_added_tokens=False) == clip_vocabulary():
+        pad = text_of(tokenizer.config.get("pad_token") or EOS)
+        entries = added_entries(tokenizer.backend).values()
+        own = [entry for entry in entries if entry["content"] not in (BOS, EOS)]
+        said = {"pad_token": pad, "max_length": tokenizer.max_length}
+        return {CLIP: said | ({"added_tokens": own} if own else {})}
+    config = {k: v for k, v in tokenizer.config.items() if k != "name_or_path"}
+    return {
+        "tokenizer.json": tokenizer.backend.to_str(),
+        "tokenizer_config.json": config | {"model_max_length": tokenizer.max_length},
+    }
+
+
+def tokenizer_of(description: Mapping[str, Any], max_length: int) -> ClipTokenizer:
+    """The tokenizer of a description.
+
+    Args:    max_length: what the text encoder has positions for; the description may say less.
+    Raises:  UserError: no such description.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        if CLIP in description:
+            said = description[CLIP]
+            length = stated_length({"model_max_length": said.get("max_length")}, max_length)
+            return clip_tokenizer(str(said["pad_token"]), length, said.get("added_tokens", ()))
+        config = dict(description["tokenizer_config.json"])
+        backend = Tokenizer.from_str(description["tokenizer.json"])
+        return ClipTokenizer(backend, config, stated_length(config, max_length))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise UserError(f"the file describes no tokenizer: {error!r}") from error
+
+
+def _letters() -> list[str]:
+    """How byte-level BPE writes bytes: those that print as themselves, the rest from 256 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(byte) for byte in printed] + [chr(256 + i) for i in range(256 - len(printed))]

@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.errors import UserError
-from latentdiff.models.attention import Attention, Context, ContextKV, SpatialTransformer
-from latentdiff.models.attention_backend import attention_backend
+from latentdiff.models.attention import (
+    Attention,
+    Context,
+    ContextKV,
+    SpatialTransformer,
+    attention_backend,
+)
 from latentdiff.models.blocks import Block, DownBlock, MidBlock, ResnetBlock, UpBlock
 from latentdiff.models.time_embedding import (
     FourierFeatures,

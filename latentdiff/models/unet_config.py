@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from latentdiff.config_types import options, type_name
+from latentdiff.config import options, type_name
 from latentdiff.errors import UserError, choice_error, did_you_mean
 from latentdiff.models.sizes import check_numbers
 

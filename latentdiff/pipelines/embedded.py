@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline, PipelineOutput
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline, PipelineOutput
 
 
 class EmbeddedPipeline:
@@ -28,7 +28,7 @@ class EmbeddedPipeline:
 
     def _load(self) -> LatentDiffusionPipeline:
         if self._loaded is None:
-            from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+            from latentdiff.pipelines.generate import LatentDiffusionPipeline
 
             self._loaded = LatentDiffusionPipeline.from_pretrained()
         return self._loaded

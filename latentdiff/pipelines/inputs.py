@@ -1,16 +1,42 @@
-"""Checks of what callers of a pipeline give, before any work is done."""
+"""The largest picture that is drawn; apart, without imports, so that scripts check before loading.
+
+Memory grows with the pixels in the decoder, and with their square in attention on some machines. A
+slip such as 100000 for 1000 would take the whole machine down instead of ending with a message.
+
+Checks of what callers of a pipeline give, before any work is done.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError, choice_error
+
+if TYPE_CHECKING:
+    import torch
+
+#: Height times width; eight times as wide and tall as what Stable Diffusion was trained on.
+MAX_PIXELS = 4096 * 4096
+
+
+def check_pixels(height: int, width: int, name: str = "height x width") -> None:
+    """Refuse sizes that no model draws and no memory holds.
+
+    Args:    name: what the caller calls the size.
+    Raises:  UserError: a side below 1, or more than `MAX_PIXELS`.
+    """
+    if min(height, width) < 1:
+        raise UserError(f"{name} must be at least 1 in both directions; got {height}x{width}.")
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"{name} must be at most {MAX_PIXELS:,} pixels in all, such as 4096x4096; got "
+            f"{height}x{width}, {height * width:,} pixels. Draw near the size of the training and "
+            "enlarge the picture afterwards."
+        )
+
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -114,7 +140,9 @@ def check_output_type(given: Any) -> None:
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     """Refuse initial latents of another shape, or that are not finite."""
-    if not isinstance(latents, Tensor):
+    import torch  # late: --help is instant
+
+    if not isinstance(latents, torch.Tensor):
         raise UserError(f"latents must be a tensor {shape}; got {latents!r:.80}.")
     if tuple(latents.shape) != shape:
         raise UserError(
@@ -129,6 +157,8 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
 
 def device_of(given: str | None) -> torch.device:
     """The device that --device names, or the best there is. Raises: UserError: no such device."""
+    import torch  # late: --help is instant
+
     try:
         device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)

@@ -14,13 +14,13 @@ from latentdiff.diffusion.inversion import ddim_inversion
 from latentdiff.diffusion.samplers import as_denoiser, timestep_grid
 from latentdiff.errors import UserError
 from latentdiff.models.finite import check_finite
-from latentdiff.models.unknown_words import warn_of_unknown_words
+from latentdiff.models.prompts import warn_of_unknown_words
 from latentdiff.pipelines.inputs import check_steps, guidance_scales, prompt_list
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
 
     Pictures = Image | Sequence[Image] | Tensor
 
@@ -115,8 +115,7 @@ def image_tensors(image: Pictures, size: tuple[int, int]) -> Tensor:
     """
     from PIL.Image import Image
 
-    from latentdiff.data.images import WHITE, to_rgb
-    from latentdiff.data.transforms import to_tensor
+    from latentdiff.data.images import WHITE, to_rgb, to_tensor
 
     if isinstance(image, Tensor):
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *size) or not len(image):

@@ -19,15 +19,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
-from latentdiff.formats.compvis_keys import placed
-from latentdiff.formats.compvis_unet import unet_places
-from latentdiff.formats.lora_facts import BASES
-from latentdiff.formats.lora_files import LoraFile, read_lora, some
-from latentdiff.formats.lora_names import places
+from latentdiff.formats.key_map import placed, unet_places
+from latentdiff.formats.lora import BASES, LoraFile, places, read_lora, some
 from latentdiff.models.low_rank import Branch, Difference, LowRank, add_to, layers_of, norms_of
 
 if TYPE_CHECKING:
-    from latentdiff.formats.components import Components
+    from latentdiff.formats.folder import Components
 
 #: (part, module name), for example ("unet", "mid_block.attentions.0.proj_in").
 Place = tuple[str, str]

@@ -12,11 +12,10 @@ from PIL import Image
 from test_latent_cache import StubAutoencoder, config_of
 
 from latentdiff.data.buckets import bucket_sizes, nearest
+from latentdiff.data.images import latent_mask, to_tensor
 from latentdiff.data.latents import LatentCache, build_latent_cache
-from latentdiff.data.masks import latent_mask
 from latentdiff.data.online import OnlineLatents
 from latentdiff.data.source import DataConfig, open_source
-from latentdiff.data.transforms import to_tensor
 from latentdiff.errors import UserError
 
 

@@ -28,7 +28,7 @@ from latentdiff.data.latents import (
 )
 from latentdiff.data.source import DataConfig, open_source
 from latentdiff.errors import UserError
-from latentdiff.trainer.caching import this_worker
+from latentdiff.train.run import this_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 23

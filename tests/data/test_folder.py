@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from data_helpers import picture, png, write_folder
 
-from latentdiff.data import file_tree
+from latentdiff.data import folder as file_tree
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import DataConfig, Source, open_source, report_skipped, split
 from latentdiff.errors import UserError

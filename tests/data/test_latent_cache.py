@@ -15,9 +15,9 @@ from data_helpers import picture, png, write_folder
 from torch import Tensor, nn
 
 from latentdiff.data import latents
+from latentdiff.data.images import to_tensor
 from latentdiff.data.latents import LatentCache, Shards, build_latent_cache, key_array, write_shard
 from latentdiff.data.source import DataConfig, Example, Source, open_source, split
-from latentdiff.data.transforms import to_tensor
 from latentdiff.errors import UserError
 
 

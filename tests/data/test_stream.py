@@ -9,11 +9,10 @@ import torch
 from data_helpers import png, write_folder
 from test_latent_cache import StubAutoencoder
 
-from latentdiff.data.online import OnlineLatents
+from latentdiff.data.online import OnlineLatents, StreamLatents
 from latentdiff.data.source import DataConfig, open_source
-from latentdiff.data.stream import StreamLatents
 from latentdiff.errors import UserError
-from latentdiff.trainer.bucket_order import StreamOrder, make_order
+from latentdiff.train.batches import StreamOrder, make_order
 
 datasets = pytest.importorskip("datasets")
 COUNT = 12

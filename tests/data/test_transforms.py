@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdiff.data.transforms import fit, to_tensor
+from latentdiff.data.images import fit, to_tensor
 from latentdiff.errors import UserError
 
 

@@ -12,9 +12,9 @@ import torch
 from data_helpers import png, write_folder
 from test_latent_cache import StubAutoencoder, config_of
 
+from latentdiff.data.captions import Texts
 from latentdiff.data.latents import build_latent_cache
 from latentdiff.data.source import DataConfig, Source, open_source
-from latentdiff.data.texts import Texts
 from latentdiff.errors import UserError
 
 

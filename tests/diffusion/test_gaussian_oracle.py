@@ -7,7 +7,7 @@ import pytest
 import torch
 from gaussian_oracle import Gaussian, normal
 
-from latentdiff.diffusion.posterior import posterior_coefficients
+from latentdiff.diffusion.bounds import posterior_coefficients
 from latentdiff.diffusion.samplers import ddim, sample, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 

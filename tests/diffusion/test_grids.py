@@ -16,7 +16,7 @@ from latentdiff.diffusion.samplers import (
     warn_of_late_start,
 )
 from latentdiff.diffusion.samplers.grids import GridStyle
-from latentdiff.diffusion.samplers.walk import walk
+from latentdiff.diffusion.samplers.step import walk
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import UserError
 

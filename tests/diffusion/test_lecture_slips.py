@@ -3,7 +3,7 @@
 import torch
 from gaussian_oracle import Gaussian, normal
 
-from latentdiff.diffusion.posterior import (
+from latentdiff.diffusion.bounds import (
     consistency_term,
     posterior_mean,
     posterior_mean_from_eps,

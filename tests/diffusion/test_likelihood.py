@@ -9,13 +9,17 @@ import torch
 from correlated_oracle import LN2, Blocks
 from torch import Tensor
 
-from latentdiff.diffusion.likelihood import (
+from latentdiff.diffusion.bounds import (
+    ElboTerms,
+    angle_grid,
     draw_levels,
+    elbo,
+    elbo_of_chain,
     level_probabilities,
+    ode_bound,
+    ode_log_likelihood,
     sampled_elbo,
 )
-from latentdiff.diffusion.ode_likelihood import angle_grid, ode_bound, ode_log_likelihood
-from latentdiff.diffusion.posterior import ElboTerms, elbo, elbo_of_chain
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import UserError
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from latentdiff.diffusion.posterior import (
+from latentdiff.diffusion.bounds import (
     bits_per_dimension,
     denoising_term,
     elbo,

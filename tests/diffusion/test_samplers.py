@@ -20,7 +20,7 @@ from latentdiff.diffusion.samplers import (
     split_name,
     timestep_grid,
 )
-from latentdiff.diffusion.samplers.walk import advance, estimate_at, walk
+from latentdiff.diffusion.samplers.step import advance, estimate_at, walk
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())

@@ -15,12 +15,12 @@ import pytest
 from damaged import KINDS, encode, picture, snapshot, write_damaged, write_special
 from PIL import Image
 
+from latentdiff.cli.doctor import main
+from latentdiff.data.captions import read_quarantine
 from latentdiff.data.images import UnreadableImage
-from latentdiff.data.quarantine import read_quarantine
 from latentdiff.data.source import DataConfig, open_source, problems_of
-from latentdiff.doctor.command import main
 from latentdiff.doctor.findings import KINDS as FINDINGS
-from latentdiff.doctor.tokens import open_counter
+from latentdiff.doctor.findings import open_counter
 
 
 def kinds_by_name(output: Path) -> dict[str, set[str]]:
@@ -298,7 +298,7 @@ def test_a_fault_in_one_picture_does_not_end_the_examination(tmp_path: Path, mon
         raise MemoryError("no room")
 
     folder = write_good(tmp_path / "d", 2)
-    monkeypatch.setattr("latentdiff.doctor.look.outline_and_colours", fail)
+    monkeypatch.setattr("latentdiff.doctor.examine.outline_and_colours", fail)
     assert main([str(folder), "--output", str(tmp_path / "o")]) == 0
     assert "no room" in (tmp_path / "o" / "quarantine.jsonl").read_text()
 

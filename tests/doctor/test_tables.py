@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentdiff.doctor.records import READABLE, RECORD, Records
+from latentdiff.doctor.findings import READABLE, RECORD, Records, open_counter
 from latentdiff.doctor.tables import (
     RATIOS,
     bucket_sides,
@@ -17,7 +17,6 @@ from latentdiff.doctor.tables import (
     mode_table,
     size_table,
 )
-from latentdiff.doctor.tokens import open_counter
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.models.tokenizer import load_tokenizer

@@ -10,10 +10,9 @@ from PIL import Image
 
 from latentdiff.data.emoji import Drawing, Rendering
 from latentdiff.data.styles import BACKGROUNDS, STYLES
-from latentdiff.evaluation.measures import Shown
-from latentdiff.evaluation.misses import concept_miss, ground_miss, style_miss
+from latentdiff.evaluation.metrics import Shown, fit_classifier
 from latentdiff.evaluation.prompts import Asked
-from latentdiff.evaluation.statistics import fit_classifier
+from latentdiff.evaluation.run import concept_miss, ground_miss, style_miss
 from latentdiff.html_report import write_html
 
 DRAWINGS = [Drawing(name, (), b"", False) for name in ("cat", "dog", "owl")]

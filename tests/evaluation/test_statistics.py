@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdiff.evaluation.measures import ground_of
-from latentdiff.evaluation.statistics import (
+from latentdiff.evaluation.metrics import (
     classify,
     fit_classifier,
     frechet_distance,
+    ground_of,
     kernel_distance,
     nearest_distance,
     ranks,

@@ -11,8 +11,8 @@ import torch
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import UserError
-from latentdiff.formats.embedding_file import read_embedding, write_embedding
-from latentdiff.models.learned_words import add_word
+from latentdiff.formats.embedding import read_embedding, write_embedding
+from latentdiff.models.prompts import add_word
 from tests.random_models import TEXT_WIDTH, make_pipeline
 
 VECTORS = torch.randn(3, TEXT_WIDTH, generator=torch.Generator().manual_seed(7))

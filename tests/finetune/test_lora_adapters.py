@@ -11,10 +11,9 @@ from torch import Tensor
 
 from latentdiff.errors import UserError
 from latentdiff.finetune.lora import FILE, FOLDER, KOHYA_FILE, TARGETS, LoraConfig, apply
-from latentdiff.finetune.text_conditioned import TextConditioned
-from latentdiff.finetune.trainee import Trainee
-from latentdiff.formats.diffusers_folder import Components, load_components
-from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+from latentdiff.finetune.trainee import TextConditioned, Trainee
+from latentdiff.formats.folder import Components, load_components
+from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from tests.random_models import make_pipeline
 
 ALL: dict[str, Any] = {"targets": tuple(TARGETS), "text_encoder": True}

@@ -20,7 +20,7 @@ from launching import launch  # noqa: E402
 from random_models import make_pipeline  # noqa: E402
 from tiny_training import losses, make_pictures  # noqa: E402
 
-from latentdiff.formats.lora_files import read_lora  # noqa: E402
+from latentdiff.formats.lora import read_lora  # noqa: E402
 
 FILES = ("lora/pytorch_lora_weights.safetensors", "lora/lora_kohya.safetensors")
 STEPS = 8
@@ -143,7 +143,7 @@ def test_another_model_under_the_same_name_is_noticed(folder: Path, capsys) -> N
 def test_killed_anywhere_it_goes_on_bit_for_bit(folder: Path, number: int) -> None:
     from train_latent import main
 
-    from latentdiff.trainer.output import is_started
+    from latentdiff.train.checkpoint import is_started
 
     fate = killing.Fate()
     with pytest.MonkeyPatch.context() as patch:

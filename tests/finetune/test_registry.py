@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from latentdiff.config import load_config
-from latentdiff.config_types import kinds_of, sections
+from latentdiff.config import kinds_of, load_config, sections
 from latentdiff.errors import UserError
 from latentdiff.finetune.registry import METHODS, FinetuneConfig
-from latentdiff.trainer.config import TrainConfig, check_given, deciding_facts, read_config
+from latentdiff.train.config import TrainConfig, check_given, deciding_facts, read_config
 
 
 def test_every_configuration_has_its_method() -> None:

@@ -22,8 +22,8 @@ from latentdiff.finetune.textual_inversion import (  # noqa: E402
     TextualInversionConfig,
     apply,
 )
-from latentdiff.formats.diffusers_folder import load_components  # noqa: E402
-from latentdiff.models.learned_words import starting_vectors  # noqa: E402
+from latentdiff.formats.folder import load_components  # noqa: E402
+from latentdiff.models.prompts import starting_vectors  # noqa: E402
 
 FILE = "learned_embeds.safetensors"
 STEPS = 6

@@ -22,7 +22,7 @@ def main() -> None:
     import torch
 
     from latentdiff.formats.model import load_model
-    from latentdiff.models import clip_text, unet, vae  # noqa: F401 (imported before measuring)
+    from latentdiff.models import clip_text as clip_text
 
     torch.nn.Linear(2, 2)(torch.zeros(1, 2))
     before = resident("VmRSS")

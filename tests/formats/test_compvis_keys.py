@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.formats.components import empty_unet
-from latentdiff.formats.compvis_keys import PARTS, Layout, compvis_layout, give, take
+from latentdiff.formats.folder import empty_unet
+from latentdiff.formats.key_map import PARTS, Layout, compvis_layout, give, take
 from latentdiff.formats.sd_facts import sd_configuration
 from latentdiff.models.autoencoder import empty_autoencoder
-from latentdiff.models.text_encoder import empty_text_tower
+from latentdiff.models.clip_text import empty_text_tower
 from latentdiff.models.unet_config import UNetConfig, config_from_dict
 
 #: sha256 of the sorted lines "name shape" of U-Net and autoencoder, printed by the original classes

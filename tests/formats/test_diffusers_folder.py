@@ -12,14 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentdiff import atomic
+from latentdiff import files as atomic
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_folder import (
-    Components,
-    load_components,
-    resolve_folder,
-    save_components,
-)
+from latentdiff.formats.folder import Components, load_components, resolve_folder, save_components
 from tests.random_models import make_pipeline, make_unet, make_vae
 
 
@@ -264,8 +259,7 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch, theirs: Path) -> None:
 
 
 def test_a_models_own_guidance_is_kept_and_used(components: Components, tmp_path: Path) -> None:
-    from latentdiff.pipelines.loaded_model import DEFAULT_GUIDANCE
-    from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+    from latentdiff.pipelines.generate import DEFAULT_GUIDANCE, LatentDiffusionPipeline
 
     sampling = dataclasses.replace(components.sampling, guidance_scale=2.0)
     save_components(tmp_path / "own", dataclasses.replace(components, sampling=sampling))

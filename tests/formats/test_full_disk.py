@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from latentdiff.errors import UserError
-from latentdiff.formats.embedding_file import write_embedding
-from latentdiff.formats.lora_files import write_lora
+from latentdiff.formats.embedding import write_embedding
+from latentdiff.formats.lora import write_lora
 from latentdiff.models.low_rank import LowRank
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentdiff.formats.diffusers_folder import load_components
+from latentdiff.formats.folder import load_components
 from latentdiff.formats.hub import resolve_folder
 from tests.random_models import make_pipeline
 

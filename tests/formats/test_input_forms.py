@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_folder import check_layout, load_components, save_components
-from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+from latentdiff.formats.folder import check_layout, load_components, save_components
+from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from tests.random_models import make_pipeline, make_unet
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.formats.lora_files import FILE, read_lora, write_lora
-from latentdiff.formats.lora_names import kohya_name
+from latentdiff.formats.lora import FILE, kohya_name, read_lora, write_lora
 from latentdiff.models.low_rank import LowRank
 
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.formats.lora_files import read_lora
+from latentdiff.formats.lora import read_lora
 from latentdiff.formats.name_patterns import NamePatterns
 
 peft = pytest.importorskip("peft")

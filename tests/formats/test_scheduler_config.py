@@ -11,7 +11,7 @@ import torch
 from latentdiff.diffusion.samplers import sampler_name, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import UserError
-from latentdiff.formats.scheduler_config import (
+from latentdiff.formats.scheduler import (
     ALPHA_TO_ONE,
     PREDICTION_NAMES,
     SamplingDefaults,

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 
-from latentdiff.commands import convert
-from latentdiff.formats.components import Components, empty_unet
-from latentdiff.formats.scheduler_config import read_scheduler
+from latentdiff.cli import convert as convert
+from latentdiff.formats.folder import Components, empty_unet
+from latentdiff.formats.scheduler import read_scheduler
 from latentdiff.formats.sd_facts import sd_configuration
-from latentdiff.formats.sd_likeness import sd_differences, sd_version
-from latentdiff.formats.write_single_file import modelspec
+from latentdiff.formats.single_file import modelspec, sd_differences, sd_version
 from latentdiff.models.autoencoder import Autoencoder, empty_autoencoder
-from latentdiff.models.clip_vocabulary import clip_tokenizer
-from latentdiff.models.text_encoder import TextEncoder, empty_text_tower
-from latentdiff.models.tokenizer import ClipTokenizer
+from latentdiff.models.clip_text import TextEncoder, empty_text_tower
+from latentdiff.models.tokenizer import ClipTokenizer, clip_tokenizer
 from latentdiff.models.unet_config import config_from_dict
 from tests.random_models import make_vae
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from latentdiff.formats import single_file
-from latentdiff.models.clip_vocabulary import clip_tokenizer, describe_tokenizer, tokenizer_of
+from latentdiff.formats import single_file as single_file
+from latentdiff.models.tokenizer import clip_tokenizer, describe_tokenizer, tokenizer_of
 
 
 @pytest.mark.parametrize(("measured", "side"), [("eps", 64), ("v", 96)])
@@ -17,12 +17,13 @@ def test_latent_size(
     monkeypatch: pytest.MonkeyPatch, measured: str, side: int, unstated: bool
 ) -> None:
     opened = SimpleNamespace(
-        says_no_prediction=unstated,
+        is_measured=unstated,
         config={"unet": {"sample_size": 7}},
         networks={"unet": None},
         state=lambda part: {},
     )
-    monkeypatch.setattr(single_file, "_open", lambda file: opened)
+    monkeypatch.setattr(single_file, "read_tensor_file", lambda file: None)
+    monkeypatch.setattr(single_file, "_understand", lambda file: opened)
     monkeypatch.setattr(single_file, "fill_unet", lambda *_: None)
     monkeypatch.setattr(single_file, "_text_encoder", lambda *_: None)
     monkeypatch.setattr(single_file, "measured_prediction", lambda *_: measured)

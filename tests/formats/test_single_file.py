@@ -19,18 +19,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latentdiff.cli import convert as convert
 from latentdiff.errors import UserError
-from latentdiff.formats import single_file
-from latentdiff.formats.compvis_keys import PARTS, compvis_layout, ema_key, give
-from latentdiff.formats.diffusers_folder import load_components
+from latentdiff.formats import single_file as single_file
+from latentdiff.formats.folder import load_components
 from latentdiff.formats.identify import CONFIGURATION
+from latentdiff.formats.key_map import PARTS, compvis_layout, ema_key, give
 from latentdiff.formats.model import load_model, open_autoencoder, open_text_encoder, save_model
 from latentdiff.formats.sd_facts import sd_configuration
-from latentdiff.formats.single_file import load_single_file
-from latentdiff.formats.stated import measured_prediction
+from latentdiff.formats.single_file import load_single_file, measured_prediction
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
-from latentdiff.tensor_file import TensorFile
+from latentdiff.pipelines.generate import LatentDiffusionPipeline
+from latentdiff.weights import TensorFile
 from tests.formats.test_compvis_keys import parts
 from tests.formats.test_diffusers_folder import assert_same
 from tests.random_models import make_pipeline, make_text_model, make_vae
@@ -155,6 +155,64 @@ def test_what_is_needless_is_left_out_and_listed(changed: Callable[..., Path], f
     assert_same(loaded, load_single_file(file))
 
 
+def openclip_rest(layer: int, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layer after the last and what is beside the layers, as in OpenCLIP's tower."""
+    start = "cond_stage_model.model."
+    block, width = f"{start}transformer.resblocks.", len(like[f"{start}ln_final.bias"])
+    before = f"{block}{layer - 1}."
+    last = {n.replace(before, f"{block}{layer}."): t for n, t in like.items() if before in n}
+    last |= {f"{start}text_projection": torch.zeros(width, width)}
+    last |= {f"{start}logit_scale": torch.zeros(())}
+    # Numbers that 16 bits hold too.
+    return {n: torch.full(t.shape, 0.5 + i) for i, (n, t) in enumerate(sorted(last.items()))}
+
+
+@pytest.mark.parametrize("folder", ["sd2"], indirect=True)
+def test_openclips_last_layer_is_kept_in_files(
+    changed: Callable[..., Path], folder: Path, file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    first = load_file(file)
+    rest = openclip_rest(2, first)
+    assert len(rest) == 14
+    whole = changed(lambda tensors: tensors.update(rest))
+    for target, dtype in ((tmp_path / "32.safetensors", None), (tmp_path / "16.safetensors", "16")):
+        options = ["--dtype", "float16"] if dtype else []
+        assert convert.main([str(whole), str(target), *options]) == 0
+        assert "left out" not in capsys.readouterr().out
+        written = load_file(target)
+        assert written.keys() == first.keys() | rest.keys()
+        for name, tensor in rest.items():
+            assert written[name].dtype == (torch.float16 if dtype else torch.float32)
+            assert torch.equal(written[name].float(), tensor), name
+    assert load_single_file(target).spare.keys() == rest.keys()
+
+    read = StableDiffusionPipeline.from_single_file(
+        str(tmp_path / "32.safetensors"), config=str(folder), safety_checker=None
+    )
+    expected = load_components(folder).text_encoder.weights()
+    own = read.text_encoder.state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(own.get(name, own.get(name.removeprefix("text_model."))), tensor)
+
+    assert convert.main([str(whole), str(tmp_path / "again")]) == 0
+    assert "left out 14 keys" in capsys.readouterr().out
+    assert_same(load_components(tmp_path / "again"), load_components(folder))
+
+
+def test_a_missing_last_layer_is_said(monkeypatch: Any, tmp_path: Path) -> None:
+    tensors = virtual("2")
+    for rest in ({}, openclip_rest(23, tensors)):
+        meta = {"modelspec.prediction_type": "v"}
+        whole = TensorFile(tmp_path / "sd.ckpt", tensors | rest, meta)
+        monkeypatch.setattr(single_file, "read_tensor_file", lambda _, whole=whole: whole)
+        components = load_single_file(tmp_path / "sd.ckpt", dtype=None)
+        said = convert.report(tmp_path / "new.safetensors", components)
+        assert ("23 text layers" in said) == (not rest)
+        assert "left out" not in said and "not of Stable Diffusion" not in said
+
+
 def test_names_without_text_model(changed: Callable[..., Path], file: Path) -> None:
     start = "cond_stage_model.transformer."
 
@@ -237,7 +295,7 @@ def test_pickles_of_training_libraries_open(file: Path, tmp_path: Path, monkeypa
 
 def load_single_file_of(file: Path) -> Any:
     """Without the patched reader."""
-    from latentdiff.tensor_file import read_tensor_file
+    from latentdiff.weights import read_tensor_file
 
     keep, single_file.read_tensor_file = single_file.read_tensor_file, read_tensor_file
     try:
@@ -321,6 +379,8 @@ def other(key: str, *shape: int) -> dict[str, Tensor]:
 
 UNET = "model.diffusion_model."
 FIRST, READS = f"{UNET}input_blocks.0.0.weight", f"{UNET}input_blocks.1.1.attn2.to_k.weight"
+VAE, TEXT = "first_stage_model.quant_conv.bias", "cond_stage_model.transformer.text_model.x"
+SD1 = other(FIRST, 320, 4, 3, 3) | other(READS, 320, 768)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +401,11 @@ FIRST, READS = f"{UNET}input_blocks.0.0.weight", f"{UNET}input_blocks.1.1.attn2.
         (other(FIRST, 320, 5, 3, 3) | other(READS, 320, 1024), "a depth model"),
         (other(FIRST, 320, 8, 3, 3) | other(READS, 320, 768), "InstructPix2Pix"),
         (other(FIRST, 320, 4, 3, 3) | other(READS, 320, 555), "does not say its configuration"),
+        (SD1, "1.x without its autoencoder and text encoder"),
+        (SD1 | other(VAE, 2), "1.x without its text encoder"),
+        (SD1 | other(TEXT, 2), "1.x without its autoencoder"),
+        (other(VAE, 2) | other(TEXT, 2), "autoencoder and text encoder .* without the U-Net"),
+        (other("input_blocks.0.0.weight", 320, 4, 3, 3), "the U-Net of a single file, alone"),
     ],
 )
 def test_other_models_are_refused_by_name(

@@ -6,14 +6,14 @@ import pytest
 
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
-from latentdiff.models.clip_vocabulary import (
+from latentdiff.models.tokenizer import (
     clip_merges,
     clip_tokenizer,
     clip_vocabulary,
     describe_tokenizer,
+    load_tokenizer,
     tokenizer_of,
 )
-from latentdiff.models.tokenizer import load_tokenizer
 
 TEXTS = ["a photo of a cat", "Ünïcödé 日本 😀 don't 12ab!!", "  tabs\t and—dashes (word:1.3)", ""]
 

@@ -11,7 +11,7 @@ import torch
 
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import NO_VARIANCE, Autoencoder, load_autoencoder
-from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.models.clip_text import TextEncoder, load_text_encoder
 from latentdiff.models.tokenizer import load_tokenizer
 from tests.random_models import (
     MAX_TOKENS,

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from latentdiff.errors import UserError
-from latentdiff.models.long_prompts import emphasised, encode_prompts, read_prompt
-from latentdiff.models.prompt_chunks import chunks_of, comma_reach
-from latentdiff.models.prompt_syntax import Run
-from latentdiff.models.text_encoder import TextEncoder, load_text_encoder
+from latentdiff.models.clip_text import TextEncoder, load_text_encoder
+from latentdiff.models.prompts import (
+    Run,
+    chunks_of,
+    comma_reach,
+    emphasised,
+    encode_prompts,
+    read_prompt,
+)
 from tests.random_models import MAX_TOKENS, make_text_model, make_tokenizer
 
 ROOM = MAX_TOKENS - 2

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from latentdiff.errors import UserError
-from latentdiff.models.prompt_syntax import Run, escape, parse
+from latentdiff.models.prompts import Run, escape, parse
 
 
 def weights(text: str) -> list[list[tuple[str, float]]]:

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from latentdiff.errors import UserError
-from latentdiff.models.clip_vocabulary import (
+from latentdiff.models.prompts import add_word
+from latentdiff.models.tokenizer import (
+    ClipTokenizer,
     clip_tokenizer,
     clip_vocabulary,
     describe_tokenizer,
+    load_tokenizer,
     tokenizer_of,
 )
-from latentdiff.models.learned_words import add_word
-from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
 from tests.random_models import (
     BOS,
     EOS,
@@ -140,7 +141,7 @@ def test_words_survive_being_saved(folder: Path, without: str | None, tmp_path: 
 def test_a_word_taught_later_is_there_for_transformers(tmp_path: Path) -> None:
     import torch
 
-    from latentdiff.formats.diffusers_folder import load_components, save_components
+    from latentdiff.formats.folder import load_components, save_components
     from tests.random_models import TEXT_WIDTH, make_pipeline, make_text_model
 
     pipe = make_pipeline()

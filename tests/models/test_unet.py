@@ -201,7 +201,7 @@ def test_xformers_has_no_operator_for_cpu(unet: UNet, monkeypatch: pytest.Monkey
 
 
 def test_xformers_kernels_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentdiff.models.attention_backend import xformers
+    from latentdiff.models.attention import xformers
 
     def fail(*_: Any) -> None:
         raise NotImplementedError("xFormers wasn't build with CUDA support")
@@ -214,7 +214,7 @@ def test_xformers_kernels_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_xformers_layout_equals_sdpa() -> None:
     """xformers wants (B, tokens, heads, dim); a stand-in of that layout gives sdpa's answer."""
-    from latentdiff.models.attention_backend import sdpa, xformers
+    from latentdiff.models.attention import sdpa, xformers
 
     def stand_in(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
@@ -229,8 +229,8 @@ def test_xformers_layout_equals_sdpa() -> None:
 def test_training_on_a_cpu_computes_the_same_attention(
     tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentdiff.models import attention_backend
-    from latentdiff.models.attention_backend import sdpa
+    from latentdiff.models import attention as attention_backend
+    from latentdiff.models.attention import sdpa
 
     plain: list[int] = []
     kept = attention_backend.products
@@ -258,7 +258,7 @@ def test_training_on_a_cpu_computes_the_same_attention(
 
 
 def test_products_are_as_exact_as_the_kernel_in_half_precision() -> None:
-    from latentdiff.models.attention_backend import products
+    from latentdiff.models.attention import products
 
     torch.manual_seed(0)
     q, k, v = 3 * torch.randn(3, 4, 3, 64, 40)

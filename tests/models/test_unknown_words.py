@@ -10,8 +10,7 @@ import torch
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import UserError
-from latentdiff.models.learned_words import add_word
-from latentdiff.models.unknown_words import warn_of_unknown_words
+from latentdiff.models.prompts import add_word, warn_of_unknown_words
 from tests.random_models import TEXT_WIDTH, make_pipeline
 
 

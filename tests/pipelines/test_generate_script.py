@@ -33,7 +33,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
-    script.main()
+    if code := script.main():
+        sys.exit(code)
 
 
 def test_one_picture(
@@ -86,7 +87,7 @@ def test_learned_words_by_file_and_by_name(
 ) -> None:
     import torch
 
-    from latentdiff.formats.embedding_file import write_embedding
+    from latentdiff.formats.embedding import write_embedding
 
     file = str(write_embedding(tmp_path / "a=b.safetensors", "<a>", torch.ones(2, TEXT_WIDTH)))
     fast = ("--model", model, "--steps", "1", "--quiet", "--output", str(tmp_path / "a.png"))
@@ -106,6 +107,15 @@ def test_learned_words_by_file_and_by_name(
         (("--size", "big"), "--size must be like 64 or 64x128"),
         (("--size", "100000", "--model", "./nothing"), "--size must be at most 16,777,216 pixels"),
         (("--size", "8192x4096"), "got 8192x4096, 33,554,432 pixels"),
+        (("--size", "0", "--model", "./nothing"), "--size must be at least 1 in both directions"),
+        (("--size", "64x0", "--model", "./nothing"), "got 64x0"),
+        (("--size", "9" * 5000), "--size must be like 64 or 64x128"),
+        (("--size", "-64"), "--size must be like 64 or 64x128"),
+        (("--guidance", ""), "--guidance must be numbers with commas between; got ''"),
+        (("--timesteps", ""), "--timesteps must be numbers"),
+        (("--sampler", ""), "sampler must be one of"),
+        (("--steps", "0"), "num_inference_steps must be a whole number of at least 1; got 0"),
+        (("--num-images", "0"), "num_images_per_prompt must be a whole number of at least 1"),
         (("--model", "./nothing"), "this folder does not exist"),
         (("--output", "/proc/x/cat.png", "--model", "./nothing"), "cannot be written"),
         (("--output", "/proc/cat.png", "--model", "./nothing"), "cannot be written"),
@@ -166,7 +176,7 @@ def test_lora_option(
 ) -> None:
     import torch
 
-    from latentdiff.formats.lora_files import write_lora
+    from latentdiff.formats.lora import write_lora
     from latentdiff.models.low_rank import LowRank
 
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ import torch
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import UserError
-from latentdiff.models.long_prompts import encode_prompts
+from latentdiff.models.prompts import encode_prompts
 from tests.random_models import make_pipeline
 
 FAST: dict[str, Any] = {"num_inference_steps": 3, "progress": False, "output_type": "pt"}

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentdiff.commands import inspect
+from latentdiff.cli import inspect as inspect
 from latentdiff.errors import UserError
-from latentdiff.formats.lora_files import write_lora
+from latentdiff.formats.lora import write_lora
 from latentdiff.models.low_rank import LowRank, layers_of, norms_of
+from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from latentdiff.pipelines.lora import parts_of
-from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
 from tests.random_models import make_pipeline
 
 ENDS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.2", "q_proj", "k_proj")

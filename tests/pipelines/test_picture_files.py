@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from latentdiff.errors import UserError
-from latentdiff.pipelines.picture_files import check_picture_file, save_picture
-from latentdiff.pipelines.pictures import grid
+from latentdiff.pipelines.image_files import check_picture_file, save_picture
+from latentdiff.pipelines.images import grid
 
 RED = (255, 0, 0)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latentdiff.embedded import EMBEDDED_MODEL
-from latentdiff.pipelines.text_to_image import LatentDiffusionPipeline
+from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from tests.random_models import make_pipeline
 
 PROMPTS = ["a cat", "pain pain dog"]
@@ -150,7 +150,7 @@ def test_another_solver_ends_at_the_clean_image_whatever_ddim_does(
     """Every Stable Diffusion file says set_alpha_to_one=False, which these do not know."""
     import diffusers
 
-    theirs = make_pipeline(scheduler=ddim(set_alpha_to_one=False))
+    theirs = make_pipeline(scheduler=ddim(timestep_spacing="leading"))
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(tmp_path)
     theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config)
@@ -169,7 +169,7 @@ def test_flow_folder_opens_in_theirs(tmp_path: Path) -> None:
     from dataclasses import replace
 
     from latentdiff.diffusion.schedule import ScheduleConfig
-    from latentdiff.formats.diffusers_folder import load_components
+    from latentdiff.formats.folder import load_components
 
     make_pipeline().save_pretrained(tmp_path / "theirs")
     parts = replace(

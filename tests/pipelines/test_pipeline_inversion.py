@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import UserError
-from latentdiff.pipelines.pictures import psnr
+from latentdiff.pipelines.images import psnr
 from tests.random_models import make_pipeline
 
 SCRIPT = Path(__file__).parents[2] / "inference" / "invert.py"
@@ -91,6 +91,9 @@ def test_pictures_are_alone_and_together_the_same(pipeline: LatentDiffusionPipel
         ({"image": torch.zeros(3, 32, 32)}, r"\(pictures, 3, 32, 32\)"),
         ({"prompt": ["a", "b"]}, "one for each of the 1 pictures; got 2"),
         ({"height": 33}, "multiples of 2"),
+        ({"height": 0}, "multiples of 2"),
+        ({"width": 32.0}, "must be whole numbers"),
+        ({"timestep_spacing": ""}, "timestep spacing must be one of"),
         ({"height": 100_000, "width": 100_000}, "at most 16,777,216 pixels"),
         ({"iterations": 0}, "iterations must be a whole number"),
         ({"num_inference_steps": 1001}, "1 … 1000"),
@@ -116,7 +119,8 @@ def script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["invert.py", *arguments])
-    module.main()
+    if code := module.main():
+        sys.exit(code)
 
 
 def test_the_script_writes_a_row_and_the_noise(

@@ -66,7 +66,7 @@ def test_output_types(pipeline: LatentDiffusionPipeline) -> None:
 def test_a_size_that_no_memory_holds_is_refused_before_any_noise_is_drawn(
     pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentdiff.pipelines.text_to_image.batch_noise", lambda *_: pytest.fail())
+    monkeypatch.setattr("latentdiff.pipelines.generate.batch_noise", lambda *_: pytest.fail())
     with pytest.raises(UserError, match=r"at most 16,777,216 pixels in all.*got 100000x3200"):
         pipeline("a cat", height=100_000, width=3200, **FAST)
 
@@ -263,6 +263,6 @@ def test_half_precision_keeps_the_autoencoder_float32(tmp_path: Path) -> None:
 def test_missing_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="does not exist"):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "nothing")
-    monkeypatch.setattr("latentdiff.pipelines.loaded_model.EMBEDDED_MODEL", tmp_path / "none")
+    monkeypatch.setattr("latentdiff.pipelines.generate.EMBEDDED_MODEL", tmp_path / "none")
     with pytest.raises(UserError, match="no embedded model"):
         LatentDiffusionPipeline.from_pretrained()

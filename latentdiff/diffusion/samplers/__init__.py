@@ -5,12 +5,6 @@ keeps no state between calls: what a multistep sampler remembers is in the state
 Start reading with `walk.py`: all are made of one kind of step.
 """
 
-from latentdiff.diffusion.samplers.adams import lms, pndm
-from latentdiff.diffusion.samplers.consistency import lcm
-from latentdiff.diffusion.samplers.ddpm_ddim import ddim, ddpm
-from latentdiff.diffusion.samplers.denoiser import as_denoiser, dynamic_threshold
-from latentdiff.diffusion.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral
-from latentdiff.diffusion.samplers.euler_heun import euler, euler_ancestral, heun
 from latentdiff.diffusion.samplers.grids import (
     SPACINGS,
     custom_grid,
@@ -28,8 +22,27 @@ from latentdiff.diffusion.samplers.registry import (
     sampler_name,
     split_name,
 )
-from latentdiff.diffusion.samplers.uni_pc import unipc
-from latentdiff.diffusion.samplers.walk import Denoiser, Noise, SamplerState
+from latentdiff.diffusion.samplers.solvers import (
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2s_ancestral,
+    euler,
+    euler_ancestral,
+    heun,
+    lcm,
+    lms,
+    pndm,
+    unipc,
+)
+from latentdiff.diffusion.samplers.step import (
+    Denoiser,
+    Noise,
+    SamplerState,
+    as_denoiser,
+    dynamic_threshold,
+)
 
 __all__ = [
     "SAMPLERS",

@@ -12,15 +12,29 @@ from typing import Any
 
 from torch import Tensor
 
-from latentdiff.diffusion.samplers.adams import lms, pndm
-from latentdiff.diffusion.samplers.consistency import lcm
-from latentdiff.diffusion.samplers.ddpm_ddim import ddim, ddpm
-from latentdiff.diffusion.samplers.denoiser import bound_of, bounded
-from latentdiff.diffusion.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral
-from latentdiff.diffusion.samplers.euler_heun import euler, euler_ancestral, heun
 from latentdiff.diffusion.samplers.grids import GridStyle
-from latentdiff.diffusion.samplers.uni_pc import unipc
-from latentdiff.diffusion.samplers.walk import Denoiser, Noise, SamplerState, Timesteps
+from latentdiff.diffusion.samplers.solvers import (
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2s_ancestral,
+    euler,
+    euler_ancestral,
+    heun,
+    lcm,
+    lms,
+    pndm,
+    unipc,
+)
+from latentdiff.diffusion.samplers.step import (
+    Denoiser,
+    Noise,
+    SamplerState,
+    Timesteps,
+    bound_of,
+    bounded,
+)
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError, choice_error, did_you_mean
 

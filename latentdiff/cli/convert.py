@@ -1,0 +1,184 @@
+"""`latentdiff convert MODEL PLAIN.safetensors --lora DORA --rank R`: a DoRA as a plain LoRA.
+
+A DoRA's change has no small rank, since every output channel of the weight has a factor of its own.
+The plain LoRA holds its R largest singular values; how much is missing is measured and said.
+
+Turn a model into a diffusers folder, or into a single .safetensors file.
+
+    latentdiff convert SOURCE TARGET [--dtype float16] [--variant fp16] [--prediction v]
+    latentdiff convert SOURCE TARGET --lora FILE[:WEIGHT]
+    latentdiff convert SOURCE PLAIN.safetensors --lora DORA --rank 32
+
+SOURCE is a folder, a single file (.safetensors or .ckpt) or a hub id; a TARGET that ends in
+.safetensors becomes a single file in CompVis' layout, any other a folder. Weights keep the dtype
+they have on disk unless --dtype says otherwise. Nothing is written before all of SOURCE is read.
+
+With --lora the changes of LoRA files are added to the weights. With --rank no model is written but
+a plain LoRA, which comes as near to a DoRA on this model as its rank allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentdiff.errors import UserError, command, printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentdiff.formats.folder import Components
+
+
+def check_dora(loras: list[str], target: Path, rank: int) -> None:
+    """Refuse options that do not go together, before a model is read. Raises: UserError."""
+    if rank < 1:
+        raise UserError(f"--rank must be at least 1; got {rank}.")
+    if len(loras) != 1:
+        raise UserError(f"--rank writes one --lora as a plain LoRA; got {len(loras)} of them.")
+    if target.suffix.lower() != ".safetensors":
+        raise UserError(f"a LoRA is written as .safetensors; got {target}.")
+
+
+def convert_dora(
+    components: Components, lora: str, target: Path, rank: int, dtype: torch.dtype | None
+) -> str:
+    """Write the plain LoRA that is nearest to a DoRA on a model, in kohya's layout.
+
+    Args:    dtype: on disk; None: as the DoRA's matrices are.
+    Returns: what was written, and its relative error ‖ΔW − ΔW_R‖ / ‖ΔW‖, as the file has it.
+    Raises:  UserError: no DoRA, not for this model, or the target cannot be written.
+    """
+    from latentdiff.formats.lora import read_lora, write_lora
+    from latentdiff.models.low_rank import layers_of, nearest
+    from latentdiff.pipelines.lora import match, parts_of
+
+    parts = parts_of(components)
+    changes, whole_changes = match(read_lora(lora), parts)
+    if whole_changes or all(change.magnitude is None for change in changes.values()):
+        raise UserError(f"{lora} is no DoRA, or more than one; --rank is for a DoRA alone.")
+    plain, missing, whole, worst = {}, 0.0, 0.0, (0.0, "")
+    for (part, module), change in changes.items():
+        name, weight = f"{part}.{module}", layers_of(parts[part])[module].weight
+        delta = change.delta(weight)
+        near = change if change.magnitude is None else nearest(delta, rank)
+        kind = dtype or change.down.dtype
+        near = replace(near, down=near.down.to(kind), up=near.up.to(kind))
+        off, size = float((delta - near.delta(weight)).square().sum()), float(delta.square().sum())
+        missing, whole = missing + off, whole + size
+        worst = max(worst, ((off / size) ** 0.5 if size else 0.0, name))
+        plain[name] = near
+    write_lora(target, plain, "kohya")
+    return (
+        f"wrote {target}: a plain LoRA of rank {rank}\n"
+        f"relative error of the change: {(missing / whole) ** 0.5 if whole else 0.0:.3g} over "
+        f"{len(plain)} layers; at most {worst[0]:.3g}, of {worst[1]}"
+    )
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "latentdiff convert", description=__doc__, formatter_class=form
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder, single file or hub id")
+    add("target", metavar="TARGET", type=Path, help="new folder, or a name ending in .safetensors")
+    add("--dtype", choices=DTYPES, help="of the weights on disk; default: as they are")
+    add("--variant", help="which weights of SOURCE: fp16 or non_ema of a folder, non_ema of a file")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--prediction", choices=("eps", "v"), help="instead of what SOURCE says")
+    add("--title", help="shown by programs that open a single file; default: its name")
+    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
+    add("--rank", type=int, metavar="R", help="write the one --lora, a DoRA, as a plain LoRA")
+    add("--overwrite", action="store_true", help="replace TARGET if it is there")
+    return parser.parse_args(arguments)
+
+
+def convert(args: argparse.Namespace) -> str:
+    """Read all, then write all. Returns: what to say of it. Raises: UserError."""
+    target: Path = args.target.expanduser()
+    _check(args.source, target, args.overwrite)
+    if args.rank is not None:
+        check_dora(args.lora, target, args.rank)
+    import torch
+
+    from latentdiff.formats.folder import save_components
+    from latentdiff.formats.model import load_model
+    from latentdiff.formats.single_file import ENDING, check_target, save_single_file
+
+    single = target.suffix.lower() == ENDING
+    if single:
+        check_target(target)
+    options = {"variant": args.variant, "revision": args.revision, "prediction": args.prediction}
+    components = load_model(args.source, dtype=None, **options)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    if args.rank is not None:
+        return convert_dora(components, args.lora[0], target, args.rank, dtype)
+    _fuse(components, args.lora)
+    if single:
+        return report(save_single_file(target, components, dtype, title=args.title), components)
+    return report(save_components(target, components, dtype), components)
+
+
+def _fuse(components: Components, files: Sequence[str]) -> None:
+    """Add the changes of LoRA files to the weights. Raises: UserError."""
+    from latentdiff.pipelines.lora import Loras, lora_and_weight, parts_of
+
+    loras = Loras(parts_of(components))
+    for text in files:
+        loras.load(*lora_and_weight(text))
+    loras.fuse()
+
+
+def _check(source: str, target: Path, overwrite: bool) -> None:
+    if target.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(f"TARGET is a folder or ends in .safetensors; got {target}.")
+    if target.exists() and (own := Path(source).expanduser()).exists() and target.samefile(own):
+        raise UserError(f"SOURCE and TARGET are the same: {target}.")
+    filled = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if filled and not overwrite:
+        raise UserError(f"{target} exists. Choose another name, or add --overwrite.")
+
+
+def report(written: Path, components: Components) -> str:
+    """Say what was written and what was left out."""
+    from latentdiff.cli.inspect import grouped
+    from latentdiff.formats.single_file import ENDING, sd_differences, sd_version
+
+    lines, single = [f"wrote {written}"], written.suffix.lower() == ENDING
+    if dropped := [*components.dropped, *(() if single else components.spare)]:
+        lines.append(f"left out {len(dropped)} keys that no part has a use for:")
+        lines += [f"  {line}" for line in grouped(dropped)]
+    differences = sd_differences(components) if single else {}
+    if single and not differences and sd_version(components) == "2" and not components.spare:
+        lines.append(
+            "note: the file has the 23 text layers that Stable Diffusion 2 uses, as SOURCE has. "
+            "Programs that build all 24 of OpenCLIP name the others as missing when they open it "
+            "(ComfyUI: 'clip missing'), and draw the same."
+        )
+    if differences:
+        lines.append(
+            "note: not of Stable Diffusion's size. Its configuration is in the metadata, so "
+            "it opens here; programs that take sizes from the keys alone will not open it."
+        )
+        lines += [f"  {part}: {_some(texts)}" for part, texts in differences.items()]
+    return "\n".join(map(printable, lines))
+
+
+def _some(texts: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; see `errors.command` for exit codes."""
+    print(convert(parse(arguments)))

@@ -1,0 +1,147 @@
+"""Look a data set over before training on it; nothing in it is changed.
+
+    latentdiff doctor DATASET [--output DIR] [--quarantine KINDS] [data key=value ...]
+
+DATASET is a folder or .zip of captioned pictures, a .parquet file or a folder of them, a folder of
+the `datasets` library, or `emoji`; what else opening it needs is given as for training
+(data.caption_column=NAME), or by --config with the YAML file of a training run. Written are
+
+    report.html        tables, and pictures of what was found
+    quarantine.jsonl   what training shall leave out: data.quarantine=DIR/quarantine.jsonl
+    findings.jsonl     everything found, one line each
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latentdiff.config import load_config, read_yaml, to_inline
+from latentdiff.data.source import DataConfig
+from latentdiff.doctor.examine import LIST, REPORT, Order, Result, examine
+from latentdiff.doctor.findings import (
+    DEFAULT_QUARANTINE,
+    KINDS,
+    QUARANTINABLE,
+    Limits,
+    check_kinds,
+    open_counter,
+)
+from latentdiff.errors import UserError, command
+
+
+@dataclass(frozen=True)
+class _Only:
+    """The part of a training configuration that is of interest here."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The captioned pictures."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("latentdiff doctor", description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", help="folder, .zip, .parquet, datasets folder or `emoji`")
+    add("overrides", nargs="*", metavar="data.key=value", help="as for train_latent.py")
+    add("--config", type=Path, help="YAML file of a training; its data section is taken")
+    add("--output", type=Path, metavar="DIR", help="default: runs/doctor-NAME, or -2, -3 …")
+    default = ",".join(DEFAULT_QUARANTINE)
+    kinds = f"of {', '.join(QUARANTINABLE)}; `none` for an empty list; default: {default}"
+    add("--quarantine", default=default, metavar="KINDS", help=f"what goes on the list, {kinds}")
+    add("--tiny", type=int, metavar="PIXELS", help="shorter side; default: half of data.image_size")
+    bits = "bits of 128 that look-alikes differ in at most; -1: do not look; default: %(default)s"
+    add("--similar", type=int, default=6, metavar="BITS", help=bits)
+    add("--text-encoder", metavar="DIR", help="model folder or `embedded` whose tokenizer counts")
+    add("--max-tokens", type=int, metavar="N", help="default: the text encoder's, else 77")
+    add("--threads", type=int, default=min(8, os.cpu_count() or 1), help="default: %(default)s")
+    add("--show", type=int, default=40, metavar="N", help="pictures of each kind; %(default)s")
+    return parser.parse_intermixed_args(arguments)
+
+
+def read_order(args: argparse.Namespace) -> Order:
+    """Check the command line as a whole. Raises: UserError."""
+    data = read_data(args.dataset, args.config, args.overrides)
+    for name, least in (("threads", 1), ("show", 0), ("max_tokens", 3)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}; got {value}.")
+    words = [word.strip() for word in args.quarantine.split(",") if word.strip()]
+    kinds = () if words in ([], ["none"]) else check_kinds(words)
+    tiny = data.image_size // 2 if args.tiny is None else args.tiny
+    return Order(
+        data,
+        Limits(data.image_size, tiny, args.similar),
+        open_counter(args.text_encoder, args.max_tokens),
+        kinds,
+        args.output or free_folder(Path("runs") / f"doctor-{_stem(args.dataset)}"),
+        args.threads,
+        args.show,
+    )
+
+
+def read_data(dataset: str, config: Path | None, overrides: Sequence[str]) -> DataConfig:
+    """Put DATASET over a file's data section, and overrides over both. Raises: UserError."""
+    data: dict[str, Any] = dict((read_yaml(config).get("data") or {}) if config else {})
+    data |= {"kind": "emoji"} if dataset == "emoji" else {"path": dataset, "kind": guess(dataset)}
+    # As overrides, so that mistakes in the file are reported in the same words as in training.
+    taken = [f"data.{key}={to_inline(value)}" for key, value in data.items()]
+    return load_config(_Only, None, [*taken, *overrides]).data
+
+
+def guess(dataset: str) -> str:
+    """Tell the kind of a data set from what is there; an id on the hub when nothing is."""
+    place = Path(dataset).expanduser()
+    if place.suffix == ".parquet":
+        return "parquet"
+    if not place.exists():
+        return "folder"
+    if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return "hub"
+    only_tables = place.is_dir() and any(place.glob("*.parquet"))
+    return "parquet" if only_tables else "folder"
+
+
+def free_folder(wanted: Path) -> Path:
+    """The folder itself, or the first of FOLDER-2, FOLDER-3 … that is not there yet."""
+    folder, number = wanted, 2
+    while folder.exists():
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+        number += 1
+    return folder
+
+
+def summary(order: Order, result: Result) -> str:
+    """What is printed at the end."""
+    lines = [
+        f"{result.pictures} pictures with captions, {result.readable} can be read "
+        f"({result.seconds:.1f} s; captions {order.counter.words})"
+    ]
+    for kind, count in result.counts.items():
+        if count:
+            severity, words = KINDS[kind]
+            lines.append(f"{count:>9}  {words} ({severity})")
+    lines += [
+        "",
+        f"report      {order.output / REPORT}",
+        f"quarantine  {result.quarantined} pictures; train without them: "
+        f"data.quarantine={order.output / LIST}",
+        "No file of the data set was changed.",
+    ]
+    return "\n".join(lines)
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the exit code is 0 when all was looked at, whatever was found."""
+    order = read_order(parse(arguments))
+    print(summary(order, examine(order)))
+
+
+def _stem(dataset: str) -> str:
+    return Path(dataset).expanduser().resolve().stem or "data"

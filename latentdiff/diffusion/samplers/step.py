@@ -1,0 +1,233 @@
+"""What every sampler is made of: a walk down a grid of noise levels, and one kind of step.
+
+From level t (α_t, σ_t) to the cleaner level s, with an estimate D of the clean image,
+
+    x_s = α_s D + √(σ_s² − V) ε + √V z,     ε = (x_t − α_t D) / σ_t,     z ~ N(0, I)
+
+keeps the marginals of the forward process for every V between 0 and σ_s² (Song et al. 2021, eq. 12,
+arXiv:2010.02502) and is exact for an ODE or SDE whose D is constant over the step. So a sampler is
+a choice of D (how past and trial estimates are combined: its order) and of V (how much noise is
+drawn anew: 0 makes it an ODE solver). Nothing here asks for α² + σ² = 1; flow is included.
+
+λ = ln(α/σ), half the log signal-to-noise ratio, is the time in which most solvers are written.
+
+What a sampler sees of the network: (x_t, t) -> x_0, bounded if asked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.guidance import Predict
+from latentdiff.diffusion.prediction import check_prediction, to_x_0
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import UserError
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor]
+Timesteps = Tensor | Sequence[float]
+#: (timestep, tensor) pairs of earlier steps that a multistep sampler still needs, newest first.
+History = tuple[tuple[float, Tensor], ...]
+
+
+class SamplerState(NamedTuple):
+    """What a sampler yields after each step, and all it needs to go on from there."""
+
+    step: int
+    """0 … n−1."""
+    t: float
+    """The timestep just left."""
+    x_t: Tensor
+    """The state arrived at, (B, C, H, W); after the last step, the result."""
+    x_0: Tensor
+    """This step's estimate of the clean image, (B, C, H, W), bounded if asked."""
+    history: History = ()
+    """Earlier estimates that the next step needs; empty for one-step samplers."""
+
+
+class Level(NamedTuple):
+    """A point of the grid: timestep, α and σ as Python numbers (float64)."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """σ/α; infinite in pure noise."""
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
+
+    @property
+    def log_snr(self) -> float:
+        """λ = ln(α/σ); −∞ in pure noise, ∞ at the clean image."""
+        return -math.log(self.ratio) if self.ratio > 0 else math.inf
+
+    @property
+    def is_pure_noise(self) -> bool:
+        """Whether x here holds nothing of the image (zero SNR)."""
+        return self.alpha == 0
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether x here is the image."""
+        return self.sigma == 0
+
+
+class Step(NamedTuple):
+    """One step of the walk."""
+
+    number: int
+    """0 … n−1."""
+    now: Level
+    next: Level
+    remaining: int
+    """Steps left, this one included."""
+
+    @property
+    def h(self) -> float:
+        """The step in λ, ≥ 0; infinite from pure noise and to the clean image."""
+        if self.now.is_pure_noise or self.next.is_clean:
+            return math.inf
+        return self.next.log_snr - self.now.log_snr
+
+
+def level(schedule: NoiseSchedule, t: float) -> Level:
+    """α and σ at timestep t."""
+    return Level(t, float(schedule.alpha(t)), float(schedule.sigma(t)))
+
+
+def walk(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    final_timestep: float | None = None,
+    after: SamplerState | None = None,
+) -> Iterator[Step]:
+    """The steps of a sampler, from the first timestep to the end.
+
+    Args:    timesteps: strictly decreasing.
+             final_timestep: where the last step leads; None: the clean image.
+             after: a state that these timesteps gave; the steps up to it are left out.
+    Raises:  UserError: timesteps that do not decrease, or a final one above them.
+    """
+    given = torch.as_tensor(timesteps)
+    # Rounded to what the denoiser will be given, so that both look up the same level.
+    grid = (given.float() if given.is_floating_point() else given).tolist()
+    if not grid or any(low >= high for high, low in itertools.pairwise(grid)):
+        raise UserError(f"timesteps must decrease strictly and not be empty; got {grid[:8]} …")
+    end = schedule.clean_timestep if final_timestep is None else final_timestep
+    if end > grid[-1]:
+        raise UserError(f"final_timestep must be at most the last timestep {grid[-1]}; got {end}.")
+    levels = [level(schedule, t) for t in [*grid, end]]
+    for number in range(0 if after is None else after.step + 1, len(grid)):
+        yield Step(number, levels[number], levels[number + 1], len(grid) - number)
+
+
+def is_end(schedule: NoiseSchedule, t: float | None) -> bool:
+    """Whether a sampler ends at t: the first noise level, or below it (None: the clean image).
+
+    A run that is cut off at a higher level is a part of one that goes on.
+    """
+    return t is None or t <= schedule.clean_timestep + 1
+
+
+def estimate_at(denoiser: Denoiser, x: Tensor, t: float) -> Tensor:
+    """x_0 at level t, which is handed over once per image.
+
+    On the CPU: the schedule's tables are there, and a GPU need not be waited for.
+    """
+    dtype = torch.int64 if isinstance(t, int) else torch.float32
+    return denoiser(x, torch.full((len(x),), t, dtype=dtype))
+
+
+def advance(
+    x: Tensor,
+    estimate: Tensor,
+    now: Level,
+    to: Level,
+    variance: float = 0.0,
+    z: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """The step of the module docstring, from `now` to `to` with D = estimate and V = variance.
+
+    Args:    x, estimate: (B, C, H, W).  variance: 0 … σ_s².  z: draws (B, C, H, W), asked only
+             when variance > 0.
+    """
+    keep = max(to.sigma**2 - variance, 0.0) ** 0.5 / now.sigma
+    x = (to.alpha - now.alpha * keep) * estimate + keep * x
+    return x if variance <= 0 or z is None else x + variance**0.5 * z()
+
+
+def ancestral_variance(now: Level, to: Level) -> float:
+    """The variance of q(x_s | x_t, x_0): V of ancestral sampling.
+
+    V = σ_s² (1 − e^{−2h}), the largest that leaves the step Markov (Ho et al. 2020, eq. 7).
+    """
+    return to.sigma**2 * -math.expm1(-2 * Step(0, now, to, 1).h)
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse an option outside 0 … 1."""
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{name} must lie in 0 … 1; got {value!r:.80}.")
+
+
+Bound = Callable[[Tensor], Tensor]
+
+
+def as_denoiser(predict: Predict, schedule: NoiseSchedule, prediction: str) -> Denoiser:
+    """Wrap a network (x_t, t) -> y, guided or not, so that it answers with x_0.
+
+    The denoiser takes t as a (B,) CPU tensor and hands the network a copy on x_t's device.
+    Raises:  UserError: for a prediction that the schedule cannot turn into x_0.
+    """
+    check_prediction(prediction, schedule.config)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        y = predict(x_t, t.to(x_t.device))
+        return to_x_0(prediction, y.to(x_t.dtype), x_t, schedule.alpha(t), schedule.sigma(t))
+
+    return denoise
+
+
+def bound_of(clip: float | None, threshold: float | None) -> Bound | None:
+    """What keeps the estimate of the clean image in range; None: nothing does.
+
+    Args:    clip: bound |x_0| by this.  threshold: 0 … 1, the fraction of `dynamic_threshold`.
+    Raises:  UserError: both, or one out of range.
+    """
+    if clip is None and threshold is None:
+        return None
+    if clip is not None and threshold is not None:
+        raise UserError("clip and threshold both bound x_0; give one of them.")
+    if threshold is not None:
+        if not 0 < threshold <= 1:
+            raise UserError(f"threshold must lie in 0 … 1, 0.995 usual; got {threshold}.")
+        return lambda x_0: dynamic_threshold(x_0, threshold)
+    if not clip or clip < 0:
+        raise UserError(f"clip must be above 0; got {clip}.")
+    return lambda x_0: x_0.clamp(-clip, clip)
+
+
+def dynamic_threshold(x_0: Tensor, fraction: float) -> Tensor:
+    """Clip each image at the size that this fraction of its values keeps, and scale back to ±1.
+
+        s = max(1, quantile(|x_0|, fraction)),   x_0 ← clip(x_0, −s, s) / s
+
+    For images in pixels; latents are not bounded by 1.
+    Args:    x_0: (B, …).
+    Source:  Saharia et al. 2022, section 2.3, arXiv:2205.11487.
+    """
+    limit = torch.quantile(x_0.float().abs().flatten(1), fraction, dim=1).clamp(min=1)
+    limit = limit.to(x_0.dtype).reshape(-1, *(1,) * (x_0.ndim - 1))
+    return x_0.clamp(-limit, limit) / limit
+
+
+def bounded(denoiser: Denoiser, bound: Bound | None) -> Denoiser:
+    """The denoiser with its estimates bounded."""
+    return denoiser if bound is None else lambda x_t, t: bound(denoiser(x_t, t))

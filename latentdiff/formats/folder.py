@@ -1,0 +1,342 @@
+"""The parts of a text-to-image model, whatever kind of file they come from.
+
+The Stable Diffusion folder of diffusers, read and written.
+
+    model_index.json   unet/   vae/   text_encoder/   tokenizer/   scheduler/
+
+What is written opens in diffusers.StableDiffusionPipeline.from_pretrained, and the other way
+round.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.prediction import check_prediction
+from latentdiff.diffusion.schedule import ScheduleConfig
+from latentdiff.errors import UserError
+from latentdiff.files import atomic_folder, read_json, whole_folder
+from latentdiff.formats.hub import resolve_folder
+from latentdiff.formats.scheduler import (
+    SamplingDefaults,
+    generation_defaults,
+    read_scheduler,
+    scheduler_class,
+    with_generation,
+    write_scheduler,
+)
+from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
+from latentdiff.models.clip_text import TextEncoder, load_text_encoder
+from latentdiff.models.unet import UNet
+from latentdiff.models.unet_config import DIFFUSERS_VERSION, UNetConfig, config_from_dict
+from latentdiff.weights import (
+    TEXT_STEM,
+    UNET_STEM,
+    VAE_STEM,
+    place_weights,
+    read_weights,
+    stored_dtype,
+    write_weights,
+)
+
+#: What a Stable Diffusion U-Net with that many input channels is given besides four of latents.
+SPECIAL_INPUTS = {
+    5: "a depth model (a depth map beside the latents)",
+    7: "an upscaler (a small picture beside the latents)",
+    8: "an InstructPix2Pix model (the latents of a picture to edit beside the noisy ones)",
+    9: "an inpainting model (a mask and the latents of the masked picture beside the noisy ones)",
+}
+
+
+@dataclass
+class Components:
+    """Everything that a text-to-image model consists of."""
+
+    unet: UNet
+    """The denoiser."""
+    autoencoder: Autoencoder
+    """Images ↔ latents."""
+    text_encoder: TextEncoder
+    """Prompts → context."""
+    schedule: ScheduleConfig
+    """The noise schedule of the training."""
+    prediction: str
+    """What the U-Net predicts: eps, x0, v or flow."""
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """How to sample when the caller does not say."""
+    dtype_on_disk: torch.dtype = torch.float32
+    """What the U-Net was stored in; saving keeps to it unless told otherwise."""
+    dropped: list[str] = field(default_factory=list)
+    """Keys of the file or folder that no part has a use for."""
+    spare: dict[str, Tensor] = field(default_factory=dict)
+    """What OpenCLIP's tower has besides the layers in use, by its keys in a single file: of no use
+    here, and kept for single files, since other programs look for it."""
+
+    def check(self) -> None:
+        """Refuse parts that do not fit together.
+
+        Raises: UserError: latent channels, text width or prediction do not match.
+        """
+        unet, latent = self.unet.config, self.autoencoder.latent_channels
+        check_inputs(unet, latent)
+        for name, value in (("in_channels", unet.in_channels), ("out_channels", unet.out_channels)):
+            if value != latent:
+                raise UserError(
+                    f"the U-Net's {name} must equal the autoencoder's latent channels ({latent}); "
+                    f"got {value}. They come from different models."
+                )
+        if unet.cross_attention_dim != self.text_encoder.width:
+            raise UserError(
+                f"the U-Net's cross_attention_dim must equal the text encoder's width "
+                f"({self.text_encoder.width}); got {unet.cross_attention_dim}. "
+                "They come from different models."
+            )
+        check_prediction(self.prediction, self.schedule)
+
+    def part_dtypes(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """What each part is saved in: `dtype`, or what it was stored in."""
+        vae, text = self.autoencoder.dtype_on_disk, self.text_encoder.dtype_on_disk
+        return {
+            "unet": dtype or self.dtype_on_disk,
+            "vae": dtype or vae or self.dtype_on_disk,
+            "text_encoder": dtype or text or self.dtype_on_disk,
+        }
+
+
+def check_inputs(unet: UNetConfig, latent_channels: int = 4) -> None:
+    """Refuse by name a U-Net that is given more than noisy latents. Raises: UserError."""
+    special = SPECIAL_INPUTS.get(unet.in_channels)
+    if special and unet.out_channels == latent_channels == 4:
+        raise UserError(
+            f"this is {special}: its U-Net has {unet.in_channels} in_channels. Only text-to-image "
+            "models, with 4, are supported."
+        )
+
+
+def empty_unet(config: UNetConfig) -> UNet:
+    """Build a U-Net whose weights take no memory yet."""
+    with torch.device("meta"):
+        return UNet(config)
+
+
+def fill_unet(
+    unet: UNet, state: Mapping[str, Tensor], where: str | Path, dtype: torch.dtype | None
+) -> UNet:
+    """Put weights into an empty U-Net. Raises: UserError: they do not fit."""
+    place_weights(unet, state, where, dtype)
+    for parameter in unet.parameters():
+        parameter.requires_grad_(True)
+    unet.time_proj.requires_grad_(False)
+    return unet.eval()
+
+
+__all__ = ["Components", "load_components", "resolve_folder", "save_components"]
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+#: Optional, ours: what the pipeline takes when its caller gives nothing, see `SamplingDefaults`.
+GENERATION = "generation_config.json"
+LAYOUT = (*PARTS, "model_index.json", GENERATION, "safety_checker", "feature_extractor")
+#: Shards of this size suit version control; a file's head comes on top.
+SMALL_SHARDS = 15 * 2**20 - 2**16
+
+
+#: Pipelines of diffusers for models of another kind, by how their names begin.
+OTHER_MODELS = {
+    "StableDiffusionXL": "Stable Diffusion XL",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "StableDiffusionInpaint": "a Stable Diffusion inpainting model",
+    "StableDiffusionDepth": "a Stable Diffusion depth model",
+    "StableDiffusionUpscale": "a Stable Diffusion upscaler",
+    "StableDiffusionLatentUpscale": "a Stable Diffusion upscaler",
+    "StableDiffusionInstructPix2Pix": "an InstructPix2Pix model",
+    "StableUnCLIP": "Stable unCLIP",
+    "StableVideo": "Stable Video Diffusion",
+    "StableCascade": "Stable Cascade",
+    "Flux": "FLUX",
+    "PixArt": "PixArt",
+    "Kandinsky": "Kandinsky",
+    "LatentConsistency": "a latent consistency model",
+    "AltDiffusion": "AltDiffusion",
+}
+
+
+def load_components(
+    folder_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Components:
+    """Read a model in the Stable Diffusion layout.
+
+    Args:    folder_or_hub_id: a local folder, which never touches the network, or a hub id.
+             dtype: of U-Net and text encoder in memory; the autoencoder is always float32,
+             because Stable Diffusion's decoders overflow in float16. None: everything as it is on
+             disk, for converting.
+             revision: branch, tag or commit on the hub.
+             variant: fp16, non_ema, …: the U-Net must have it, other parts take it if they do.
+    Raises:  UserError: a part is missing, unsupported, damaged or does not fit the others.
+    """
+    folder = resolve_folder(folder_or_hub_id, revision, variant)
+    check_layout(folder)
+    schedule, prediction, sampling = read_scheduler(
+        read_json(folder / "scheduler" / "scheduler_config.json")
+    )
+    unet, on_disk = _read_unet(folder / "unet", dtype, variant)
+    text = load_text_encoder(folder / "text_encoder", folder / "tokenizer", dtype, variant)
+    vae_dtype = None if dtype is None else torch.float32
+    components = Components(
+        unet=unet,
+        autoencoder=load_autoencoder(folder / "vae", vae_dtype, variant),
+        text_encoder=text,
+        schedule=schedule,
+        prediction=prediction,
+        sampling=_with_generation(sampling, folder / GENERATION),
+        dtype_on_disk=on_disk,
+        dropped=[f"text_encoder: {name}" for name in text.dropped],
+    )
+    components.check()
+    return components
+
+
+def save_components(
+    folder: str | Path,
+    components: Components,
+    dtype: torch.dtype | None = None,
+    *,
+    max_shard_bytes: int | None = None,
+) -> Path:
+    """Write a model in the Stable Diffusion layout, all at once.
+
+    Args:    folder: new, empty, or a model folder, which is replaced only when all is written.
+             dtype: on disk; None: what each part was read from.
+             max_shard_bytes: split weights into files of this size, see `SMALL_SHARDS`.
+    Returns: the folder.
+    Raises:  UserError: parts that do not fit together, or a folder that cannot be written.
+    """
+    components.check()
+    dtypes = components.part_dtypes(dtype)
+    target = Path(folder).expanduser()
+    vae, text = components.autoencoder, components.text_encoder
+    parts: list[tuple[str, dict[str, Any], Mapping[str, Tensor], str]] = [
+        ("unet", components.unet.config_dict(), components.unet.state_dict(), UNET_STEM),
+        ("vae", vae.config_dict(), vae.module.state_dict(), VAE_STEM),
+        ("text_encoder", text.config_dict(), text.weights(), TEXT_STEM),
+    ]
+    with atomic_folder(target, LAYOUT) as new:
+        for name, config, state, stem in parts:
+            (new / name).mkdir()
+            _write_json(new / name / "config.json", config)
+            write_weights(new / name, stem, state, dtypes[name], max_shard_bytes)
+        text.tokenizer.save(new / "tokenizer")
+        (new / "scheduler").mkdir()
+        scheduler = write_scheduler(components.schedule, components.prediction, components.sampling)
+        _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+        _write_json(new / "model_index.json", _model_index(components))
+        if own := generation_defaults(components.sampling):
+            _write_json(new / GENERATION, own)
+    return target
+
+
+def save_autoencoder(
+    autoencoder: Autoencoder, folder: Path, dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write an autoencoder's config.json and weights alone, all at once. Returns: the folder."""
+    with whole_folder(folder) as new:
+        _write_json(new / "config.json", autoencoder.config_dict())
+        write_weights(new, VAE_STEM, autoencoder.module.state_dict(), dtype, None)
+    return folder
+
+
+def save_text_encoder(
+    text: TextEncoder,
+    folder: Path,
+    dtype: torch.dtype = torch.float16,
+    max_shard_bytes: int | None = None,
+) -> Path:
+    """Write a text encoder's config.json and weights alone. Returns: the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", text.config_dict())
+    write_weights(folder, TEXT_STEM, text.weights(), dtype, max_shard_bytes)
+    return folder
+
+
+def _with_generation(sampling: SamplingDefaults, file: Path) -> SamplingDefaults:
+    return with_generation(sampling, read_json(file), file) if file.is_file() else sampling
+
+
+def _read_unet(
+    folder: Path, dtype: torch.dtype | None, variant: str | None = None
+) -> tuple[UNet, torch.dtype]:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no U-Net at {folder}: config.json does not exist there.")
+    config = config_from_dict(read_json(folder / "config.json"))
+    check_inputs(config)
+    state = read_weights(folder, UNET_STEM, variant, insist=True)
+    return fill_unet(empty_unet(config), state, folder, dtype), stored_dtype(state)
+
+
+def check_layout(folder: Path) -> None:
+    """Refuse a folder of another kind of model, by name. Raises: UserError."""
+    index = folder / "model_index.json"
+    kind = str(read_json(index).get("_class_name")) if index.is_file() else ""
+    for start, name in OTHER_MODELS.items():
+        if kind.startswith(start) and not kind.endswith("Legacy"):
+            raise UserError(
+                f"{folder} is {name} (diffusers' {kind}), which is not supported. Stable Diffusion "
+                "1.x and 2.x for text to image are."
+            )
+    missing = [name for name in PARTS if not (folder / name).is_dir()]
+    if missing:
+        raise UserError(
+            f"{folder} is not a Stable Diffusion folder: {', '.join(missing)} missing. "
+            f"It must hold {', '.join(PARTS)}.{run_hint(folder)}"
+        )
+
+
+def run_hint(folder: Path) -> str:
+    """Where the model is in the output folder of a training, which holds other files beside it.
+
+    It is named and not opened: a run may hold several (model-sigma-…), or only a LoRA file.
+    """
+    if all((folder / "model" / name).is_dir() for name in PARTS):
+        return f" Did you mean {folder / 'model'}?"
+    models = sorted(index.parent.name for index in folder.glob("model*/model_index.json"))
+    if models:
+        return f" Did you mean {folder / models[0]}?"
+    if (lora := folder / "lora").is_dir() or (folder / "learned_embeds.safetensors").is_file():
+        option = f"--lora {lora}" if lora.is_dir() else f"--embedding {folder}"
+        return f" It holds what a fine-tuning learned, to be given with {option}."
+    if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
+        return (
+            f" It is the output of a training that has not written its model yet: go on with "
+            f"--resume output={folder}."
+        )
+    return ""
+
+
+def _model_index(components: Components) -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler_class(components.schedule)],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", components.autoencoder.kind],
+    }
+
+
+def _write_json(file: Path, data: dict[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,539 @@
+"""The prompt syntax of AUTOMATIC1111's web UI: how much words count, where a new chunk begins.
+
+    (red)        × 1.1              ((red))     × 1.1²
+    (red:1.3)    × 1.3              [red]       ÷ 1.1
+    \( \) \[ \] \\                  the sign itself
+    BREAK                           what follows begins a new chunk
+
+Factors of nested brackets multiply. Round and square ones are matched apart from each other. One
+that is never closed lasts to the end of the text, one that was never opened is just a sign.
+
+Facts: stable-diffusion-webui, modules/prompt_parser.py. BREAK counts within brackets too (there it
+becomes a word). What that program does with a text beyond weights (words that change from step to
+step, AND, <lora:…>) is refused by name and not taken for words.
+
+A prompt of any length in pieces that a text tower can take.
+
+A tower with T positions takes T − 2 tokens between its begin and end mark. A longer prompt fills
+several such chunks one after the other. Where a comma is among the last tokens of a full chunk,
+what follows the comma moves over, so that phrases stay together.
+
+Facts: stable-diffusion-webui, modules/sd_hijack_clip.py (75 tokens, a comma at most 20 back).
+
+Prompts → context, by one of three readings.
+
+    plain    one pass of the text tower; words that do not fit are cut off, with a warning
+    long     as many passes as the words need, their states one after the other
+    a1111    the same with weighted words and BREAK, see `prompt_syntax`
+
+A text that fits, and for a1111 holds no syntax, has the same states in all three.
+
+A weight w multiplies the states of its tokens, and the chunk is then scaled back to its old mean:
+
+    z'_k = w_k z_k,    z'' = z' · mean(z)/mean(z')
+
+Source: stable-diffusion-webui, modules/sd_emphasis.py (`EmphasisOriginal`), which keeps the mean
+because pictures had artifacts without. Were all states of one sign, mean(z')/mean(z) would lie
+between the least and the largest weight. Where it does not, the mean is what is left of larger
+numbers that cancel (a last LayerNorm without bias), the ratio is noise, and z' stays.
+
+Words whose token embeddings were learned: textual inversion.
+
+A new word gets one token, or n of them, behind all that there are; NAME, NAME_1, NAME_2, … as
+diffusers calls them. Its embeddings are new rows of the tower's table, and nothing else changes: a
+text in which the word does not occur has the tokens and states that it had. A name that begins or
+ends with a letter, digit or _ is met as a whole word alone, not within a longer one.
+
+Source: Gal et al. 2022, arXiv:2208.01618.
+
+What a prompt says to other programs or other models, and is read as mere words here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.errors import UserError, choice_error
+from latentdiff.models.clip_text import TextEncoder
+from latentdiff.models.tokenizer import ClipTokenizer
+
+if TYPE_CHECKING:
+    from latentdiff.models.tokenizer import ClipTokenizer
+
+#: What one pair of brackets multiplies or divides by.
+STEP = 1.1
+#: Weights of a larger size have no use and overflow in 16 bit.
+LARGEST = 100.0
+
+_SIGNS = re.compile(
+    r"""\\ (?P<literal> [()\[\]\\:|]? )
+    | (?P<open> [(\[] )
+    | : \s* (?P<number> [+-]? [.\d]+ ) \s* \)
+    | (?P<close> [)\]] )
+    | (?P<words> [^\\()\[\]:]+ | : )""",
+    re.VERBOSE,
+)
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_AT_STEP = re.compile(r":\s*[+-]?[.\d]+\s*$")
+
+
+class Run(NamedTuple):
+    """Words that count equally."""
+
+    text: str
+    """As the tokenizer gets it."""
+    weight: float
+    """1 = as usual."""
+
+
+def parse(text: str) -> list[list[Run]]:
+    """Read a prompt.
+
+    Returns: for each part between BREAKs its runs; neighbours differ in weight, none is empty.
+    Raises:  UserError: a weight that is no number or above `LARGEST`; syntax that is not supported.
+    """
+    _refuse_networks(text)
+    pieces: list[str | None] = []  # None is a BREAK
+    plain: list[str] = []  # the same without what was escaped, to find unsupported syntax in
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    factors: list[tuple[int, int, float]] = []  # pieces from, to; factor
+    for sign in _SIGNS.finditer(text):
+        found = sign.lastgroup
+        if found == "open":
+            opened[sign[0]].append(len(pieces))
+        elif found == "number" and opened["("]:
+            factors.append((opened["("].pop(), len(pieces), _number(sign["number"])))
+        elif sign[0] == ")" and opened["("]:
+            factors.append((opened["("].pop(), len(pieces), STEP))
+        elif sign[0] == "]" and opened["["]:
+            start = opened["["].pop()
+            _refuse_schedule("".join(plain[start:]))
+            factors.append((start, len(pieces), 1 / STEP))
+        elif found == "literal":
+            pieces.append(sign["literal"])
+            plain.append("")
+        else:
+            for i, words in enumerate(_BREAK.split(sign[0])):
+                new = [words] if i == 0 else [None, words]
+                pieces += new
+                plain += ["" if piece is None else piece for piece in new]
+    factors += [(start, len(pieces), STEP) for start in opened["("]]
+    factors += [(start, len(pieces), 1 / STEP) for start in opened["["]]
+    return _parts(pieces, _weights(len(pieces), factors))
+
+
+def escape(text: str) -> str:
+    """Text that `parse` reads as exactly these words, each of weight 1 (BREAK excepted)."""
+    return re.sub(r"[()\[\]\\:|]", lambda sign: "\\" + sign[0], text)
+
+
+def _weights(count: int, factors: list[tuple[int, int, float]]) -> list[float]:
+    weights = [1.0] * count
+    for start, end, factor in factors:
+        for i in range(start, end):
+            weights[i] *= factor
+    return weights
+
+
+def _parts(pieces: list[str | None], weights: list[float]) -> list[list[Run]]:
+    parts: list[list[Run]] = [[]]
+    for piece, weight in zip(pieces, weights, strict=True):
+        if piece is None:
+            parts.append([])
+            continue
+        if not piece:
+            continue
+        if not abs(weight) <= LARGEST:
+            raise UserError(
+                f"the weight of {piece.strip()[:50]!r} in the prompt must lie in -{LARGEST:g} … "
+                f"{LARGEST:g} (0.5 to 1.5 usual); got {weight:g}. Use fewer brackets, or write "
+                "\\( and \\) for brackets that are part of the text."
+            )
+        runs = parts[-1]
+        if runs and runs[-1].weight == weight:
+            runs[-1] = Run(runs[-1].text + piece, weight)
+        else:
+            runs.append(Run(piece, weight))
+    return parts
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value):
+        return value
+    raise UserError(
+        f"a weight in the prompt must be a number, as in (red:1.3); got {text!r}. Write \\: for a "
+        "colon that is part of the text."
+    )
+
+
+def _refuse_schedule(inside: str) -> None:
+    if "|" in inside or _AT_STEP.search(inside):
+        raise UserError(
+            f"the prompt holds [{inside[:60]}], which changes the words from step to step in "
+            "A1111; that is not supported. Take it out, or write \\[ and \\] for brackets that "
+            "are part of the text."
+        )
+
+
+def _refuse_networks(text: str) -> None:
+    if network := NETWORK.search(text):
+        raise UserError(
+            f"the prompt holds {network[0][:60]!r}, which loads a file in A1111; a prompt loads "
+            f"nothing here. Take it out; {how_to_load(*network.groups())}."
+        )
+    if re.search(r"\bAND\b", text):
+        raise UserError(
+            "the prompt holds AND in capitals, which mixes several predictions in A1111; that is "
+            "not supported. Write `and` for the word."
+        )
+
+
+Pieces = Callable[[str], list[tuple[int, ...]]]
+"""Text → token ids; those of one learned word, which stay together, in one tuple."""
+
+
+class Chunk(NamedTuple):
+    """What one pass of the tower reads, marks and padding left out."""
+
+    ids: tuple[int, ...]
+    """Token ids."""
+    weights: tuple[float, ...]
+    """How much each counts."""
+
+
+def comma_reach(room: int) -> int:
+    """How many tokens before a chunk's end a comma is looked for: 20 of 75."""
+    return room * 20 // 75
+
+
+def chunks_of(
+    parts: Sequence[Sequence[Run]], pieces: Pieces, room: int, comma: int | None
+) -> list[Chunk]:
+    """Cut a prompt up.
+
+    Args:    parts: what `prompt_syntax.parse` gives.  pieces: the tokenizer.
+             room: tokens in a chunk.  comma: the comma's token; None: there is none.
+    Returns: at least one chunk; an empty part is an empty chunk, unless it is the last of several.
+    Raises:  UserError: a learned word of more vectors than a chunk has room for.
+    """
+    chunks: list[Chunk] = []
+    for part in parts:
+        words = [(piece, run.weight) for run in part for piece in pieces(run.text)]
+        chunks += _fill(words, room, comma)
+    if len(chunks) > 1 and not chunks[-1].ids:
+        chunks.pop()
+    return chunks
+
+
+def _fill(
+    words: Sequence[tuple[tuple[int, ...], float]], room: int, comma: int | None
+) -> list[Chunk]:
+    chunks: list[Chunk] = []
+    now: list[tuple[int, float]] = []
+    after_comma = 0  # in `now`; 0: no comma yet
+
+    def close(end: int) -> None:
+        nonlocal now, after_comma
+        chunks.append(_chunk(now[:end]))
+        now, after_comma = now[end:], 0
+
+    for piece, weight in words:
+        if len(piece) > room:
+            raise UserError(
+                f"a learned word has {len(piece)} vectors, and the text encoder takes {room} "
+                "tokens at a time. Use one with fewer vectors."
+            )
+        is_comma = piece == (comma,)
+        if len(now) == room and not is_comma and 0 < room - after_comma < comma_reach(room):
+            close(after_comma)
+        if len(now) + len(piece) > room:
+            close(len(now))
+        now += [(token, weight) for token in piece]
+        if is_comma:
+            after_comma = len(now)
+    close(len(now))
+    return chunks
+
+
+def _chunk(tokens: Sequence[tuple[int, float]]) -> Chunk:
+    return Chunk(tuple(t for t, _ in tokens), tuple(w for _, w in tokens))
+
+
+PromptSyntax = Literal["plain", "long", "a1111"]
+#: The mean is not scaled up by more than 1 over this.
+LEAST_RATIO = 0.01
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """What became of a prompt's words."""
+
+    text: str
+    """As it was given."""
+    chunks: tuple[Chunk, ...]
+    """What each pass of the text tower reads."""
+    room: int
+    """Tokens that fit into a pass."""
+    left_out: str = ""
+    """Words that no pass reads: of a plain prompt that is too long."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are read, marks left out."""
+        return sum(len(chunk.ids) for chunk in self.chunks)
+
+    def __str__(self) -> str:
+        passes = "" if len(self.chunks) == 1 else f" in {len(self.chunks)} chunks"
+        left = f"; left out: {self.left_out!r}" if self.left_out else ""
+        return f"{self.tokens} tokens{passes} ({self.room} fit into one){left}"
+
+
+def check_syntax(given: str) -> None:
+    """Refuse an unknown reading."""
+    if given not in get_args(PromptSyntax):
+        raise choice_error("prompt_syntax", given, get_args(PromptSyntax))
+
+
+def read_prompt(
+    encoder: TextEncoder, text: str, syntax: str = "plain", room: int | None = None
+) -> ReadPrompt:
+    """Say how a prompt is cut up, without encoding it.
+
+    Args:    syntax: plain, long or a1111.  room: tokens in a chunk; None: all that fit.
+    Raises:  UserError: unknown reading, room below 1, or syntax that cannot be read.
+    """
+    check_syntax(syntax)
+    if room is not None and room < 1:
+        raise UserError(f"the tokens in a chunk must be at least 1; got {room}.")
+    tokenizer, most = encoder.tokenizer, encoder.max_length - 2
+    if syntax == "plain":
+        ids = [token for piece in tokenizer.pieces(text) for token in piece][:most]
+        chunk = Chunk(tuple(ids), (1.0,) * len(ids))
+        return ReadPrompt(text, (chunk,), most, tokenizer.left_out(text))
+    room = most if room is None else min(room, most)
+    parts = parse(text) if syntax == "a1111" else [[Run(text, 1.0)]]
+    comma = tokenizer.backend.token_to_id(",</w>")
+    return ReadPrompt(text, tuple(chunks_of(parts, tokenizer.pieces, room, comma)), room)
+
+
+def encode_prompts(
+    encoder: TextEncoder, texts: Sequence[str], syntax: str = "plain", room: int | None = None
+) -> list[Tensor]:
+    """The context of each prompt, (chunks · max_length, width); arguments as in `read_prompt`.
+
+    Raises:  UserError: see `read_prompt`; before any work.
+    """
+    check_syntax(syntax)
+    if syntax == "plain":
+        return list(encoder.encode(texts))
+    read = [read_prompt(encoder, text, syntax, room).chunks for text in texts]
+    rows = [encoder.tokenizer.padded(chunk.ids) for chunks in read for chunk in chunks]
+    states = encoder.encode_tokens(torch.tensor(rows, dtype=torch.int64))
+    weighted = iter(
+        [emphasised(z, _row_weights(c, len(z))) for z, c in zip(states, _flat(read), strict=True)]
+    )
+    return [torch.cat([next(weighted) for _ in chunks]) for chunks in read]
+
+
+def emphasised(states: Tensor, weights: Tensor) -> Tensor:
+    """Multiply the states of a chunk (T, width) by weights (T,), and keep their mean.
+
+    States whose weights are all 1 come back as they are.
+    """
+    if bool((weights == 1).all()):
+        return states
+    z = states.float()
+    changed = z * weights.to(z.device)[:, None]
+    ratio = float(changed.mean() / z.mean())
+    if max(float(weights.min()), LEAST_RATIO) <= ratio <= float(weights.max()):
+        changed = changed / ratio
+    return changed.to(states.dtype)
+
+
+def _row_weights(chunk: Chunk, length: int) -> Tensor:
+    weights = torch.ones(length)
+    weights[1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights)
+    return weights
+
+
+def _flat(read: Sequence[tuple[Chunk, ...]]) -> list[Chunk]:
+    return [chunk for chunks in read for chunk in chunks]
+
+
+_WORD_EDGE = re.compile(r"^\w|\w$")
+
+
+def add_word(encoder: TextEncoder, word: str, vectors: Tensor) -> list[int]:
+    """Teach a text encoder, which is changed in place, a word.
+
+    Args:    word: how prompts name it, e.g. <my-cat>.  vectors: (n, width) its embeddings.
+    Returns: the ids of its tokens.
+    Raises:  UserError: the word means something already, cannot be a word, or the vectors are of
+             another width; the encoder is as it was.
+    """
+    if vectors.ndim != 2 or vectors.shape[1] != encoder.width or not len(vectors):
+        raise UserError(
+            f"the embedding of {word!r} must be (vectors, {encoder.width}) for this text encoder; "
+            f"got {tuple(vectors.shape)}. Widths of 768 are for Stable Diffusion 1.x, 1024 for 2.x."
+        )
+    if not bool(vectors.isfinite().all()):
+        raise UserError(f"the embedding of {word!r} holds NaN or infinity; the file is damaged.")
+    names = [word, *(f"{word}_{i}" for i in range(1, len(vectors)))]
+    tokenizer = _with_tokens(encoder.tokenizer, names)
+    ids = [tokenizer.backend.token_to_id(name) for name in names]
+    old = encoder.module.embeddings.token_embedding.weight
+    table = old.new_zeros(max(max(ids) + 1, len(old)), encoder.width)
+    table[: len(old)] = old.detach()
+    table[ids] = vectors.to(old)
+    encoder.tokenizer = tokenizer
+    encoder.module.embeddings.token_embedding = nn.Embedding.from_pretrained(table)
+    encoder.module.config["vocab_size"] = len(table)
+    return ids
+
+
+def check_word(tokenizer: ClipTokenizer, word: str) -> None:
+    """Refuse a word that could not be told from other text. Raises: UserError."""
+    if not word.strip() or word.split() != [word]:
+        raise UserError(
+            f"the name of a learned word must be without spaces, such as <my-cat>; got {word!r}. "
+            "Choose another with token=…"
+        )
+    known = tokenizer.backend.get_vocab(with_added_tokens=True)
+    base, _, number = word.rpartition("_")
+    part = number.isdecimal() and tokenizer.backend.token_to_id(base) is not None
+    if part or word in known or f"{word}</w>" in known or len(tokenizer.pieces(word)) < 2:
+        raise UserError(
+            f"{word!r} is a word that the text encoder knows already, or part of one, and prompts "
+            "with it would change. Choose another name with token=…, such as "
+            f"{'<' + word.strip('<>') + '-2>'!r}."
+        )
+
+
+def starting_vectors(encoder: TextEncoder, words: str, count: int) -> Tensor:
+    """Embeddings to start learning from, (count, width).
+
+    Args: words: their tokens' embeddings, spread over the vectors; empty: the mean of all.
+    """
+    table = encoder.module.embeddings.token_embedding.weight.detach().float()
+    ids = [token for piece in encoder.tokenizer.pieces(words) for token in piece]
+    if not ids:
+        return table.mean(0, keepdim=True).repeat(count, 1)
+    return table[[ids[i * len(ids) // count] for i in range(count)]].clone()
+
+
+class TrainedRows(nn.Module):
+    """An embedding table of which some rows are trained and the others can't move.
+
+    Args: table: as it is.  rows: ids of the trained rows, one after the other.
+    """
+
+    def __init__(self, table: nn.Embedding, rows: list[int]) -> None:
+        super().__init__()
+        self.table = table.requires_grad_(False)
+        self.first = rows[0]
+        self.vectors = nn.Parameter(table.weight.detach()[rows].clone())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings (B, T, width) of ids (B, T)."""
+        place = ids - self.first
+        inside = (place >= 0) & (place < len(self.vectors))
+        own = F.embedding(place.clamp(0, len(self.vectors) - 1), self.vectors)
+        return torch.where(inside[..., None], own, self.table(ids))
+
+
+def _with_tokens(tokenizer: ClipTokenizer, names: list[str]) -> ClipTokenizer:
+    from tokenizers import AddedToken, Tokenizer
+
+    for name in names:
+        check_word(tokenizer, name)
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_tokens([AddedToken(n, single_word=bool(_WORD_EDGE.search(n))) for n in names])
+    larger = ClipTokenizer(backend, tokenizer.config, tokenizer.max_length)
+    if larger.pieces(names[0]) != [tuple(backend.token_to_id(name) for name in names)]:
+        raise UserError(
+            f"the tokenizer does not read {names[0]!r} as one word. Choose another name with "
+            "token=…, of letters, digits and - between < and >."
+        )
+    return larger
+
+
+#: A1111's way to load a file from within a prompt: kind, name, weight.
+NETWORK = re.compile(r"<(lora|lyco|hypernet):([^>:]*)(?::([^>]*))?>", re.IGNORECASE)
+_NUMBER = re.compile(r"-?\d+(\.\d+)?|-?\.\d+")
+_ENDING = re.compile(r"\.(safetensors|pt|bin|ckpt)$", re.IGNORECASE)
+#: A1111's weights and chunks, (red:1.3) and BREAK.
+_WEIGHT = re.compile(r"\([^()]*:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\bBREAK\b")
+#: What learned words are called; a letter, so that signs such as <-> are left alone.
+_WORD = re.compile(r"<[^<>\s:]*[^\W\d_][^<>\s:]*>")
+
+
+def warn_of_unknown_words(
+    tokenizer: ClipTokenizer, texts: Iterable[str], a1111: bool = False
+) -> None:
+    """Warn, once each, of <words> that are not learned and of A1111's <lora:name:1> and (red:1.3).
+
+    Such a prompt works, but its words are read as signs and letters and the picture is another.
+    Args: a1111: whether A1111's syntax is understood, and needs no warning.
+    """
+    found: dict[str, None] = {}
+    for text in texts:
+        for network in NETWORK.finditer(text) if not a1111 else ():
+            found[_say_network(*network.groups())] = None
+        if not a1111 and (weight := _WEIGHT.search(text)):
+            found[_say_weight(weight[0])] = None
+        for word in _WORD.findall(text):
+            # A word that was learned is one piece, whatever the number of its vectors.
+            if len(tokenizer.pieces(word)) != 1:
+                found[_say_word(word)] = None
+    for message in found:
+        warnings.warn(message, stacklevel=3)
+
+
+def how_to_load(kind: str, name: str, weight: str | None) -> str:
+    """How to do here what <lora:name:weight> does in A1111."""
+    if kind.lower() == "hypernet":
+        return "hypernetworks are not supported"
+    # A1111 knows more after the name (a weight per tower, te=1); here a file has one weight.
+    given = _NUMBER.fullmatch((weight or "").split(":")[0])
+    number = given.group() if given else "1"
+    file = "FILE" if not name else name if _ENDING.search(name) else f"{name}.safetensors"
+    return (
+        f"load the file with generate.py --lora {file}:{number}, or "
+        f"pipeline.load_lora('{file}', {number})"
+    )
+
+
+def _say_network(kind: str, name: str, weight: str | None) -> str:
+    shown = f"<{kind}:{name}>" if weight is None else f"<{kind}:{name}:{weight}>"
+    return (
+        f"the prompt holds {shown!r}, which loads a file in A1111; here it loads nothing and is "
+        f"read as words. Take it out; {how_to_load(kind, name, weight)}."
+    )
+
+
+def _say_weight(text: str) -> str:
+    return (
+        f"the prompt holds {text[:60]!r}, which weighs words or begins a chunk in A1111; here it "
+        "is read as words and signs. Draw with generate.py --weighted, or prompt_syntax='a1111'."
+    )
+
+
+def _say_word(word: str) -> str:
+    return (
+        f"the prompt holds {word!r}, which is not a word that this model has learned; it is read "
+        "as signs and letters. Load a textual inversion with generate.py --embedding "
+        f'"FILE={word}", or pipeline.load_embedding(file, {word!r}).'
+    )

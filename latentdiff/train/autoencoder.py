@@ -1,0 +1,210 @@
+"""Training the KL autoencoder that turns pictures into latents.
+
+    L = ‖x − x̂‖₁ + ‖x − x̂‖² + λ_kl KL(q(z|x) ‖ N(0, I)) + λ_p LPIPS(x, x̂) + λ_a L_adv
+
+Source: Rombach et al. 2022, arXiv:2112.10752, section 3.1 and appendix G.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.config import too_small
+from latentdiff.data.source import DataConfig
+from latentdiff.models.autoencoder import LOGVAR_RANGE
+from latentdiff.models.vae import AutoencoderKL
+from latentdiff.train.stage import StageConfig
+
+#: The latent scale that Stable Diffusion 1.x readers assume when a format has no room to say it.
+SD_SCALING_FACTOR = 0.18215
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of the autoencoder; every level after the first halves the resolution."""
+
+    block_out_channels: tuple[int, ...] = (32, 64, 128)
+    """Channels per level; len − 1 halvings."""
+    layers_per_block: int = 1
+    """ResNet blocks per level of the encoder (the decoder has one more)."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    norm_num_groups: int = 8
+    """Groups of every GroupNorm."""
+    mid_block_attention: bool = True
+    """Self-attention at the lowest resolution."""
+
+    def validate(self) -> list[str]:
+        """List what no network has."""
+        problems = too_small(self, layers_per_block=1, latent_channels=1, norm_num_groups=1)
+        groups = max(1, self.norm_num_groups)
+        if not self.block_out_channels or any(c < 1 or c % groups for c in self.block_out_channels):
+            problems.append(
+                f"block_out_channels must be multiples of norm_num_groups={groups}; got "
+                f"{list(self.block_out_channels)}."
+            )
+        return problems
+
+
+@dataclass(frozen=True)
+class AutoencoderLossConfig:
+    """Weights of the loss terms; means over pixels, latent dimensions or patches."""
+
+    l1: float = 1.0
+    """Mean absolute error."""
+    mse: float = 1.0
+    """Mean squared error."""
+    kl: float = 1e-3
+    """KL to N(0, I) per latent dimension, in nats; larger gives smoother latents."""
+    perceptual: float = 0.0
+    """LPIPS (needs stlpips-pytorch); 0 is off."""
+    perceptual_stages: int = 3
+    """VGG stages in LPIPS, 1 to 5."""
+    adversarial: float = 0.0
+    """Patch discriminator; 0 is off."""
+    late_start: float = 0.7
+    """Share of the steps after which the perceptual and adversarial terms start."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        weights = dict.fromkeys(("l1", "mse", "kl", "perceptual", "adversarial"), 0)
+        problems = too_small(self, **weights)
+        if not 1 <= self.perceptual_stages <= 5:
+            problems.append(f"perceptual_stages must lie in 1 … 5; got {self.perceptual_stages}.")
+        if not 0 <= self.late_start <= 1:
+            problems.append(f"late_start must lie in 0 … 1; got {self.late_start}.")
+        return problems
+
+
+@dataclass(frozen=True)
+class AutoencoderTrainConfig:
+    """Everything that train_autoencoder.py needs."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The pictures."""
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """The network."""
+    loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    """The loss."""
+    preload: bool = False
+    """Decode every picture once, before the first step, into memory (of the GPU if there is one):
+    3 · size² bytes each, on every process. A GPU waits for decoding otherwise."""
+    stage: StageConfig = field(default_factory=lambda: StageConfig(output="runs/autoencoder"))
+    """The loop."""
+
+    def validate(self) -> list[str]:
+        """List what does not go together."""
+        if self.preload and self.data.crop == "random":
+            return [
+                "preload keeps one crop of every picture; set data.crop=center, or preload=false."
+            ]
+        return []
+
+
+def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> AutoencoderKL:
+    """Make an untrained autoencoder of the given shape."""
+    levels = len(config.block_out_channels)
+    vae = AutoencoderKL(
+        {
+            "block_out_channels": list(config.block_out_channels),
+            "layers_per_block": config.layers_per_block,
+            "latent_channels": config.latent_channels,
+            "norm_num_groups": config.norm_num_groups,
+            "mid_block_add_attention": config.mid_block_attention,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "sample_size": sample_size,
+            "scaling_factor": SD_SCALING_FACTOR,
+        }
+    )
+    assert isinstance(vae.quant_conv, nn.Conv2d) and vae.quant_conv.bias is not None
+    # Start with σ = e⁻², not 1, so that the decoder sees the picture from the first step.
+    torch.nn.init.constant_(vae.quant_conv.bias[config.latent_channels :], -4.0)
+    # Every residual branch starts at zero (arXiv:1901.09321): the network begins almost linear, and
+    # colours get through from the first steps.
+    for name, parameter in vae.named_parameters():
+        if ".conv2." in name:
+            torch.nn.init.zeros_(parameter)
+    return vae
+
+
+class AutoencoderPass(nn.Module):
+    """One forward pass in training: picture → posterior → sampled latent → picture."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (reconstruction, mean, log-variance); z = μ + σ ε."""
+        mean, logvar = posterior(self.vae, images)
+        latents = mean + (0.5 * logvar).exp() * eps.to(mean.dtype)
+        return self.vae.decode(latents).float(), mean, logvar
+
+
+def posterior(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance (B, C, h, w) of pictures' latents, the latter in −30 … 20."""
+    mean, logvar = vae.encode(images).chunk(2, dim=1)
+    return mean, logvar.clamp(*LOGVAR_RANGE)
+
+
+def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(μ, σ²) ‖ N(0, 1)) in nats, averaged over batch and dimensions (arXiv:1312.6114)."""
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKL, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel over a data set, with its own noise."""
+    count = 0
+    total = squares = torch.zeros(())
+    for images in batches:
+        mean, logvar = posterior(vae, images)
+        mean, var = mean.double(), logvar.double().exp()
+        count += mean.numel() // mean.shape[1]
+        total = total + mean.sum((0, 2, 3))
+        squares = squares + (mean**2 + var).sum((0, 2, 3))
+    average = total / count
+    return average.float(), (squares / count - average**2).sqrt().float()
+
+
+@torch.no_grad()
+def fold_statistics(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Standardise the latents inside the weights, so that one scalar is all that is left.
+
+    Afterwards `scaling_factor · raw` has mean 0 and variance 1 in every channel, with the scaling
+    factor that Stable Diffusion readers assume:  z' = (z − m) / (s · f), in the 1×1 convolutions
+    before and after the bottleneck, so every reader of the folder gets it with no extra field.
+    """
+    factor = float(vae.config["scaling_factor"])
+    spread = std * factor
+    channels = len(mean)
+    before: Any = vae.quant_conv
+    after: Any = vae.post_quant_conv
+    before.weight[:channels] /= spread[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - mean) / spread
+    before.bias[channels:] -= 2 * spread.log()
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= spread[None, :, None, None]
+
+
+def psnr(images: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio in dB per picture for values in [−1, 1].
+
+    Args:
+        images, targets: (B, 3, H, W).
+        mask: (B, 1, H, W), 1 where pixels count; None counts all.
+    """
+    squares = (images - targets).float() ** 2 / 4
+    if mask is None:
+        error = squares.mean((1, 2, 3))
+    else:
+        error = (squares * mask).sum((1, 2, 3)) / (mask.sum((1, 2, 3)) * 3).clamp_min(1)
+    return -10 / math.log(10) * error.clamp_min(1e-12).log()

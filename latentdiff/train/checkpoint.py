@@ -1,0 +1,478 @@
+"""A named set of tensors in safetensors files: one file, or one per process that has rows of it.
+
+    unet.safetensors                      whole tensors
+    unet-00001-of-00002.safetensors       rows; where they begin stands in the file's metadata
+
+The pieces are laid out as torch.distributed.checkpoint's safetensors format has them, and its
+HuggingFaceStorageReader reads them. Whatever number of processes wrote, any number can read: each
+takes the rows that it wants, and only those are read from the disk.
+
+Checkpoints that are either whole or not there, and the newest of them.
+
+    <folder>/step-00000500/   unet, ema, optimizer .safetensors, then manifest.json
+
+A checkpoint is written into a hidden folder beside its final place: every process writes what it
+has, then the first one the manifest (with the sizes of all other files), and renames the folder
+when all is on disk. Tensors are only ever read as safetensors.
+
+What has to be kept so that a resumed run goes on as if it had never stopped.
+
+The output folder of a run: never mixed with another run's, never written by two at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+from latentdiff.train.distributed import (
+    is_first_copy,
+    is_sharded,
+    local,
+    process_count,
+    process_rank,
+    release,
+    rows,
+    share,
+)
+from latentdiff.train.divergence import check_weights
+from latentdiff.train.ema import AllAverages, Ema
+from latentdiff.train.optimizer import load_named_state, named_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+#: Where torch.distributed.checkpoint keeps the offsets of the pieces.
+_OFFSETS, _SAVED = "DCP_SHARDING_INFO", "saved_offsets"
+
+
+def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Path | None:
+    """Write what this process has of the tensors, unless an earlier one has the same.
+
+    Returns: the file; None when there is nothing to write.
+    """
+    mine = {key: value for key, value in tensors.items() if is_first_copy(value)}
+    # Transposed and channels_last tensors must be laid out plainly in the file.
+    plain = {key: local(value).cpu().contiguous() for key, value in mine.items()}
+    if not any(is_sharded(value) for value in tensors.values()):
+        return _saved(plain, folder / f"{name}.safetensors") if process_rank() == 0 else None
+    plain = {key: value for key, value in plain.items() if value.numel() or value.ndim == 0}
+    if not plain:
+        return None
+    offsets = {key: {_SAVED: _offset(mine[key])} for key in plain}
+    number = f"{process_rank() + 1:05d}-of-{process_count():05d}"
+    metadata = {"format": "pt", _OFFSETS: json.dumps(offsets)}
+    return _saved(plain, folder / f"{name}-{number}.safetensors", metadata)
+
+
+def read_tensors(
+    folder: Path, name: str, wanted: Callable[[str], slice | None] = lambda key: None
+) -> dict[str, Tensor]:
+    """Read a set of tensors, on the CPU.
+
+    Args:    wanted: name of a tensor → which of its rows; None for all (numbers are always whole).
+    Raises:  UserError: a file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with _opened(folder, name) as pieces:
+            return {key: _rows_of(found, wanted(key)) for key, found in pieces.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder / name}*.safetensors cannot be read ({error}). Delete the folder "
+            f"{folder.name} to go on from the checkpoint before it."
+        ) from error
+
+
+def _saved(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> Path:
+    from safetensors.torch import save_file
+
+    save_file(tensors, file, metadata)
+    return file
+
+
+def _offset(tensor: Tensor) -> list[int]:
+    part = rows(tensor)
+    return [part.start if part is not None and axis == 0 else 0 for axis in range(tensor.ndim)]
+
+
+@contextmanager
+def _opened(folder: Path, name: str) -> Iterator[dict[str, list[tuple[int, Any]]]]:
+    """Yield for each tensor its pieces as (first row, slice of an open file), in order."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob(f"{name}-*-of-*.safetensors")) or [folder / f"{name}.safetensors"]
+    pieces: dict[str, list[tuple[int, Any]]] = {}
+    with ExitStack() as stack:
+        for path in files:
+            file = stack.enter_context(safe_open(path, "pt"))
+            offsets = json.loads((file.metadata() or {}).get(_OFFSETS, "{}"))
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                start = (offsets.get(key, {}).get(_SAVED) or [0])[0]
+                pieces.setdefault(key, []).append((start, file.get_slice(key)))
+        yield {key: sorted(found, key=lambda piece: piece[0]) for key, found in pieces.items()}
+
+
+def _rows_of(pieces: list[tuple[int, Any]], wanted: slice | None) -> Tensor:
+    first = pieces[0][1]
+    if not first.get_shape():
+        return first[...]
+    found = []
+    for start, piece in pieces:
+        stop = start + piece.get_shape()[0]
+        a, b = (start, stop) if wanted is None else (wanted.start, wanted.stop)
+        if max(a, start) < min(b, stop):
+            found.append(piece[max(a, start) - start : min(b, stop) - start])
+    return torch.cat(found) if found else first[0:0]
+
+
+T = TypeVar("T")
+_MANIFEST = "manifest.json"
+
+
+class CheckpointError(UserError):
+    """Writing failed (the disk is full, say); what was there before is untouched."""
+
+
+def write_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: dict[str, Any]
+) -> Path:
+    """Write the state after `step` optimizer steps; nothing is left behind when it fails half-way.
+
+    All processes must call this, and all see the same outcome.
+
+    Args:
+        folder: holds all checkpoints of the run; the same one for all processes.
+        step: how many steps have been made.
+        tensors: one named set of tensors per file, each process with its own rows of them.
+        facts: JSON values to find again in the manifest.
+    Raises: CheckpointError: on every process, when one of them could not write.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".partial-{final.name}"
+    first = process_rank() == 0
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def write() -> dict[str, int]:
+        written = [write_tensors(partial, name, group) for name, group in tensors.items()]
+        return {path.name: _synced_size(path) for path in written if path is not None}
+
+    def finish(sizes: dict[str, int]) -> None:
+        _check_all_there(partial, sizes)
+        manifest = {**facts, "step": step, "files": sizes}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _synced_size(partial / _MANIFEST)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        _sync_folder(folder)
+
+    try:
+        _together(begin if first else _nothing, step)
+        sizes = {k: v for found in _together(write, step) for k, v in found.items()}
+        _together((lambda: finish(sizes)) if first else _nothing, step)
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """List the complete checkpoints, oldest first."""
+    found = sorted(folder.glob("step-*")) if folder.is_dir() else []
+    return [path for path in found if _is_complete(path)]
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint, or None."""
+    return next(reversed(checkpoints(folder)), None)
+
+
+def delete_old(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Keep the newest `keep_last` complete checkpoints, and nothing that is half-written.
+
+    Args:    keep_every: those after a multiple of so many steps stay for good.
+    """
+    for path in checkpoints(folder)[:-keep_last]:
+        if keep_every is not None and int(path.name.removeprefix("step-")) % keep_every == 0:
+            continue
+        # The manifest goes first, so that a half-deleted folder is not taken for a checkpoint.
+        (path / _MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+    half_deleted = [p for p in folder.glob("step-*") if not (p / _MANIFEST).exists()]
+    for path in [*folder.glob(".partial-*"), *half_deleted]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return the facts that a checkpoint was written with, `step` among them."""
+    return json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+
+
+def _together(action: Callable[[], T], step: int) -> list[T]:
+    """Run an action on every process; when it fails on one, it fails on all."""
+    from safetensors import SafetensorError
+
+    result, problem = None, None
+    try:
+        result = action()
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    told = share((result, problem))
+    if found := next((text for _, text in told if text is not None), None):
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written: {found}. Earlier checkpoints "
+            "are as they were. Make room on the disk (or lower loop.keep_last)."
+        )
+    return [value for value, _ in told]  # type: ignore[misc]
+
+
+def _nothing() -> None:
+    """What the other processes do meanwhile."""
+
+
+def _check_all_there(folder: Path, sizes: Mapping[str, int]) -> None:
+    missing = [name for name in sizes if not (folder / name).is_file()]
+    if missing:
+        raise OSError(
+            f"{', '.join(missing[:3])} of another process is not in {folder}: all machines must "
+            "share the output folder"
+        )
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        files = read_manifest(path)["files"]
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _synced_size(path: Path) -> int:
+    """Force a file to the disk and return its size."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return path.stat().st_size
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a rename to the disk, where folders can be opened (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass
+class TrainingState:
+    """Weights, their average and the optimizer, with the facts a resumed run must agree on.
+
+    Order, noise and learning rate are functions of the step, so they need no state.
+    """
+
+    unet: nn.Module
+    """The module itself, not its wrapper; its weights may be sharded."""
+    ema: Ema | AllAverages
+    """The moving averages of its weights."""
+    optimizer: torch.optim.Optimizer
+    """The optimizer itself, not its wrapper."""
+    accelerator: Accelerator
+    """The processes of the run."""
+    folder: Path
+    """Where the checkpoints are."""
+    keep_last: int
+    """How many of them are kept."""
+    keep_every: int | None
+    """Checkpoints after a multiple of so many steps are never deleted."""
+    facts: dict[str, Any]
+    """Dotted configuration keys and data fingerprints that decide the numbers."""
+    whole: bool = True
+    """Whether frozen weights are stored too; not where a pretrained model has them."""
+
+    def save(self, step: int, seconds: float) -> None:
+        """Write a checkpoint after `step` steps; every process writes its own rows.
+
+        Raises: CheckpointError: on all processes; the earlier checkpoints are kept.
+                UserError: likewise, when the run has diverged.
+        """
+        release(self.unet)
+        tensors = {
+            "unet": self._weights(),
+            "ema": self.ema.placed(),
+            "optimizer": named_state(self.optimizer, self.unet),
+        }
+        check_weights({"weight": tensors["unet"], "average": tensors["ema"]}, step)
+        scaler = self.accelerator.scaler
+        facts = {
+            "seconds": seconds,
+            "facts": self.facts,
+            "processes": self.accelerator.num_processes,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "torch": torch.__version__,
+        }
+        write_checkpoint(self.folder, step, tensors, facts)
+        if self.accelerator.is_main_process:
+            delete_old(self.folder, self.keep_last, self.keep_every)
+
+    def resume(self) -> tuple[int, float]:
+        """Load the newest complete checkpoint; return (steps made, seconds spent).
+
+        A run that was killed before its first checkpoint begins again: the same steps follow.
+        Raises: UserError: the checkpoint belongs to a run that cannot be continued exactly.
+        """
+        # The first process decides: a folder on the network may look older to another one.
+        checkpoint = share(latest(self.folder))[0]
+        if checkpoint is None:
+            return 0, 0.0
+        manifest = read_manifest(checkpoint)
+        _compare(manifest["facts"], self.facts, checkpoint)
+        self._load(checkpoint)
+        if self.accelerator.is_main_process:  # a kill may have come before the old ones were gone
+            delete_old(self.folder, self.keep_last, self.keep_every)
+        if self.accelerator.scaler is not None and manifest["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(manifest["scaler"])
+        return int(manifest["step"]), float(manifest["seconds"])
+
+    def _weights(self) -> dict[str, Tensor]:
+        state = self.unet.state_dict()
+        if self.whole:
+            return state
+        return {n: state[n] for n, p in self.unet.named_parameters() if p.requires_grad}
+
+    def _load(self, checkpoint: Path) -> None:
+        weights = self._weights()
+        parameters = dict(self.unet.named_parameters())
+
+        def of_moment(key: str) -> slice | None:
+            return rows(parameters[key.rpartition("/")[2]])
+
+        stored = read_tensors(checkpoint, "unet", lambda key: rows(weights[key]))
+        for name, weight in weights.items():
+            local(weight).copy_(stored[name])
+        release(self.unet)
+        self.ema.load(read_tensors(checkpoint, "ema", of_moment))
+        load_named_state(
+            self.optimizer, self.unet, read_tensors(checkpoint, "optimizer", of_moment)
+        )
+
+
+def stored_facts(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the checkpoint that a run would go on from, if there is one."""
+    checkpoint = share(latest(folder))[0]
+    return read_manifest(checkpoint) if checkpoint is not None else None
+
+
+def _compare(stored: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    missing = object()
+    lines = [
+        f"  {key}: {stored.get(key, '(not there)')!r} then, {now.get(key, '(not there)')!r} now"
+        for key in {**stored, **now}
+        if stored.get(key, missing) != now.get(key, missing)
+    ]
+    if lines:
+        raise UserError(
+            f"--resume: {checkpoint} was written with other settings, so the run would not go on "
+            "exactly as it began:\n" + "\n".join(lines) + "\nSet them back, or start a run of its "
+            "own in another output folder."
+        )
+
+
+CHECKPOINTS, SAMPLES, MODEL = "checkpoints", "samples", "model"
+_LOCK = ".lock"
+
+
+def check_output(folder: Path, resume: bool) -> None:
+    """Look, without writing, whether a run may use the folder.
+
+    Raises: UserError: it holds something already (new run), or nothing to resume from, or cannot
+        be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output={folder} is a file, not a folder. Choose another output=FOLDER.")
+    found = _contents(folder)
+    checkpoint = latest(folder / CHECKPOINTS)
+    if resume and not is_started(folder):
+        holds = f"it holds {', '.join(found[:6])}" if found else "it is empty or not there"
+        raise UserError(
+            f"--resume: output={folder} has no complete checkpoint ({holds}). Leave --resume out "
+            "to start, or give the folder of the run to go on with: output=FOLDER."
+        )
+    if not resume and found:
+        hint = "add --resume to go on with it, or choose" if checkpoint is not None else "choose"
+        raise UserError(
+            f"output={folder} is not empty (it holds {', '.join(found[:6])}), and nothing is ever "
+            f"overwritten: {hint} another output=FOLDER, or move that one away."
+        )
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise _unwritable(folder, f"{parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"no permission to write to {parent}")
+
+
+def _contents(folder: Path) -> list[str]:
+    """What is there already, without what a run makes before it has done anything."""
+    if not folder.is_dir():
+        return []
+    empty = {name for name in (CHECKPOINTS, SAMPLES) if not any((folder / name).glob("*"))}
+    return sorted(path.name for path in folder.iterdir() if path.name not in {_LOCK, *empty})
+
+
+def is_started(folder: Path) -> bool:
+    """Whether a run has begun in the folder, so that it can be gone on with."""
+    return latest(folder / CHECKPOINTS) is not None or (folder / "config.yaml").is_file()
+
+
+def open_output(folder: Path) -> IO[str]:
+    """Make the folder and lock it for this process; keep the returned file open.
+
+    Raises: UserError: it cannot be written, or another process is training there.
+    """
+    try:
+        for name in (CHECKPOINTS, SAMPLES):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        lock = open(folder / _LOCK, "a", encoding="utf-8")  # noqa: SIM115  (open while we train)
+    except OSError as error:
+        raise _unwritable(folder, error.strerror or str(error)) from error
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # no file locks on this platform
+    except OSError as error:
+        lock.close()
+        raise UserError(
+            f"another process is training in output={folder}. If you launched one run on several "
+            "processes, they do not know of each other: see docs/sharding.md. "
+            "Otherwise choose another output=FOLDER."
+        ) from error
+    return lock
+
+
+def _unwritable(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"output={folder} cannot be written ({reason}). "
+        "Choose a folder that you may write to: output=FOLDER."
+    )
+
+
+def default_cache() -> Path:
+    """~/.cache/latentdiff, or what XDG_CACHE_HOME says."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "latentdiff"

@@ -1,0 +1,293 @@
+"""The configuration of train_latent.py; its defaults train the embedded example from scratch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from latentdiff.config import load_config, read_yaml, to_dict
+from latentdiff.data.source import DataConfig
+from latentdiff.diffusion.objective import ObjectiveConfig
+from latentdiff.diffusion.schedule import ScheduleConfig
+from latentdiff.errors import UserError
+from latentdiff.finetune.full import FullConfig
+from latentdiff.finetune.registry import FinetuneConfig
+from latentdiff.models.unet_config import UNetConfig
+from latentdiff.train.batches import CaptionConfig
+from latentdiff.train.ema import PowerEmaConfig
+from latentdiff.train.loop import LoopConfig
+from latentdiff.train.optimizer import OptimizerConfig
+
+
+def _small_unet() -> UNetConfig:
+    return UNetConfig(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(96, 128, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(3, 4, 4),
+        cross_attention_dim=192,
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network is trained, and the frozen parts around it."""
+
+    pretrained: str | None = None
+    """Folder, single file or hub id of a model to fine-tune, or `embedded`; null: from scratch."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    vae: str | None = None
+    """Model (or its vae folder) of the autoencoder; null takes the pretrained model's, or the
+    embedded one."""
+    text_encoder: str | None = None
+    """Model of the text encoder and its tokenizer; null takes the pretrained model's, or the
+    embedded one."""
+    unet: UNetConfig = field(default_factory=_small_unet)
+    """Shape of a U-Net that is trained from scratch. Channels in and out, cross_attention_dim and
+    sample_size follow from the frozen parts and the picture size when they are not given."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """How attention is computed: torch's own, or xformers."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third slower."""
+    channels_last: bool | None = None
+    """Memory layout that convolutions in 16 bit like better; in 32 bit it hardly matters. null: in
+    16 bit, unless weights are divided among processes."""
+    compile: bool = False
+    """Compile the U-Net with torch.compile: minutes at the start, then usually faster on a GPU."""
+
+
+@dataclass(frozen=True)
+class LatentsConfig:
+    """Where the encoded pictures are kept."""
+
+    cache_dir: str | None = None
+    """Folder of the latent cache; null is ~/.cache/latentdiff."""
+    online: bool = False
+    """Keep no latents: encode the pictures of every batch anew. Slower by the encoder's time; for
+    sets larger than the disk, and for data.crop=random."""
+    batch_size: int = 32
+    """Pictures encoded at a time when the cache is filled."""
+    context_megabytes: int = 1024
+    """Memory for the text states of captions."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """The picture grid and the held-out loss, both with the averaged weights."""
+
+    every: int = 1000
+    """Optimizer steps between validations; 0 validates at the end only."""
+    at_start: bool = False
+    """Validate before the first step too (fine-tuning: what the start was like)."""
+    raw: bool = True
+    """Make a grid with the newest weights too, beside that of the averaged ones."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of the grid; empty takes captions of the held-out pictures."""
+    pictures: int = 16
+    """How many captions are taken when no prompts are given; 0 makes no grid."""
+    steps: int = 25
+    """DDIM steps."""
+    guidance: float = 4.0
+    """Guidance scale; up to 1 is off."""
+    seed: int = 0
+    """Seed of the first picture; the next one has the next seed."""
+    samples: int = 256
+    """Held-out samples (picture, timestep, noise) in the loss, the same ones every time."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        least = {"every": 0, "pictures": 0, "steps": 1, "samples": 1, "guidance": 0}
+        return [
+            f"{name} must be finite and at least {low}; got {getattr(self, name)}."
+            for name, low in least.items()
+            if not low <= getattr(self, name) < math.inf
+        ]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The finished model folder, OUTPUT/model."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Number format of the weights in the folder."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that train_latent.py needs."""
+
+    removed: ClassVar = {"reading": {"weight": 0}, "held": {"attentions": []}}
+    output: str = "runs/latent"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, samples/, model/."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network and the frozen parts."""
+    finetune: FinetuneConfig = field(default_factory=FullConfig)
+    """Which weights are trained, and how."""
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(zero_terminal_snr=True))
+    """The noise levels; a pretrained model's own where a key is not given."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What is learnt; `prediction` is a pretrained model's own when it is not given."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The captioned pictures."""
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    """How captions vary from one meeting to the next."""
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    """The encoded pictures."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its learning rate."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Length, batches and cadence."""
+    power_ema: PowerEmaConfig = field(default_factory=PowerEmaConfig)
+    """Averages of the weights for choosing their length after the run."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """How progress is looked at."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """What is written at the end."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A configuration, and which dotted keys a person set (in the file or as overrides)."""
+
+    config: TrainConfig
+    """The checked configuration."""
+    keys: frozenset[str]
+    """Dotted keys that were given, not defaulted."""
+
+
+def read_config(path: Path | None, overrides: Sequence[str]) -> Given:
+    """Load and check a TrainConfig. Raises: UserError: everything that is wrong with it."""
+    config = load_config(TrainConfig, path, overrides)
+    in_file = flat(read_yaml(path)) if path is not None else {}
+    on_line = [text.lstrip("-").partition("=")[0].strip() for text in overrides]
+    return Given(config, frozenset([*in_file, *on_line]))
+
+
+def adopt(given: Given, schedule: ScheduleConfig, prediction: str) -> tuple[TrainConfig, list[str]]:
+    """Take schedule and prediction of a pretrained model over, where the person said nothing.
+
+    Returns: the configuration, and a line for every key that was given and differs.
+    """
+    config = given.config
+    found = {f"schedule.{key}": value for key, value in to_dict(schedule).items()}
+    found["objective.prediction"] = prediction
+    now = flat(to_dict(config))
+    differing = {key: value for key, value in found.items() if now[key] != value}
+    taken = {key: value for key, value in differing.items() if key not in given.keys}
+    notes = [
+        f"note: {key} is {now[key]!r} as given; the pretrained model has {value!r}. "
+        "The new value is trained and saved; leave the key out to keep the model's own."
+        for key, value in differing.items()
+        if key in given.keys
+    ]
+    changes = {k.removeprefix("schedule."): v for k, v in taken.items() if k.startswith("schedule")}
+    objective = config.objective
+    if "objective.prediction" in taken:
+        objective = dataclasses.replace(objective, prediction=prediction)  # type: ignore[arg-type]
+    config = dataclasses.replace(
+        config, schedule=dataclasses.replace(config.schedule, **changes), objective=objective
+    )
+    return config, notes
+
+
+#: Keys that change no number of the training, so that a resumed run may differ in them.
+_FREE = (
+    "output",
+    "validation.",
+    "power_ema.",
+    "export.",
+    "finetune.fuse",
+    "latents.",
+    "data.path",
+    "data.quarantine",  # which pictures there are is compared by their content
+    "loop.max_minutes",
+    "loop.batch_size",
+    "loop.gradient_accumulation",
+    "loop.log_every",
+    "loop.probe_memory",
+    "loop.wandb",
+    "loop.checkpoint_every",
+    "loop.keep_last",
+    "loop.keep_every",
+    "loop.tensorboard",
+)
+
+#: Options newer than the first checkpoints: not mentioned at their default, so that those resume.
+_NEWER = (
+    "finetune.kind",
+    "objective.loss",
+    "objective.huber_delta",
+    "objective.multires_noise",
+    "objective.logit_mean",
+    "objective.logit_std",
+    "captions.shuffle_tags",
+    "captions.keep_tags",
+    "captions.tag_dropout",
+    "data.buckets",
+    "data.bucket_step",
+    "data.bucket_max_ratio",
+    "data.loss_mask",
+    "data.mask_column",
+    "data.streaming",
+    "data.shuffle_buffer",
+)
+
+
+def deciding_facts(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the numbers of a run; a resumed run must have the same ones.
+
+    The batch enters as a whole (see `order.BatchShape`): how it is cut up changes only rounding.
+    """
+    facts = {k: v for k, v in flat(to_dict(config)).items() if not k.startswith(_FREE)}
+    usual = flat(to_dict(TrainConfig()))
+    facts = {k: v for k, v in facts.items() if k not in _NEWER or v != usual[k]}
+    if config.optimizer.decay == "constant":
+        del facts["loop.max_steps"]
+    if not config.model.compile:  # runs from before there was this key can go on
+        del facts["model.compile"]
+    facts["model.channels_last"] = bool(config.model.channels_last)  # null was false before
+    return facts
+
+
+def flat(data: dict[str, Any]) -> dict[str, Any]:
+    """Turn nested mappings into one with dotted keys."""
+    return dict(_flat(data, ""))
+
+
+def _flat(data: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_given(given: Given) -> None:
+    """Refuse keys that cannot have the effect that their writer expects. Raises: UserError."""
+    kind = given.config.finetune.kind
+    if kind != "full" and given.config.model.pretrained is None:
+        raise UserError(
+            f"finetune.kind={kind} adds to a model that exists. Name it: model.pretrained=FOLDER, "
+            "a hub id, or embedded."
+        )
+    if kind != "full" and given.config.power_ema.every:
+        raise UserError(
+            f"power_ema.every={given.config.power_ema.every} goes with finetune.kind=full; the "
+            f"averages of finetune.kind={kind} are no whole model. Set power_ema.every=0."
+        )
+    shape = sorted(key for key in given.keys if key.startswith("model.unet."))
+    if given.config.model.pretrained is not None and shape:
+        raise UserError(
+            f"model.pretrained={given.config.model.pretrained} brings its own U-Net; "
+            f"{', '.join(shape)} cannot apply. Remove them, or train from scratch with "
+            "model.pretrained=null."
+        )

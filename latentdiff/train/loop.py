@@ -1,0 +1,395 @@
+"""Stopping in an orderly way: the step is finished and its checkpoint written first.
+
+One optimizer step of a model: gradients added up, clipped, applied, forgotten.
+
+The numbers of a run: losses read from the device now and then, speed, and when to stop.
+
+The training loop as a generator.
+
+    for step, batch in training_loop(…):
+        loss = …                       # the algorithm is the caller's
+        step.backward(loss)
+        if step.update():              # true after the last micro-batch of an optimizer step
+            ema.update(step.number)
+
+The generator owns accumulation, cadence, resume, logging and stopping; it keeps the losses on the
+device and reads them after its first step and every `log_every`, so a GPU is not waited for.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from signal import Signals
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.diffusion.noise import mix
+from latentdiff.errors import Interrupted, UserError
+from latentdiff.train.batches import BatchShape, Prefetch
+from latentdiff.train.checkpoint import CheckpointError
+from latentdiff.train.distributed import is_sharded, whole
+from latentdiff.train.divergence import BadSteps, Remedies, finite_or_none
+from latentdiff.train.log import Tracker
+from latentdiff.train.optimizer import set_learning_rate, step_if_finite
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT inside a `with` block; a second one acts at once.
+
+    Attributes: number: the signal that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+        if kind is None and self.number:  # it came too late to stop what is over by now
+            signal.raise_signal(self.number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)  # type: ignore[arg-type]
+        self._old = {}
+
+
+class Descent:
+    """A model on its way down: backward, clip, update, clear.
+
+    Args:
+        accelerator: processes and precision.
+        model, optimizer: as `accelerator.prepare` returned them.
+        rate: optimizer step → learning rate.
+        clip_norm: largest gradient norm, 0 for none.
+        accumulation: micro-batches per optimizer step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        rate: Callable[[int], float],
+        clip_norm: float,
+        accumulation: int,
+    ) -> None:
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.rate, self.clip_norm, self.accumulation = rate, clip_norm, accumulation
+        self.history: list[tuple[int, Tensor, Tensor]] = []
+        self._loss: Tensor | None = None
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Within it processes do not exchange gradients (the last micro-batch of a step does).
+
+        Shards exchange theirs at once: only so do gradients take as little memory as weights.
+        """
+        return nullcontext() if is_sharded(self.model) else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's share of the step's gradient."""
+        share = loss / self.accumulation
+        self.accelerator.backward(share)
+        share = share.detach().float()
+        self._loss = share if self._loss is None else self._loss + share
+
+    def update(self, number: int) -> None:
+        """Clip, change the weights (unless the gradient is not finite) and note the loss."""
+        if self._loss is None:
+            raise RuntimeError("step.update() before step.backward(loss)")
+        parameters = list(self.model.parameters())
+        norm = whole(self.accelerator.clip_grad_norm_(parameters, self.clip_norm or math.inf))
+        set_learning_rate(self.optimizer.optimizer, self.rate(number))
+        if self.accelerator.scaler is None:
+            step_if_finite(self.optimizer.optimizer, norm)
+        else:
+            self.optimizer.step()  # the fp16 gradient scaler has the same check
+        self.optimizer.zero_grad()
+        self.history.append((number + 1, self._loss, norm.detach()))
+        self._loss = None
+
+
+class Log:
+    """Reads the kept losses from the device now and then, and decides when to stop."""
+
+    def __init__(
+        self,
+        descent: Descent,
+        shape: BatchShape,
+        config: LoopConfig,
+        tracker: Tracker,
+        batches: Prefetch[Any],
+        seconds: float,
+        gauges: Callable[[float], dict[str, float]] | None,
+    ) -> None:
+        self._gauges = gauges or (lambda images_per_second: {})
+        self._descent, self._shape, self._config = descent, shape, config
+        self._tracker, self._batches = tracker, batches
+        self._began = time.monotonic() - seconds
+        self._window = (time.monotonic(), 0.0)
+        self._has_logged = False
+        precision = descent.accelerator.mixed_precision
+        keys = ("optimizer.lr", "optimizer.warmup_steps", "loop.mixed_precision")
+        self._bad = BadSteps(descent.model.named_parameters, Remedies(*keys, precision))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, earlier parts included."""
+        return time.monotonic() - self._began
+
+    def after(self, done: int, signal: StopSignal) -> bool:
+        """Log if it is time to; say whether the run has to stop now."""
+        due = done % self._config.log_every == 0
+        # A long silence looks like a run that hangs, so the first step is shown at once.
+        early = not (due or self._has_logged) and done < self._config.max_steps
+        if due or early:
+            self.flush(done, speed=due)
+        accelerator, limit = self._descent.accelerator, self._config.max_minutes
+        stop = bool(signal.number) or (limit is not None and self.seconds > 60 * limit)
+        if accelerator.num_processes == 1:
+            return stop
+        if not due:  # processes agree only now and then: each time they have to wait for each other
+            return False
+        votes = torch.tensor([float(stop), float(signal.number)], device=accelerator.device)
+        votes = accelerator.reduce(votes, "sum")
+        signal.number = signal.number or int(votes[1] / votes[0].clamp(min=1))
+        return bool(votes[0] > 0)
+
+    def flush(self, done: int, speed: bool = True) -> None:
+        """Write the losses of the steps since the last time.
+
+        Args: speed: say too how fast they were. Of the first step alone it would mislead: it waits
+            for the first batch, and kernels are chosen or compiled in it.
+        """
+        history, self._descent.history = self._descent.history, []
+        if not history:
+            return
+        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm in history])
+        # Each process has the mean of its own samples; the gradient norm is common to all.
+        values = self._descent.accelerator.reduce(values, "mean").cpu()
+        rows: list[dict[str, Any]] = []
+        for (step, _, _), (loss, norm) in zip(history, values.tolist(), strict=True):
+            rate = self._descent.rate(step - 1)
+            rows.append({"step": step, "loss": finite_or_none(loss)})
+            rows[-1] |= {"grad_norm": finite_or_none(norm), "lr": rate}
+            self._bad.note(rows[-1])
+        found = self._speed(len(rows))
+        if speed:
+            rows[-1] |= found | {"skipped_steps": self._bad.skipped}
+        self._has_logged = True
+        self._tracker.write(rows)
+        finite = [row["loss"] for row in rows if row["loss"] is not None]
+        mean = sum(finite) / len(finite) if finite else math.nan
+        shown = {"loss": f"{mean:.4f}"}
+        if speed:
+            shown["images/s"] = f"{found['images_per_second']:.1f}"
+            shown["waiting"] = f"{found['waiting']:.0%}"
+        self._tracker.progress(done, shown)
+        self._bad.check()
+
+    def check_end(self) -> None:
+        """Refuse to end as a success what did not. Raises: UserError: see `BadSteps`."""
+        self._bad.check_end()
+
+    def _speed(self, steps: int) -> dict[str, float]:
+        now, waited = time.monotonic(), self._batches.waited
+        elapsed = max(now - self._window[0], 1e-9)
+        share = (waited - self._window[1]) / elapsed
+        self._window = (now, waited)
+        speed = steps * self._shape.total / elapsed
+        return {
+            "images_per_second": round(speed, 2),
+            "waiting": round(min(share, 1.0), 4),
+            **self._gauges(speed),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long the run is, its batches, and what happens how often (in optimizer steps)."""
+
+    max_steps: int = 40_000
+    """Optimizer steps of the whole run."""
+    max_minutes: float | None = None
+    """Stop and export after this wall time, resumed parts included; null is no limit."""
+    batch_size: int = 24
+    """Pictures that one process computes at a time."""
+    gradient_accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    seed: int = 0
+    """Seed of the first weights, the order, the noise and the dropped captions."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Arithmetic of the U-Net; weights and averages stay in 32 bit. auto: bf16 where it is fast."""
+    ema_decay: float = 0.999
+    """Decay of the weights' moving average, with a warm-up; 0 exports the newest weights."""
+    log_every: int = 20
+    """Steps between updates of the progress bar and the log; the first comes after one step."""
+    probe_memory: bool = True
+    """On a GPU, try a micro-batch before the first step; if it does not fit, halve it and double
+    gradient_accumulation."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """How many checkpoints are kept."""
+    keep_every: int | None = None
+    """Keep for good those whose step is a multiple of this, a multiple of checkpoint_every too."""
+    tensorboard: bool = True
+    """Write TensorBoard files too, if it is installed."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well (needs wandb); null is off."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        counts = ("max_steps", "batch_size", "gradient_accumulation", "log_every")
+        problems = [
+            f"{name} must be at least 1; got {getattr(self, name)}."
+            for name in (*counts, "checkpoint_every", "keep_last")
+            if getattr(self, name) < 1
+        ]
+        if self.keep_every is not None and (
+            self.keep_every < 1 or self.keep_every % max(1, self.checkpoint_every)
+        ):
+            problems.append(
+                f"keep_every must be a multiple of checkpoint_every={self.checkpoint_every}, or "
+                f"null; got {self.keep_every}."
+            )
+        if not 0 <= self.ema_decay < 1:
+            problems.append(f"ema_decay must be at least 0 and below 1; got {self.ema_decay}.")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            problems.append(f"max_minutes must be above 0; got {self.max_minutes}.")
+        return problems
+
+
+class Step:
+    """One micro-batch of an optimizer step, as the loop yields it.
+
+    Attributes:
+        number: the optimizer step, counted from 0.
+        last: whether this micro-batch completes it.
+    """
+
+    def __init__(self, descent: Descent, number: int, last: bool) -> None:
+        self._descent, self.number, self.last = descent, number, last
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of this micro-batch's mean loss."""
+        self._descent.backward(loss)
+
+    def update(self) -> bool:
+        """Change the weights if this was the step's last micro-batch; say whether."""
+        if self.last:
+            self._descent.update(self.number)
+        return self.last
+
+
+def training_loop(
+    descent: Descent,
+    make_batch: Callable[[int, int], Batch],
+    shape: BatchShape,
+    config: LoopConfig,
+    tracker: Tracker,
+    save: Callable[[int, float], None],
+    first_step: int = 0,
+    seconds: float = 0.0,
+    gauges: Callable[[float], dict[str, float]] | None = None,
+    look: Callable[[int], None] = lambda done: None,
+) -> Iterator[tuple[Step, Batch]]:
+    """Yield every micro-batch of the run; save and log in between.
+
+    Args:
+        make_batch: (optimizer step, micro-batch) → batch of this process; runs in a thread.
+        save: (steps made, seconds spent) → writes a checkpoint; called on every process.
+        first_step, seconds: steps made and time spent before, when resuming.
+        gauges: images per second → more numbers for the row of each log point.
+        look: called with the steps made after each of them, when its checkpoint is written: what
+            fails in looking at the model costs none of it.
+    Raises:
+        Interrupted: after SIGTERM or SIGINT, with the checkpoint written.
+        CheckpointError: the last checkpoint, or the one before stopping, was not; after any
+            other the run goes on with a warning.
+        UserError: after 20 steps in a row that were not finite, or when the last ones were not.
+    """
+    keys = (
+        (step, micro)
+        for step in range(first_step, config.max_steps)
+        for micro in range(shape.accumulation)
+    )
+    batches = Prefetch(make_batch, keys)
+    log = Log(descent, shape, config, tracker, batches, seconds, gauges)
+    try:
+        with StopSignal() as signal:
+            for number, micro, batch in batches:
+                last = micro == shape.accumulation - 1
+                # Dropout, if the model has any, must not depend on how often a run was resumed.
+                place = micro * shape.processes + shape.rank
+                torch.manual_seed(mix(mix(config.seed, number), place))
+                with nullcontext() if last else descent.no_sync():
+                    yield Step(descent, number, last), batch
+                if last and _after_step(number + 1, signal, log, config, tracker, save, look):
+                    return
+    except (UserError, Interrupted):
+        tracker.close()  # so that it writes what it holds back
+        raise
+
+
+def _after_step(
+    done: int,
+    signal: StopSignal,
+    log: Log,
+    config: LoopConfig,
+    tracker: Tracker,
+    save: Callable[[int, float], None],
+    look: Callable[[int], None],
+) -> bool:
+    """Log, save and look after `done` steps; say whether the run is over before its last step."""
+    stop = log.after(done, signal)
+    ends = stop or done == config.max_steps
+    if ends or done % config.checkpoint_every == 0:
+        log.flush(done)
+        if ends and not signal.number:
+            log.check_end()
+        try:
+            save(done, log.seconds)
+        except CheckpointError as error:
+            if ends:
+                raise
+            tracker.say(f"warning: {error} Training goes on.")
+    if stop and signal.number:
+        raise Interrupted(
+            signal.number,
+            f"stopped by {Signals(signal.number).name} after step {done}; the checkpoint is "
+            "written. Run the same command with --resume to go on.",
+        )
+    look(done)
+    if stop:
+        tracker.say(f"loop.max_minutes={config.max_minutes} is over at step {done}.")
+    return stop

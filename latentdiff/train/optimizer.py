@@ -1,0 +1,205 @@
+"""AdamW with its two moments in 8 bit: a quarter of the optimizer's memory, on GPUs.
+
+Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861.
+
+The optimizers, and the learning rate as a pure function of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+from latentdiff.train.distributed import local
+from latentdiff.train.muon import Muon
+
+
+def adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW8bit over parameter groups.
+
+    Args:   settings: lr, betas, eps, weight_decay.
+    Raises: UserError: bitsandbytes is not installed or does not work here.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"optimizer.kind=adamw8bit needs bitsandbytes, which cannot be imported ({error}). "
+            "Install it with `pip install 'latentdiff[8bit]'` on a machine with a GPU, or use "
+            "optimizer.kind=adamw."
+        ) from error
+    optimizer: Any = AdamW8bit(groups, **settings)
+    optimizer.integer_step = True
+    return optimizer
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become steps, and the learning rate over the run."""
+
+    kind: Literal["adamw", "muon", "adamw8bit"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019), muon (Jordan et al. 2024: orthogonal steps for the inner
+    matrices, Adam for the rest; fewer steps, each somewhat dearer), or adamw8bit (Dettmers et al.
+    2022: a quarter of the optimizer's memory; needs bitsandbytes and a GPU)."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the two moments."""
+    momentum: float = 0.95
+    """Decay of muon's momentum."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and norms (one-dimensional parameters) have none."""
+    warmup_steps: int = 200
+    """Steps of linear warm-up from 0."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: stay at lr, or fall to 0 along a cosine that ends at loop.max_steps."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; longer gradients are scaled down. 0 turns it off."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        checks = {
+            f"lr must be above 0; got {self.lr}.": self.lr > 0,
+            f"betas must lie in 0 … 1; got {list(self.betas)}.": all(
+                0 <= b < 1 for b in self.betas
+            ),
+            f"momentum must lie in 0 … 1; got {self.momentum}.": 0 <= self.momentum < 1,
+            f"eps must be above 0; got {self.eps}.": self.eps > 0,
+            f"weight_decay must be at least 0; got {self.weight_decay}.": self.weight_decay >= 0,
+            f"warmup_steps must be at least 0; got {self.warmup_steps}.": self.warmup_steps >= 0,
+            f"clip_norm must be at least 0; got {self.clip_norm}.": self.clip_norm >= 0,
+        }
+        return [text for text, fine in checks.items() if not fine]
+
+
+def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
+    """Learning rate of optimizer step `step` (counted from 0).
+
+    Source:  cosine: Loshchilov & Hutter 2017, eq. 5, arXiv:1608.03983.
+    """
+    rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.decay == "cosine":
+        span = max(1, max_steps - config.warmup_steps)
+        done = min(1.0, max(0.0, (step - config.warmup_steps) / span))
+        rate *= 0.5 * (1 + math.cos(math.pi * done))
+    return rate
+
+
+def never_at_peak(config: OptimizerConfig, max_steps: int) -> list[str]:
+    """Say that a run ends within its warm-up, at another learning rate than the one asked for."""
+    if config.warmup_steps <= max_steps:
+        return []
+    return [
+        f"note: the run is shorter (loop.max_steps={max_steps}) than the warm-up "
+        f"(optimizer.warmup_steps={config.warmup_steps}): the learning rate rises to "
+        f"{learning_rate(max_steps - 1, config, max_steps):.3g} and never reaches optimizer.lr="
+        f"{config.lr:g}. Lower optimizer.warmup_steps."
+    ]
+
+
+#: The U-Net's first and last layer face latents and not features: Muon leaves them to Adam.
+_OUTER = ("conv_in.", "conv_out.")
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over the trainable parameters.
+
+    AdamW takes its fused kernel where the device has one.
+    """
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if config.kind == "muon":
+        inner = [p for n, p in trained.items() if p.ndim >= 2 and not n.startswith(_OUTER)]
+        outer = [p for n, p in trained.items() if p.ndim < 2 or n.startswith(_OUTER)]
+        groups = [{"params": inner, "matrices": True}, {"params": outer, "matrices": False}]
+        return Muon(
+            [group for group in groups if group["params"]],
+            config.lr,
+            config.momentum,
+            config.betas,
+            config.eps,
+            config.weight_decay,
+        )
+    return _adamw(list(trained.values()), config)
+
+
+def _adamw(trained: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.kind == "adamw8bit":
+        return adamw_8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=trained[0].device.type in ("cpu", "cuda", "mps", "xpu"),
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, gradient_norm: Tensor) -> None:
+    """Update the weights unless the gradient holds an infinity or NaN.
+
+    The fused kernel decides this on the device (through the flag that gradient scaling uses), so
+    a GPU need not be waited for; so does Muon. On a CPU there is nothing to wait for.
+    """
+    on_device = isinstance(optimizer, Muon) and gradient_norm.device.type != "cpu"
+    if optimizer.param_groups[0].get("fused") or on_device:
+        optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif bool(gradient_norm.isfinite()):
+        optimizer.step()
+
+
+def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's tensors as `<moment>/<parameter name>`."""
+    names = {id(p): n for n, p in module.named_parameters()}
+    return {
+        # The 8-bit optimizer's tables are one tensor for all parameters; files hold each apart.
+        f"{key}/{names[id(parameter)]}": (
+            value.clone() if key.startswith("qmap") else torch.as_tensor(value)
+        )
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `named_state` gave (of a sharded parameter the rows that are here).
+
+    Each moment gets its parameter's memory layout.
+    """
+    parameters = dict(module.named_parameters())
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition("/")
+        parameter = parameters[name]
+        if key == "step" and getattr(optimizer, "integer_step", False):
+            optimizer.state[parameter][key] = int(value)
+            continue
+        if value.shape == local(parameter).shape and key != "step":
+            moment = torch.empty_like(parameter, dtype=value.dtype)
+            local(moment).copy_(value)
+            value = moment.detach()
+        elif key == "step" and not optimizer.param_groups[0].get("fused"):
+            value = value.clone()  # counted on the CPU; the fused kernel alone wants it there
+        else:
+            value = value.to(parameter.device).clone()
+        optimizer.state[parameter][key] = value

@@ -1,0 +1,544 @@
+"""What a file that should hold weights is, by its first bytes: its name may say otherwise.
+
+Reading the tensors of one file: safetensors, or a pickle that may hold nothing but tensors.
+
+Both are mapped into memory: a tensor costs RAM when it is first used, and none while the file's
+pages can be dropped. A pickle goes through PyTorch's `weights_only=True`, which builds tensors,
+numbers, texts and containers and refuses everything that could run code. No tensor is larger than
+what the file holds of it.
+
+Reading and writing one component's weights: safetensors or pickles, whole or in shards.
+
+STEM.safetensors           or STEM-00001-of-0000N.safetensors … with STEM.safetensors.index.json
+STEM.VARIANT.safetensors   the same of a variant: fp16, non_ema
+STEM.bin …                 the same as pickles (pytorch_model for `model`), never run as code
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+from latentdiff.files import read_json
+
+#: Endings of the files that are pickles, when nothing in them says what they are.
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+_AGAIN = "Download it again"
+_UNPACK = "Unpack it, and name the file in it"
+#: How a file begins → what it is, what to do.
+_OTHERS: dict[bytes, tuple[str, str]] = {
+    b"version https://git-lfs": (
+        "a Git LFS pointer, which stands for the file of weights and holds none of it",
+        "Run `git lfs pull`, or download the file itself",
+    ),
+    b"GGUF": ("a GGUF file, of quantised weights", "Ask for it as safetensors"),
+    b"\x89HDF": ("an HDF5 file (Keras)", "Ask for it as safetensors"),
+    b"\x89PNG": ("a PNG picture", _AGAIN),
+    b"\xff\xd8\xff": ("a JPEG picture", _AGAIN),
+    b"RIFF": ("a WebP picture", _AGAIN),
+    b"GIF8": ("a GIF picture", _AGAIN),
+    b"\x1f\x8b": ("a gzip archive", _UNPACK),
+    b"7z\xbc\xaf": ("a 7-Zip archive", _UNPACK),
+    b"Rar!": ("a RAR archive", _UNPACK),
+    b"\xfd7zXZ": ("an xz archive", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("a Zstandard archive", _UNPACK),
+}
+
+
+def weights_format(file: Path) -> Literal["safetensors", "pickle"]:
+    """How the file is to be read.
+
+    Raises: OSError: it cannot be read.  UserError: it is something else, which is named.
+    """
+    with file.open("rb") as opened:
+        head = opened.read(512)
+    if other := _other(file, head):
+        what, advice = other
+        raise UserError(f"{file} cannot be read: it is {what}. {advice}.")
+    # A header's length, which is at most 100 MB, and the beginning of the header.
+    if head[4:9] == b"\0\0\0\0{":
+        return "safetensors"
+    ending = file.suffix.lower()
+    is_pickle = head.startswith((b"PK\3\4", b"\x80"))
+    if is_pickle and ending == ".safetensors":  # which torch.load goes by
+        raise UserError(
+            f"{file} is a pickle of PyTorch, not safetensors. Rename it to end in .ckpt."
+        )
+    return "pickle" if is_pickle or ending in PICKLES else "safetensors"
+
+
+def _other(file: Path, head: bytes) -> tuple[str, str] | None:
+    if not head:
+        return "empty", _AGAIN
+    if head[4:9] == b"\0\0\0\0{":
+        return None
+    if len(head) > 8 and not any(head):
+        return "nothing but zeros at its beginning, as in an unfinished download", _AGAIN
+    for start, other in _OTHERS.items():
+        if head.startswith(start):
+            return other
+    if head.startswith(b"PK"):
+        return _other_archive(file)
+    text = _text(head)
+    if text.startswith("<"):
+        return "a web page, with which a server answered", f"{_AGAIN}, where needed logged in"
+    return (f"a text, which begins {text[:60]!r}", _AGAIN) if text else None
+
+
+def _other_archive(file: Path) -> tuple[str, str] | None:
+    """What a ZIP archive is, unless it is what PyTorch writes."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile:
+        return "an archive that was cut off or damaged", _AGAIN
+    names = [entry.filename for entry in entries]
+    if any(name.endswith("constants.pkl") for name in names):
+        return "a TorchScript program", "Ask for its weights as safetensors"
+    if not any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
+        some = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+        return f"a ZIP archive ({some or 'empty'})", _UNPACK
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        return (
+            "a compressed archive of a pickle",
+            "Save it with torch.save, which compresses nothing",
+        )
+    return None
+
+
+def _text(head: bytes) -> str:
+    """The beginning of a file of text; empty when it is none."""
+    try:
+        # A character may be cut in two.
+        words = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except UnicodeDecodeError:
+        return ""
+    is_text = all(sign.isprintable() or sign.isspace() for sign in words)
+    return words.strip() if is_text and len(words) > 8 else ""
+
+
+#: Tensors that share memory may have so many times the bytes of the file together.
+MOST_SHARING = 8
+#: Names of tensors: characters of each, and how many there may be.
+LONGEST_NAME, MOST_NAMES = 1000, 10**6
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """What a file of weights holds."""
+
+    path: Path
+    """The file."""
+    tensors: dict[str, Tensor]
+    """By name, in the dtype that is on disk."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Free text of a safetensors file."""
+    facts: dict[str, int | float | str] = field(default_factory=dict)
+    """Numbers and short texts beside the tensors of a pickle, for example global_step."""
+
+
+def read_tensor_file(file: Path) -> TensorFile:
+    """Open a file of weights.
+
+    Raises:  UserError: missing, cut off, damaged, another kind of file, a pickle that holds more
+             than tensors, or tensors that are larger than what the file holds of them.
+    """
+    content, metadata = load_content(file)
+    data = content if isinstance(content, Mapping) else {}
+    state = data.get("state_dict", data)
+    if not isinstance(content, Mapping):
+        kind = type(content).__name__
+        raise UserError(f"{file} cannot be read: it holds a {kind} instead of named tensors.")
+    if not isinstance(state, Mapping):
+        raise UserError(f"{file} cannot be read: its state_dict holds no named tensors.")
+    tensors = _named(file, state)
+    _refuse_inflated(file, tensors.values())
+    facts = {k: v for k, v in data.items() if isinstance(k, str) and _is_fact(v)}
+    return TensorFile(file, tensors, metadata, facts)
+
+
+def load_content(file: Path) -> tuple[Any, dict[str, str]]:
+    """What a file holds, as it is, and the free text of a safetensors file.
+
+    Returns: a table of tensors; of a pickle, whatever it holds of tensors, numbers and containers.
+    Raises:  UserError: as `read_tensor_file`.
+    """
+    try:
+        load = _load_safetensors if weights_format(file) == "safetensors" else _load_pickle
+        content, metadata = load(file)
+    except UserError:
+        raise
+    except UnpicklingError as error:
+        # PyTorch's own text tells how to turn the protection off.
+        raise UserError(
+            f"{file} cannot be read: it is damaged, or a pickle that holds more than tensors and "
+            "could run code. Ask for it as safetensors."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # whatever damaged data make of the two libraries
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(
+            f"{file} cannot be read: it was cut off or damaged ({what}). Get it again."
+        ) from error
+    _refuse_inflated(file, list(_tensors_in(file, content)))
+    return content, metadata
+
+
+def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata() or {})
+    return load_file(file), metadata
+
+
+def _load_pickle(file: Path) -> tuple[Any, dict[str, str]]:
+    mapped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
+    with torch.serialization.safe_globals(_HARMLESS):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None), {}
+
+
+def _tensors_in(file: Path, content: Any) -> Iterator[Tensor]:
+    """Every tensor in containers within each other, which are looked into once."""
+    seen, waiting = set[int](), [content]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, Mapping | list | tuple) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, Mapping) else one
+            if isinstance(one, Mapping):
+                _check_names(file, one)
+
+
+def _check_names(file: Path, table: Mapping[Any, Any]) -> None:
+    for name in table:
+        if isinstance(name, str) and len(name) > LONGEST_NAME:
+            raise UserError(
+                f"{file} cannot be used: the name {name[:40]!r}… in it has {len(name):,} "
+                f"characters; at most {LONGEST_NAME:,} are allowed."
+            )
+
+
+def _refuse_inflated(file: Path, tensors: Collection[Tensor]) -> None:
+    """Refuse tensors that would need far more memory than the file has. Raises: UserError."""
+    for tensor in tensors:
+        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.is_quantized:
+            raise UserError(
+                f"{file} cannot be used: it holds sparse, quantised or absent tensors. Ask for it "
+                "as safetensors."
+            )
+    total, size = sum(tensor.nbytes for tensor in tensors), file.stat().st_size
+    if total > MOST_SHARING * size + 2**20:
+        raise UserError(
+            f"{file} cannot be used: its tensors would take {total:,} bytes of memory, which they "
+            f"make of a file of {size:,} by repeating the same numbers. Ask for it as safetensors."
+        )
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in the order of its indices, whatever its device and memory layout."""
+    plain = tensor.detach().cpu().contiguous()
+    # PyTorch calls a tensor contiguous whatever the strides of its dimensions of size 1 are, such
+    # as those of a channels_last 1×1 kernel, but views bytes only where the last stride is 1.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
+class _Inert:
+    """Stands for a class of another library that checkpoints mention: has no code, does nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget what the other class would keep."""
+
+
+#: Training libraries leave such objects beside the weights, as keys of callbacks' states.
+_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Inert, f"{package}.callbacks.{name}")
+    for package in ("pytorch_lightning", "lightning.pytorch")
+    for name in (
+        "model_checkpoint.ModelCheckpoint",
+        "lr_monitor.LearningRateMonitor",
+        "early_stopping.EarlyStopping",
+    )
+]
+
+
+def _named(file: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Tensors by name; those of a table within the table as TABLE.NAME."""
+    tables = [
+        (f"{name}.", table)
+        for name, table in state.items()
+        if isinstance(name, str) and isinstance(table, Mapping)
+    ]
+    if sum(len(table) for _, table in tables) > MOST_NAMES:
+        raise UserError(f"{file} cannot be used: it holds over {MOST_NAMES:,} names.")
+    return {
+        f"{start}{name}": tensor.detach()
+        for start, table in [("", state), *tables]
+        for name, tensor in table.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
+
+
+def refuse_not_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raises: UserError: naming a tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        # Tensors of eight bits have no isfinite.
+        if not (tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all():
+            raise UserError(
+                f"{where} cannot be used: {name} has numbers that are not finite (NaN or "
+                "infinity). The training that wrote it diverged, or its 16 bits overflowed."
+            )
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, float | str) or (isinstance(value, int) and value.bit_length() <= 64)
+
+
+UNET_STEM = VAE_STEM = "diffusion_pytorch_model"
+TEXT_STEM = "model"
+#: What transformers calls the pickle of what it calls `model` as safetensors.
+_PICKLE_STEM = {TEXT_STEM: "pytorch_model"}
+#: Variants that are read unasked, when nothing else is there.
+STAND_INS = ("fp16", "bf16")
+#: Weights that stay float32 in a 16-bit file: frequencies, where rounding changes whole turns.
+KEEP_FLOAT32 = ("time_proj.weight",)
+
+
+def read_weights(
+    folder: Path, stem: str, variant: str | None = None, *, insist: bool = False
+) -> dict[str, Tensor]:
+    """Read a component's state dict, in the dtype that is on disk.
+
+    Args:    variant: fp16, non_ema, …; None: the plain files, or the half-precision ones where
+             there are no others.
+             insist: do not take the plain files where the variant is missing.
+    Raises:  UserError: no such weights, a missing shard, or a file that cannot be read.
+    """
+    tried = [variant] if variant and insist else [variant, None, *STAND_INS]
+    for name in dict.fromkeys(tried):
+        if files := _find(folder, stem, name):
+            state: dict[str, Tensor] = {}
+            for file in files:
+                state |= read_tensor_file(file).tensors
+            return _unwrapped(state)
+    raise UserError(_no_weights(folder, stem, variant))
+
+
+def _no_weights(folder: Path, stem: str, variant: str | None) -> str:
+    present = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
+    expected = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    whole = (re.fullmatch(rf"{stem}\.(.+)\.(safetensors|bin)", name) for name in present)
+    variants = list(dict.fromkeys(match[1] for match in whole if match))
+    hint = f" Name the variant: {', '.join(variants)} (--variant, or variant=)." if variants else ""
+    return (
+        f"no weights in {folder}: expected {expected} (or shards with an index, or .bin); "
+        f"there is {', '.join(present) or 'none'}.{hint}"
+    )
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what torch.compile and data-parallel training put before every name."""
+    for wrapper in ("module.", "_orig_mod.", "module."):
+        if all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    return state
+
+
+def place_weights(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str | Path,
+    dtype: torch.dtype | None,
+    *,
+    useless: Collection[str] = (),
+) -> list[str]:
+    """Put the tensors of a file into a network built on the meta device, without copying them.
+
+    Args:    where: the file or folder, for the message.
+             dtype: of the weights in memory, `KEEP_FLOAT32` excepted; None: as they are.
+             useless: names that files of this kind may hold although the network has no use for
+             them.
+    Returns: those of `useless` that were there.
+    Raises:  UserError: a weight is missing, unexpected, of another shape or not of real numbers.
+    """
+    wanted = module.state_dict()
+    refuse_misfit(
+        [name for name in wanted if name not in state],
+        [name for name in state if name not in wanted and name not in useless],
+        [n for n, t in wanted.items() if n in state and state[n].shape != t.shape],
+        [n for n in wanted if n in state and not state[n].is_floating_point()],
+        where,
+    )
+    cast = {
+        name: state[name] if dtype is None or name.endswith(KEEP_FLOAT32) else state[name].to(dtype)
+        for name in wanted
+    }
+    module.load_state_dict(cast, assign=True)
+    return [name for name in state if name not in wanted]
+
+
+def refuse_misfit(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    misshapen: Sequence[str],
+    unreal: Sequence[str],
+    where: str | Path,
+) -> None:
+    """Name weights that do not fit. Raises: UserError: unless there are none."""
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        "not of real numbers": unreal,
+    }
+    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    if found:
+        raise UserError(
+            f"the weights in {where} do not fit its configuration; {'; '.join(found)}. "
+            "Nothing was loaded."
+        )
+
+
+def _some(names: Sequence[str], shown: int = 6) -> str:
+    return ", ".join(sorted(names)[:shown]) + (" …" if len(names) > shown else "")
+
+
+def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
+    """The floating-point type that most of a state dict's numbers have."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def write_weights(
+    folder: Path,
+    stem: str,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write a component's state dict.
+
+    Args:    dtype: of the floating-point weights on disk, `KEEP_FLOAT32` excepted.
+             max_shard_bytes: split into files of at most this size (a single larger tensor gets
+             its own); None: one file.
+    """
+    tensors = {name: stored_tensor(name, tensor, dtype) for name, tensor in state.items()}
+    shards = _shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        save_tensors(tensors, folder / f"{stem}.safetensors")
+        return
+    placed: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors({name: tensors[name] for name in names}, folder / file)
+        placed |= dict.fromkeys(names, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
+    """Look at weights in the number format of a file before they are written.
+
+    Raises: UserError: one of them holds NaN, or values that the format has no room for.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.itemsize == 1 or tensor.isfinite().all():
+            continue
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if bool(tensor.isnan().any()):
+            raise UserError(
+                f"{name} holds NaN, so nothing was written: these weights are broken, or come from "
+                "a training that diverged."
+            )
+        raise UserError(
+            f"{name} has values beyond the largest of {kind} ({torch.finfo(tensor.dtype).max:.4g}),"
+            " so nothing was written. Write float32 or bfloat16 (export.dtype of a training, "
+            "--dtype of `latentdiff convert`); weights that large may also come from a training "
+            "that diverged."
+        )
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one file; safetensors' own can be read by their owner only, ours are as usual.
+
+    Raises: OSError: it cannot be written; a full disk too, which safetensors calls otherwise.
+            UserError: as `refuse_overflow`.
+    """
+    refuse_overflow(tensors)
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    file.touch()
+    usual = file.stat().st_mode
+    try:
+        save_file(tensors, file, {"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    file.chmod(usual)
+
+
+def _find(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """The files that together hold a variant of the weights; empty when it is not there."""
+    dot = f".{variant}" if variant else ""
+    for name, ending in ((stem, "safetensors"), (_PICKLE_STEM.get(stem, stem), "bin")):
+        whole = folder / f"{name}{dot}.{ending}"
+        if whole.is_file():
+            return [whole]
+        # The second is what diffusers wrote before 0.30.
+        for index in (f"{name}.{ending}.index{dot}.json", f"{name}.{ending}{dot}.index.json"):
+            if (folder / index).is_file():
+                return _shard_files(folder / index)
+    return []
+
+
+def _shard_files(index: Path) -> list[Path]:
+    try:
+        placed = read_json(index)["weight_map"]
+        files = [index.parent / name for name in sorted(set(placed.values()))]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of shards: {error!r}") from error
+    for file in files:
+        if file.parent != index.parent or not file.is_file():
+            raise UserError(f"{index} names {file.name}, which is not in {index.parent}.")
+    return files
+
+
+def stored_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as it is written in files of a dtype."""
+    keep = name.endswith(KEEP_FLOAT32) or not tensor.is_floating_point()
+    return tensor.detach().to("cpu", tensor.dtype if keep else dtype).contiguous()
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int | None) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if limit is not None and shards[-1] and filled + tensor.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    return shards

