@@ -296,6 +296,16 @@ T = TypeVar("T")
 Problems = list[tuple[str, str]]
 
 
+def too_small(config: object, **least: float) -> list[str]:
+    """Complaints about fields of a configuration that are less than they may be."""
+    given = {name: getattr(config, name) for name in least}
+    return [
+        f"{name} must be at least {least[name]}; got {value}."
+        for name, value in given.items()
+        if value < least[name]
+    ]
+
+
 def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Build a configuration from defaults, then a YAML file, then `a.b=value` overrides.
 

@@ -103,7 +103,7 @@ def read_table(data: bytes, name: str, column: str | None = None) -> list[dict[s
         text = decode_text(data)
     except ValueError as error:
         raise UserError(f"{name} cannot be read: {error}.") from error
-    if name.endswith(".csv"):
+    if name.lower().endswith(".csv"):
         return list(_read_csv(text, name, column))
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):

@@ -293,12 +293,12 @@ class FolderSource:
             images = [n for n in images if not _mask_stem(n)]
         if not images:
             raise UserError(_no_images(self._tree.root, names, self.problems))
-        tables = [n for n in names if n.rsplit("/", 1)[-1] in METADATA_NAMES]
+        tables = [n for n in names if n.rsplit("/", 1)[-1].lower() in METADATA_NAMES]
         self._unread: dict[str, str] = {}
         if tables:
             captions = self._from_tables(tables, images, names, config.caption_column)
         else:
-            captions = self._from_side_cars(set(names), images)
+            captions = self._from_side_cars(_Names(names), images)
         self._entries = list(self._usable(images, captions, masks))
         if not self._entries:
             raise UserError(self._nothing_usable(len(images), bool(tables)))
@@ -382,8 +382,7 @@ class FolderSource:
     def _from_tables(
         self, tables: list[str], images: list[str], names: list[str], column: str | None
     ) -> dict[str, tuple[str, ...]]:
-        by_name = {_normal(image): image for image in images}
-        known = {_normal(name) for name in names}
+        by_name, known = _Names(images), _Names(names)
         captions: dict[str, tuple[str, ...]] = {}
         for table in tables:
             rows = read_table(self._read_table(table), display_name(table), column)
@@ -408,24 +407,25 @@ class FolderSource:
         column: str,
         where: str,
         folder: str,
-        by_name: dict[str, str],
-        known: set[str],
+        by_name: _Names,
+        known: _Names,
         captions: dict[str, tuple[str, ...]],
     ) -> None:
-        given = str(row.get("file_name") or "")
-        image = by_name.get(_normal(f"{folder}/{given}" if folder else given))
+        given = str(row.get("file_name") or "").strip()
+        path = f"{folder}/{given}" if folder else given
+        image = by_name.find(path)
         if image is None:
-            reason = self._why_no_image(f"{folder}/{given}" if folder else given, given, known)
+            reason = self._why_no_image(path, given, known)
             self.problems.append((display_name(given or where), f"{reason} (named by {where})"))
         else:
             # Several lines for one image are several captions of it.
             texts = (*captions.get(image, ()), *clean_captions(row.get(column)))
             captions[image] = tuple(dict.fromkeys(texts))
 
-    def _why_no_image(self, path: str, given: str, known: set[str]) -> str:
+    def _why_no_image(self, path: str, given: str, known: _Names) -> str:
         if not given:
             return "no file_name"
-        if _normal(path) not in known:
+        if known.find(path) is None:
             return "not in the folder"
         if self._loss_mask == "file" and _mask_stem(given):
             return "the mask of another picture, as its name says"
@@ -435,11 +435,17 @@ class FolderSource:
             f"{', '.join(IMAGE_ENDINGS)}"
         )
 
-    def _from_side_cars(self, names: set[str], images: list[str]) -> dict[str, tuple[str, ...]]:
+    def _from_side_cars(self, names: _Names, images: list[str]) -> dict[str, tuple[str, ...]]:
         captions = {}
-        for image in images:
-            beside = (splitext(image)[0] + ".txt", image + ".txt")
-            file = next((name for name in beside if name in names), None)
+        beside = {image: (splitext(image)[0] + ".txt", image + ".txt") for image in images}
+        own = {
+            image: next(filter(None, map(names.exactly, two)), None)
+            for image, two in beside.items()
+        }
+        taken = set(own.values())
+        for image, two in beside.items():
+            alike = (file for file in map(names.find, two) if file and file not in taken)
+            file = own[image] or next(alike, None)
             if file is None:
                 continue
             try:
@@ -460,6 +466,25 @@ class FolderSource:
         if not has_table and all(reason == "no caption" for _, reason in self.problems):
             return f"{root} has {count} images but no captions. {_FORMATS}"
         return f"{root}: 0 usable images of {count} ({few(self.problems)}). {_FORMATS}"
+
+
+class _Names:
+    """Files, found by what people call them, who are used to Windows and macOS."""
+
+    def __init__(self, files: Iterable[str]) -> None:
+        self._exact = {_normal(file): file for file in files}
+        self._alike: dict[str, list[str]] = {}
+        for name, file in self._exact.items():
+            self._alike.setdefault(name.casefold(), []).append(file)
+
+    def exactly(self, name: str) -> str | None:
+        """The file of that name, or None."""
+        return self._exact.get(_normal(name))
+
+    def find(self, name: str) -> str | None:
+        """The same, or the only file whose name differs in upper and lower case."""
+        alike = self._alike.get(_normal(name).casefold(), ())
+        return self.exactly(name) or (alike[0] if len(alike) == 1 else None)
 
 
 def _mask_stem(name: str) -> str:

@@ -17,7 +17,7 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,7 @@ from latentdiff.pipelines.inputs import (
     check_output_type,
     check_pixels,
     check_seed,
+    check_share,
     check_steps,
     guidance_interval_of,
     guidance_scales,
@@ -341,7 +342,8 @@ class LatentDiffusionPipeline(LoadedModel):
                  sampler_options: for the sampler, for example {"eta": 1.0} for ddim.
                  timestep_spacing: a name in SPACINGS; None: as the sampler or the folder says.
                  timesteps: your own, decreasing, instead of num_inference_steps and a spacing.
-                 seed: of the first image, image k has seed + k; None: drawn, see `.seeds`.
+                 seed: of the first image, image k has seed + k, below 2^64; None: drawn, see
+                 `.seeds`.
                  latents: initial noise (B, C, h, w) instead of the seeds'.
                  output_type: pil, np, pt or latent; see `PipelineOutput`.
                  batch_size: images per pass; does not change them.
@@ -356,6 +358,7 @@ class LatentDiffusionPipeline(LoadedModel):
         scales = guidance_scales(guidance_scale, len(prompts))
         warn_of_unused_negatives(negatives, scales)
         interval = guidance_interval_of(guidance_interval)
+        check_share("guidance_rescale", guidance_rescale)
         check_output_type(output_type)
         check_syntax(prompt_syntax)
         for name, value in (
@@ -473,7 +476,7 @@ class LatentDiffusionPipeline(LoadedModel):
         return self.autoencoder.latent_channels, height // down, width // down
 
     def _seeds(self, seed: int | None, count: int) -> list[int]:
-        first = secrets.randbelow(2**31) if seed is None else check_seed(seed)
+        first = secrets.randbelow(2**31) if seed is None else check_seed(seed, count)
         return [first + k for k in range(count)]
 
     def _sampling(
@@ -487,6 +490,8 @@ class LatentDiffusionPipeline(LoadedModel):
         """Sampler name, grid and options, with the folder's defaults filled in."""
         defaults = self.components.sampling
         name, named_spacing = split_name(defaults.sampler if sampler is None else sampler)
+        if not isinstance(options, Mapping | None):
+            raise UserError(f"sampler_options must be names and values; got {options!r:.80}.")
         row, options = SAMPLERS[name], dict(options or {})
         options.setdefault("final_timestep", defaults.final_timestep(name))
         check_options(name, options)

@@ -17,7 +17,6 @@ from latentdiff.errors import UserError, choice_error
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 #: Height times width; eight times as wide and tall as what Stable Diffusion was trained on.
 MAX_PIXELS = 4096 * 4096
@@ -102,7 +101,7 @@ def guidance_interval_of(interval: Any) -> tuple[float, float] | None:
     numbers = isinstance(interval, Sequence) and all(
         isinstance(t, int | float) and not isinstance(t, bool) for t in interval
     )
-    if not numbers or len(interval) != 2 or interval[0] > interval[1]:
+    if not numbers or len(interval) != 2 or not interval[0] <= interval[1]:
         raise UserError(
             f"guidance_interval must be two timesteps (low, high), low <= high; got {interval!r}."
         )
@@ -115,11 +114,22 @@ def check_steps(name: str, value: Any) -> None:
         raise UserError(f"{name} must be a whole number of at least 1; got {value!r}.")
 
 
-def check_seed(seed: Any) -> int:
-    """Refuse a seed that is not a whole number in 0 … 2⁶³."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise UserError(f"seed must be a whole number from 0 to 2^63; got {seed!r}.")
+def check_seed(seed: Any, count: int) -> int:
+    """Refuse the seed of the first of `count` pictures unless all have one in 0 … 2⁶⁴ − 1."""
+    most = 2**64 - count
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= most:
+        below = "2^64 - 1" if count == 1 else f"2^64 - {count}, the pictures' number"
+        raise UserError(
+            f"seed must be a whole number from 0 to {below}; got {seed!r:.80}. Leave it out to "
+            "have one drawn."
+        )
     return seed
+
+
+def check_share(name: str, value: Any) -> None:
+    """Refuse what is not a number in 0 … 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise UserError(f"{name} must be a number in 0 … 1; got {value!r:.80}.")
 
 
 def check_output_type(given: Any) -> None:
@@ -128,8 +138,12 @@ def check_output_type(given: Any) -> None:
         raise choice_error("output_type", given, OUTPUT_TYPES)
 
 
-def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
+def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     """Refuse initial latents of another shape, or that are not finite."""
+    import torch  # late: --help is instant
+
+    if not isinstance(latents, torch.Tensor):
+        raise UserError(f"latents must be a tensor {shape}; got {latents!r:.80}.")
     if tuple(latents.shape) != shape:
         raise UserError(
             f"latents must have the shape (images, channels, height, width) = {shape} for this "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff.config import too_small
 from latentdiff.data.source import DataConfig
 from latentdiff.models.autoencoder import LOGVAR_RANGE
 from latentdiff.models.vae import AutoencoderKL
@@ -39,6 +40,17 @@ class AutoencoderConfig:
     mid_block_attention: bool = True
     """Self-attention at the lowest resolution."""
 
+    def validate(self) -> list[str]:
+        """List what no network has."""
+        problems = too_small(self, layers_per_block=1, latent_channels=1, norm_num_groups=1)
+        groups = max(1, self.norm_num_groups)
+        if not self.block_out_channels or any(c < 1 or c % groups for c in self.block_out_channels):
+            problems.append(
+                f"block_out_channels must be multiples of norm_num_groups={groups}; got "
+                f"{list(self.block_out_channels)}."
+            )
+        return problems
+
 
 @dataclass(frozen=True)
 class AutoencoderLossConfig:
@@ -58,6 +70,16 @@ class AutoencoderLossConfig:
     """Patch discriminator; 0 is off."""
     late_start: float = 0.7
     """Share of the steps after which the perceptual and adversarial terms start."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        weights = dict.fromkeys(("l1", "mse", "kl", "perceptual", "adversarial"), 0)
+        problems = too_small(self, **weights)
+        if not 1 <= self.perceptual_stages <= 5:
+            problems.append(f"perceptual_stages must lie in 1 … 5; got {self.perceptual_stages}.")
+        if not 0 <= self.late_start <= 1:
+            problems.append(f"late_start must lie in 0 … 1; got {self.late_start}.")
+        return problems
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Source: Radford et al. 2021, arXiv:2103.00020, figure 3.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentdiff.config import too_small
 from latentdiff.data.source import DataConfig
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
@@ -55,6 +57,18 @@ class ClipConfig:
     projection: int = 128
     """Dimensions of the shared space."""
 
+    def validate(self) -> list[str]:
+        """List what no network has."""
+        names = [f.name for f in dataclasses.fields(self)]
+        problems = too_small(self, **dict.fromkeys(names, 1) | {"max_tokens": 3})
+        for tower in ("text", "image"):
+            width, heads = (getattr(self, f"{tower}_{what}") for what in ("width", "heads"))
+            if heads >= 1 and width % heads:
+                problems.append(
+                    f"{tower}_width must be a multiple of {tower}_heads={heads}; got {width}."
+                )
+        return problems
+
 
 @dataclass(frozen=True)
 class ClipTrainConfig:
@@ -84,6 +98,15 @@ class ClipTrainConfig:
     and background), so that only the subject tells them apart."""
     stage: StageConfig = field(default_factory=lambda: StageConfig(output="runs/clip"))
     """The loop."""
+
+    def validate(self) -> list[str]:
+        """List what does not go together."""
+        if self.stage.batch_size != 1:
+            return []
+        return [
+            "stage.batch_size must be at least 2: a picture's caption is told from the others of "
+            "its batch; got 1."
+        ]
 
 
 def train_tokenizer(captions: Iterable[str], size: int, max_tokens: int) -> ClipTokenizer:

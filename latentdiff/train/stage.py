@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from latentdiff.config import too_small
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import Example, Source
 from latentdiff.errors import UserError, printable
@@ -58,6 +59,15 @@ class StageConfig:
     """Steps between checkpoints; the newest one is kept."""
     log_every: int = 20
     """Steps between lines of the log."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        counts = dict.fromkeys(("max_steps", "batch_size", "checkpoint_every", "log_every"), 1)
+        problems = too_small(self, **counts, warmup_steps=0, weight_decay=0)
+        for name in ("learning_rate", "clip_norm"):
+            if getattr(self, name) <= 0:
+                problems.append(f"{name} must be above 0; got {getattr(self, name)}.")
+        return problems
 
 
 def cosine_rate(step: int, config: StageConfig) -> float:

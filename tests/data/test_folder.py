@@ -304,6 +304,38 @@ def test_names_differing_in_unicode_form_or_slashes_still_match(tmp_path: Path) 
     assert len(open_folder(tmp_path)) == 1
 
 
+def test_names_that_differ_in_case_or_spaces_still_match_where_only_one_does(
+    tmp_path: Path,
+) -> None:
+    for folder, files in {
+        "side": ("IMG_1.JPG", "IMG_2.jpg", "a.png", "A.png", "b.png", "e\u0301.png"),
+        "table": ("IMG_1.JPG", "IMG_2.jpg", "a.png", "A.png", "b.png"),
+    }.items():
+        (tmp_path / folder).mkdir()
+        for n, file in enumerate(files):
+            (tmp_path / folder / file).write_bytes(png(n))
+    side = {"IMG_1.TXT": "one", "img_2.txt": "two", "a.txt": "small", "B.PNG.txt": "b"}
+    for name, text in (side | {"\u00e9.txt": "accent"}).items():
+        (tmp_path / "side" / name).write_text(text)
+    found = open_folder(tmp_path / "side")
+    expected = {"IMG_1.JPG": ("one",), "IMG_2.jpg": ("two",), "a.png": ("small",)}
+    assert captions_of(found) == expected | {"b.png": ("b",), "e\u0301.png": ("accent",)}
+    assert found.problems == [("A.png", "no caption")]  # a.txt is another picture's
+
+    rows = [
+        "file_name,text",
+        "img_1.jpg,one",
+        "IMG_2.JPG ,two",
+        "a.png,small",
+        "A.PNG,x",
+        " b.png,b",
+    ]
+    (tmp_path / "table" / "Metadata.CSV").write_text("\n".join(rows))
+    found = open_folder(tmp_path / "table")
+    assert captions_of(found) == expected | {"b.png": ("b",)}
+    assert [name for name, _ in found.problems] == ["A.PNG", "A.png"]  # either might be meant
+
+
 def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
     root = os.fsencode(tmp_path)
     try:

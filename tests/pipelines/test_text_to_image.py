@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.diffusion.noise import image_noise
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import UserError
 from tests.random_models import make_pipeline
@@ -213,7 +214,16 @@ def test_a1111_names_carry_their_grid(pipeline: LatentDiffusionPipeline) -> None
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"seed": "x"}, "seed must be a whole number"),
-        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number from 0 to .* Leave it out"),
+        ({"seed": 2**64}, r"seed must be a whole number from 0 to 2\^64 - 1"),
+        ({"seed": 2**64 - 1, "num_images_per_prompt": 3}, r"0 to 2\^64 - 3, the pictures' number"),
+        ({"guidance_interval": (float("nan"), float("nan"))}, "guidance_interval must be two"),
+        ({"guidance_rescale": 2}, "guidance_rescale must be a number in 0 … 1; got 2"),
+        ({"guidance_rescale": None}, "guidance_rescale must be a number"),
+        ({"sampler_options": [1]}, "sampler_options must be names and values"),
+        ({"sampler_options": {"eta": "1"}}, "eta must lie in 0 … 1; got '1'"),
+        ({"timesteps": 5}, "timesteps must be numbers; got 5"),
+        ({"latents": "noise"}, r"latents must be a tensor \(1, 4, 16, 16\); got 'noise'"),
         ({"output_type": "pill"}, "Did you mean 'pil'"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"\(1, 4, 16, 16\).*got \(1, 4, 8, 8\)"),
     ],
@@ -227,6 +237,18 @@ def test_bad_input(
             pipeline(**{"prompt": "a cat", **FAST, **arguments})
     finally:
         hook.remove()
+
+
+def test_seeds_have_64_bits_and_every_one_that_comes_back_can_be_given(
+    pipeline: LatentDiffusionPipeline,
+) -> None:
+    first = 2**64 - 2
+    both = pipeline("a cat", **FAST | {"seed": first, "num_images_per_prompt": 2})
+    assert both.seeds == [first, first + 1]
+    again = pipeline("a cat", **FAST | {"seed": both.seeds[1]})
+    assert (again.images[0] - both.images[1]).abs().max() <= 1 / 255
+    noise = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(first + 1))
+    assert torch.equal(image_noise(first + 1, (4, 16, 16)), noise)
 
 
 def test_half_precision_keeps_the_autoencoder_float32(tmp_path: Path) -> None:

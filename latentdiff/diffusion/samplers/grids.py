@@ -107,8 +107,10 @@ def custom_grid(schedule: NoiseSchedule, timesteps: Sequence[float]) -> Tensor:
     Raises:  UserError: not numbers, not strictly decreasing, or outside the schedule.
     """
     kinds = (int, float)
-    if not all(isinstance(t, kinds) and not isinstance(t, bool) for t in timesteps):
-        raise UserError(f"timesteps must be numbers; got {list(timesteps)!r:.200}.")
+    if not isinstance(timesteps, Sequence) or not all(
+        isinstance(t, kinds) and not isinstance(t, bool) for t in timesteps
+    ):
+        raise UserError(f"timesteps must be numbers; got {timesteps!r:.200}.")
     if not timesteps or any(low >= high for high, low in itertools.pairwise(timesteps)):
         raise UserError(
             f"timesteps must decrease strictly and not be empty; got {list(timesteps)!r:.200}."

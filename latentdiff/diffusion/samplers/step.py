@@ -173,8 +173,8 @@ def ancestral_variance(now: Level, to: Level) -> float:
 
 def check_fraction(name: str, value: float) -> None:
     """Refuse an option outside 0 … 1."""
-    if not 0 <= value <= 1:
-        raise UserError(f"{name} must lie in 0 … 1; got {value}.")
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{name} must lie in 0 … 1; got {value!r:.80}.")
 
 
 Bound = Callable[[Tensor], Tensor]
