@@ -1,5 +1,10 @@
 """What a file that should hold weights is, by its first bytes: its name may say otherwise.
 
+Refusing pickles whose tuples hold each other so often that their hash would never end.
+
+A tuple that holds a tuple twice, forty times over, takes some hundred bytes of a pickle, and 2^40
+steps once it is the key of a table. PyTorch's reader keeps code from running and hashes every key.
+
 Reading the tensors of one file: safetensors, or a pickle that may hold nothing but tensors.
 
 Both are mapped into memory: a tensor costs RAM when it is first used, and none while the file's
@@ -18,13 +23,14 @@ from __future__ import annotations
 
 import codecs
 import json
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +134,58 @@ def _text(head: bytes) -> str:
     return words.strip() if is_text and len(words) > 8 else ""
 
 
+#: Values of a tuple with those of the tuples in it; tensors come with some dozens.
+MOST_VALUES = 10**6
+#: Pickles in a row at the beginning of a file of PyTorch before 1.6: two numbers, facts, the data.
+_OLD_ROW = 4
+#: What an instruction takes from the stack besides single values.
+_TO_MARK = (pickletools.markobject, pickletools.stackslice)
+
+
+def refuse_endless_tuples(file: Path) -> None:
+    """Read the instructions of a pickle without following them.
+
+    Raises: UserError: a tuple of too many values.  Other errors: the file is damaged.
+    """
+    if not zipfile.is_zipfile(file):
+        with file.open("rb") as opened:
+            for _ in range(_OLD_ROW):
+                _check(opened, file)
+        return
+    with zipfile.ZipFile(file) as archive:
+        for name in archive.namelist():
+            if name == "data.pkl" or name.endswith("/data.pkl"):
+                with archive.open(name) as opened:
+                    _check(opened, file)
+
+
+def _check(pickle: IO[bytes], file: Path) -> None:
+    """Follow how many values stand for each place of the stack; only tuples stand for several."""
+    mark, stack, memo = 0, list[int](), dict[Any, int]()
+    for code, argument, _ in pickletools.genops(pickle):
+        taken = list[int]()
+        if pickletools.markobject in code.stack_before:
+            while (top := stack.pop()) != mark:
+                taken.append(top)
+        taken += [stack.pop() for one in code.stack_before if one not in _TO_MARK]
+        if "TUPLE" in code.name:
+            stack.append(1 + sum(taken))
+            if stack[-1] > MOST_VALUES:
+                raise UserError(
+                    f"{file} cannot be used: a tuple in it stands for over {MOST_VALUES:,} values. "
+                    "Ask for it as safetensors."
+                )
+        elif "GET" in code.name:
+            stack.append(memo[argument])
+        elif "PUT" in code.name:
+            memo[argument] = stack[-1]
+        elif code.name == "MEMOIZE":
+            stack.append(taken[0])
+            memo[len(memo)] = taken[0]
+        else:
+            stack += [mark if one is pickletools.markobject else 1 for one in code.stack_after]
+
+
 #: Tensors that share memory may have so many times the bytes of the file together.
 MOST_SHARING = 8
 #: Names of tensors: characters of each, and how many there may be.
@@ -206,6 +264,7 @@ def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _load_pickle(file: Path) -> tuple[Any, dict[str, str]]:
+    refuse_endless_tuples(file)
     mapped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
     with torch.serialization.safe_globals(_HARMLESS):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None), {}

@@ -123,6 +123,22 @@ def claiming(numbers: int) -> bytes:
     return archive(**files | {name: changed})
 
 
+def with_key(key: bytes, old: bool = False) -> bytes:
+    """A pickle of a table whose one key is made by these instructions."""
+    table = b"\x80\x02}(" + key + b"K\x01u."
+    if old:
+        row = (119547037146038801333356, 1001, {"little_endian": True})
+        return b"".join(pickle.dumps(one, protocol=2) for one in row) + table
+    with zipfile.ZipFile(io.BytesIO(pickled({}))) as stored:
+        files = {name: stored.read(name) for name in stored.namelist()}
+    name = next(name for name in files if name.endswith("data.pkl"))
+    return archive(**files | {name: table})
+
+
+#: The empty tuple, then 22 times a tuple that holds the one before it twice.
+DOUBLED = b")q\x01" + b"h\x01h\x01\x86q\x01" * 22
+
+
 def unnamed(header: dict[str, Any], size: int = 16) -> bytes:
     """A safetensors file with any header."""
     text = json.dumps(header).encode()
@@ -159,6 +175,8 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
     ),
     "more numbers than there are": ("cut off or damaged", lambda: claiming(3 * 10**9)),
     "a terabyte of bytes": ("cut off or damaged", lambda: pickled({"a": Zeros()})),
+    "a key of 2^22 values": ("over 1,000,000 values", lambda: with_key(DOUBLED)),
+    "the same, of PyTorch 1.5": ("over 1,000,000 values", lambda: with_key(DOUBLED, old=True)),
     "sparse": (
         "sparse, quantised or absent",
         lambda: pickled({"a": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6))}),
