@@ -231,13 +231,14 @@ def test_what_is_beside_the_tensors(tmp_path: Path) -> None:
 
 
 def test_tensors_of_whole_numbers_are_no_weights(tmp_path: Path) -> None:
-    from latentdiff.formats.folder import load_unet
-    from tests.random_models import make_unet
+    from random_models import make_pipeline
 
-    make_unet().save_pretrained(tmp_path)
-    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    from latentdiff.formats.folder import load_components
+
+    make_pipeline().save_pretrained(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     content, _ = load_content(weights)
     content["conv_in.bias"] = torch.ones(16, dtype=torch.int64)
     save_file(dict(content), weights)
     with pytest.raises(UserError, match=r"1 not of real numbers: conv_in\.bias"):
-        load_unet(tmp_path)
+        load_components(tmp_path)
