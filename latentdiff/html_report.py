@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def write_html(file: Path, template: str, **values: Any) -> None:
     """Fill a template of assets/report and write it piece by piece: iterables may be generators.
 
-    The file appears when it is complete. Every string is escaped for HTML and made `printable`. Raises: OSError: not writable.
+    The file appears when it is complete. Every string is escaped for HTML and made `printable`.
+    Raises: OSError: not writable.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
