@@ -145,15 +145,18 @@ def train_tokenizer(captions: Iterable[str], size: int, max_tokens: int) -> Clip
 
 
 def _complete(tokenizer: Any, alphabet: Sequence[str], processors: Any) -> Any:
-    """Add the end-of-word bytes and the two marks to a trained vocabulary."""
-    model = json.loads(tokenizer.to_str())["model"]
-    words = list(model["vocab"])
-    words += [a + "</w>" for a in alphabet if a + "</w>" not in model["vocab"]] + [BOS, EOS]
-    vocabulary = {word: i for i, word in enumerate(words)}
+    """Number a trained vocabulary as CLIP's: bytes, bytes that end a word, merges, BOS, EOS.
+
+    The trainer numbers the end-of-word bytes in another order each time.
+    """
     from tokenizers import AddedToken
     from tokenizers.models import BPE
 
+    model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    ends = [a + "</w>" for a in alphabet]
+    words = dict.fromkeys([*alphabet, *ends, *map("".join, merges), BOS, EOS])
+    vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer.model = BPE(vocabulary, merges, unk_token=EOS, end_of_word_suffix="</w>")
     tokenizer.add_special_tokens(
         [AddedToken(w, special=True, normalized=False) for w in (BOS, EOS)]

@@ -45,6 +45,11 @@ def test_vocabulary_reads_the_same_in_transformers(tokenizer, tmp_path):
     assert theirs.model_max_length == SMALL.max_tokens
 
 
+def test_the_same_captions_give_the_same_vocabulary(tokenizer):
+    again = train_tokenizer(CAPTIONS * 4, SMALL.vocabulary, SMALL.max_tokens)
+    assert again.backend.to_str() == tokenizer.backend.to_str()
+
+
 def test_any_text_can_be_spelled(tokenizer):
     encoding = tokenizer.backend.encode("zyx ñ 9")
     spelled = "".join(encoding.tokens[1:-1]).replace("</w>", "")
