@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from importlib import import_module
 
-from latentdiff.errors import command, printable
+from latentdiff.errors import command
 
 #: word → (module, what it is for).
 COMMANDS = {
@@ -19,9 +18,6 @@ COMMANDS = {
 @command
 def main() -> int:
     """Run the command that the first argument names; see `errors.command` for exit codes."""
-    warnings.showwarning = lambda message, *_: print(
-        f"warning: {printable(str(message))}", file=sys.stderr
-    )
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in COMMANDS:
         code = import_module(COMMANDS[word][0]).main(sys.argv[2:])

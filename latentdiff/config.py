@@ -1,12 +1,9 @@
-"""What a configuration dataclass declares: its fields, their types, defaults and docstrings.
-
-YAML as people mean it: 1e-4 is a number, `no` and `off` are words, a key may stand only once.
-
-The config engine: YAML file + `a.b=value` overrides → one checked tree of frozen dataclasses.
+"""The config engine: YAML file + `a.b=value` overrides → one checked tree of frozen dataclasses.
 
 A configuration is a stdlib dataclass that lives beside the code it configures; each field has a
 string literal below it as its documentation. Every mistake in a file is reported in one go, with
 its dotted path. Variants of a section are dataclasses told apart by a `kind: Literal[...]` field.
+YAML is read as people mean it: 1e-4 is a number, `no` and `off` are words, a key stands only once.
 """
 
 from __future__ import annotations
@@ -262,7 +259,7 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"config file {file} has more than {_MOST_BYTES // 2**20} MB of text.")
     try:
         data = parse_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {file} is not valid YAML: {error}") from error
     data = {} if data is None else data
     if not isinstance(data, dict):

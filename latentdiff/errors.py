@@ -9,16 +9,17 @@ import signal
 import sys
 import threading
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn, ParamSpec
+from typing import ParamSpec
 
 P = ParamSpec("P")
 #: Exit code of every command for what its user can fix, as of argparse for a wrong option.
 BAD_INPUT = 2
-#: Characters that turn the direction of the text after them: a name could show another ending.
 _STOPPED = "stopped by Ctrl-C; no file was left half-written."
+#: Characters that turn the direction of the text after them: a name could show another ending.
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
@@ -42,7 +43,11 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        return "\n".join(map(printable, super().__str__().split("\n")))
+        return _lines(super().__str__())
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
 
 
 class Interrupted(Exception):  # noqa: N818  (a request, not an error)
@@ -59,13 +64,15 @@ class Interrupted(Exception):  # noqa: N818  (a request, not an error)
 def command(main: Callable[P, int | None]) -> Callable[P, int]:
     """Decorate the main() of a command: bad input and Ctrl-C end it in one line on stderr.
 
+    Warnings are a line there too.
+
     Returns: main() that gives an exit code: what `main` gave (None is 0), `BAD_INPUT` after a
              UserError, 128 + the signal's number after a signal or when the reader has left.
     """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        with _ctrl_c() as signals:
+        with _plain_warnings(), _ctrl_c() as signals:
             try:
                 try:
                     return main(*args, **kwargs) or 0
@@ -90,6 +97,17 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
         return code
 
     return run
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings by their words alone, made `printable`, without the line of the code."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {_lines(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 class _CtrlC:
@@ -127,12 +145,6 @@ def _say(text: str, code: int) -> None:
         after_mark = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
         print(after_mark + text, file=sys.stderr)
     sys.stderr.flush()
-
-
-def exit_with(error: UserError) -> NoReturn:
-    """End a script with the error's text on stderr and the exit code `BAD_INPUT`."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(BAD_INPUT)
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

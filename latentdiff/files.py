@@ -1,6 +1,6 @@
-"""Writing a file or folder all at once: a reader, or a crash, sees the old one or the new one.
+"""Files and folders written all at once (a reader, or a crash, sees the old or the new), and JSON.
 
-JSON out of strangers' files: an object, or one clear error.
+JSON comes out of strangers' files too: an object, or one clear error.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,20 @@ def write_text(target: Path, text: str) -> None:
     """Write a text file in UTF-8, all at once. Raises: OSError."""
     with atomic_file(target) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def write_json(target: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON object for people to read, all at once. Raises: OSError."""
+    write_text(target, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def free_folder(wanted: Path) -> Path:
+    """The folder itself, or the first of FOLDER-2, FOLDER-3 … that is not there yet."""
+    folder, number = wanted, 2
+    while folder.exists():
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+        number += 1
+    return folder
 
 
 @contextmanager
@@ -128,7 +142,9 @@ def parse_json(text: str, where: object) -> dict[str, Any]:
     """
     try:
         found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise UserError(f"{where} is not valid JSON: it is nested too deeply.") from error
+    except ValueError as error:
         raise UserError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{where} must hold a JSON object; it holds a {type(found).__name__}.")

@@ -1,18 +1,12 @@
-"""What a file that should hold weights is, by its first bytes: its name may say otherwise.
+"""Files of weights: safetensors, or pickles that may hold nothing but tensors.
 
-Refusing pickles whose tuples hold each other so often that their hash would never end.
+What a file is, its first bytes say; its name may say otherwise. Both kinds are mapped into memory:
+a tensor costs RAM when it is first used, and none while the file's pages can be dropped. A pickle
+goes through PyTorch's `weights_only=True`, which builds tensors, numbers, texts and containers and
+refuses everything that could run code. It hashes every key of a table: a tuple that holds a tuple
+twice, forty times over, takes some hundred bytes and 2^40 steps, so such tuples are refused before.
 
-A tuple that holds a tuple twice, forty times over, takes some hundred bytes of a pickle, and 2^40
-steps once it is the key of a table. PyTorch's reader keeps code from running and hashes every key.
-
-Reading the tensors of one file: safetensors, or a pickle that may hold nothing but tensors.
-
-Both are mapped into memory: a tensor costs RAM when it is first used, and none while the file's
-pages can be dropped. A pickle goes through PyTorch's `weights_only=True`, which builds tensors,
-numbers, texts and containers and refuses everything that could run code. No tensor is larger than
-what the file holds of it.
-
-Reading and writing one component's weights: safetensors or pickles, whole or in shards.
+One component's weights are whole or in shards:
 
 STEM.safetensors           or STEM-00001-of-0000N.safetensors … with STEM.safetensors.index.json
 STEM.VARIANT.safetensors   the same of a variant: fp16, non_ema
@@ -22,7 +16,6 @@ STEM.bin …                 the same as pickles (pytorch_model for `model`), ne
 from __future__ import annotations
 
 import codecs
-import json
 import pickletools
 import re
 import zipfile
@@ -36,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
-from latentdiff.files import read_json
+from latentdiff.files import read_json, write_json
 
 #: Endings of the files that are pickles, when nothing in them says what they are.
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -136,8 +129,9 @@ def _text(head: bytes) -> str:
 
 #: Values of a tuple with those of the tuples in it; tensors come with some dozens.
 MOST_VALUES = 10**6
-#: Pickles in a row at the beginning of a file of PyTorch before 1.6: two numbers, facts, the data.
-_OLD_ROW = 4
+#: Pickles in a row at the beginning of a file of PyTorch before 1.6: two numbers, facts, the data,
+#: keys of the storages.
+_OLD_ROW = 5
 #: What an instruction takes from the stack besides single values.
 _TO_MARK = (pickletools.markobject, pickletools.stackslice)
 
@@ -153,9 +147,9 @@ def refuse_endless_tuples(file: Path) -> None:
                 _check(opened, file)
         return
     with zipfile.ZipFile(file) as archive:
-        for name in archive.namelist():
-            if name == "data.pkl" or name.endswith("/data.pkl"):
-                with archive.open(name) as opened:
+        for entry in archive.infolist():  # of two entries of one name a name opens the last alone
+            if entry.filename == "data.pkl" or entry.filename.endswith("/data.pkl"):
+                with archive.open(entry) as opened:
                     _check(opened, file)
 
 
@@ -512,8 +506,7 @@ def write_weights(
         placed |= dict.fromkeys(names, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-    text = json.dumps(index, indent=2) + "\n"
-    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+    write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def refuse_overflow(tensors: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,10 @@
 """Words from strangers' files are shown, and do not act on the terminal that shows them."""
 
+import warnings
+
 import pytest
 
-from latentdiff.errors import UserError, printable
+from latentdiff.errors import UserError, command, printable
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,17 @@ def test_errors_are_printable_and_keep_their_lines() -> None:
     assert str(UserError("2 problems:\n  \x1b]0;title\x07.png")) == (
         "2 problems:\n  \\x1b]0;title\\x07.png"
     )
+
+
+def test_warnings_of_a_command_are_printable() -> None:
+    shown = []
+
+    @command
+    def main() -> None:
+        text = "cut off: \x1b]0;title\x07\nsecond line"
+        shown.append(warnings.formatwarning(UserWarning(text), UserWarning, "a.py", 1))
+
+    before = warnings.formatwarning
+    assert main() == 0
+    assert shown == ["warning: cut off: \\x1b]0;title\\x07\nsecond line\n"]
+    assert warnings.formatwarning is before

@@ -25,10 +25,8 @@ from latentdiff.models.autoencoder import load_autoencoder  # noqa: E402
 from latentdiff.models.clip_text import load_text_encoder  # noqa: E402
 from latentdiff.precision import has_fast_bf16  # noqa: E402
 
-#: Steps in the making of the package's own model, which nobody else starts.
-OWN = ("drawing", "embedded", "start_unet", "words")
 CONFIGS = ROOT / "training" / "configs"
-RECIPES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if not p.stem.startswith(OWN))
+RECIPES = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIXTEEN_BIT = ["bf16"] * has_fast_bf16(DEVICE) + ["fp16"] * torch.cuda.is_available()
 

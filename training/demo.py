@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latentdiff.errors import command
-from latentdiff.files import atomic_file
+from latentdiff.files import atomic_file, free_folder
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "configs" / "demo.yaml"
@@ -43,15 +43,6 @@ PROMPTS = (
     "a {} on a blue background",
     "pixel art of a {} on a yellow background",
 )
-
-
-def free_folder(wanted: Path) -> Path:
-    """The folder itself, or the first of FOLDER-2, FOLDER-3 … that is not there yet."""
-    folder, number = wanted, 2
-    while folder.exists():
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-        number += 1
-    return folder
 
 
 def prompts() -> list[str]:

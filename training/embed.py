@@ -9,7 +9,6 @@ Each part that is named replaces the embedded one; the others stay.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError, command
-from latentdiff.files import atomic_file, whole_folder, write_text
+from latentdiff.files import atomic_file, read_json, whole_folder, write_json
 from latentdiff.formats.folder import GENERATION
 from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
 
@@ -107,9 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         embed_text(options.text, EMBEDDED_MODEL)
     if options.guidance is not None:
         file = EMBEDDED_MODEL / GENERATION
-        own = json.loads(file.read_text()) if file.is_file() else {}
-        own["guidance_scale"] = options.guidance
-        write_text(file, json.dumps(own, indent=2) + "\n")
+        own = read_json(file) if file.is_file() else {}
+        write_json(file, own | {"guidance_scale": options.guidance})
     for file in sorted(EMBEDDED_MODEL.rglob("*.safetensors")):
         print(f"{file.stat().st_size / 1e6:7.2f} MB  {file.relative_to(EMBEDDED_MODEL)}")
 

@@ -26,7 +26,7 @@ from latentdiff.train.config import read_config
 from latentdiff.train.ema import reconstruct
 from latentdiff.train.run import load_parts
 
-#: A profile further than this from the wanted one is another average; see power_profile.misfit.
+#: A profile further than this from the wanted one is another average; see `ema.misfit`.
 POOR_FIT = 0.1
 
 

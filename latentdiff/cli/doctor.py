@@ -32,6 +32,7 @@ from latentdiff.doctor.findings import (
     open_counter,
 )
 from latentdiff.errors import UserError, command
+from latentdiff.files import free_folder
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,12 @@ def read_order(args: argparse.Namespace) -> Order:
 
 def read_data(dataset: str, config: Path | None, overrides: Sequence[str]) -> DataConfig:
     """Put DATASET over a file's data section, and overrides over both. Raises: UserError."""
-    data: dict[str, Any] = dict((read_yaml(config).get("data") or {}) if config else {})
-    data |= {"kind": "emoji"} if dataset == "emoji" else {"path": dataset, "kind": guess(dataset)}
+    given: Any = (read_yaml(config).get("data") or {}) if config else {}
+    if not isinstance(given, dict):
+        raise UserError(f"{config}: data must hold `key: value` lines; got {given!r:.80}.")
+    own = {"kind": "emoji"} if dataset == "emoji" else {"path": dataset, "kind": guess(dataset)}
     # As overrides, so that mistakes in the file are reported in the same words as in training.
-    taken = [f"data.{key}={to_inline(value)}" for key, value in data.items()]
+    taken = [f"data.{key}={to_inline(value)}" for key, value in (given | own).items()]
     return load_config(_Only, None, [*taken, *overrides]).data
 
 
@@ -105,15 +108,6 @@ def guess(dataset: str) -> str:
         return "hub"
     only_tables = place.is_dir() and any(place.glob("*.parquet"))
     return "parquet" if only_tables else "folder"
-
-
-def free_folder(wanted: Path) -> Path:
-    """The folder itself, or the first of FOLDER-2, FOLDER-3 … that is not there yet."""
-    folder, number = wanted, 2
-    while folder.exists():
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-        number += 1
-    return folder
 
 
 def summary(order: Order, result: Result) -> str:

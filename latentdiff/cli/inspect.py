@@ -1,8 +1,4 @@
-"""Long lists of keys in few lines.
-
-What `latentdiff inspect` says of LoRAs and learned words, and which one a folder holds.
-
-Say what a file or folder of weights is, without building any network.
+"""Say what a file or folder of weights is, without building any network.
 
     latentdiff inspect FILE [--keys]
 

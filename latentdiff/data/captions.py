@@ -1,10 +1,6 @@
 """Reading captions: tables of them, which column holds them, and what counts as one.
 
-Millions of short texts in little memory: one run of bytes and where each begins.
-
-A Python string costs about 50 bytes beside its letters and a tuple of them as much again.
-
-Pictures that training shall leave alone, listed by name in a file that a person can edit.
+Pictures that training shall leave alone are listed by name in a file that a person can edit:
 
     {"name": "images/0007.jpg", "reason": "the same file as images/0003.jpg"}
 
@@ -186,7 +182,10 @@ _BETWEEN = "\x1f"
 
 
 class Texts:
-    """A list of tuples of texts that can only grow."""
+    """A list of tuples of texts that can only grow: one run of bytes, and where each begins.
+
+    For millions: a Python string costs about 50 bytes beside its letters, a tuple as much again.
+    """
 
     def __init__(self) -> None:
         self._bytes, self._ends = bytearray(), array("Q", [0])

@@ -1,6 +1,6 @@
-"""A folder or a .zip archive seen the same way: names with '/', bytes, and cheap change marks.
+"""A person's own pictures: a folder (or .zip) with metadata.jsonl/.csv, or a .txt beside each.
 
-A person's own pictures: a folder (or .zip) with metadata.jsonl/.csv, or a .txt beside each.
+A folder and an archive are seen the same way: names with '/', bytes, and cheap change marks.
 """
 
 from __future__ import annotations
@@ -444,8 +444,8 @@ class FolderSource:
         }
         taken = set(own.values())
         for image, two in beside.items():
-            alike = (file for file in map(names.find, two) if file and file not in taken)
-            file = own[image] or next(alike, None)
+            others = (file for file in map(names.find, two) if file and file not in taken)
+            file = own[image] or next(others, None)
             if file is None:
                 continue
             try:
@@ -474,8 +474,8 @@ class _Names:
     def __init__(self, files: Iterable[str]) -> None:
         self._exact = {_normal(file): file for file in files}
         self._alike: dict[str, list[str]] = {}
-        for name, file in self._exact.items():
-            self._alike.setdefault(name.casefold(), []).append(file)
+        for file in self._exact.values():
+            self._alike.setdefault(alike(file), []).append(file)
 
     def exactly(self, name: str) -> str | None:
         """The file of that name, or None."""
@@ -483,8 +483,13 @@ class _Names:
 
     def find(self, name: str) -> str | None:
         """The same, or the only file whose name differs in upper and lower case."""
-        alike = self._alike.get(_normal(name).casefold(), ())
-        return self.exactly(name) or (alike[0] if len(alike) == 1 else None)
+        found = self._alike.get(alike(name), ())
+        return self.exactly(name) or (found[0] if len(found) == 1 else None)
+
+
+def alike(name: str) -> str:
+    """The same for names that people take for one: whatever their upper and lower case."""
+    return _normal(name).casefold()
 
 
 def _mask_stem(name: str) -> str:

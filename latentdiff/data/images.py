@@ -1,14 +1,10 @@
-"""What a file that is named like a picture really holds, in words for the person who named it.
+"""Any picture file becomes 8-bit RGB, upright and opaque, then the tensor the autoencoder sees.
 
-Any picture file becomes 8-bit RGB, upright and opaque, or an error with the picture's name.
-
-From an RGB picture to the tensor that the autoencoder sees.
-
-Which parts of a picture count in the loss: white ones do, black ones do not, grey ones in part.
-
-A mask is a grey picture of the same size, from the picture's own transparency or from a file of its
-own. It is cut as the picture is and kept beside the moments, averaged over the pixels that one
-latent position stands for.
+Or an error with the picture's name, and what the file really holds. A mask says which parts of a
+picture count in the loss: white ones do, black ones do not, grey ones in part. It is a grey picture
+of the same size, from the picture's own transparency or from a file of its own. It is cut as the
+picture is and kept beside the moments, averaged over the pixels that one latent position stands
+for.
 """
 
 from __future__ import annotations

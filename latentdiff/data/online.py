@@ -1,11 +1,8 @@
 """Pictures encoded at the step that needs them: no cache, for sets larger than the disk.
 
 Slower than cached latents by the time of the encoder, and equal to them up to the 16 bits in which
-those are kept.
-
-Data sets that are read from beginning to end as they are needed, and never kept.
-
-For what does not fit on the disk: the `datasets` library fetches a few rows ahead. Which picture
+those are kept. A stream is read from beginning to end as it is needed, and the pictures are never
+kept either: the `datasets` library fetches a few rows ahead. Which picture
 comes when is decided by its shuffle buffer, not by the sample index, so such a run is not repeated
 bit for bit; noise and captions still follow the sample index.
 """

@@ -1,8 +1,6 @@
 """A table with a picture column and a caption column, held by the `datasets` library.
 
-Parquet files with a picture column and a caption column.
-
-Any data set of the `datasets` library: a hub id, a `save_to_disk` folder, or a local folder.
+From Parquet files, a hub id, a `save_to_disk` folder, or a local folder of that library's forms.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ discrete schedules, t on flow).
 
 The evidence lower bound of pictures from some of its levels, in both of its forms.
 
-The sum over all T levels (`posterior.elbo`) costs T network calls per picture. Here each picture
+The sum over all T levels (`elbo`) costs T network calls per picture. Here each picture
 visits K of them, drawn with known probabilities p_t,
 
     Σ_t KL_t = E[KL_t / p_t]                                 (importance sampling)

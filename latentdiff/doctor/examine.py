@@ -1,12 +1,9 @@
-"""One pass over a data set in several threads, with a window of bounded size.
+"""The whole examination: open, look, judge, write. No file of the data set is changed.
 
-Pillow decodes outside Python's global lock, so threads are enough, and nothing is copied between
-processes. At any moment each thread holds one picture, and large ones are decoded one at a time
+One pass looks at the pictures in several threads, with a window of bounded size. Pillow decodes
+outside Python's global lock, so threads are enough, and nothing is copied between processes. At any
+moment each thread holds one picture, and large ones are decoded one at a time
 (`images.LARGE_PIXELS`); what stays of a picture is its record.
-
-One picture: its file, its pixels and its captions → a record.
-
-The whole examination: open, look, judge, write. No file of the data set is changed.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.data.captions import json_line, write_quarantine
-from latentdiff.data.folder import METADATA_NAMES, open_tree
+from latentdiff.data.folder import METADATA_NAMES, alike, open_tree
 from latentdiff.data.images import IMAGE_ENDINGS, RGB, UnreadableImage, display_name, open_image
 from latentdiff.data.source import DataConfig, Skipped, Source, open_source
 from latentdiff.doctor.findings import (
@@ -262,16 +259,14 @@ def unused_files(data: DataConfig) -> list[Skipped]:
         return []
     names = open_tree(data.path or "", data.follow_links).names()
     images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
-    tables = any(name.rsplit("/", 1)[-1] in METADATA_NAMES for name in names)
-    partners = {splitext(name)[0] for name in images} | set(images)
+    tables = {name for name in names if name.rsplit("/", 1)[-1].lower() in METADATA_NAMES}
+    partners = {alike(name) for image in images for name in (image, splitext(image)[0])}
     unused = []
-    for name in sorted(set(names).difference(images)):
+    for name in sorted(set(names).difference(images, tables)):
         stem, ending = splitext(name)
-        if name.rsplit("/", 1)[-1] in METADATA_NAMES:
-            continue
-        if ending != ".txt":
+        if ending.lower() != ".txt":
             reason = f"files ending in {ending or 'nothing'} are not looked for"
-        elif stem not in partners:
+        elif alike(stem) not in partners:
             reason = "a text without a picture"
         elif tables:
             reason = "captions are taken from the metadata file, not from texts"

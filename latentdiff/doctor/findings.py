@@ -1,10 +1,4 @@
-"""What the doctor keeps of each picture: a fixed number of bytes, so that a million fit in memory.
-
-A record is 112 bytes. Texts that only some pictures need (why one cannot be read) are kept apart.
-
-How many tokens a caption takes: counted by the text encoder's tokenizer, or by CLIP's.
-
-What the doctor has to say about a data set: kinds of findings, and which pictures they name.
+"""What the doctor has to say about a data set: kinds of findings, and which pictures they name.
 
 | severity | meaning |
 |---|---|
@@ -12,6 +6,9 @@ What the doctor has to say about a data set: kinds of findings, and which pictur
 | doubtful | training uses it and may be better off without it: put it on the quarantine list |
 | cut | training uses part of it |
 | note | training uses all of it, in another form |
+
+Of each picture a record of 112 bytes is kept, so that a million fit in memory. Texts that only some
+pictures need (why one cannot be read) are kept apart.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from latentdiff.doctor.likeness import similar_to
 from latentdiff.embedded import named
 from latentdiff.errors import UserError, choice_error
 from latentdiff.files import read_json
-from latentdiff.models.tokenizer import EOS
+from latentdiff.models.tokenizer import EOS, clip_tokenizer, load_tokenizer
 
 #: Pillow's mode of the file, in the order of its code in a record.
 MODES = (
@@ -130,12 +127,8 @@ def open_counter(folder: str | None, limit: int | None) -> TokenCounter:
     Raises:  UserError: the folder holds no tokenizer.
     """
     if folder is None:
-        from latentdiff.models.tokenizer import clip_tokenizer
-
         count, words = clip_tokenizer(EOS).count, "counted by CLIP's own tokenizer"
         return TokenCounter(count, limit or CLIP_LIMIT, words)
-    from latentdiff.models.tokenizer import load_tokenizer
-
     home = Path(named(folder)).expanduser()
     inner = home / "tokenizer"
     inner = inner if inner.is_dir() else home

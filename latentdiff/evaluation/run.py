@@ -1,9 +1,4 @@
-"""Features of the real pictures of every concept in one look, kept on disk once computed.
-
-What each generated picture was taken for where it is not what was asked, in words.
-
-One evaluation from prompts to figures.
-"""
+"""One evaluation from prompts to figures, and what each wrong picture was taken for."""
 
 from __future__ import annotations
 
@@ -40,7 +35,7 @@ from latentdiff.models.autoencoder_losses import PerceptualDistance
 
 
 class Galleries:
-    """Look → (concepts, D) features of the real pictures.
+    """Look → (concepts, D) features of the real pictures, kept on disk once computed.
 
     Args:
         drawings: one per concept, in the gallery's order.
@@ -128,7 +123,7 @@ class Evaluation:
 
     Args:
         pipeline: a LatentDiffusionPipeline.
-        generator: see measures.Generator.
+        generator: see `Generator`.
         size: how much is generated.
         cache: folder of the real pictures' features.
         say: receives a line before every longer step.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.files import atomic_file
 from latentdiff.weights import load_content, refuse_not_finite, save_tensors
 
 #: What diffusers looks for in a folder.
@@ -63,16 +64,13 @@ def write_embedding(file: Path, token: str, vectors: Tensor) -> Path:
     Returns: the file.
     Raises:  UserError: it cannot be written; an older one is as it was.
     """
-    new = file.with_name(file.name + ".new")
     tensors = {token: vectors.detach().to("cpu", torch.float32).contiguous()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors, new)
-        new.replace(file)
+        with atomic_file(file) as new:
+            save_tensors(tensors, new)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror or error}).") from error
-    finally:
-        new.unlink(missing_ok=True)
     return file
 
 

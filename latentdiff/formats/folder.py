@@ -1,6 +1,4 @@
-"""The parts of a text-to-image model, whatever kind of file they come from.
-
-The Stable Diffusion folder of diffusers, read and written.
+"""The parts of a text-to-image model, and the Stable Diffusion folder of diffusers that holds them.
 
     model_index.json   unet/   vae/   text_encoder/   tokenizer/   scheduler/
 
@@ -10,7 +8,6 @@ round.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +19,7 @@ from torch import Tensor
 from latentdiff.diffusion.prediction import check_prediction
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError
-from latentdiff.files import atomic_folder, read_json, whole_folder
+from latentdiff.files import atomic_folder, read_json, whole_folder, write_json
 from latentdiff.formats.hub import resolve_folder
 from latentdiff.formats.scheduler import (
     SamplingDefaults,
@@ -137,8 +134,6 @@ def fill_unet(
     return unet.eval()
 
 
-__all__ = ["Components", "load_components", "resolve_folder", "save_components"]
-
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 #: Optional, ours: what the pipeline takes when its caller gives nothing, see `SamplingDefaults`.
 GENERATION = "generation_config.json"
@@ -233,15 +228,15 @@ def save_components(
     with atomic_folder(target, LAYOUT) as new:
         for name, config, state, stem in parts:
             (new / name).mkdir()
-            _write_json(new / name / "config.json", config)
+            write_json(new / name / "config.json", config)
             write_weights(new / name, stem, state, dtypes[name], max_shard_bytes)
         text.tokenizer.save(new / "tokenizer")
         (new / "scheduler").mkdir()
         scheduler = write_scheduler(components.schedule, components.prediction, components.sampling)
-        _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
-        _write_json(new / "model_index.json", _model_index(components))
+        write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(new / "model_index.json", _model_index(components))
         if own := generation_defaults(components.sampling):
-            _write_json(new / GENERATION, own)
+            write_json(new / GENERATION, own)
     return target
 
 
@@ -250,7 +245,7 @@ def save_autoencoder(
 ) -> Path:
     """Write an autoencoder's config.json and weights alone, all at once. Returns: the folder."""
     with whole_folder(folder) as new:
-        _write_json(new / "config.json", autoencoder.config_dict())
+        write_json(new / "config.json", autoencoder.config_dict())
         write_weights(new, VAE_STEM, autoencoder.module.state_dict(), dtype, None)
     return folder
 
@@ -263,7 +258,7 @@ def save_text_encoder(
 ) -> Path:
     """Write a text encoder's config.json and weights alone. Returns: the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", text.config_dict())
+    write_json(folder / "config.json", text.config_dict())
     write_weights(folder, TEXT_STEM, text.weights(), dtype, max_shard_bytes)
     return folder
 
@@ -336,7 +331,3 @@ def _model_index(components: Components) -> dict[str, Any]:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", components.autoencoder.kind],
     }
-
-
-def _write_json(file: Path, data: dict[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,19 +1,12 @@
-"""Which layer a LoRA file means by a name, and what the file is when it means none of ours.
-
-peft's settings, from which a LoRA file without alpha tensors says its α.
-
-diffusers keeps them in the safetensors header, peft in a file beside.
-
-What a LoRA file says about itself: kind, layout, ranks, scale, what it is for.
-
-LoRA files, read and written in the two layouts that tools exchange.
+"""LoRA files, read and written in the two layouts that tools exchange.
 
     diffusers  unet.<module>.lora_A.weight .lora_B.weight .lora_magnitude_vector; α: in the header
     kohya      lora_unet_<module>.lora_down.weight .lora_up.weight .alpha .dora_scale, with _ for .
 
 Read besides: diffusers' earlier spellings (`.lora.down`, `.processor.to_q_lora.down`,
 `.lora_linear_layer.down`), peft's own files, ComfyUI's (`diffusion_model.<CompVis' module>`,
-`text_encoders.clip_l.transformer.…`), and pickles of tensors.
+`text_encoders.clip_l.transformer.…`), and pickles of tensors. A file without alpha tensors says its
+α in peft's settings, which diffusers keeps in the safetensors header and peft in a file beside.
 """
 
 from __future__ import annotations
@@ -31,6 +24,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError, choice_error
+from latentdiff.files import atomic_file, parse_json, read_json
 from latentdiff.formats.name_patterns import NamePatterns, number
 from latentdiff.models.low_rank import LowRank
 from latentdiff.weights import TensorFile, load_content, refuse_not_finite, save_tensors
@@ -156,28 +150,15 @@ ADAPTERS = "lora_adapter_metadata"
 def adapter_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """peft's settings by part: {"unet.lora_alpha": 8, …}; empty when the file does not say.
 
-    Raises:  UserError: they are no JSON object.
+    Raises:  UserError: see `parse_json` and `read_json`.
     """
     beside = path.with_name("adapter_config.json")
-    try:
-        if ADAPTERS in metadata:
-            return _settings(path, metadata[ADAPTERS])
-        if path.name.startswith("adapter_model") and beside.is_file():
-            found = _settings(beside, beside.read_text(encoding="utf-8"))
-            return {f"{part}.{key}": value for part in PARTS for key, value in found.items()}
-    except (OSError, ValueError) as error:
-        raise UserError(f"the adapter settings of {path} are damaged: {error}") from error
+    if ADAPTERS in metadata:
+        return parse_json(metadata[ADAPTERS], f"{ADAPTERS} in {path}")
+    if path.name.startswith("adapter_model") and beside.is_file():
+        found = read_json(beside)
+        return {f"{part}.{key}": value for part in PARTS for key, value in found.items()}
     return {}
-
-
-def _settings(where: Path, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"the JSON in {where.name} is nested too deeply") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{where.name} should hold a JSON object there, not {text[:40]}")
-    return found
 
 
 def said_alphas(names: Iterable[str], adapters: Mapping[str, Any]) -> dict[str, float]:
@@ -478,14 +459,11 @@ def write_lora(
     # α is exact whatever the weights are stored in.
     stored = {k: _stored(t, None if k.endswith(".alpha") else dtype) for k, t in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
     try:
-        save_tensors(stored, partial, about)
-        partial.replace(path)
+        with atomic_file(path) as new:
+            save_tensors(stored, new, about)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}).") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

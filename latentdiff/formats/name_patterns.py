@@ -67,7 +67,10 @@ class NamePatterns:
             raise ValueError(f"{pattern!r:.60} is no regular expression ({error})") from None
         if _NAME.fullmatch(pattern):
             whole = re.compile(rf"(?:.*\.)?{pattern}")
-            return lambda name: self._spend(1 + len(name) // 100) and bool(whole.fullmatch(name))
+            # The pattern may begin behind each dot, and be followed to the name's end.
+            return lambda name: (
+                self._spend(1 + len(name) * name.count(".") // 1000) and bool(whole.fullmatch(name))
+            )
         piece = _alternatives(deque(tokens), self._spend)
         return lambda name: len(name) in piece(name, {0, *_behind_dots(name)})
 

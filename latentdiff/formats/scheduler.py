@@ -19,6 +19,7 @@ from latentdiff.diffusion.prediction import PREDICTIONS
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError, choice_error
+from latentdiff.models.unet_config import DIFFUSERS_VERSION
 
 #: diffusers' beta_schedule → ours.
 KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -144,7 +145,7 @@ def scheduler_class(schedule: ScheduleConfig) -> str:
 
 
 def _head(name: str) -> dict[str, Any]:
-    return {"_class_name": name, "_diffusers_version": "0.42.1"}
+    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
 
 
 def _write_flow(schedule: ScheduleConfig, prediction_type: str) -> dict[str, Any]:

@@ -1,16 +1,4 @@
-"""What a single file says about its training, and what its weights tell when it says nothing.
-
-Version 1 predicts eps as its published YAML does, unless the file, or a YAML beside it, says
-otherwise. Version 2 was published both ways with the same keys and shapes. At the last noise level
-x_T is all but pure noise ε, so a network that predicts eps gives back its input, and one that
-predicts v = α ε − σ x_0 ≈ −x_0 gives something unlike it: their correlation decides.
-
-Whether a model has the shapes of Stable Diffusion 1.x or 2.x, in all three of its parts.
-
-Programs that open single files by their keys alone (A1111, ComfyUI) take every size from what
-Stable Diffusion is, so one part of another size is enough to make a file unreadable there.
-
-A whole model in one file, the way CompVis' code saves it: .safetensors or .ckpt, read.
+"""A whole model in one file, the way CompVis' code saves it: .safetensors or .ckpt.
 
     model.diffusion_model.…   the U-Net (and model_ema.…, its averaged weights)
     first_stage_model.…       the autoencoder
@@ -18,12 +6,16 @@ A whole model in one file, the way CompVis' code saves it: .safetensors or .ckpt
 
 Such a file has no configuration. Ours carry it as JSON in their metadata; others are taken for
 Stable Diffusion 1.x or 2.x when their shapes say so, and refused by name otherwise. A file opens
-wholly or not at all.
+wholly or not at all. Programs that open single files by their keys alone (A1111, ComfyUI) take
+every size from what Stable Diffusion is, so one part of another size makes a file unreadable there.
 
-A whole model in one .safetensors file in CompVis' layout, written; see `single_file`.
+Version 1 predicts eps as its published YAML does, unless the file, or a YAML beside it, says
+otherwise. Version 2 was published both ways with the same keys and shapes. At the last noise level
+x_T is all but pure noise ε, so a network that predicts eps gives back its input, and one that
+predicts v = α ε − σ x_0 ≈ −x_0 gives something unlike it: their correlation decides.
 
-The metadata has ModelSpec's fields, which other programs show and some read, and our configuration
-files, with which any model comes back as it was and not only the sizes of Stable Diffusion.
+Written files, .safetensors alone, have ModelSpec's fields in their metadata, which other programs
+show and some read, beside the configuration.
 """
 
 from __future__ import annotations
@@ -31,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -44,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError, printable
-from latentdiff.files import parse_json
+from latentdiff.files import atomic_file, parse_json
 from latentdiff.formats.folder import Components, check_inputs, empty_unet, fill_unet
 from latentdiff.formats.identify import CONFIGURATION, Identity, identify, refuse_unsupported
 from latentdiff.formats.key_map import (
@@ -72,8 +63,7 @@ from latentdiff.formats.sd_facts import (
     sd_unet,
     yaml_beside,
 )
-from latentdiff.models import clip_text as clip_text
-from latentdiff.models import vae
+from latentdiff.models import clip_text, vae
 from latentdiff.models.autoencoder import Autoencoder, empty_autoencoder, fill_autoencoder
 from latentdiff.models.clip_text import TextEncoder, empty_text_tower, fill_text_encoder
 from latentdiff.models.tokenizer import CLIP, describe_tokenizer, tokenizer_of
@@ -530,16 +520,13 @@ def modelspec(components: Components, title: str) -> dict[str, str]:
 
 
 def _write(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
-    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors, temporary, metadata)
-        _put_hash(temporary)
-        temporary.replace(target)
+        with atomic_file(target) as new:
+            save_tensors(tensors, new, metadata)
+            _put_hash(new)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _put_hash(file: Path) -> None:

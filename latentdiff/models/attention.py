@@ -1,8 +1,4 @@
-"""The kernels that compute softmax(Q Kᵀ/√d) V: PyTorch's own, or xformers when asked for.
-
-Both take and give (B, heads, tokens, head_dim).
-
-Attention and the transformer that stands inside the U-Net's blocks.
+"""Attention and the transformer that stands inside the U-Net's blocks.
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √d) V          (Vaswani et al. 2017, arXiv:1706.03762)
 
@@ -11,7 +7,9 @@ cross-attention lets them read the context (Rombach et al. 2022, section 3.3, ar
 The context does not change while an image is denoised, so in sampling its keys and values are
 computed once, outside the blocks (see `UNet.project_context`). In training every block makes its
 own: all its weights are used within its call, which sharding relies on.
-Attribute names are those of diffusers, since they are the keys of the weight files.
+Attribute names are those of diffusers, since they are the keys of the weight files. The kernels
+that compute the above are PyTorch's own, or xformers when asked for; both take and give
+(B, heads, tokens, head_dim).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CLIP's text tower: token ids → a state for every position.
+"""The frozen text encoder, CLIP's text tower: prompts → a state for every position.
 
     x = token + position;   x ← x + attention(norm(x));   x ← x + mlp(norm(x)), layer by layer
 
@@ -6,12 +6,10 @@ Attention is causal, so the end mark's state has read the whole text. Names and 
 transformers' CLIPTextModel, so its weight files load strictly. Written here since importing that
 class takes three times as long as importing torch.
 
+As in Stable Diffusion the context for cross-attention is the last state after the final LayerNorm,
+at every position, padding included.
+
 Source: Radford et al. 2021, section 2.4, arXiv:2103.00020.
-
-The frozen text encoder: prompts → context for cross-attention.
-
-As in Stable Diffusion the context is the last state after the final LayerNorm, at every position,
-padding included.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ Prompts → context, by one of three readings.
 
     plain    one pass of the text tower; words that do not fit are cut off, with a warning
     long     as many passes as the words need, their states one after the other
-    a1111    the same with weighted words and BREAK, see `prompt_syntax`
+    a1111    the same with weighted words and BREAK, see `parse`
 
 A text that fits, and for a1111 holds no syntax, has the same states in all three.
 
@@ -56,7 +56,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,6 @@ from torch.nn import functional as F
 from latentdiff.errors import UserError, choice_error
 from latentdiff.models.clip_text import TextEncoder
 from latentdiff.models.tokenizer import ClipTokenizer
-
-if TYPE_CHECKING:
-    from latentdiff.models.tokenizer import ClipTokenizer
 
 #: What one pair of brackets multiplies or divides by.
 STEP = 1.1
@@ -224,7 +221,7 @@ def chunks_of(
 ) -> list[Chunk]:
     """Cut a prompt up.
 
-    Args:    parts: what `prompt_syntax.parse` gives.  pieces: the tokenizer.
+    Args:    parts: what `parse` gives.  pieces: the tokenizer.
              room: tokens in a chunk.  comma: the comma's token; None: there is none.
     Returns: at least one chunk; an empty part is an empty chunk, unless it is the last of several.
     Raises:  UserError: a learned word of more vectors than a chunk has room for.

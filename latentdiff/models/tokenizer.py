@@ -1,8 +1,10 @@
-"""Keeping foreign loaders' progress bars and reports off the terminal; errors still raise.
+"""CLIP's tokenizer: text → a fixed number of token ids.
 
-Tokens beside a tokenizer's vocabulary: its marks, and words that were taught.
+The work is done by the `tokenizers` library alone, which imports a hundred times faster than the
+tokenizer classes of transformers and gives the same ids.
 
-Folders say them in up to four files. As transformers (PreTrainedTokenizerBase.from_pretrained):
+Folders say the tokens beside the vocabulary (marks, and words that were taught) in up to four
+files. As transformers (PreTrainedTokenizerBase.from_pretrained):
 
     tokenizer_config.json    added_tokens_decoder, id → token: where it is there, it says all
     added_tokens.json        word → id, in older folders
@@ -11,22 +13,15 @@ Folders say them in up to four files. As transformers (PreTrainedTokenizerBase.f
 
 A token gets the next free id unless it is in the vocabulary.
 
-CLIP's tokenizer: text → a fixed number of token ids.
-
-The work is done by the `tokenizers` library alone, which imports a hundred times faster than the
-tokenizer classes of transformers and gives the same ids.
-
-The vocabulary of OpenAI's CLIP, which single files of Stable Diffusion 1.x and 2.x rely on.
-
-It follows from 48,894 merges alone: every byte, every byte at a word's end, every merge, the two
-marks. Source of assets/clip_merges.txt.gz: lines 2 to 48895 of clip/bpe_simple_vocab_16e6.txt.gz in
+The vocabulary of OpenAI's CLIP, which single files of Stable Diffusion 1.x and 2.x rely on, follows
+from 48,894 merges alone: every byte, every byte at a word's end, every merge, the two marks. Source
+of assets/clip_merges.txt.gz: lines 2 to 48895 of clip/bpe_simple_vocab_16e6.txt.gz in
 github.com/openai/CLIP (MIT licence, Copyright 2021 OpenAI).
 """
 
 from __future__ import annotations
 
 import gzip
-import json
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError
-from latentdiff.files import read_json
+from latentdiff.files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,11 +185,11 @@ class ClipTokenizer:
             "model_max_length": self.max_length,
             "tokenizer_class": "CLIPTokenizer",
         }
-        _write_json(folder / "tokenizer_config.json", config)
-        _write_json(folder / "special_tokens_map.json", marks)
+        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "special_tokens_map.json", marks)
         base = self.backend.get_vocab_size(with_added_tokens=False)
         if words := {entry["content"]: index for index, entry in entries.items() if index >= base}:
-            _write_json(folder / "added_tokens.json", words)
+            write_json(folder / "added_tokens.json", words)
 
     def _row(self, text: str) -> list[int]:
         ids, left_out = self._fit(text)
@@ -302,7 +297,7 @@ def _read_backend(folder: Path, config: Mapping[str, Any], added: Sequence[Added
 def build_backend(model: Any, config: Mapping[str, Any], added: Sequence[Added]) -> Any:
     """CLIP's tokenizer around its vocabulary and merges, a `tokenizers.models.BPE`.
 
-    Args: config: names begin and end mark.  added: words and marks, see `added_tokens`.
+    Args: config: names begin and end mark.  added: words and marks, see `stated_tokens`.
     """
     from tokenizers import Regex, Tokenizer, decoders, normalizers
     from tokenizers.pre_tokenizers import ByteLevel, Split
@@ -328,10 +323,6 @@ def build_backend(model: Any, config: Mapping[str, Any], added: Sequence[Added])
 
 def _optional(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
-
-
-def _write_json(file: Path, data: dict[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 MERGES: Path = Path(__file__).parents[1] / "assets" / "clip_merges.txt.gz"
@@ -362,7 +353,7 @@ def clip_tokenizer(
 
     Args:    pad_token: <|endoftext|> in Stable Diffusion 1.x, ! in 2.x.
              max_length: ids per text, marks included.
-             added: words and marks beside those of CLIP, see `added_tokens.added_entries`.
+             added: words and marks beside those of CLIP, see `added_entries`.
     """
     from tokenizers.models import BPE
 

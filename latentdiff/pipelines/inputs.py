@@ -1,9 +1,6 @@
-"""The largest picture that is drawn; apart, without imports, so that scripts check before loading.
+"""Checks of what callers of a pipeline give, before any work is done.
 
-Memory grows with the pixels in the decoder, and with their square in attention on some machines. A
-slip such as 100000 for 1000 would take the whole machine down instead of ending with a message.
-
-Checks of what callers of a pipeline give, before any work is done.
+PyTorch is imported late, so that scripts check before loading.
 """
 
 from __future__ import annotations
@@ -18,7 +15,9 @@ from latentdiff.errors import UserError, choice_error
 if TYPE_CHECKING:
     import torch
 
-#: Height times width; eight times as wide and tall as what Stable Diffusion was trained on.
+#: Height times width; eight times as wide and tall as what Stable Diffusion was trained on. Memory
+#: grows with it in the decoder, and with its square in attention on some machines: a slip such as
+#: 100000 for 1000 would take the whole machine down.
 MAX_PIXELS = 4096 * 4096
 
 
@@ -142,6 +141,8 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     """Refuse initial latents of another shape, or that are not finite."""
     import torch  # late: --help is instant
 
+    from latentdiff.models.finite import is_finite
+
     if not isinstance(latents, torch.Tensor):
         raise UserError(f"latents must be a tensor {shape}; got {latents!r:.80}.")
     if tuple(latents.shape) != shape:
@@ -149,8 +150,6 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
             f"latents must have the shape (images, channels, height, width) = {shape} for this "
             f"prompt, size and model; got {tuple(latents.shape)}."
         )
-    from latentdiff.models.finite import is_finite  # torch is imported late: --help is instant
-
     if not is_finite(latents):
         raise UserError("latents must be finite; the given ones hold NaN or infinity.")
 

@@ -336,7 +336,7 @@ T = TypeVar("T")
 
 
 class SampleOrder(Protocol):
-    """Global sample indices → dataset indices; see order and bucket_order."""
+    """Global sample indices → dataset indices; see `Order` and `BucketOrder`."""
 
     seed: int
 

@@ -244,7 +244,7 @@ _NEWER = (
 def deciding_facts(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the numbers of a run; a resumed run must have the same ones.
 
-    The batch enters as a whole (see `order.BatchShape`): how it is cut up changes only rounding.
+    The batch enters as a whole (see `BatchShape`): how it is cut up changes only rounding.
     """
     facts = {k: v for k, v in flat(to_dict(config)).items() if not k.startswith(_FREE)}
     usual = flat(to_dict(TrainConfig()))

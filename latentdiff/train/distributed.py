@@ -29,7 +29,7 @@ Source: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
 Starting Accelerate so that processes either know of each other or refuse to run.
 
 Precision is set here and nowhere else: copies and one process compute under autocast, shards get
-the same type for what they gather (see `sharding.fsdp_plugin`).
+the same type for what they gather (see `fsdp_plugin`).
 """
 
 from __future__ import annotations

@@ -20,11 +20,9 @@ same coefficients then combine the stored weights (their section 3.2).
 Source: Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models,
 arXiv:2312.02696.
 
-Tracking power-function averages during training and storing them now and then.
+They are tracked during training and stored now and then:
 
     OUTPUT/ema/step-00001000.safetensors      every average after 1000 optimizer steps, 16 bit
-
-What the averages are, and how others are built from stored ones, is in `power_profile`.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class LoopLength(Protocol):
 
 
 class Writer(Protocol):
-    """What TensorBoard's SummaryWriter and `wandb_log.WandbWriter` have in common."""
+    """What TensorBoard's SummaryWriter and `WandbWriter` have in common."""
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Note a number."""

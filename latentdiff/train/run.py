@@ -1,12 +1,7 @@
-"""The parts of a train_latent.py run and how they are put together.
+"""The parts of a train_latent.py run and how they are put together: networks, pictures, output.
 
-The pictures of a run: from a cache or a stream, or encoded at each step.
-
-The part of a training run that encodes its pictures, to be done before and by many processes.
-
-Optional packages are looked for before a run writes anything.
-
-What a run ran on: every start of it adds to OUTPUT/environment.json.
+Optional packages are looked for before a run writes anything; every start adds what it ran on to
+OUTPUT/environment.json.
 """
 
 from __future__ import annotations
@@ -65,7 +60,7 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     config, notes, model = given.config, list[str](), given.config.model
     base: Components | None = None
     if model.pretrained is not None:
-        folder = _embedded() if model.pretrained == "embedded" else model.pretrained
+        folder = EMBEDDED_MODEL if model.pretrained == "embedded" else model.pretrained
         base = load_model(folder, revision=model.revision)
         config, notes = adopt(given, base.schedule, base.prediction)
         config = settle_size(config, base, "data.image_size" in given.keys)
@@ -124,18 +119,12 @@ def _new_unet(config: TrainConfig) -> UNet:
     return UNet(config.model.unet).init_for_training()
 
 
-def _embedded() -> Path:
-    from latentdiff.embedded import EMBEDDED_MODEL
-
-    return Path(EMBEDDED_MODEL)
-
-
 def _autoencoder(name: str | None, base: Components | None) -> Any:
     from latentdiff.formats.model import open_autoencoder
 
     if name is None and base is not None:
         return base.autoencoder
-    return open_autoencoder(name if name is not None else _embedded())
+    return open_autoencoder(name if name is not None else EMBEDDED_MODEL)
 
 
 def _text_encoder(name: str | None, base: Components | None) -> Any:
@@ -143,7 +132,7 @@ def _text_encoder(name: str | None, base: Components | None) -> Any:
 
     if name is None and base is not None:
         return base.text_encoder
-    return open_text_encoder(name if name is not None else _embedded())
+    return open_text_encoder(name if name is not None else EMBEDDED_MODEL)
 
 
 def check_fit(components: Components, config: TrainConfig) -> None:
@@ -253,7 +242,7 @@ def batch_shape(
 def make_gauges(
     components: Components, latents: Latents, accelerator: Accelerator, frozen: bool = False
 ) -> Callable[[float], dict[str, float]]:
-    """Count the U-Net's FLOPs and find the machine's, once; see `flops`.
+    """Count the U-Net's FLOPs and find the machine's, once; see `train.log`.
 
     Args:    frozen: the U-Net's own weights get no gradient.
     """

@@ -230,6 +230,7 @@ def test_limits_can_be_moved(tmp_path: Path) -> None:
 
 
 MISTAKES = {
+    "--config list.yaml": ["list.yaml: data must hold `key: value` lines; got [1, 2]"],
     "--quarantine similr": ["--quarantine must be one of", "Did you mean 'similar'?"],
     "--threads 0": ["--threads must be at least 1"],
     "--similar 30": ["--similar", "got 30"],
@@ -241,8 +242,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("options", MISTAKES)
-def test_mistakes_are_named_and_nothing_is_written(options: str, tmp_path: Path, capsys) -> None:
+def test_mistakes_are_named_and_nothing_is_written(
+    options: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
     folder, output = write_good(tmp_path / "d", 1), tmp_path / "o"
+    (tmp_path / "list.yaml").write_text("data: [1, 2]")
+    monkeypatch.chdir(tmp_path)
     assert main([str(folder), "--output", str(output), *options.split()]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in MISTAKES[options]), error
@@ -277,6 +282,22 @@ def test_the_data_section_of_a_training_is_taken(tmp_path: Path, monkeypatch) ->
     for output in ("runs/doctor-d", "runs/doctor-d-2"):
         assert kinds_by_name(Path(output))["1.png"] == {"no-caption"}
         assert "no-caption" not in kinds_by_name(Path(output)).get("0.png", set())
+
+
+def test_files_that_training_uses_are_not_called_unused(tmp_path: Path) -> None:
+    """Whatever the upper and lower case of their names."""
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for number, name in enumerate(("a.png", "B.PNG", "c.Jpg", "d.png")):
+        picture(number).save(folder / name)
+    for name in ("A.TXT", "b.txt", "c.Jpg.Txt", "d.txt", "e.TXT"):
+        (folder / name).write_text("a thing")
+    assert main([str(folder), "--output", str(tmp_path / "o")]) == 0
+    assert kinds_by_name(tmp_path / "o") == {"e.TXT": {"ignored"}}
+    (folder / "Metadata.CSV").write_text("file_name,text\na.png,x\nb.png,x\nC.jpg,x\nd.png,x\n")
+    assert main([str(folder), "--output", str(tmp_path / "o2")]) == 0
+    texts = ("A.TXT", "b.txt", "c.Jpg.Txt", "d.txt", "e.TXT")
+    assert kinds_by_name(tmp_path / "o2") == {name: {"ignored"} for name in texts}
 
 
 def test_the_embedded_set_and_a_table_are_examined_too(tmp_path: Path) -> None:

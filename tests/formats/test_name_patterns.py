@@ -142,6 +142,13 @@ def test_hostile_patterns_do_not_match_or_are_refused(pattern: str) -> None:
         assert "take too long" in str(error)
 
 
+def test_many_plain_patterns_on_names_full_of_dots_are_refused() -> None:
+    patterns = NamePatterns({"." * 40 + str(i): i for i in range(1500)})
+    with pytest.raises(ValueError, match="take too long"):
+        for letter in "abcdefg":
+            patterns.find([f"{letter}." * 500])
+
+
 @pytest.mark.parametrize(
     "pattern",
     [

@@ -88,11 +88,11 @@ def test_lora(tmp_path: Path, change: dict[str, Tensor], words: tuple[str, ...])
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ("{", "damaged"),
-        ("[1, 2]", "damaged"),
+        ("{", "not valid JSON"),
+        ("[1, 2]", "must hold a JSON object"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
-        ('{"unet.lora_alpha": ' + "9" * 5000 + "}", "damaged"),
+        ('{"unet.lora_alpha": ' + "9" * 5000 + "}", "not valid JSON"),
         ('{"unet.lora_alpha": ' + "9" * 4000 + "}", "no number"),
         ('{"unet.lora_alpha": "much"}', "'much' is no number"),
         ('{"unet.lora_alpha": [1]}', "[1] is no number"),

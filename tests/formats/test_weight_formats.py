@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -123,16 +124,28 @@ def claiming(numbers: int) -> bytes:
     return archive(**files | {name: changed})
 
 
-def with_key(key: bytes, old: bool = False) -> bytes:
+def table_with(key: bytes) -> bytes:
     """A pickle of a table whose one key is made by these instructions."""
-    table = b"\x80\x02}(" + key + b"K\x01u."
-    if old:
-        row = (119547037146038801333356, 1001, {"little_endian": True})
-        return b"".join(pickle.dumps(one, protocol=2) for one in row) + table
+    return b"\x80\x02}(" + key + b"K\x01u."
+
+
+def old_row(*more: object) -> bytes:
+    """The beginning of a file of PyTorch 1.5, and more values."""
+    row = (119547037146038801333356, 1001, {"little_endian": True}, *more)
+    return b"".join(pickle.dumps(one, protocol=2) for one in row)
+
+
+def with_key(key: bytes, again: bool = False) -> bytes:
+    """A file of PyTorch with such a table; `again`: another of the same name stands behind it."""
     with zipfile.ZipFile(io.BytesIO(pickled({}))) as stored:
         files = {name: stored.read(name) for name in stored.namelist()}
     name = next(name for name in files if name.endswith("data.pkl"))
-    return archive(**files | {name: table})
+    data = io.BytesIO(archive(**files | {name: table_with(key)}))
+    if again:
+        with zipfile.ZipFile(data, "a") as more, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the name that is there
+            more.writestr(name, files[name])
+    return data.getvalue()
 
 
 #: The empty tuple, then 22 times a tuple that holds the one before it twice.
@@ -176,7 +189,18 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "more numbers than there are": ("cut off or damaged", lambda: claiming(3 * 10**9)),
     "a terabyte of bytes": ("cut off or damaged", lambda: pickled({"a": Zeros()})),
     "a key of 2^22 values": ("over 1,000,000 values", lambda: with_key(DOUBLED)),
-    "the same, of PyTorch 1.5": ("over 1,000,000 values", lambda: with_key(DOUBLED, old=True)),
+    "the same, of PyTorch 1.5": (
+        "over 1,000,000 values",
+        lambda: old_row() + table_with(DOUBLED),
+    ),
+    "the same, in what follows the data there": (
+        "over 1,000,000 values",
+        lambda: old_row({}) + table_with(DOUBLED),
+    ),
+    "the same, with another of its name behind it": (
+        "over 1,000,000 values",
+        lambda: with_key(DOUBLED, again=True),
+    ),
     "sparse": (
         "sparse, quantised or absent",
         lambda: pickled({"a": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6))}),
