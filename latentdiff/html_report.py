@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import printable
+from latentdiff.files import atomic_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 def write_html(file: Path, template: str, **values: Any) -> None:
     """Fill a template of assets/report and write it piece by piece: iterables may be generators.
 
-    Every string is escaped for HTML and made `printable`. Raises: OSError: not writable.
+    The file appears when it is complete. Every string is escaped for HTML and made `printable`.
+    Raises: OSError: not writable.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -25,11 +27,13 @@ def write_html(file: Path, template: str, **values: Any) -> None:
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
+        keep_trailing_newline=True,
         lstrip_blocks=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["data_url"] = data_url
-    environment.get_template(template).stream(**values).dump(str(file), encoding="utf-8")
+    with atomic_file(file) as new:
+        environment.get_template(template).stream(**values).dump(str(new), encoding="utf-8")
 
 
 def data_url(image: Image, format: str = "PNG", **options: Any) -> str:

@@ -180,7 +180,10 @@ def test_the_demo_waits_for_its_training_to_stop(tmp_path: Path) -> None:
         "pathlib.Path('ready').touch()\n"
         "time.sleep(60)\n"
     )
-    code = "import sys, pathlib, demo; demo.HERE = pathlib.Path('.'); sys.exit(demo.main([]))"
+    code = (
+        "import sys, pathlib, demo; demo.HERE = pathlib.Path('.')\n"
+        "sys.exit(demo.main(['--from-scratch']))"  # the other way it draws first
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path,

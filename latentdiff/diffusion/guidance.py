@@ -11,7 +11,6 @@ acts on the network's own output, as in diffusers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +71,8 @@ def guide(
         raise UserError(f"guidance interval must be (low, high) timesteps; got {interval}.")
     if not needs_unconditional(scale):
         return predict
-    several = isinstance(scale, Sequence)
+    # An image whose own scale is off has the conditional answer, w = 1.
+    w = torch.tensor([max(s, 1.0) for s in scale]) if isinstance(scale, Sequence) else scale
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
         inside = interval is None or interval[0] <= float(t[0]) <= interval[1]
@@ -81,9 +81,7 @@ def guide(
         uncond, cond = predict(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
         if not inside:
             return cond
-        # At 1 an image's own answer is the conditional one.
-        w: Any = per_sample(torch.tensor(scale).clamp(min=1), cond) if several else scale
-        y = uncond + w * (cond - uncond)
+        y = uncond + per_sample(w, cond) * (cond - uncond)
         return rescaled(y, cond, rescale) if rescale else y
 
     return guided

@@ -163,7 +163,7 @@ def device_of(given: str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--device {given} cannot be used here: {str(error).splitlines()[0]} Leave --device "
+            f"--device {given} cannot be used here ({str(error).splitlines()[0]}). Leave --device "
             "out, or take one that this machine has: cpu, cuda, cuda:1, mps."
         ) from error
     return device

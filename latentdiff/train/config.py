@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,9 +106,9 @@ class ValidationConfig:
         """List what is out of range."""
         least = {"every": 0, "pictures": 0, "steps": 1, "samples": 1, "guidance": 0}
         return [
-            f"{name} must be finite and at least {low}; got {getattr(self, name)}."
+            f"{name} must be at least {low}; got {getattr(self, name)}."
             for name, low in least.items()
-            if not low <= getattr(self, name) < math.inf
+            if getattr(self, name) < low
         ]
 
 

@@ -29,12 +29,13 @@ def test_the_halves_are_extrapolated_in_one_pass() -> None:
     assert network.batches == [6]
 
 
-def test_scale_one_is_a_single_pass_without_the_unconditional_half() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0, [1.0, 0.0, 0.5]])
+def test_up_to_scale_one_is_a_single_pass_without_the_unconditional_half(scale) -> None:
     network = Counting()
-    guide(network, 1.0)(x_t, t)
-    assert network.batches == [3]
+    y = guide(network, scale)(x_t, t)
+    assert network.batches == [3] and torch.equal(y, Counting()(x_t, t))
     context, empty = torch.randn(3, 7, 2), torch.zeros(1, 7, 2)
-    assert guidance_context(context, empty, 1.0) is context
+    assert guidance_context(context, empty, scale) is context
     doubled = guidance_context(context, empty, 5.0)
     assert torch.equal(doubled[:3], empty.expand(3, 7, 2)) and torch.equal(doubled[3:], context)
 
@@ -75,13 +76,14 @@ def test_outside_the_interval_the_conditional_answer_stands() -> None:
     assert network.batches == [6, 6] and single.batches == [3]
 
 
-def test_each_image_may_have_its_own_scale() -> None:
+@pytest.mark.parametrize("lowest", [1.0, 0.0, 0.5])
+def test_each_image_may_have_its_own_scale(lowest: float) -> None:
     network = Counting()
-    y = guide(network, [1.0, 3.0, 7.0], rescale=0.4)(x_t, t)
+    y = guide(network, [lowest, 3.0, 7.0], rescale=0.4)(x_t, t)
     assert network.batches == [6]
-    for k, scale in enumerate((1.0, 3.0, 7.0)):
+    for k, scale in enumerate((lowest, 3.0, 7.0)):
         alone = guide(Counting(), scale, rescale=0.4)(x_t[k : k + 1], t[:1])
-        expected = 2 * x_t[k : k + 1] + 0.5 if scale == 1 else alone  # scale 1: conditional
+        expected = 2 * x_t[k : k + 1] + 0.5 if scale <= 1 else alone  # off: conditional
         torch.testing.assert_close(y[k : k + 1], expected)
     assert guide(network, [1.0, 1.0, 1.0]) is network
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from latentdiff import LatentDiffusionPipeline
+from latentdiff import LatentDiffusionPipeline, weights
+from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
 from latentdiff.models.finite import NotFiniteError
+from latentdiff.train.config import TrainConfig, ValidationConfig
+from latentdiff.train.validation import Validator
 from tests.random_models import make_pipeline, make_vae
 
 FAST: dict[str, Any] = {"num_inference_steps": 4, "progress": False, "output_type": "pt", "seed": 0}
@@ -53,9 +58,15 @@ def spoil(pipeline: LatentDiffusionPipeline, part: str, value: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", BROKEN)
 def test_a_model_with_broken_weights_is_refused_at_first_use(
-    pipeline: LatentDiffusionPipeline, tmp_path: Path, part: str, dtype: torch.dtype, value: float
+    pipeline: LatentDiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    dtype: torch.dtype,
+    value: float,
 ) -> None:
     spoil(pipeline, part, value)
+    monkeypatch.setattr(weights, "refuse_overflow", lambda tensors: None)  # as others write them
     pipeline.save_pretrained(tmp_path / "broken")
     broken = LatentDiffusionPipeline.from_pretrained(tmp_path / "broken", dtype=dtype)
     with pytest.raises(NotFiniteError, match=BROKEN[part][1]):
@@ -145,3 +156,31 @@ def test_initial_latents_must_be_finite(pipeline: LatentDiffusionPipeline, value
     latents[0, 1, 2, 3] = value
     with pytest.raises(UserError, match="latents must be finite"):
         pipeline("a cat", latents=latents, **FAST)
+
+
+def test_validation_says_that_there_are_no_pictures_and_leaves_the_run_alone(
+    pipeline: LatentDiffusionPipeline, tmp_path: Path
+) -> None:
+    from accelerate import Accelerator
+
+    said: list[str] = []
+    schedule = ScheduleConfig(zero_terminal_snr=True)
+    prompted = ValidationConfig(prompts=("a cat",), steps=2)
+    config = TrainConfig(str(tmp_path), schedule=schedule, validation=prompted)
+    latents: Any = SimpleNamespace(data=SimpleNamespace(shape=(8, 16, 16)), held_out=[], train=[])
+    ema: Any = SimpleNamespace(applied=nullcontext)
+    tracker: Any = SimpleNamespace(
+        say=said.append, image=lambda *_: None, going_on=lambda what: nullcontext()
+    )
+    context: Any = pipeline.text_encoder.encode
+    components, accelerator = pipeline.components, Accelerator(cpu=True)
+    validator = Validator(config, components, latents, context, ema, tracker, accelerator)
+    with torch.no_grad():
+        validator(1)
+    drawn = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert drawn == {"step-00000001.png", "step-00000001-raw.png"} and not said
+    spoil(pipeline, "unet", torch.nan)
+    with torch.no_grad():
+        validator(2)
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == drawn
+    assert len(said) == 2 and all("step 2: no pictures: the latents to dec" in s for s in said)
