@@ -251,22 +251,26 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("script", STAGES)
-def test_a_stage_that_diverges_keeps_its_state_and_its_result(
-    script: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main = runpy.run_path(str(ROOT / "training" / f"{script}.py"))["main"]
-    common = [
+def stage_arguments(script: str, folder: Path, output: Path) -> list[str]:
+    return [
         *STAGES[script],
         "data.kind=folder",
         f"data.path={folder / 'pictures'}",
         "data.image_size=16",
         "stage.mixed_precision=no",
-        "stage.batch_size=3",
+        "stage.batch_size=4",
         "stage.warmup_steps=0",
         "stage.log_every=3",
-        f"stage.output={tmp_path / 'run'}",
+        f"stage.output={output}",
     ]
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_stage_that_diverges_keeps_its_state_and_its_result(
+    script: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / "training" / f"{script}.py"))["main"]
+    common = stage_arguments(script, folder, tmp_path / "run")
     assert main([*common, "stage.max_steps=2"]) == 0
     before = files(tmp_path / "run")
     assert "state.pt" in before and len(before) > 2
@@ -297,3 +301,18 @@ def test_all_processes_end_alike(config: str, folder: Path, tmp_path: Path) -> N
     assert blocked.returncode != 0
     for where in ("error: ", "error (process 1): "):
         assert f"{where}cannot write a model folder" in blocked.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", STAGES)
+def test_all_processes_of_a_stage_end_alike(script: str, folder: Path, tmp_path: Path) -> None:
+    path = ROOT / "training" / f"{script}.py"
+    common = stage_arguments(script, folder, tmp_path / "run")
+    good = launch(path, [*common, "stage.max_steps=2"], "ddp_cpu_2.yaml")
+    assert good.returncode == 0, good.stderr[-3000:]
+    before = files(tmp_path / "run")
+    again = ["stage.max_steps=9", "stage.learning_rate=1e18", "--resume"]
+    wild = launch(path, [*common, *again], "ddp_cpu_2.yaml")
+    assert wild.returncode != 0 and files(tmp_path / "run") == before
+    for where in ("error: ", "error (process 1): "):
+        assert where in wild.stderr
