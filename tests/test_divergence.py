@@ -253,7 +253,11 @@ STAGES = {
 
 @pytest.mark.parametrize("script", STAGES)
 def test_a_stage_that_diverges_keeps_its_state_and_its_result(
-    script: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     main = runpy.run_path(str(ROOT / "training" / f"{script}.py"))["main"]
     common = [
@@ -261,21 +265,23 @@ def test_a_stage_that_diverges_keeps_its_state_and_its_result(
         "data.kind=folder",
         f"data.path={folder / 'pictures'}",
         "data.image_size=16",
-        "stage.mixed_precision=no",
-        "stage.batch_size=3",
-        "stage.warmup_steps=0",
-        "stage.log_every=3",
-        f"stage.output={tmp_path / 'run'}",
+        "optimizer.warmup_steps=0",
+        "optimizer.decay=constant",
+        "loop.mixed_precision=no",
+        "loop.batch_size=3",
+        "loop.log_every=3",
+        "loop.tensorboard=false",
+        f"output={tmp_path / 'run'}",
     ]
-    assert main([*common, "stage.max_steps=2"]) == 0
+    assert main([*common, "loop.max_steps=2"]) == 0
     before = files(tmp_path / "run")
-    assert "state.pt" in before and len(before) > 2
+    assert "checkpoints/step-00000002/manifest.json" in before and len(before) > 4
     capsys.readouterr()
-    again = ["stage.max_steps=9", "stage.learning_rate=1e18", "--resume"]
-    assert main([*common, *again]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert "lower stage.learning_rate" in error and "mixed_precision" not in error
+    monkeypatch.setattr("latentdiff.train.run.learning_rate", lambda *given: 1e18)
+    assert main([*common, "loop.max_steps=9", "--resume"]) == 2
+    error = "error: " + capsys.readouterr().err.split("error: ")[1]
+    assert error.count("\n") == 1
+    assert "lower optimizer.lr (the rate was 1e+18)" in error and "mixed_precision" not in error
     assert files(tmp_path / "run") == before
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
