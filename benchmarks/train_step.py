@@ -53,7 +53,7 @@ from latentdiff.train.batches import (
 )
 from latentdiff.train.ema import Ema
 from latentdiff.train.log import count_flops
-from latentdiff.train.loop import Descent
+from latentdiff.train.loop import OptimizerStep
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
 from latentdiff.train.run import likes_channels_last
 
@@ -84,7 +84,9 @@ class Ours:
         prepared, optimizer = accelerator.prepare(unet, make_optimizer(unet, settings))
         self.ema = Ema(unet, 0.9999)
         self.model = prepared
-        self.descent = Descent(accelerator, prepared, optimizer, lambda step: 1e-4, 1.0, 1)
+        self.optimizer_step = OptimizerStep(
+            accelerator, prepared, optimizer, lambda step: 1e-4, 1.0, 1
+        )
         context = ContextCache(parts.text_encoder.to(device))
         shape = BatchShape(size.batch)
         order = Order(range(len(cache)), 0)
@@ -97,8 +99,8 @@ class Ours:
         for number, _, batch in Prefetch(self.make, keys):
             self.unet_step(batch, number)
         self._number += count
-        torch.stack([loss for _, loss, _ in self.descent.history]).cpu()
-        self.descent.history = []
+        torch.stack([norm for _, _, norm in self.optimizer_step.history]).cpu()
+        self.optimizer_step.history = []
 
     def unet_step(self, batch: LatentBatch, number: int) -> None:
         """The body of train_latent.py."""
@@ -106,8 +108,8 @@ class Ours:
         loss = per_sample_loss(
             self.model, x_0, batch.context, batch.draw, self.schedule, OBJECTIVE
         ).mean()
-        self.descent.backward(loss)
-        self.descent.update(number)
+        self.optimizer_step.backward(loss)
+        self.optimizer_step.update(number)
         self.ema.update(number)
 
     def unet_steps(self, batch: LatentBatch, count: int) -> None:

@@ -408,7 +408,9 @@ def _resolve(cls: type, data: Any, path: str, problems: Problems) -> Any:
         return data  # pydantic words the error
     fields, result = fields_of(cls), {}
     for key, value in data.items():
-        if key not in fields and not _had_no_effect(cls, key, value):
+        if renamed := _renamed(cls, key, value):
+            problems += [(_join(path, old), text) for old, text in renamed]
+        elif key not in fields and not _had_no_effect(cls, key, value):
             problems.append((_join(path, key), _unknown_key(cls, str(key), value)))
     for name, field in fields.items():
         where = _join(path, name)
@@ -425,6 +427,20 @@ def _resolve(cls: type, data: Any, path: str, problems: Problems) -> Any:
         elif name in data:
             result[name] = data[name]
     return result
+
+
+def _renamed(cls: type, key: Any, value: Any) -> Problems:
+    """Say what the keys of a section are called now that a dataclass lists in `renamed`.
+
+    That is a class attribute: old section → its keys → what the error names in their place.
+    """
+    new: dict[str, str] = getattr(cls, "renamed", {}).get(key, {})
+    given = value if isinstance(value, dict) else {}
+    return [
+        (f"{key}.{old}", f"is called {new[old]} now (given {value!r:.80}).")
+        for old, value in given.items()
+        if old in new
+    ]
 
 
 def _had_no_effect(cls: type, key: Any, value: Any) -> bool:

@@ -44,11 +44,11 @@ def arm(fate: Fate, patch: Callable[[Any, str, Any], None] = setattr) -> None:
     import safetensors.torch
 
     from latentdiff.train import log as tracking
-    from latentdiff.train.loop import Descent
+    from latentdiff.train.loop import OptimizerStep
 
     save_file, fsync, rename, unlink = safetensors.torch.save_file, os.fsync, os.rename, Path.unlink
     write_text, write_rows = Path.write_text, tracking.Tracker.write
-    backward, update = Descent.backward, Descent.update
+    backward, update = OptimizerStep.backward, OptimizerStep.update
 
     def saving(tensors: Any, file: Any, metadata: Any = None) -> None:
         if "checkpoints" in str(file):
@@ -96,8 +96,8 @@ def arm(fate: Fate, patch: Callable[[Any, str, Any], None] = setattr) -> None:
     patch(Path, "unlink", removing)
     patch(Path, "write_text", writing)
     patch(tracking.Tracker, "write", logging)
-    patch(Descent, "backward", stepping("backward", backward))
-    patch(Descent, "update", stepping("update", update))
+    patch(OptimizerStep, "backward", stepping("backward", backward))
+    patch(OptimizerStep, "update", stepping("update", update))
 
 
 def in_fork(target: Callable[..., None], *arguments: Any) -> int | None:

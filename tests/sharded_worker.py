@@ -45,8 +45,8 @@ from latentdiff.train.ema import (  # noqa: E402
 )
 from latentdiff.train.log import Tracker, read_metrics  # noqa: E402
 from latentdiff.train.loop import (  # noqa: E402
-    Descent,
     LoopConfig,
+    OptimizerStep,
     training_loop,
 )
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
@@ -106,14 +106,14 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     )
     facts = {"pictures per step": shape.total}
     state = TrainingState(
-        unet,
-        AllAverages(ema, powers),
-        optimizer,
+        {"unet": unet},
+        {"unet": optimizer},
         accelerator,
         folder / "checkpoints",
         1,
         config.keep_every,
         facts,
+        AllAverages(ema, powers),
     )
     first, seconds = state.resume()
     order, samples = Order(range(PICTURES), seed=5), list[list[int]]()
@@ -128,8 +128,12 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(folder, first, config, accelerator.is_main_process)
     accumulation = settings["accumulation"]
-    descent = Descent(accelerator, model, prepared, lambda step: 3e-3, 0.05, accumulation)
-    loop = training_loop(descent, make_batch, shape, config, tracker, state.save, first, seconds)
+    optimizer_step = OptimizerStep(
+        accelerator, model, prepared, lambda step: 3e-3, 0.05, accumulation
+    )
+    loop = training_loop(
+        optimizer_step, make_batch, shape, config, tracker, state.save, first, seconds
+    )
     context = torch.linspace(-1, 1, 3 * 12, dtype=torch.float64).view(1, 3, 12)
     for step, (clean, noisy) in loop:
         t = torch.full((len(clean),), 100.0 + step.number)

@@ -54,6 +54,7 @@ class Run:
     optimizer: Adam | Lion = Adam(lr=7.0)
     spare: Loop | None = None
     removed: ClassVar = {"pack": None, "guide": {"weight": 0, "heads": []}}
+    renamed: ClassVar = {"stage": {"steps": "loop.steps", "rate": "optimizer.lr"}}
     loops: list[Loop] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -280,6 +281,18 @@ def test_data_config_documents_every_field_and_checks_itself() -> None:
         load_config(DataConfig, None, ["kind=folder"])
     with pytest.raises(UserError, match="Did you mean 'folder'"):
         load_config(DataConfig, None, ["kind=foldr"])
+
+
+def test_renamed_keys_are_told_their_new_names(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("path: a\nstage:\n  steps: 4\n")
+    with pytest.raises(UserError) as refused:
+        load_config(Run, file, ["stage.rate=1e-3"])
+    assert str(refused.value).splitlines()[1:] == [
+        "  stage.steps: is called loop.steps now (given 4).",
+        "  stage.rate: is called optimizer.lr now (given 0.001).",
+    ]
+    assert "\n  stage: unknown key" in message("stage=4")
 
 
 @pytest.mark.parametrize(

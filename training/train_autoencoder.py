@@ -10,17 +10,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.cli.arguments import command_line
 from latentdiff.data.images import to_tensor
-from latentdiff.data.source import DataConfig, Source, open_source, split
+from latentdiff.data.source import DataConfig, Readable, Source, open_source, split
 from latentdiff.errors import command
 from latentdiff.formats.folder import save_autoencoder
 from latentdiff.models.autoencoder import Autoencoder
@@ -40,64 +41,54 @@ from latentdiff.train.autoencoder import (
     posterior,
     psnr,
 )
-from latentdiff.train.distributed import on_first, start_processes
-from latentdiff.train.stage import (
-    Readable,
-    Stage,
-    adamw,
-    check_stage_output,
-    prefetch,
-    process_part,
-    sample_indices,
-)
+from latentdiff.train.batches import to_device
+from latentdiff.train.distributed import on_first
+from latentdiff.train.loop import training_loop
+from latentdiff.train.optimizer import make_optimizer
+from latentdiff.train.run import SmallRun
 
 CONFIG = Path(__file__).parent / "configs" / "autoencoder.yaml"
 
 
 def batch_maker(
-    source: Source,
-    indices: list[int],
-    config: AutoencoderTrainConfig,
-    part: slice,
-    device: torch.device,
-) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Return step → (pictures (B, 3, H, W), ε (B, C, h, w)), a pure function of (seed, step)."""
-    stage, size, shape = config.stage, config.data.image_size, config.autoencoder
-    side = size // 2 ** (len(shape.block_out_channels) - 1)
+    source: Source, indices: list[int], config: AutoencoderTrainConfig, run: SmallRun
+) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """Return (step, micro-batch) → (pictures (B, 3, H, W), ε (B, C, h, w)).
+
+    Both are a pure function of the seed and the numbers of the samples.
+    """
+    shape, network, device = run.shape, config.autoencoder, run.accelerator.device
+    side = config.data.image_size // 2 ** (len(network.block_out_channels) - 1)
+    noise = (shape.total, network.latent_channels, side, side)
+    order = run.order(indices)
     read = (
         preloaded(source, indices, config.data, device)
         if config.preload
-        else on_demand(source, indices, config.data)
+        else on_demand(source, config.data)
     )
 
-    def make(step: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
-        flips = torch.rand(stage.batch_size, 1, 1, 1, generator=generator)[part] < 0.5
-        eps = torch.randn(stage.batch_size, shape.latent_channels, side, side, generator=generator)[
-            part
-        ]
-        chosen = sample_indices(step, len(indices), stage.batch_size, stage.seed)[part]
-        images = read(chosen)
+    def make(step: int, micro: int) -> tuple[Tensor, Tensor]:
+        generator, part = run.generator(step), shape.part(micro)
+        flips = torch.rand(shape.total, 1, 1, 1, generator=generator)[part] < 0.5
+        eps = torch.randn(noise, generator=generator)[part]
+        images = read(order(shape.samples(step, micro)))
         images = torch.where(flips.to(images.device), images.flip(3), images)
-        return images.to(memory_format=torch.channels_last), eps
+        images = images.to(memory_format=torch.channels_last)
+        return to_device(images, device), to_device(eps, device)
 
     return make
 
 
-def on_demand(source: Source, indices: list[int], data: DataConfig) -> Callable[[Tensor], Tensor]:
-    """Return: numbers of training pictures → pictures (B, 3, H, W), decoded now."""
+def on_demand(source: Source, data: DataConfig) -> Callable[[list[int]], Tensor]:
+    """Return: indices of pictures → pictures (B, 3, H, W), decoded now."""
     readable = Readable(source)
-
-    def read(chosen: Tensor) -> Tensor:
-        return torch.stack([square(readable[indices[i]].image, data) for i in chosen.tolist()])
-
-    return read
+    return lambda chosen: torch.stack([square(readable[i].image, data) for i in chosen])
 
 
 def preloaded(
     source: Source, indices: list[int], data: DataConfig, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """The same from memory: 8 bits a value, as picture files have."""
+) -> Callable[[list[int]], Tensor]:
+    """The same from memory, of the given pictures: 8 bits a value, as picture files have."""
     readable = Readable(source)
 
     def one(index: int) -> Tensor:
@@ -105,7 +96,13 @@ def preloaded(
 
     with ThreadPoolExecutor() as pool:
         kept = torch.stack(list(pool.map(one, indices))).to(device)
-    return lambda chosen: kept[chosen.to(device)].float() / 127.5 - 1
+    row = {index: number for number, index in enumerate(indices)}
+
+    def read(chosen: list[int]) -> Tensor:
+        rows = to_device(torch.tensor([row[i] for i in chosen]), device)
+        return kept[rows].float() / 127.5 - 1
+
+    return read
 
 
 def square(image: Image, data: DataConfig) -> Tensor:
@@ -122,36 +119,47 @@ def pictures(source: Source, indices: list[int], data: DataConfig) -> Iterator[T
 
 
 def train(config: AutoencoderTrainConfig, resume: bool) -> None:
-    """Run the stage: reconstruct, judge, step; then standardise the latents and export."""
-    stage_config, weights = config.stage, config.loss
-    accelerator = start_processes(stage_config.mixed_precision)
-    torch.manual_seed(stage_config.seed)
-    check_stage_output(stage_config, resume)
+    """Reconstruct, discriminate, step; then standardise the latents and export."""
+    loop, weights = config.loop, config.loss
+    run = SmallRun.start(config, resume)
+    accelerator = run.accelerator
+    torch.manual_seed(loop.seed)
     source = open_source(config.data)
     train_set, held_out = split(source, config.data.validation_share, config.data.split_seed)
     vae = build_autoencoder(config.autoencoder, config.data.image_size)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    judge = PatchDiscriminator()
-    model, judge_model = accelerator.prepare(AutoencoderPass(vae), judge)
-    modules = {"vae": vae, "judge": judge}
-    optimizers = {
-        "vae": adamw(vae, stage_config, (0.9, 0.99)),
-        "judge": adamw(judge, stage_config, (0.5, 0.9)),
-    }
-    stage = Stage(modules, optimizers, stage_config, accelerator)
-    first = stage.resume(resume)
-    late = round(weights.late_start * stage_config.max_steps)
+    discriminator = PatchDiscriminator()
+    model, critic = accelerator.prepare(AutoencoderPass(vae), discriminator)
+    optimizer = make_optimizer(vae, config.optimizer)
+    models: dict[str, nn.Module] = {"vae": vae}
+    optimizers, others = {"vae": optimizer}, {}
+    vae_step = run.optimizer_step(model, optimizer)
+    if weights.adversarial:
+        optimizer = make_optimizer(discriminator, replace(config.optimizer, betas=(0.5, 0.9)))
+        others["discriminator"] = discriminator_step = run.optimizer_step(critic, optimizer)
+        models["discriminator"], optimizers["discriminator"] = discriminator, optimizer
     distance = None
     if weights.perceptual:
         from latentdiff.models.autoencoder_losses import PerceptualDistance
 
         distance = PerceptualDistance(stages=weights.perceptual_stages).to(accelerator.device)
+    late = round(weights.late_start * loop.max_steps)
+    facts = {"pictures": source.fingerprint(), "training pictures": len(train_set)}
+    facts |= {"steps without late losses": late}
+    state, tracker, first_step, seconds = run.open_log(models, optimizers, facts)
+    make_batch = batch_maker(source, train_set, config, run)
 
-    part = process_part(stage_config, accelerator)
-    make = batch_maker(source, train_set, config, part, accelerator.device)
-    for step, (images, eps) in prefetch(make, first, stage_config.max_steps):
-        images, eps = images.to(accelerator.device), eps.to(accelerator.device)
-        stage.set_rate(step)
+    for step, (images, eps) in training_loop(
+        vae_step,
+        make_batch,
+        run.shape,
+        loop,
+        tracker,
+        state.save,
+        first_step,
+        seconds,
+        others=others,
+    ):
         with accelerator.autocast():
             reconstruction, mean, logvar = model(images, eps)
         difference = reconstruction - images
@@ -160,27 +168,29 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
             "mse": (difference**2).mean(),
             "kl": kl_per_dimension(mean, logvar),
         }
-        if step >= late:
+        adversarial = weights.adversarial and step.number >= late
+        if distance is not None and step.number >= late:
             with accelerator.autocast():
-                if distance is not None:
-                    losses["perceptual"] = distance(reconstruction, images).float().mean()
-                if weights.adversarial:
-                    judge.requires_grad_(False)
-                    losses["adversarial"] = generator_loss(judge_model(reconstruction)).float()
-                    judge.requires_grad_(True)
-        loss = sum((getattr(weights, n) * v for n, v in losses.items()), torch.zeros(()))
-        stage.step(["vae"], loss)
-        if step >= late and weights.adversarial:
+                losses["perceptual"] = distance(reconstruction, images).float().mean()
+        if adversarial:
+            discriminator.requires_grad_(False)
             with accelerator.autocast():
-                real, fake = judge_model(images), judge_model(reconstruction.detach())
-            losses["judge"] = discriminator_loss(real.float(), fake.float())
-            stage.step(["judge"], losses["judge"])
+                losses["adversarial"] = generator_loss(critic(reconstruction)).float()
+            discriminator.requires_grad_(True)
+        step.backward(sum(getattr(weights, name) * value for name, value in losses.items()))
+        step.update()
+        if adversarial:
+            with accelerator.autocast():
+                real, fake = critic(images), critic(reconstruction.detach())
+            discriminator_step.backward(discriminator_loss(real.float(), fake.float()))
+            if step.last:
+                discriminator_step.update(step.number)
         with torch.no_grad():
-            losses["psnr"] = psnr(reconstruction, images).mean()
-        stage.log(step, losses)
-        if (step + 1) % stage_config.checkpoint_every == 0 or step + 1 == stage_config.max_steps:
-            stage.save(step + 1)
+            step.log(**losses, psnr=psnr(reconstruction, images).mean())
+
+    tracker.close()
     on_first(lambda: export(vae.float().cpu().eval(), source, train_set, held_out, config))
+    run.end()
 
 
 def export(
@@ -199,7 +209,7 @@ def export(
         for images in pictures(source, held_out[:: max(1, len(held_out) // 512)], config.data):
             rebuilt = vae.decode(posterior(vae, images)[0]).clamp(-1, 1)
             scores += psnr(rebuilt, images).tolist()
-    folder = Path(config.stage.output) / "vae"
+    folder = Path(config.output) / "vae"
     save_autoencoder(Autoencoder(vae), folder)
     print(f"latent mean {mean.tolist()} std {std.tolist()} before folding")
     if scores:

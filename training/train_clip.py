@@ -19,10 +19,11 @@ from torch import Tensor
 
 from latentdiff.cli.arguments import command_line
 from latentdiff.data.images import to_tensor
-from latentdiff.data.source import Source, open_source
+from latentdiff.data.source import Readable, Source, open_source
 from latentdiff.errors import UserError, command
 from latentdiff.files import whole_folder
-from latentdiff.models.tokenizer import load_tokenizer
+from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
+from latentdiff.train.batches import BatchShape, to_device
 from latentdiff.train.clip import (
     ClipFeatures,
     ClipTrainConfig,
@@ -35,36 +36,33 @@ from latentdiff.train.clip import (
     train_tokenizer,
     trim_padding,
 )
-from latentdiff.train.distributed import on_first, start_processes
-from latentdiff.train.stage import (
-    Readable,
-    Stage,
-    adamw,
-    check_stage_output,
-    prefetch,
-    process_part,
-    sample_indices,
-)
+from latentdiff.train.distributed import on_first
+from latentdiff.train.loop import training_loop
+from latentdiff.train.optimizer import make_optimizer
+from latentdiff.train.run import SmallRun, save_config
 from latentdiff.train.teacher import open_teacher
 
 CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
 
 
 def batch_maker(
-    source: Source, config: ClipTrainConfig, part: slice
-) -> Callable[[int], tuple[Tensor, list[str]]]:
-    """Return step → (pictures, captions); which of several captions is drawn from (seed, step)."""
-    stage, data, readable = config.stage, config.data, Readable(source)
-    looks = group_by_look(source, stage.batch_size) if config.same_look else {}
+    source: Source, tokenizer: ClipTokenizer, config: ClipTrainConfig, run: SmallRun
+) -> Callable[[int, int], tuple[Tensor, list[str], Tensor]]:
+    """Return (step, micro-batch) → (pictures, captions, their token ids (B, tokens)).
 
-    def make(step: int) -> tuple[Tensor, list[str]]:
-        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
-        draws = torch.rand(stage.batch_size, generator=generator)[part].tolist()
+    Which of several captions it is is drawn from (seed, step).
+    """
+    shape, data, readable = run.shape, config.data, Readable(source)
+    device, order = run.accelerator.device, run.order(range(len(source)))
+    looks = group_by_look(source, shape.total) if config.same_look else {}
+
+    def make(step: int, micro: int) -> tuple[Tensor, list[str], Tensor]:
+        generator, part = run.generator(step), shape.part(micro)
+        draws = torch.rand(shape.total, generator=generator)[part].tolist()
         if looks:
-            chosen = same_look_indices(looks, stage.batch_size, generator)[part]
+            chosen = same_look_indices(looks, shape.total, generator)[part]
         else:
-            order = sample_indices(step, len(source), stage.batch_size, stage.seed)
-            chosen = order[part].tolist()
+            chosen = order(shape.samples(step, micro))
         examples = [readable[i] for i in chosen]
         texts = [e.captions[int(u * len(e.captions))] for e, u in zip(examples, draws, strict=True)]
         images = torch.stack(
@@ -73,7 +71,8 @@ def batch_maker(
                 for e in examples
             ]
         )
-        return images, texts
+        token_ids = trim_padding(tokenizer(texts))
+        return to_device(images, device), texts, to_device(token_ids, device)
 
     return make
 
@@ -92,15 +91,15 @@ def group_by_look(source: Source, batch_size: int) -> dict[str, list[int]]:
     largest = max(len(members) for members in groups.values())
     if largest < batch_size:
         raise UserError(
-            f"same_look: the largest group has {largest} pictures, fewer than stage.batch_size="
-            f"{batch_size}. Lower stage.batch_size to {largest} or less."
+            f"same_look: the largest group has {largest} pictures, fewer than the {batch_size} of "
+            f"a step. Lower loop.batch_size until a step has {largest} or less."
         )
     return groups
 
 
 def prepare_vocabulary(source: Source, config: ClipTrainConfig) -> None:
     """Write OUTPUT/tokenizer: the earlier run's, or one learnt from all captions."""
-    folder = Path(config.stage.output) / "tokenizer"
+    folder = Path(config.output) / "tokenizer"
     if (folder / "tokenizer.json").exists():
         return
     start = start_folder(config)
@@ -109,16 +108,28 @@ def prepare_vocabulary(source: Source, config: ClipTrainConfig) -> None:
     else:
         captions = (text for i in range(len(source)) for text in source.captions(i))
         tokenizer = train_tokenizer(captions, config.clip.vocabulary, config.clip.max_tokens)
+    save_config(config)  # first, so that --resume finds a run from here on
     with whole_folder(folder) as new:
         tokenizer.save(new)
 
 
+def check_step(shape: BatchShape) -> None:
+    """Raises: UserError: a step is cut into micro-batches."""
+    if shape.accumulation > 1:
+        raise UserError(
+            "the contrastive loss compares all pictures of a step with each other, so a step "
+            f"cannot be cut into {shape.accumulation} micro-batches. Set loop.batch_size="
+            f"{shape.total // shape.processes} and loop.gradient_accumulation=1."
+        )
+
+
 def train(config: ClipTrainConfig, resume: bool) -> None:
-    """Run the stage: embed both sides, contrast, step; then export both towers."""
-    stage_config, output = config.stage, Path(config.stage.output)
-    accelerator = start_processes(stage_config.mixed_precision)
-    torch.manual_seed(stage_config.seed)
-    check_stage_output(stage_config, resume)
+    """Embed both sides, contrast, step; then export both towers."""
+    loop, output = config.loop, Path(config.output)
+    run = SmallRun.start(config, resume)
+    accelerator = run.accelerator
+    check_step(run.shape)
+    torch.manual_seed(loop.seed)
     source = open_source(config.data)
     on_first(lambda: prepare_vocabulary(source, config))
     tokenizer = load_tokenizer(output / "tokenizer", config.clip.max_tokens)
@@ -126,31 +137,45 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
     model = accelerator.prepare(ClipFeatures(clip))
     width = int(clip.config.text_config.hidden_size)
     teacher = open_teacher(config, width, accelerator.device)
-    modules = {"clip": clip} | ({"teacher": teacher} if teacher else {})
-    optimizers = {name: adamw(m, stage_config, (0.9, 0.98)) for name, m in modules.items()}
-    stage = Stage(modules, optimizers, stage_config, accelerator)
-    first = stage.resume(resume)
-    make = batch_maker(source, config, process_part(stage_config, accelerator))
-    for step, (images, texts) in prefetch(make, first, stage_config.max_steps):
-        images = images.to(accelerator.device)
-        token_ids = trim_padding(tokenizer(texts)).to(accelerator.device)
-        stage.set_rate(step)
+    models = {"clip": clip} | ({"teacher": teacher} if teacher else {})
+    optimizers = {name: make_optimizer(module, config.optimizer) for name, module in models.items()}
+    clip_step = run.optimizer_step(model, optimizers["clip"])
+    others = {"teacher": run.optimizer_step(teacher, optimizers["teacher"])} if teacher else {}
+    facts = {"pictures": source.fingerprint()}
+    state, tracker, first_step, seconds = run.open_log(models, optimizers, facts)
+    make_batch = batch_maker(source, tokenizer, config, run)
+
+    for step, (images, texts, token_ids) in training_loop(
+        clip_step,
+        make_batch,
+        run.shape,
+        loop,
+        tracker,
+        state.save,
+        first_step,
+        seconds,
+        others=others,
+    ):
         with accelerator.autocast():
             image_vectors, text_vectors, scale = model(images, token_ids)
         everyone = (accelerator.gather(image_vectors), accelerator.gather(text_vectors))
         start = accelerator.process_index * len(images)
         loss = contrastive_loss(image_vectors, text_vectors, scale, *everyone, start)
-        losses = {"loss": loss}
         if teacher:
             with accelerator.autocast():
-                losses["teacher_loss"] = teacher.loss(clip, tokenizer, texts, step)
-            loss = loss + config.teacher_weight * losses["teacher_loss"]
-        stage.step(list(modules), loss)
+                distilled = teacher.loss(clip, tokenizer, texts, step.number)
+            step.log(contrastive_loss=loss, teacher_loss=distilled)
+            loss = loss + config.teacher_weight * distilled
+        step.backward(loss)
+        step.update()
+        if teacher:
+            others["teacher"].update(step.number)  # its gradient is of the same loss
         top_1 = retrieval_accuracy(text_vectors, image_vectors, 1)
-        stage.log(step, {**losses, "batch_top1": torch.tensor(top_1), "scale": scale})
-        if (step + 1) % stage_config.checkpoint_every == 0 or step + 1 == stage_config.max_steps:
-            stage.save(step + 1)
+        step.log(batch_top1=top_1, scale=scale)
+
+    tracker.close()
     on_first(lambda: save_clip(clip.float().cpu().eval(), output))
+    run.end()
     if accelerator.is_main_process:
         print(f"text encoder, tokenizer and both towers written to {output}")
 

@@ -44,7 +44,7 @@ from latentdiff.train.config import Given, TrainConfig, deciding_facts, read_con
 from latentdiff.train.distributed import is_first_process, prepare, start_processes, was_restarted
 from latentdiff.train.ema import AllAverages, Ema, PowerEmas
 from latentdiff.train.log import MEBI, Tracker, peak_memory
-from latentdiff.train.loop import Descent, training_loop
+from latentdiff.train.loop import OptimizerStep, training_loop
 from latentdiff.train.memory import RAN_OUT, halved_note, probe, trial_loss
 from latentdiff.train.optimizer import learning_rate, make_optimizer, never_at_peak
 from latentdiff.train.run import (
@@ -102,13 +102,13 @@ def train(given: Given, resume: bool) -> str:
     keep = (config.loop.keep_last, config.loop.keep_every)
     averages = AllAverages(ema, powers)
     state = TrainingState(
-        unet,
-        averages,
-        optimizer,
+        {"unet": unet},
+        {"unet": optimizer},
         accelerator,
         output / CHECKPOINTS,
         *keep,
         facts,
+        averages,
         whole=not trainee.adds,
     )
     first_step, seconds = state.resume() if resume else (0, 0.0)
@@ -139,7 +139,7 @@ def train(given: Given, resume: bool) -> str:
         config.captions,
     )
     validate = Validator(config, components, latents, context, ema, tracker, accelerator, unet)
-    descent = Descent(
+    optimizer_step = OptimizerStep(
         accelerator,
         model,
         prepared_optimizer,
@@ -152,7 +152,7 @@ def train(given: Given, resume: bool) -> str:
 
     done = first_step
     for step, batch in training_loop(
-        descent,
+        optimizer_step,
         make_batch,
         shape,
         config.loop,

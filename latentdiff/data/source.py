@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
+from latentdiff.data.images import UnreadableImage
 from latentdiff.errors import UserError, choice_error, printable
 
 #: A picture that is left out, and why.
@@ -209,6 +210,24 @@ def open_whole(config: DataConfig) -> Source:
     raise choice_error(
         "data.kind", config.kind, ("emoji", "folder", "parquet", "hub", "webdataset")
     )
+
+
+class Readable:
+    """A source whose unreadable pictures are named once and replaced by the next readable one."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.skipped = source, set[str]()
+
+    def __getitem__(self, index: int) -> Example:
+        """Decode one picture. Raises: UserError: none of the data set can be read."""
+        for offset in range(len(self.source)):
+            try:
+                return self.source[(index + offset) % len(self.source)]
+            except UnreadableImage as problem:
+                if problem.name not in self.skipped:
+                    self.skipped.add(problem.name)
+                    print(f"left out: {printable(str(problem))}", flush=True)
+        raise UserError("no picture of the data set can be read; see the lines above.")
 
 
 def problems_of(source: object) -> list[Skipped]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from latentdiff.config import too_small
 from latentdiff.data.source import DataConfig
 from latentdiff.models.autoencoder import LOGVAR_RANGE
 from latentdiff.models.vae import AutoencoderKL
-from latentdiff.train.stage import StageConfig
+from latentdiff.train.config import STAGE_KEYS, RunConfig, no_muon, small_loop, small_optimizer
+from latentdiff.train.loop import LoopConfig
+from latentdiff.train.optimizer import OptimizerConfig
 
 #: The latent scale that Stable Diffusion 1.x readers assume when a format has no room to say it.
 SD_SCALING_FACTOR = 0.18215
@@ -83,9 +85,12 @@ class AutoencoderLossConfig:
 
 
 @dataclass(frozen=True)
-class AutoencoderTrainConfig:
+class AutoencoderTrainConfig(RunConfig):
     """Everything that train_autoencoder.py needs."""
 
+    renamed: ClassVar = {"stage": STAGE_KEYS}
+    output: str = "runs/autoencoder"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, vae/."""
     data: DataConfig = field(default_factory=DataConfig)
     """The pictures."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -95,16 +100,19 @@ class AutoencoderTrainConfig:
     preload: bool = False
     """Decode every picture once, before the first step, into memory (of the GPU if there is one):
     3 · size² bytes each, on every process. A GPU waits for decoding otherwise."""
-    stage: StageConfig = field(default_factory=lambda: StageConfig(output="runs/autoencoder"))
-    """The loop."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: small_optimizer((0.9, 0.99)))
+    """AdamW and its learning rate."""
+    loop: LoopConfig = field(default_factory=small_loop)
+    """Length, batches and cadence."""
 
     def validate(self) -> list[str]:
         """List what does not go together."""
+        problems = no_muon(self.optimizer)
         if self.preload and self.data.crop == "random":
-            return [
+            problems.append(
                 "preload keeps one crop of every picture; set data.crop=center, or preload=false."
-            ]
-        return []
+            )
+        return problems
 
 
 def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> AutoencoderKL:

@@ -77,6 +77,11 @@ class BatchShape:
         start = step * self.total + block * self.per_process
         return range(start, start + self.per_process)
 
+    def part(self, micro: int) -> slice:
+        """Which of a step's samples this process computes in one micro-batch."""
+        samples = self.samples(0, micro)
+        return slice(samples.start, samples.stop)
+
 
 def recut(shape: BatchShape, total: int) -> BatchShape:
     """Cut a global batch of `total` samples up for the processes there are.
@@ -102,10 +107,12 @@ class Order:
     Args:
         indices: the training set, as indices into the data.
         seed: the run's seed.
+        epoch_seed: (seed, epoch) → seed of that epoch's permutation.
     """
 
     indices: Sequence[int] | np.ndarray[Any, Any]
     seed: int
+    epoch_seed: Callable[[int, int], int] = mix
     _epochs: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, samples: Sequence[int]) -> list[int]:
@@ -118,7 +125,7 @@ class Order:
             # A batch may span two epochs, or several of a tiny set; older ones never come back.
             while len(self._epochs) > 8:
                 del self._epochs[min(self._epochs)]
-            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            generator = torch.Generator().manual_seed(self.epoch_seed(self.seed, epoch))
             self._epochs[epoch] = torch.randperm(len(self.indices), generator=generator).numpy()
         return self._epochs[epoch]
 

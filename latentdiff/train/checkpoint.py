@@ -9,7 +9,7 @@ takes the rows that it wants, and only those are read from the disk.
 
 Checkpoints that are either whole or not there, and the newest of them.
 
-    <folder>/step-00000500/   unet, ema, optimizer .safetensors, then manifest.json
+    <folder>/step-00000500/   unet, ema, optimizer .safetensors, say, then manifest.json
 
 A checkpoint is written into a hidden folder beside its final place: every process writes what it
 has, then the first one the manifest (with the sizes of all other files), and renames the folder
@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -280,17 +281,17 @@ def _sync_folder(folder: Path) -> None:
 
 @dataclass
 class TrainingState:
-    """Weights, their average and the optimizer, with the facts a resumed run must agree on.
+    """Weights, averages and optimizers, with the facts a resumed run must agree on.
 
-    Order, noise and learning rate are functions of the step, so they need no state.
+    A checkpoint has a file for each model, under its name, and for its optimizer: `optimizer` of a
+    single model, else `<name>_optimizer`. Order, noise and learning rate are functions of the step,
+    so they need no state.
     """
 
-    unet: nn.Module
-    """The module itself, not its wrapper; its weights may be sharded."""
-    ema: Ema | AllAverages
-    """The moving averages of its weights."""
-    optimizer: torch.optim.Optimizer
-    """The optimizer itself, not its wrapper."""
+    models: Mapping[str, nn.Module]
+    """By name; the modules themselves, not their wrappers. Their weights may be sharded."""
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    """The optimizers themselves, not their wrappers; the same names."""
     accelerator: Accelerator
     """The processes of the run."""
     folder: Path
@@ -301,6 +302,8 @@ class TrainingState:
     """Checkpoints after a multiple of so many steps are never deleted."""
     facts: dict[str, Any]
     """Dotted configuration keys and data fingerprints that decide the numbers."""
+    ema: Ema | AllAverages | None = None
+    """The moving averages of the first model's weights, if there are any."""
     whole: bool = True
     """Whether frozen weights are stored too; not where a pretrained model has them."""
 
@@ -310,13 +313,15 @@ class TrainingState:
         Raises: CheckpointError: on all processes; the earlier checkpoints are kept.
                 UserError: likewise, when the run has diverged.
         """
-        release(self.unet)
-        tensors = {
-            "unet": self._weights(),
-            "ema": self.ema.placed(),
-            "optimizer": named_state(self.optimizer, self.unet),
-        }
-        check_weights({"weight": tensors["unet"], "average": tensors["ema"]}, step)
+        tensors, checked = dict[str, dict[str, Tensor]](), dict[str, dict[str, Tensor]]()
+        for name, model in self.models.items():
+            release(model)
+            tensors[name] = self._weights(model)
+            tensors[self._optimizer_file(name)] = named_state(self.optimizers[name], model)
+            checked["weight" if len(self.models) == 1 else f"{name} weight"] = tensors[name]
+        if self.ema is not None:
+            tensors["ema"] = checked["average"] = self.ema.placed()
+        check_weights(checked, step)
         scaler = self.accelerator.scaler
         facts = {
             "seconds": seconds,
@@ -348,27 +353,34 @@ class TrainingState:
             self.accelerator.scaler.load_state_dict(manifest["scaler"])
         return int(manifest["step"]), float(manifest["seconds"])
 
-    def _weights(self) -> dict[str, Tensor]:
-        state = self.unet.state_dict()
+    def _optimizer_file(self, name: str) -> str:
+        return "optimizer" if len(self.models) == 1 else f"{name}_optimizer"
+
+    def _weights(self, model: nn.Module) -> dict[str, Tensor]:
+        state = model.state_dict()
         if self.whole:
             return state
-        return {n: state[n] for n, p in self.unet.named_parameters() if p.requires_grad}
+        return {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
 
     def _load(self, checkpoint: Path) -> None:
-        weights = self._weights()
-        parameters = dict(self.unet.named_parameters())
+        for name, model in self.models.items():
+            weights, parameters = self._weights(model), dict(model.named_parameters())
+            stored = read_tensors(checkpoint, name, partial(_rows_here, weights))
+            for key, weight in weights.items():
+                local(weight).copy_(stored[key])
+            release(model)
+            moments = read_tensors(
+                checkpoint, self._optimizer_file(name), partial(_rows_here, parameters)
+            )
+            load_named_state(self.optimizers[name], model, moments)
+        if self.ema is not None:
+            averaged = dict(next(iter(self.models.values())).named_parameters())
+            self.ema.load(read_tensors(checkpoint, "ema", partial(_rows_here, averaged)))
 
-        def of_moment(key: str) -> slice | None:
-            return rows(parameters[key.rpartition("/")[2]])
 
-        stored = read_tensors(checkpoint, "unet", lambda key: rows(weights[key]))
-        for name, weight in weights.items():
-            local(weight).copy_(stored[name])
-        release(self.unet)
-        self.ema.load(read_tensors(checkpoint, "ema", of_moment))
-        load_named_state(
-            self.optimizer, self.unet, read_tensors(checkpoint, "optimizer", of_moment)
-        )
+def _rows_here(like: Mapping[str, Tensor], key: str) -> slice | None:
+    """Which rows this process has of a weight, or of `<what>/<weight>`."""
+    return rows(like[key.rpartition("/")[2]])
 
 
 def stored_facts(folder: Path) -> dict[str, Any] | None:
@@ -394,6 +406,8 @@ def _compare(stored: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> N
 
 CHECKPOINTS, SAMPLES, MODEL = "checkpoints", "samples", "model"
 _LOCK = ".lock"
+#: The checkpoint of train_autoencoder.py and train_clip.py before they had folders of them.
+_OLD_STATE = "state.pt"
 
 
 def check_output(folder: Path, resume: bool) -> None:
@@ -406,6 +420,11 @@ def check_output(folder: Path, resume: bool) -> None:
         raise UserError(f"output={folder} is a file, not a folder. Choose another output=FOLDER.")
     found = _contents(folder)
     checkpoint = latest(folder / CHECKPOINTS)
+    if resume and _OLD_STATE in found and checkpoint is None:
+        raise UserError(
+            f"--resume: {folder / _OLD_STATE} is a checkpoint of an earlier version of latentdiff, "
+            "and only that version can go on with it. Start a new run in another output=FOLDER."
+        )
     if resume and not is_started(folder):
         holds = f"it holds {', '.join(found[:6])}" if found else "it is empty or not there"
         raise UserError(
@@ -444,8 +463,7 @@ def open_output(folder: Path) -> IO[str]:
     Raises: UserError: it cannot be written, or another process is training there.
     """
     try:
-        for name in (CHECKPOINTS, SAMPLES):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         lock = open(folder / _LOCK, "a", encoding="utf-8")  # noqa: SIM115  (open while we train)
     except OSError as error:
         raise _unwritable(folder, error.strerror or str(error)) from error

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from latentdiff.errors import UserError
 from latentdiff.files import whole_folder
 from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
 from latentdiff.models.tokenizer import BOS, EOS, PIECES, ClipTokenizer
-from latentdiff.train.stage import StageConfig
+from latentdiff.train.config import STAGE_KEYS, RunConfig, no_muon, small_loop, small_optimizer
+from latentdiff.train.loop import LoopConfig
+from latentdiff.train.optimizer import OptimizerConfig
 from latentdiff.weights import refuse_overflow, save_tensors
 
 #: The value of `start` that means the package's own model.
@@ -71,9 +73,13 @@ class ClipConfig:
 
 
 @dataclass(frozen=True)
-class ClipTrainConfig:
+class ClipTrainConfig(RunConfig):
     """Everything that train_clip.py needs."""
 
+    renamed: ClassVar = {"stage": STAGE_KEYS}
+    output: str = "runs/clip"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tokenizer/, text_encoder/ and
+    clip/."""
     data: DataConfig = field(default_factory=DataConfig)
     """The captioned pictures."""
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -96,17 +102,20 @@ class ClipTrainConfig:
     same_look: bool = False
     """Draw each batch from pictures that look alike (a source says which: the embedded set's style
     and background), so that only the subject tells them apart."""
-    stage: StageConfig = field(default_factory=lambda: StageConfig(output="runs/clip"))
-    """The loop."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: small_optimizer((0.9, 0.98)))
+    """AdamW and its learning rate."""
+    loop: LoopConfig = field(default_factory=small_loop)
+    """Length, batches and cadence. All pictures of a step are compared with each other."""
 
     def validate(self) -> list[str]:
         """List what does not go together."""
-        if self.stage.batch_size != 1:
-            return []
-        return [
-            "stage.batch_size must be at least 2: a picture's caption is told from the others of "
-            "its batch; got 1."
-        ]
+        problems = no_muon(self.optimizer)
+        if self.loop.batch_size == 1:
+            problems.append(
+                "loop.batch_size must be at least 2: an image's caption is told from the others of "
+                "its batch; got 1."
+            )
+        return problems
 
 
 def train_tokenizer(captions: Iterable[str], size: int, max_tokens: int) -> ClipTokenizer:
@@ -293,11 +302,11 @@ def contrastive_loss(
     return 0.5 * (by_image + by_text)
 
 
-def retrieval_accuracy(queries: Tensor, gallery: Tensor, top: int) -> float:
+def retrieval_accuracy(queries: Tensor, gallery: Tensor, top: int) -> Tensor:
     """Share of queries (N, D) whose partner (same row of gallery) is among the `top` nearest."""
     scores = queries @ gallery.T
     own = scores.diagonal()[:, None]
-    return float(((scores > own).sum(1) < top).float().mean())
+    return ((scores > own).sum(1) < top).float().mean()
 
 
 def save_clip(clip: Any, folder: Path) -> None:

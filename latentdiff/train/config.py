@@ -1,4 +1,7 @@
-"""The configuration of train_latent.py; its defaults train the embedded example from scratch."""
+"""The configuration of training scripts: what all have, and train_latent.py's own.
+
+The defaults of the latter train the embedded example from scratch.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +124,67 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class LatentLoopConfig(LoopConfig):
+    """The loop of train_latent.py, which averages the weights and fits the batch into memory."""
+
+    ema_decay: float = 0.999
+    """Decay of the weights' moving average, with a warm-up; 0 exports the newest weights."""
+    probe_memory: bool = True
+    """On a GPU, try a micro-batch before the first step; if it does not fit, halve it and double
+    gradient_accumulation."""
+
+    def validate(self) -> list[str]:
+        """List what is out of range."""
+        problems = super().validate()
+        if not 0 <= self.ema_decay < 1:
+            problems.append(f"ema_decay must be at least 0 and below 1; got {self.ema_decay}.")
+        return problems
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the configuration of every training script has."""
+
+    output: str
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/ and the result."""
+    data: DataConfig
+    """The captioned pictures."""
+    optimizer: OptimizerConfig
+    """AdamW and its learning rate."""
+    loop: LoopConfig
+    """Length, batches and cadence."""
+
+
+def small_loop() -> LoopConfig:
+    """How train_autoencoder.py and train_clip.py run by default."""
+    return LoopConfig(max_steps=1000, batch_size=16, checkpoint_every=250)
+
+
+def small_optimizer(betas: tuple[float, float]) -> OptimizerConfig:
+    """The optimizer of the same two."""
+    return OptimizerConfig(lr=1e-3, betas=betas, warmup_steps=100, decay="whole_cosine")
+
+
+def no_muon(config: OptimizerConfig) -> list[str]:
+    """Refuse, as `validate` does, an optimizer that knows which layers of the U-Net are which."""
+    if config.kind != "muon":
+        return []
+    return ["optimizer.kind=muon is for the U-Net. Use optimizer.kind=adamw here."]
+
+
+#: Keys of train_autoencoder.py and train_clip.py in their one section `stage`, and those of today.
+_LOOP_KEYS = ("max_steps", "mixed_precision", "seed", "checkpoint_every", "log_every")
+STAGE_KEYS = {
+    "output": "output",
+    "learning_rate": "optimizer.lr",
+    "batch_size": "loop.batch_size (and counts the pictures of one process)",
+    **{key: f"loop.{key}" for key in _LOOP_KEYS},
+    **{key: f"optimizer.{key}" for key in ("warmup_steps", "weight_decay", "clip_norm")},
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
     """Everything that train_latent.py needs."""
 
     removed: ClassVar = {"reading": {"weight": 0}, "held": {"attentions": []}}
@@ -143,7 +206,7 @@ class TrainConfig:
     """The encoded pictures."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its learning rate."""
-    loop: LoopConfig = field(default_factory=LoopConfig)
+    loop: LatentLoopConfig = field(default_factory=LatentLoopConfig)
     """Length, batches and cadence."""
     power_ema: PowerEmaConfig = field(default_factory=PowerEmaConfig)
     """Averages of the weights for choosing their length after the run."""
@@ -241,7 +304,7 @@ _NEWER = (
 )
 
 
-def deciding_facts(config: TrainConfig) -> dict[str, Any]:
+def deciding_facts(config: RunConfig) -> dict[str, Any]:
     """The settings that decide the numbers of a run; a resumed run must have the same ones.
 
     The batch enters as a whole (see `BatchShape`): how it is cut up changes only rounding.
@@ -251,9 +314,10 @@ def deciding_facts(config: TrainConfig) -> dict[str, Any]:
     facts = {k: v for k, v in facts.items() if k not in _NEWER or v != usual[k]}
     if config.optimizer.decay == "constant":
         del facts["loop.max_steps"]
-    if not config.model.compile:  # runs from before there was this key can go on
-        del facts["model.compile"]
-    facts["model.channels_last"] = bool(config.model.channels_last)  # null was false before
+    if isinstance(config, TrainConfig):
+        if not config.model.compile:  # runs from before there was this key can go on
+            del facts["model.compile"]
+        facts["model.channels_last"] = bool(config.model.channels_last)  # null was false before
     return facts
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,35 +23,17 @@ HUGE = torch.finfo(torch.float16).max
 Named = Iterable[tuple[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Remedies:
-    """What a script calls the options that help, and the arithmetic that its run has."""
-
-    rate: str
-    """Key of the learning rate."""
-    warmup: str
-    """Key of its warm-up."""
-    precision: str
-    """Key of the arithmetic."""
-    arithmetic: str
-    """no, bf16 or fp16, as settled on this machine."""
-
-    def lower_rate(self, row: Mapping[str, Any]) -> str:
-        """The advice against divergence. Args: row: of a step, with its rate `lr`."""
-        return f"lower {self.rate} (the rate was {row['lr']:g}) or raise {self.warmup}"
-
-
 class BadSteps:
     """Counts the steps whose loss or gradient was not finite, and ends a run that has too many.
 
     Args:
         weights: gives the model's named parameters, looked at when the run ends.
-        remedies: what the error advises.
+        precision: no, bf16 or fp16, as settled on this machine.
     Attributes: skipped: steps so far that changed no weights.
     """
 
-    def __init__(self, weights: Callable[[], Named], remedies: Remedies) -> None:
-        self._weights, self._remedies = weights, remedies
+    def __init__(self, weights: Callable[[], Named], precision: str) -> None:
+        self._weights, self._precision = weights, precision
         self._finite: deque[dict[str, Any]] = deque(maxlen=5)
         self._row: dict[str, Any] = {}
         self._in_a_row = self.skipped = 0
@@ -85,7 +66,7 @@ class BadSteps:
     def _error(self) -> UserError:
         count, step = self._in_a_row, self._row["step"]
         last = f"the last {count} steps" if count > 1 else "the last step"
-        found = diagnose(self._finite, self._row, self._weights(), self._remedies)
+        found = diagnose(self._finite, self._row, self._weights(), self._precision)
         return UserError(
             f"the loss or its gradient was not finite in {last} (now at step {step}), and such a "
             f"step changes no weights. {' '.join(found)} Nothing is exported; checkpoints of "
@@ -94,7 +75,7 @@ class BadSteps:
 
 
 def diagnose(
-    finite: Sequence[dict[str, Any]], bad: dict[str, Any], weights: Named, remedies: Remedies
+    finite: Sequence[dict[str, Any]], bad: dict[str, Any], weights: Named, precision: str
 ) -> list[str]:
     """Say what the steps before and the weights tell, and what helps.
 
@@ -102,6 +83,7 @@ def diagnose(
         finite: the last rows with a finite loss and gradient, oldest first; may be empty.
         bad: a row without; its `loss` is None if the loss itself was not finite.
         weights: the model's named parameters.
+        precision: no, bf16 or fp16, as settled on this machine.
     Returns: sentences, the most telling first.
     """
     largest = {name: _largest(value) for name, value in weights}
@@ -114,11 +96,11 @@ def diagnose(
     name = broken[0] if broken else max(largest, key=lambda n: largest[n], default="")
     if finite and (broken or largest.get(name, 0.0) > HUGE):
         size = "are no longer finite" if broken else f"have grown to {largest[name]:.2g}"
-        advice = remedies.lower_rate(finite[-1])
+        advice = _lower_rate(finite[-1])
         return [f"The weights {size} ({name}): the run diverged, so {advice}."]
-    said = [_which(bad), _trend(finite, remedies)]
-    if remedies.arithmetic == "fp16":
-        said.append(f"fp16 ends at 65504; {remedies.precision}=bf16 or no reach further.")
+    said = [_which(bad), _trend(finite)]
+    if precision == "fp16":
+        said.append("fp16 ends at 65504; loop.mixed_precision=bf16 or no reach further.")
     return said
 
 
@@ -155,27 +137,32 @@ def _largest(value: Tensor) -> float:
     return float(part.abs().max()) if part.numel() and part.is_floating_point() else 0.0
 
 
+def _lower_rate(row: Mapping[str, Any]) -> str:
+    """The advice against divergence. Args: row: of a step, with its rate `lr`."""
+    return f"lower optimizer.lr (the rate was {row['lr']:g}) or raise optimizer.warmup_steps"
+
+
 def _which(bad: dict[str, Any]) -> str:
     if bad["loss"] is None:
         return "The loss itself was not finite, the weights are."
     return f"The loss was finite ({bad['loss']:.4g}), its gradient overflowed in the backward pass."
 
 
-def _trend(finite: Sequence[dict[str, Any]], remedies: Remedies) -> str:
+def _trend(finite: Sequence[dict[str, Any]]) -> str:
     if not finite:
         return "No step of this run was finite: look at the data and the pretrained weights."
     first, last = finite[0], finite[-1]
     if len(finite) == 1:
         return (
             f"Of this run only step {last['step']} was finite (loss {last['loss']:.4g}); an update "
-            f"that is too large does that, so {remedies.lower_rate(last)}."
+            f"that is too large does that, so {_lower_rate(last)}."
         )
     losses = ", ".join(f"{row['loss']:.4g}" for row in finite)
     norms = ", ".join(f"{row['grad_norm']:.3g}" for row in finite)
     text = f"Before that the losses were {losses} and the gradient norms {norms}"
     if last["loss"] > RISE * first["loss"]:
-        return f"{text}: it was diverging, so {remedies.lower_rate(last)}."
+        return f"{text}: it was diverging, so {_lower_rate(last)}."
     return (
         f"{text}: no sign of divergence, so suspect single pictures; if those are fine, "
-        f"{remedies.lower_rate(last)}."
+        f"{_lower_rate(last)}."
     )

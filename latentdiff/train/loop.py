@@ -1,19 +1,15 @@
-"""Stopping in an orderly way: the step is finished and its checkpoint written first.
+"""The training loop as a generator, for every model that is trained here.
 
-One optimizer step of a model: gradients added up, clipped, applied, forgotten.
-
-The numbers of a run: losses read from the device now and then, speed, and when to stop.
-
-The training loop as a generator.
-
-    for step, batch in training_loop(…):
+    for step, batch in training_loop(optimizer_step, …):
         loss = …                       # the algorithm is the caller's
         step.backward(loss)
+        step.log(psnr=…)               # more numbers for this step's row of the log
         if step.update():              # true after the last micro-batch of an optimizer step
             ema.update(step.number)
 
 The generator owns accumulation, cadence, resume, logging and stopping; it keeps the losses on the
-device and reads them after its first step and every `log_every`, so a GPU is not waited for.
+device and reads them after its first step and every `log_every`, so a GPU is not waited for. On
+SIGTERM or Ctrl-C the step is finished and its checkpoint written first.
 """
 
 from __future__ import annotations
@@ -21,8 +17,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from signal import Signals
 from types import FrameType, TracebackType
@@ -36,7 +32,7 @@ from latentdiff.errors import Interrupted, UserError
 from latentdiff.train.batches import BatchShape, Prefetch
 from latentdiff.train.checkpoint import CheckpointError
 from latentdiff.train.distributed import is_sharded, whole
-from latentdiff.train.divergence import BadSteps, Remedies, finite_or_none
+from latentdiff.train.divergence import BadSteps, finite_or_none
 from latentdiff.train.log import Tracker
 from latentdiff.train.optimizer import set_learning_rate, step_if_finite
 
@@ -79,8 +75,8 @@ class StopSignal:
         self._old = {}
 
 
-class Descent:
-    """A model on its way down: backward, clip, update, clear.
+class OptimizerStep:
+    """What is done to one model in an optimizer step: backward, clip, update, clear.
 
     Args:
         accelerator: processes and precision.
@@ -88,6 +84,7 @@ class Descent:
         rate: optimizer step → learning rate.
         clip_norm: largest gradient norm, 0 for none.
         accumulation: micro-batches per optimizer step.
+    Attributes: history: (steps made, loss, gradient norm) of each step since it was last read.
     """
 
     def __init__(
@@ -101,7 +98,7 @@ class Descent:
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.rate, self.clip_norm, self.accumulation = rate, clip_norm, accumulation
-        self.history: list[tuple[int, Tensor, Tensor]] = []
+        self.history: list[tuple[int, Tensor | None, Tensor]] = []
         self._loss: Tensor | None = None
 
     def no_sync(self) -> AbstractContextManager[Any]:
@@ -119,9 +116,10 @@ class Descent:
         self._loss = share if self._loss is None else self._loss + share
 
     def update(self, number: int) -> None:
-        """Clip, change the weights (unless the gradient is not finite) and note the loss."""
-        if self._loss is None:
-            raise RuntimeError("step.update() before step.backward(loss)")
+        """Clip, change the weights (unless the gradient is not finite) and note the loss.
+
+        The gradient may come from another model's `backward`; then there is no loss to note.
+        """
         parameters = list(self.model.parameters())
         norm = whole(self.accelerator.clip_grad_norm_(parameters, self.clip_norm or math.inf))
         set_learning_rate(self.optimizer.optimizer, self.rate(number))
@@ -139,7 +137,8 @@ class Log:
 
     def __init__(
         self,
-        descent: Descent,
+        optimizer_step: OptimizerStep,
+        others: Mapping[str, OptimizerStep],
         shape: BatchShape,
         config: LoopConfig,
         tracker: Tracker,
@@ -148,19 +147,23 @@ class Log:
         gauges: Callable[[float], dict[str, float]] | None,
     ) -> None:
         self._gauges = gauges or (lambda images_per_second: {})
-        self._descent, self._shape, self._config = descent, shape, config
+        self._main, self._others = optimizer_step, others
+        self._shape, self._config = shape, config
         self._tracker, self._batches = tracker, batches
+        self._values: list[tuple[int, Mapping[str, Tensor]]] = []
         self._began = time.monotonic() - seconds
         self._window = (time.monotonic(), 0.0)
         self._has_logged = False
-        precision = descent.accelerator.mixed_precision
-        keys = ("optimizer.lr", "optimizer.warmup_steps", "loop.mixed_precision")
-        self._bad = BadSteps(descent.model.named_parameters, Remedies(*keys, precision))
+        self._bad = BadSteps(self._weights, optimizer_step.accelerator.mixed_precision)
 
     @property
     def seconds(self) -> float:
         """Wall time of the run so far, earlier parts included."""
         return time.monotonic() - self._began
+
+    def keep(self, number: int, values: Mapping[str, Tensor]) -> None:
+        """Keep more numbers of a micro-batch of optimizer step `number` until they are read."""
+        self._values.append((number + 1, {n: v.detach() for n, v in values.items()}))
 
     def after(self, done: int, signal: StopSignal) -> bool:
         """Log if it is time to; say whether the run has to stop now."""
@@ -169,7 +172,7 @@ class Log:
         early = not (due or self._has_logged) and done < self._config.max_steps
         if due or early:
             self.flush(done, speed=due)
-        accelerator, limit = self._descent.accelerator, self._config.max_minutes
+        accelerator, limit = self._main.accelerator, self._config.max_minutes
         stop = bool(signal.number) or (limit is not None and self.seconds > 60 * limit)
         if accelerator.num_processes == 1:
             return stop
@@ -186,35 +189,67 @@ class Log:
         Args: speed: say too how fast they were. Of the first step alone it would mislead: it waits
             for the first batch, and kernels are chosen or compiled in it.
         """
-        history, self._descent.history = self._descent.history, []
-        if not history:
+        rows = self._read()
+        if not rows:
             return
-        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm in history])
-        # Each process has the mean of its own samples; the gradient norm is common to all.
-        values = self._descent.accelerator.reduce(values, "mean").cpu()
-        rows: list[dict[str, Any]] = []
-        for (step, _, _), (loss, norm) in zip(history, values.tolist(), strict=True):
-            rate = self._descent.rate(step - 1)
-            rows.append({"step": step, "loss": finite_or_none(loss)})
-            rows[-1] |= {"grad_norm": finite_or_none(norm), "lr": rate}
-            self._bad.note(rows[-1])
+        shown = {n: f"{v:.4f}" for n, v in _means(rows).items() if not n.endswith("grad_norm")}
+        for row in rows:
+            row["lr"] = self._main.rate(row["step"] - 1)
+            self._bad.note(row | self._all_together(row))
+            row |= {name: finite_or_none(value) for name, value in row.items()}
         found = self._speed(len(rows))
         if speed:
             rows[-1] |= found | {"skipped_steps": self._bad.skipped}
-        self._has_logged = True
-        self._tracker.write(rows)
-        finite = [row["loss"] for row in rows if row["loss"] is not None]
-        mean = sum(finite) / len(finite) if finite else math.nan
-        shown = {"loss": f"{mean:.4f}"}
-        if speed:
             shown["images/s"] = f"{found['images_per_second']:.1f}"
             shown["waiting"] = f"{found['waiting']:.0%}"
+        self._has_logged = True
+        self._tracker.write(rows)
         self._tracker.progress(done, shown)
         self._bad.check()
 
     def check_end(self) -> None:
         """Refuse to end as a success what did not. Raises: UserError: see `BadSteps`."""
         self._bad.check_end()
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._main.model.named_parameters()
+        for name, other in self._others.items():
+            yield from ((f"{name} {n}", p) for n, p in other.model.named_parameters())
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Take the numbers of the steps since the last time from the device, a row per step."""
+        found: dict[int, dict[str, list[Tensor]]] = {}
+        for prefix, one in {
+            "": self._main,
+            **{f"{n}_": o for n, o in self._others.items()},
+        }.items():
+            for step, loss, norm in one.history:
+                row = found.setdefault(step, {})
+                row |= {f"{prefix}loss": [loss]} if loss is not None else {}
+                row[f"{prefix}grad_norm"] = [norm]
+            one.history = []
+        for step, values in self._values:
+            for name, value in values.items():
+                found.setdefault(step, {}).setdefault(name, []).append(value)
+        self._values = []
+        if not found:
+            return []
+        accelerator = self._main.accelerator
+        numbers = [n.to(accelerator.device) for r in found.values() for v in r.values() for n in v]
+        # Each process has the mean of its own samples; the gradient norm is common to all.
+        means = accelerator.reduce(torch.stack([n.float() for n in numbers]), "mean").tolist()
+        values = iter(means)
+        return [
+            {"step": step} | {n: sum(next(values) for _ in v) / len(v) for n, v in row.items()}
+            for step, row in found.items()
+        ]
+
+    def _all_together(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """Loss and gradient norm of all models: one that is not finite makes the step a bad one."""
+        names = ["", *(f"{name}_" for name in self._others)]
+        loss = sum(row.get(f"{name}loss", 0.0) for name in names)
+        norm = math.hypot(*(row.get(f"{name}grad_norm", 0.0) for name in names))
+        return {"loss": finite_or_none(loss), "grad_norm": finite_or_none(norm)}
 
     def _speed(self, steps: int) -> dict[str, float]:
         now, waited = time.monotonic(), self._batches.waited
@@ -228,6 +263,13 @@ class Log:
             **self._gauges(speed),
             "seconds": round(self.seconds, 1),
         }
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of the finite values of each number, NaN where there is none."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    found = {n: [row[n] for row in rows if math.isfinite(row.get(n, math.nan))] for n in names}
+    return {n: sum(v) / len(v) if v else math.nan for n, v in found.items()}
 
 
 Batch = TypeVar("Batch")
@@ -246,16 +288,11 @@ class LoopConfig:
     gradient_accumulation: int = 1
     """Micro-batches per optimizer step."""
     seed: int = 0
-    """Seed of the first weights, the order, the noise and the dropped captions."""
+    """Seed of the first weights, the order and the noise."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Arithmetic of the U-Net; weights and averages stay in 32 bit. auto: bf16 where it is fast."""
-    ema_decay: float = 0.999
-    """Decay of the weights' moving average, with a warm-up; 0 exports the newest weights."""
+    """Arithmetic; weights and averages stay in 32 bit. auto: bf16 where it is fast."""
     log_every: int = 20
     """Steps between updates of the progress bar and the log; the first comes after one step."""
-    probe_memory: bool = True
-    """On a GPU, try a micro-batch before the first step; if it does not fit, halve it and double
-    gradient_accumulation."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     keep_last: int = 2
@@ -282,8 +319,6 @@ class LoopConfig:
                 f"keep_every must be a multiple of checkpoint_every={self.checkpoint_every}, or "
                 f"null; got {self.keep_every}."
             )
-        if not 0 <= self.ema_decay < 1:
-            problems.append(f"ema_decay must be at least 0 and below 1; got {self.ema_decay}.")
         if self.max_minutes is not None and self.max_minutes <= 0:
             problems.append(f"max_minutes must be above 0; got {self.max_minutes}.")
         return problems
@@ -297,22 +332,30 @@ class Step:
         last: whether this micro-batch completes it.
     """
 
-    def __init__(self, descent: Descent, number: int, last: bool) -> None:
-        self._descent, self.number, self.last = descent, number, last
+    def __init__(self, optimizer_step: OptimizerStep, log: Log, number: int, last: bool) -> None:
+        self._optimizer_step, self._log, self.number, self.last = optimizer_step, log, number, last
+        self._has_loss = False
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of this micro-batch's mean loss."""
-        self._descent.backward(loss)
+        self._optimizer_step.backward(loss)
+        self._has_loss = True
 
     def update(self) -> bool:
         """Change the weights if this was the step's last micro-batch; say whether."""
+        if not self._has_loss:
+            raise RuntimeError("step.update() before step.backward(loss)")
         if self.last:
-            self._descent.update(self.number)
+            self._optimizer_step.update(self.number)
         return self.last
+
+    def log(self, **values: Tensor) -> None:
+        """Add numbers to this step's row of the log, each the mean over the micro-batch."""
+        self._log.keep(self.number, values)
 
 
 def training_loop(
-    descent: Descent,
+    optimizer_step: OptimizerStep,
     make_batch: Callable[[int, int], Batch],
     shape: BatchShape,
     config: LoopConfig,
@@ -322,16 +365,20 @@ def training_loop(
     seconds: float = 0.0,
     gauges: Callable[[float], dict[str, float]] | None = None,
     look: Callable[[int], None] = lambda done: None,
+    others: Mapping[str, OptimizerStep] | None = None,
 ) -> Iterator[tuple[Step, Batch]]:
     """Yield every micro-batch of the run; save and log in between.
 
     Args:
+        optimizer_step: of the model that the yielded `Step` trains.
         make_batch: (optimizer step, micro-batch) → batch of this process; runs in a thread.
         save: (steps made, seconds spent) → writes a checkpoint; called on every process.
         first_step, seconds: steps made and time spent before, when resuming.
         gauges: images per second → more numbers for the row of each log point.
         look: called with the steps made after each of them, when its checkpoint is written: what
             fails in looking at the model costs none of it.
+        others: of models that the caller's own code trains in the same steps, a discriminator say,
+            by the name that their numbers have in the log.
     Raises:
         Interrupted: after SIGTERM or SIGINT, with the checkpoint written.
         CheckpointError: the last checkpoint, or the one before stopping, was not; after any
@@ -344,7 +391,8 @@ def training_loop(
         for micro in range(shape.accumulation)
     )
     batches = Prefetch(make_batch, keys)
-    log = Log(descent, shape, config, tracker, batches, seconds, gauges)
+    others = others or {}
+    log = Log(optimizer_step, others, shape, config, tracker, batches, seconds, gauges)
     try:
         with StopSignal() as signal:
             for number, micro, batch in batches:
@@ -352,8 +400,10 @@ def training_loop(
                 # Dropout, if the model has any, must not depend on how often a run was resumed.
                 place = micro * shape.processes + shape.rank
                 torch.manual_seed(mix(mix(config.seed, number), place))
-                with nullcontext() if last else descent.no_sync():
-                    yield Step(descent, number, last), batch
+                with ExitStack() as no_sync:
+                    for one in () if last else (optimizer_step, *others.values()):
+                        no_sync.enter_context(one.no_sync())
+                    yield Step(optimizer_step, log, number, last), batch
                 if last and _after_step(number + 1, signal, log, config, tracker, save, look):
                     return
     except (UserError, Interrupted):

@@ -58,8 +58,9 @@ class OptimizerConfig:
     """Decoupled weight decay; biases and norms (one-dimensional parameters) have none."""
     warmup_steps: int = 200
     """Steps of linear warm-up from 0."""
-    decay: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: stay at lr, or fall to 0 along a cosine that ends at loop.max_steps."""
+    decay: Literal["constant", "cosine", "whole_cosine"] = "constant"
+    """After the warm-up: stay at lr, or fall to 0 along a cosine that ends at loop.max_steps.
+    whole_cosine: the cosine starts with the first step, and the warm-up is a factor on it."""
     clip_norm: float = 1.0
     """Largest gradient norm; longer gradients are scaled down. 0 turns it off."""
 
@@ -85,11 +86,14 @@ def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
     Source:  cosine: Loshchilov & Hutter 2017, eq. 5, arXiv:1608.03983.
     """
     rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.decay == "cosine":
+    if config.decay == "constant":
+        return rate
+    if config.decay == "whole_cosine":
+        angle = math.pi * step / max_steps
+    else:
         span = max(1, max_steps - config.warmup_steps)
-        done = min(1.0, max(0.0, (step - config.warmup_steps) / span))
-        rate *= 0.5 * (1 + math.cos(math.pi * done))
-    return rate
+        angle = math.pi * min(1.0, max(0.0, (step - config.warmup_steps) / span))
+    return rate * (0.5 * (1 + math.cos(angle)))
 
 
 def never_at_peak(config: OptimizerConfig, max_steps: int) -> list[str]:

@@ -15,14 +15,16 @@ import os
 import platform
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from latentdiff.config import to_dict, to_yaml
 from latentdiff.data.source import open_source, report_skipped, split
@@ -32,12 +34,36 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.files import write_text
-from latentdiff.train.batches import BatchShape, recut
-from latentdiff.train.checkpoint import MODEL, default_cache
-from latentdiff.train.config import Given, TrainConfig, adopt, check_given
-from latentdiff.train.distributed import gather_state, is_sharded, on_first
+from latentdiff.train.batches import BatchShape, Order, recut
+from latentdiff.train.checkpoint import (
+    CHECKPOINTS,
+    MODEL,
+    TrainingState,
+    check_output,
+    default_cache,
+    is_started,
+    open_output,
+    stored_facts,
+)
+from latentdiff.train.config import (
+    Given,
+    RunConfig,
+    TrainConfig,
+    adopt,
+    check_given,
+    deciding_facts,
+)
+from latentdiff.train.distributed import (
+    gather_state,
+    is_sharded,
+    on_first,
+    start_processes,
+    was_restarted,
+)
 from latentdiff.train.ema import Ema
-from latentdiff.train.log import Writer
+from latentdiff.train.log import Tracker, Writer
+from latentdiff.train.loop import OptimizerStep
+from latentdiff.train.optimizer import learning_rate, never_at_peak
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +71,97 @@ if TYPE_CHECKING:
     from latentdiff.finetune.trainee import Trainee
     from latentdiff.formats.folder import Components
     from latentdiff.models.unet import UNet
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """A run of train_autoencoder.py or train_clip.py: one copy of a small network per process."""
+
+    config: RunConfig
+    """The checked configuration."""
+    resume: bool
+    """Whether it goes on from a checkpoint."""
+    accelerator: Accelerator
+    """The processes of the run."""
+    shape: BatchShape
+    """How the global batch is cut up."""
+    notes: list[str]
+    """What to say when the log is open."""
+    lock: IO[str] | None
+    """Keeps other runs out of the output folder while it is open; None but on the first process."""
+
+    @classmethod
+    def start(cls, config: RunConfig, resume: bool) -> SmallRun:
+        """Start the processes; check and lock the output folder.
+
+        Raises: UserError: the folder holds something else, or nothing to go on from.
+        """
+        loop, output = config.loop, Path(config.output)
+        check_extras(config.optimizer.kind, loop.wandb)
+        accelerator = start_processes(loop.mixed_precision)
+        resume = resume or (was_restarted() and is_started(output))
+        check_output(output, resume)
+        before = stored_facts(output / CHECKPOINTS) if resume else None
+        notes = check_steps_left(before, loop.max_steps)
+        shape, recut = batch_shape(config, accelerator, before)
+        notes += recut + never_at_peak(config.optimizer, loop.max_steps)
+        accelerator.wait_for_everyone()  # all have looked at the folder before one writes there
+        lock = open_output(output) if accelerator.is_main_process else None
+        return cls(config, resume, accelerator, shape, notes, lock)
+
+    def order(self, indices: Sequence[int]) -> Order:
+        """Which picture comes when."""
+        return Order(indices, self.config.loop.seed, lambda seed, epoch: seed * 7919 + epoch)
+
+    def generator(self, step: int) -> torch.Generator:
+        """What is random about the pictures of a step, all processes' together."""
+        return torch.Generator().manual_seed(self.config.loop.seed * 1_000_003 + step)
+
+    def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerStep:
+        """The optimizer step of a (prepared) model at the configured rate and clipping."""
+        config = self.config
+        return OptimizerStep(
+            self.accelerator,
+            model,
+            self.accelerator.prepare(optimizer),
+            lambda step: learning_rate(step, config.optimizer, config.loop.max_steps),
+            config.optimizer.clip_norm,
+            self.shape.accumulation,
+        )
+
+    def open_log(
+        self,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        facts: dict[str, Any],
+    ) -> tuple[TrainingState, Tracker, int, float]:
+        """Load the newest checkpoint if the run goes on; record what runs, and where.
+
+        Args:    facts: what decides the numbers besides the configuration.
+        Returns: the state to save, the log, steps made, seconds spent.
+        """
+        config, accelerator, output = self.config, self.accelerator, Path(self.config.output)
+        facts = {**deciding_facts(config), "pictures per step": self.shape.total, **facts}
+        facts["models"] = ", ".join(models)
+        keep = (config.loop.keep_last, config.loop.keep_every)
+        folder = output / CHECKPOINTS
+        state = TrainingState(models, optimizers, accelerator, folder, *keep, facts)
+        first_step, seconds = state.resume() if self.resume else (0, 0.0)
+        if accelerator.is_main_process:
+            save_config(config)
+            write_environment(output, environment(accelerator))
+        writers = partial(more_writers, config)
+        tracker = Tracker(output, first_step, config.loop, accelerator.is_main_process, writers)
+        for note in self.notes:
+            tracker.say(note)
+        return state, tracker, first_step, seconds
+
+    def end(self) -> None:
+        """Wait for the other processes and give up the output folder."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
@@ -216,7 +333,7 @@ def check_steps_left(before: dict[str, Any] | None, max_steps: int) -> list[str]
 
 
 def batch_shape(
-    config: TrainConfig, accelerator: Accelerator, before: dict[str, Any] | None
+    config: RunConfig, accelerator: Accelerator, before: dict[str, Any] | None
 ) -> tuple[BatchShape, list[str]]:
     """How the global batch is cut up in this launch, and a note if that is not as configured.
 
@@ -255,7 +372,7 @@ def make_gauges(
     return Gauges(accelerator.device, flops, peak * accelerator.num_processes)
 
 
-def more_writers(config: TrainConfig) -> list[Writer]:
+def more_writers(config: RunConfig) -> list[Writer]:
     """Where the numbers go besides metrics.jsonl and TensorBoard."""
     if config.loop.wandb is None:
         return []
@@ -303,10 +420,11 @@ def export(config: TrainConfig, components: Components, ema: Ema, writes: bool) 
     return folder
 
 
-def save_config(config: TrainConfig) -> None:
+def save_config(config: RunConfig) -> None:
     """Write the resolved configuration to OUTPUT/config.yaml."""
     resolved = to_dict(config)
-    if config.model.pretrained is not None:  # its own configuration says what the U-Net is
+    if isinstance(config, TrainConfig) and config.model.pretrained is not None:
+        # its own configuration says what the U-Net is
         del resolved["model"]["unet"]
     write_text(Path(config.output) / "config.yaml", to_yaml(resolved))
 

@@ -116,7 +116,7 @@ def open_teacher(
     folder = _minilm_folder() if config.teacher == MINILM else Path(config.teacher)
     teacher = SentenceTeacher(folder, device)
     words = teacher.words(config.teacher_words)
-    return Distillation(student_width, teacher, words, config.stage.seed).to(device)
+    return Distillation(student_width, teacher, words, config.loop.seed).to(device)
 
 
 def _minilm_folder() -> Path:

@@ -262,6 +262,7 @@ class Validator:
         if self._accelerator.is_main_process:
             file = Path(self._config.output) / SAMPLES / f"step-{step:08d}{kind}.png"
             with self._tracker.going_on(str(file)):
+                file.parent.mkdir(exist_ok=True)
                 write_png(grid, file)
         self._tracker.image(f"samples{kind}", step, grid)
 

@@ -14,7 +14,7 @@ from latentdiff.train.batches import BatchShape, Prefetch
 from latentdiff.train.checkpoint import CheckpointError
 from latentdiff.train.divergence import MAX_BAD_STEPS
 from latentdiff.train.log import Tracker, forget_after, read_metrics
-from latentdiff.train.loop import Descent, LoopConfig, training_loop
+from latentdiff.train.loop import LoopConfig, OptimizerStep, Step, training_loop
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -36,7 +36,7 @@ class Run:
         self.net = nn.Linear(4, 4)
         optimizer = make_optimizer(self.net, OptimizerConfig())
         model, prepared = self.accelerator.prepare(self.net, optimizer)
-        self.descent = Descent(
+        self.optimizer_step = OptimizerStep(
             self.accelerator, model, prepared, lambda step: 1e-2, 1.0, accumulation
         )
         self.tracker = Tracker(folder, 0, self.config, True)
@@ -53,21 +53,23 @@ class Run:
         rows = [torch.randn(4, generator=torch.Generator().manual_seed(n)) for n in samples]
         return torch.stack(rows)
 
-    def __call__(
-        self,
-        spoil: Callable[[int], bool] = lambda step: False,
-        look: Callable[[int], None] = lambda done: None,
-    ) -> None:
-        steps: Iterator = training_loop(
-            self.descent,
+    def steps(self, **more: Any) -> Iterator[tuple[Step, Tensor]]:
+        return training_loop(
+            self.optimizer_step,
             self.batch,
             self.shape,
             self.config,
             self.tracker,
             self.save,
-            look=look,
+            **more,
         )
-        for step, x in steps:
+
+    def __call__(
+        self,
+        spoil: Callable[[int], bool] = lambda step: False,
+        look: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        for step, x in self.steps(look=look):
             loss = (self.net(x) - x).square().mean()
             step.backward(loss * torch.nan if spoil(step.number) else loss)
             step.update()
@@ -108,10 +110,7 @@ def test_the_first_step_is_logged_at_once_and_then_every_log_every(
 
 def test_a_resumed_run_logs_its_own_first_step_at_once(tmp_path: Path) -> None:
     run = Run(tmp_path, max_steps=9)
-    steps = training_loop(
-        run.descent, run.batch, run.shape, run.config, run.tracker, run.save, first_step=5
-    )
-    for step, x in steps:
+    for step, x in run.steps(first_step=5):
         step.backward((run.net(x) - x).square().mean())
         step.update()
         if step.number == 6:
@@ -132,6 +131,48 @@ def test_it_stops_after_the_given_minutes_with_a_checkpoint(tmp_path: Path) -> N
     run()
     assert time.monotonic() - started < 20
     assert len(run.saved) == 1
+
+
+def test_more_numbers_are_means_over_the_micro_batches(tmp_path: Path) -> None:
+    run = Run(tmp_path, accumulation=2, max_steps=6)
+    values = []
+    for step, x in run.steps():
+        loss = (run.net(x) - x).square().mean()
+        step.backward(loss)
+        step.log(size=x.abs().mean(), **({"late": loss} if step.number >= 5 else {}))
+        values.append(float(x.abs().mean()))
+        step.update()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    wanted = [(a + b) / 2 for a, b in zip(values[::2], values[1::2], strict=True)]
+    assert [row["size"] for row in rows] == pytest.approx(wanted, abs=0)
+    assert rows[5]["late"] == pytest.approx(rows[5]["loss"]) and "late" not in rows[4]
+
+
+@pytest.mark.parametrize("own_loss", [True, False])
+def test_another_model_in_the_same_steps_is_logged_and_its_bad_steps_count(
+    tmp_path: Path, own_loss: bool
+) -> None:
+    run = Run(tmp_path, max_steps=100)
+    second = nn.Linear(4, 4)
+    optimizer = run.accelerator.prepare(make_optimizer(second, OptimizerConfig()))
+    other = OptimizerStep(run.accelerator, second, optimizer, lambda step: 1e-2, 1.0, 1)
+    before = {}
+    with pytest.raises(UserError, match="not finite in the last"):
+        for step, x in run.steps(others={"second": other}):
+            loss, more = ((net(x) - x).square().mean() for net in (run.net, second))
+            more = more * torch.inf if step.number >= 2 else more
+            step.backward(loss if own_loss else loss + more)
+            step.update()
+            if own_loss:
+                other.backward(more)
+            other.update(step.number)
+            before.setdefault(step.number, second.weight.detach().clone())
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[1]["second_grad_norm"] > 0 and rows[2]["second_grad_norm"] is None
+    assert ("second_loss" in rows[1]) == own_loss
+    assert rows[2]["loss"] is not None or not own_loss
+    assert not torch.equal(before[0], before[1]) and torch.equal(before[1], second.weight)
+    assert MAX_BAD_STEPS <= len(rows) - 2 < MAX_BAD_STEPS + 4
 
 
 def test_a_bad_step_changes_nothing_and_many_end_the_run(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.train.batches import BatchShape, LatentBatch
 from latentdiff.train.ema import Ema, PowerEmaConfig, PowerEmas
 from latentdiff.train.log import Tracker, read_metrics
-from latentdiff.train.loop import Descent, LoopConfig, training_loop
+from latentdiff.train.loop import LoopConfig, OptimizerStep, training_loop
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer, step_if_finite
 
 SHAPE = (4, 8, 8)
@@ -91,12 +91,12 @@ def run(folder: Path, steps: int, ask: bool = False) -> NoQuestions:
     accelerator = Accelerator(cpu=True)
     unet = tiny_unet()
     model, optimizer = accelerator.prepare(unet, make_optimizer(unet, OptimizerConfig()))
-    descent = Descent(accelerator, model, optimizer, lambda step: 1e-3, 1.0, 1)
+    optimizer_step = OptimizerStep(accelerator, model, optimizer, lambda step: 1e-3, 1.0, 1)
     ema, powers = Ema(unet, 0.99), PowerEmas(unet, PowerEmaConfig(every=10**6), folder, False)
     config = LoopConfig(max_steps=steps, log_every=steps, tensorboard=False)
     tracker = Tracker(folder, 0, config, True)
     loop = training_loop(
-        descent, make_batch, BatchShape(2), config, tracker, lambda step, seconds: None
+        optimizer_step, make_batch, BatchShape(2), config, tracker, lambda step, seconds: None
     )
     with NoQuestions([*unet.parameters(), *ema.average.values()]) as mode:
         for step, batch in loop:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,13 @@ def test_learning_rate_warms_up_and_follows_the_cosine() -> None:
     assert rates[60] == pytest.approx(0.5)
     assert rates[110] == pytest.approx(0.0)
     assert learning_rate(10**6, OptimizerConfig(lr=2.0), 10) == 2.0
+
+
+def test_the_whole_cosine_starts_with_the_first_step() -> None:
+    config = OptimizerConfig(lr=2.0, warmup_steps=10, decay="whole_cosine")
+    for step in (0, 4, 9, 10, 50, 99):
+        warm, cosine = min(1, (step + 1) / 10), math.cos(math.pi * step / 100)
+        assert learning_rate(step, config, 100) == 2.0 * warm * 0.5 * (1 + cosine)
 
 
 def test_biases_and_norms_do_not_decay() -> None:
