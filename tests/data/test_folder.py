@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
 import unicodedata
 import zipfile
