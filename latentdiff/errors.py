@@ -147,6 +147,13 @@ def _say(text: str, code: int) -> None:
     sys.stderr.flush()
 
 
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest allowed word, or "" when none is close."""
     close = difflib.get_close_matches(str(given), list(allowed), n=1, cutoff=0.6)

@@ -28,7 +28,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, some
 from latentdiff.files import read_json, write_json
 
 #: Endings of the files that are pickles, when nothing in them says what they are.
@@ -460,16 +460,14 @@ def refuse_misfit(
         "of another shape": misshapen,
         "not of real numbers": unreal,
     }
-    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    found = [
+        f"{len(names)} {kind}: {some(sorted(names), 6)}" for kind, names in kinds.items() if names
+    ]
     if found:
         raise UserError(
             f"the weights in {where} do not fit its configuration; {'; '.join(found)}. "
             "Nothing was loaded."
         )
-
-
-def _some(names: Sequence[str], shown: int = 6) -> str:
-    return ", ".join(sorted(names)[:shown]) + (" …" if len(names) > shown else "")
 
 
 def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:

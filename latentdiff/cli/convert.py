@@ -1,9 +1,4 @@
-"""`latentdiff convert MODEL PLAIN.safetensors --lora DORA --rank R`: a DoRA as a plain LoRA.
-
-A DoRA's change has no small rank, since every output channel of the weight has a factor of its own.
-The plain LoRA holds its R largest singular values; how much is missing is measured and said.
-
-Turn a model into a diffusers folder, or into a single .safetensors file.
+"""Turn a model into a diffusers folder, or into a single .safetensors file.
 
     latentdiff convert SOURCE TARGET [--dtype float16] [--variant fp16] [--prediction v]
     latentdiff convert SOURCE TARGET --lora FILE[:WEIGHT]
@@ -25,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentdiff.errors import UserError, command, printable
+from latentdiff.errors import UserError, command, printable, some
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +42,9 @@ def convert_dora(
     components: Components, lora: str, target: Path, rank: int, dtype: torch.dtype | None
 ) -> str:
     """Write the plain LoRA that is nearest to a DoRA on a model, in kohya's layout.
+
+    A DoRA's change has no small rank, since every output channel of the weight has a factor of its
+    own; the plain LoRA holds the largest singular values.
 
     Args:    dtype: on disk; None: as the DoRA's matrices are.
     Returns: what was written, and its relative error ‖ΔW − ΔW_R‖ / ‖ΔW‖, as the file has it.
@@ -169,13 +167,8 @@ def report(written: Path, components: Components) -> str:
             "note: not of Stable Diffusion's size. Its configuration is in the metadata, so "
             "it opens here; programs that take sizes from the keys alone will not open it."
         )
-        lines += [f"  {part}: {_some(texts)}" for part, texts in differences.items()]
+        lines += [f"  {part}: {some(texts, 3)}" for part, texts in differences.items()]
     return "\n".join(map(printable, lines))
-
-
-def _some(texts: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more
 
 
 @command

@@ -76,7 +76,7 @@ def open_tree(path: str, follow_links: bool = False) -> FileTree:
     place = Path(path).expanduser()
     if place.is_dir():
         return FolderTree(str(place), follow_links)
-    if zipfile.is_zipfile(place):
+    if place.is_file() and zipfile.is_zipfile(place):  # opening a pipe would wait for ever
         try:
             return ZipTree(str(place))
         except READ_ERRORS as error:

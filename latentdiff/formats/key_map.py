@@ -3,26 +3,22 @@
 Computed from the configuration; every weight of ours is in exactly one key of the file. A key
 may hold several of them, one below the other (OpenCLIP's queries, keys and values).
 
-Where each module of the U-Net stands in CompVis' code, which names the keys of single files.
-
-There the way down and the way up are two flat rows, `input_blocks` and `output_blocks`, counted
-through all resolutions: conv_in is input block 0, then every ResNet block with its transformer is
-one, then every halving. A doubling is the last entry of the output block before it.
+U-Net: CompVis' code, which names the keys of single files, differs in its structure. The way down
+and the way up are two flat rows, `input_blocks` and `output_blocks`, counted through all
+resolutions: conv_in is input block 0, then every ResNet block with its transformer is one, then
+every halving. A doubling is the last entry of the output block before it.
 
 Source: Rombach et al.'s code, github.com/CompVis/stable-diffusion,
 ldm/modules/diffusionmodules/openaimodel.py.
 
-Where each module of the autoencoder stands in CompVis' code.
-
-The decoder's resolutions count from the finest there, from the coarsest here.
+Autoencoder: the decoder's resolutions count from the finest there, from the coarsest here.
 
 Source: github.com/CompVis/stable-diffusion, ldm/modules/diffusionmodules/model.py.
 
-Where the text tower's weights stand in single files: two layouts, after two CLIPs.
-
-Stable Diffusion 1.x keeps transformers' CLIPTextModel, name by name. 2.x keeps OpenCLIP's tower:
-other names, and queries, keys and values of a layer below each other in one matrix. OpenCLIP's is
-written for towers with its exact GELU, the other one for OpenAI's approximation of it.
+Text tower, two layouts after two CLIPs: Stable Diffusion 1.x keeps transformers' CLIPTextModel,
+name by name. 2.x keeps OpenCLIP's tower: other names, and queries, keys and values of a layer below
+each other in one matrix. OpenCLIP's is written for towers with its exact GELU, the other one for
+OpenAI's approximation of it.
 
 Sources: github.com/Stability-AI/stablediffusion, ldm/modules/encoders/modules.py;
 github.com/openai/CLIP, clip/model.py, whose names OpenCLIP has.

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from latentdiff.errors import UserError, choice_error
+from latentdiff.errors import UserError, choice_error, some
 from latentdiff.files import atomic_file, parse_json, read_json
 from latentdiff.formats.name_patterns import NamePatterns, number
 from latentdiff.models.low_rank import LowRank
@@ -556,13 +556,6 @@ def _not_lora(path: Path, unknown: list[str], broken: list[str], twice: list[str
     if twice:
         texts.append(f"{len(twice)} keys that say again what another says: {some(twice)}")
     return f"{path} is damaged or of an unknown kind: {'; '.join(texts) or 'it is empty'}."
-
-
-def some(names: Iterable[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

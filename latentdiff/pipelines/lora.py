@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, some
 from latentdiff.formats.key_map import placed, unet_places
-from latentdiff.formats.lora import BASES, LoraFile, places, read_lora, some
+from latentdiff.formats.lora import BASES, LoraFile, places, read_lora
 from latentdiff.models.low_rank import Branch, Difference, LowRank, add_to, layers_of, norms_of
 
 if TYPE_CHECKING:

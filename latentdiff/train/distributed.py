@@ -1,11 +1,10 @@
-"""Which process this is, of how many, and what the others say.
+"""Processes: which this is, of how many, how they start and find each other, and weights in shards.
 
-A rendezvous of its own for every attempt of a run that the launcher restarts.
-
-torch's launcher keeps one key-value store for all attempts, so a restarted process may read there
-the address of one that is dead, and then fails ("Connection refused") or hangs. So the processes of
-an attempt first agree on a number that no attempt before had, and use it as the prefix of their
-keys. They cannot count restarts: the launcher on each machine counts only those it caused.
+A run that the launcher restarts has a rendezvous of its own for every attempt. torch's launcher
+keeps one key-value store for all attempts, so a restarted process may read there the address of one
+that is dead, and then fails ("Connection refused") or hangs. So the processes of an attempt first
+agree on a number that no attempt before had, and use it as the prefix of their keys. They cannot
+count restarts: the launcher on each machine counts only those it caused.
 
 The launcher has to have ended all processes of an attempt before it starts the next, which it does
 on one machine, and with `rdzv_backend: c10d` on several.
@@ -26,10 +25,9 @@ them up afterwards; the optimizer and the moving average only ever touch the loc
 
 Source: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
 
-Starting Accelerate so that processes either know of each other or refuse to run.
-
-Precision is set here and nowhere else: copies and one process compute under autocast, shards get
-the same type for what they gather (see `fsdp_plugin`).
+Accelerate is started so that processes either know of each other or refuse to run. Precision is set
+here and nowhere else: copies and one process compute under autocast, shards get the same type for
+what they gather (see `fsdp_plugin`).
 """
 
 from __future__ import annotations

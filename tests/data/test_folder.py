@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
 import unicodedata
 import zipfile
@@ -379,6 +381,15 @@ def test_damaged_zip_member_is_unreadable_by_name(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UnreadableImage, match=r"a\.png"):
         open_folder(path)[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_no_data_set(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "data.zip")
+    code = "import sys; from latentdiff.data.folder import open_tree; open_tree(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "data.zip")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "must be a folder or a .zip file" in found.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
