@@ -23,8 +23,8 @@ import torch
 from latentdiff.data.emoji import EmojiSource
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.evaluation.prompts import concept_prompts, gallery_drawings
+from latentdiff.images import psnr, to_output
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
-from latentdiff.pipelines.images import psnr, to_output
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latentdiff.errors import UserError, command
-from latentdiff.pipelines.image_files import check_picture_file, save_picture
+from latentdiff.images import check_image_file, save_image
 from latentdiff.pipelines.inputs import check_pixels
 
 if TYPE_CHECKING:
@@ -147,13 +147,13 @@ def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
             args.output.with_name(f"{name}-{k:03d}{args.output.suffix}") for k in range(len(images))
         ]
     else:
-        from latentdiff.pipelines.images import grid
+        from latentdiff.images import grid
 
         columns = args.columns
         if columns is None and args.num_images > 1:
             columns = args.num_images
         images, paths = [grid(images, columns)], [args.output]
-    return [save_picture(image, path) for image, path in zip(images, paths, strict=True)]
+    return [save_image(image, path) for image, path in zip(images, paths, strict=True)]
 
 
 @command
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     picture_size(args.size)
     if args.columns is not None and args.columns < 1:
         raise UserError(f"--columns must be at least 1; got {args.columns}.")
-    check_picture_file(args.output, "--output")
+    check_image_file(args.output, "--output")
     images, seeds = generate(args)
     paths = save(images, args)
     seen = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"

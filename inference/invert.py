@@ -21,7 +21,7 @@ if importlib.util.find_spec("latentdiff") is None:
 
 from latentdiff.errors import UserError, command
 from latentdiff.files import atomic_file
-from latentdiff.pipelines.image_files import check_picture_file, check_place, save_picture
+from latentdiff.images import check_image_file, check_place, save_image
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
     import torch
 
     from latentdiff.data.images import UnreadableImage, open_image
+    from latentdiff.images import psnr, to_output, to_pil
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
-    from latentdiff.pipelines.images import psnr, to_output, to_pil
     from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.inversion import image_tensors
 
@@ -108,13 +108,13 @@ def write_noise(file: Path, noise: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; see `errors.command` for exit codes."""
     args = parse(arguments)
-    check_picture_file(args.output, "--output")
+    check_image_file(args.output, "--output")
     if args.noise is not None:
         check_place(args.noise, "--noise")
     pictures, noise, decibels = run(args)
-    from latentdiff.pipelines.images import grid
+    from latentdiff.images import grid
 
-    written = save_picture(grid(pictures, len(pictures)), args.output)
+    written = save_image(grid(pictures, len(pictures)), args.output)
     if args.noise is not None:
         write_noise(args.noise, noise)
     print(f"round trip against the autoencoder's own picture: {decibels:.1f} dB")

@@ -34,8 +34,8 @@ def learn(output: Path, *overrides: str) -> tuple[dict[str, Tensor], dict[str, T
     """
     from latentdiff.data.images import to_tensor
     from latentdiff.data.source import open_source
+    from latentdiff.images import to_output
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
-    from latentdiff.pipelines.images import to_output
     from latentdiff.train.config import read_config
 
     given = [f"output={output}", f"latents.cache_dir={output.parent / 'cache'}", *overrides]

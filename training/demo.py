@@ -73,7 +73,7 @@ def make_images(folder: Path) -> None:
 def draw(target: Path, model: Path | None = None, lora: Path | None = None) -> None:
     """Generate the grid with a trained model, or with the embedded one and a LoRA file."""
     from latentdiff import LatentDiffusionPipeline
-    from latentdiff.pipelines.images import grid
+    from latentdiff.images import grid
 
     pipeline = LatentDiffusionPipeline.from_pretrained(model)
     if lora is not None:

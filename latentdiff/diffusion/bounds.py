@@ -1,4 +1,4 @@
-"""q(x_{t−1} | x_t, x_0) and the evidence lower bound built from it.
+"""How likely an image is: the posterior of a step, the evidence lower bound, and the ODE's density.
 
     ln p(x_0) ≥  E[ln p(x_0|x_1)]                                     reconstruction
                − KL(q(x_T|x_0) ‖ p(x_T))                              prior matching
@@ -14,29 +14,12 @@ p(x_t|x_{t+1})); for the bound to hold, x_t must be averaged as in the chain, ov
 q(x_t | x_{t−1}, x_{t+1}). Both forms have the same expectation.
 
 The reverse step p(x_{t−1}|x_t) is the posterior with the network's x̂_0 in the place of x_0, so both
-Gaussians share their variance and each KL is a squared distance of means. Terms are in nats per
-image, summed over dimensions. The equations count t = 1 … T; the functions take timesteps (t − 1 on
-discrete schedules, t on flow).
+Gaussians share their variance and each KL is a squared distance of means. `elbo` and
+`elbo_of_chain` visit all T levels; `sampled_elbo` estimates both forms from a few; `ode_bound` puts
+the probability-flow ODE in the place of all levels above the first.
 
-The evidence lower bound of pictures from some of its levels, in both of its forms.
-
-The sum over all T levels (`elbo`) costs T network calls per picture. Here each picture
-visits K of them, drawn with known probabilities p_t,
-
-    Σ_t KL_t = E[KL_t / p_t]                                 (importance sampling)
-
-spread over (0, 1) like the teeth of a comb, so that the K draws share one random number. The same
-network call serves both forms of the bound: x_{t−2} is drawn from q(x_{t−2} | x_t, x_0).
-
-ln p of a picture by the probability-flow ODE, with Hutchinson's estimate of the divergence.
-
-With θ = arctan(σ/α), r = √(α² + σ²) and z = x_t/r = cos θ x_0 + sin θ ε, the deterministic path is
-
-    dz/dθ = v(z, θ) = (cos θ z − x̂_0(r z, t)) / sin θ,      d ln p(z)/dθ = −∇·v
-
-(Song et al. 2021, section 4.3 and appendix D.2, arXiv:2011.13456, in the angle's variable, which
-is regular up to pure noise, where α = 0). r is 1 for variance-preserving schedules. For a random
-sign vector e, E[eᵀ (∂v/∂z) e] = ∇·v (Hutchinson 1990; Grathwohl et al. 2019, arXiv:1810.01367).
+Terms are in nats per image, summed over dimensions. The equations count t = 1 … T; the functions
+take timesteps (t − 1 on discrete schedules, t on flow).
 """
 
 from __future__ import annotations
@@ -51,8 +34,12 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.noise import image_noise, mix
+from latentdiff.diffusion.prediction import Denoiser, estimate_at
 from latentdiff.diffusion.schedule import NoiseSchedule, Timestep, per_sample
 from latentdiff.errors import UserError
+
+#: step -> (B, C, H, W) of independent ±1.
+Probes = Callable[[int], Tensor]
 
 
 def posterior_coefficients(
@@ -199,7 +186,7 @@ class ElboTerms(NamedTuple):
 
 
 def elbo(
-    denoiser: Callable[[Tensor, Tensor], Tensor],
+    denoiser: Denoiser,
     x_0: Tensor,
     schedule: NoiseSchedule,
     noise: Callable[[int], Tensor],
@@ -214,7 +201,7 @@ def elbo(
     denoising = torch.zeros(len(x_0), dtype=x_0.dtype, device=x_0.device)
     for timestep in range(first, schedule.last_timestep + 1):
         x_t = schedule.q_sample(x_0, noise(timestep), timestep)
-        x_0_hat = denoiser(x_t, torch.full((len(x_0),), timestep))
+        x_0_hat = estimate_at(denoiser, x_t, timestep)
         if timestep == first:
             reconstruction = reconstruction_term(x_0, x_0_hat, schedule)
         else:
@@ -223,7 +210,7 @@ def elbo(
 
 
 def elbo_of_chain(
-    denoiser: Callable[[Tensor, Tensor], Tensor],
+    denoiser: Denoiser,
     x_0: Tensor,
     schedule: NoiseSchedule,
     noise: Callable[[int], Tensor],
@@ -234,12 +221,12 @@ def elbo_of_chain(
     """
     first, last = schedule.clean_timestep + 1, schedule.last_timestep
     x_prev, x = x_0, schedule.q_step(x_0, noise(first), first)
-    x_0_hat = denoiser(x, torch.full((len(x_0),), first))
+    x_0_hat = estimate_at(denoiser, x, first)
     reconstruction = reconstruction_term(x_0, x_0_hat, schedule)
     consistency = torch.zeros_like(reconstruction)
     for t in range(first, last):
         x_next = schedule.q_step(x, noise(t + 1), t + 1)
-        x_0_hat = denoiser(x_next, torch.full((len(x_0),), t + 1))
+        x_0_hat = estimate_at(denoiser, x_next, t + 1)
         consistency = consistency + consistency_term(x_prev, x_next, x_0_hat, t, schedule)
         x_prev, x = x, x_next
     return ElboTerms(reconstruction, last_step_term(x_prev, schedule), consistency)
@@ -250,12 +237,9 @@ def bits_per_dimension(nats: Tensor, dimensions: int) -> Tensor:
     return -nats / (dimensions * math.log(2))
 
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-
-
 @dataclass(frozen=True)
 class SampledBound:
-    """What `sampled_elbo` found of B pictures at K levels each."""
+    """What `sampled_elbo` found of B images at K levels each."""
 
     posterior_form: ElboTerms
     """DDPM's form, (B,) nats: KL(q(x_{t−1}|x_t,x_0) ‖ p(x_{t−1}|x_t)) in the sum."""
@@ -283,7 +267,7 @@ def level_probabilities(schedule: NoiseSchedule) -> Tensor:
 
 
 def draw_levels(offset: Tensor, count: int, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """K levels per picture and the weights that make their sum unbiased.
+    """K levels per image and the weights that make their sum unbiased.
 
     Args:    offset: (B,) uniform in [0, 1).  count: K.
     Returns: (B, K) int64 timesteps, increasing along K; (B, K) float64 weights 1/(K p_t).
@@ -301,10 +285,17 @@ def sampled_elbo(
     seeds: Sequence[int],
     levels: int,
 ) -> SampledBound:
-    """Estimate both forms of the bound from `levels` levels of each picture and the first one.
+    """Estimate both forms of the bound from `levels` levels of each image and the first one.
+
+    Each image visits K of the T levels, drawn with known probabilities p_t,
+
+        Σ_t KL_t = E[KL_t / p_t]                                 (importance sampling)
+
+    spread over (0, 1) like the teeth of a comb, so that the K draws share one random number. The
+    same network call serves both forms: x_{t−2} is drawn from q(x_{t−2} | x_t, x_0).
 
     Args:    denoiser: (x_t, t (B,)) -> x_0.  x_0: (B, C, H, W).
-             seeds: one per picture, for its levels and its noise; a picture gives the same numbers
+             seeds: one per image, for its levels and its noise; an image gives the same numbers
              in any batch.  levels: K, 1 … T − 1.
     Raises:  UserError: levels outside this.
     """
@@ -313,7 +304,7 @@ def sampled_elbo(
         raise UserError(f"the number of levels must lie in 1 … {most}; got {levels}.")
 
     def noise(number: int) -> Tensor:
-        # Drawn in float32, so that float64 pictures get the same numbers.
+        # Drawn in float32, so that float64 images get the same numbers.
         drawn = [image_noise(seed, x_0.shape[1:], number) for seed in seeds]
         return torch.stack(drawn).to(x_0.device, x_0.dtype)
 
@@ -321,9 +312,7 @@ def sampled_elbo(
     timesteps, weights = draw_levels(offset, levels, schedule)
     first = schedule.clean_timestep + 1
     x_1 = schedule.q_sample(x_0, noise(0), first)
-    reconstruction = reconstruction_term(
-        x_0, denoiser(x_1, torch.full((len(x_0),), first)), schedule
-    )
+    reconstruction = reconstruction_term(x_0, estimate_at(denoiser, x_1, first), schedule)
     visits = [
         _visit(denoiser, x_0, timesteps[:, k], (noise(2 * k + 1), noise(2 * k + 2)), schedule)
         for k in range(levels)
@@ -362,7 +351,7 @@ def _visit(
     noise: tuple[Tensor, Tensor],
     schedule: NoiseSchedule,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One level per picture: KL_t, the lecture's term of t − 1, mean |x_0 − x̂_0|²; (B,) each."""
+    """One level per image: KL_t, the lecture's term of t − 1, mean |x_0 − x̂_0|²; (B,) each."""
     x_t = schedule.q_sample(x_0, noise[0], t)
     x_0_hat = denoiser(x_t, t)
     weight_x_0, weight_x_t, variance = posterior_coefficients(schedule, t - 2, t)
@@ -375,13 +364,10 @@ def _visit(
     )
 
 
-Probes = Callable[[int], Tensor]
-
-
 def angle_grid(schedule: NoiseSchedule, steps: int, start: float | None = None) -> Tensor:
     """Increasing timesteps from `start` to the last, closer together in θ where θ is small.
 
-    √θ grows in equal steps: what is fine in a picture is decided at little noise.
+    √θ grows in equal steps: what is fine in an image is decided at little noise.
     Args:    steps: of the integration, at least 1.  start: None for the first noise level.
     Returns: (steps + 1,) float32.
     """
@@ -404,11 +390,20 @@ def angle_grid(schedule: NoiseSchedule, steps: int, start: float | None = None) 
 def ode_log_likelihood(
     denoiser: Denoiser, x: Tensor, schedule: NoiseSchedule, timesteps: Tensor, probes: Probes
 ) -> Tensor:
-    """ln p_t(x) of a noisy picture x at the first of the timesteps, by Heun's second-order steps.
+    """ln p_t(x) of a noisy image x at the first of the timesteps, by Heun's second-order steps.
+
+    With θ = arctan(σ/α), r = √(α² + σ²) and z = x_t/r = cos θ x_0 + sin θ ε, the path of the ODE is
+
+        dz/dθ = v(z, θ) = (cos θ z − x̂_0(r z, t)) / sin θ,      d ln p(z)/dθ = −∇·v
+
+    (Song et al. 2021, section 4.3 and appendix D.2, arXiv:2011.13456, in the angle's variable,
+    which is regular up to pure noise, where α = 0). r is 1 for variance-preserving schedules. For a
+    random sign vector e, E[eᵀ (∂v/∂z) e] = ∇·v (Hutchinson 1990; Grathwohl et al. 2019,
+    arXiv:1810.01367).
 
     Args:    denoiser: (x_t, t (B,)) -> x_0, differentiable in x_t.  x: (B, C, H, W).
              timesteps: increasing, from that of x to the last; see `angle_grid`.
-             probes: step -> (B, C, H, W) of independent ±1; one per step.
+             probes: one per step.
     Returns: (B,) nats, a log density.
     """
     levels = timesteps.tolist()
@@ -418,11 +413,11 @@ def ode_log_likelihood(
     gained = torch.zeros(len(x), dtype=x.dtype, device=x.device)
 
     def velocity(z: Tensor, i: int, probe: Tensor) -> tuple[Tensor, Tensor]:
-        """v, and eᵀ (∂v/∂z) e for each picture."""
+        """v, and eᵀ (∂v/∂z) e for each image."""
         cosine, sine, radius = math.cos(angles[i]), math.sin(angles[i]), float(radii[i])
         with torch.enable_grad():
             state = (radius * z).detach().requires_grad_()
-            x_0 = denoiser(state, torch.full((len(z),), levels[i]))
+            x_0 = estimate_at(denoiser, state, levels[i])
             (gradient,) = torch.autograd.grad((x_0 * probe).sum(), state)
         trace = (gradient * probe).flatten(1).sum(1)
         return (cosine * z - x_0.detach()) / sine, (dimensions * cosine - radius * trace) / sine
@@ -449,7 +444,7 @@ def ode_bound(
 
         ln p(x_0) ≥ E[ln p(x_0|x_1) + ln p_ODE(x_1) − ln q(x_1|x_0)],    x_1 ~ q(x_1|x_0)
 
-    The decoder N(x̂_0, β_1 I) is that of the evidence lower bound, so the two compare. (Pictures
+    The decoder N(x̂_0, β_1 I) is that of the evidence lower bound, so the two compare. (Images
     themselves have no density that a finite network knows: at no noise ln p_ODE grows without end.)
 
     Args:    noise: (B, C, H, W) standard normal, for x_1.  Others: see `ode_log_likelihood`.
@@ -458,7 +453,7 @@ def ode_bound(
     first = schedule.clean_timestep + 1
     x_1 = schedule.q_sample(x_0, noise, first)
     with torch.no_grad():
-        x_0_hat = denoiser(x_1, torch.full((len(x_0),), first))
+        x_0_hat = estimate_at(denoiser, x_1, first)
     log_two_pi_variance = math.log(2 * math.pi * float(schedule.sigma(first)) ** 2)
     log_q = -0.5 * (noise.square() + log_two_pi_variance).flatten(1).sum(1)
     grid = angle_grid(schedule, steps)

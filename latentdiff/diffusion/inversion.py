@@ -1,4 +1,4 @@
-"""DDIM backwards: from a clean picture to the noise that DDIM turns into it.
+"""DDIM backwards: from a clean image to the noise that DDIM turns into it.
 
 DDIM's step from t to the cleaner s is x_s = α_s x̂_0 + σ_s ε̂, with both estimates made at x_t.
 Turned round, with w = α_t ε̂ − σ_t x̂_0 (the v of variance-preserving schedules),
@@ -8,18 +8,17 @@ Turned round, with w = α_t ε̂ − σ_t x̂_0 (the v of variance-preserving sc
 holds x_t on both sides. With x_s in its place on the right, one evaluation is the usual inversion
 (Song et al. 2021, section 5.4, arXiv:2010.02502); each further one brings x_t nearer to the exact
 solution (Pan et al. 2023, arXiv:2309.04907). Nothing is divided by σ_s or α_t, so it starts at the
-clean picture itself and ends in pure noise.
+clean image itself and ends in pure noise.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from latentdiff.diffusion.samplers import Denoiser, SamplerState
+from latentdiff.diffusion.prediction import Denoiser, estimate_at
+from latentdiff.diffusion.samplers.step import SamplerState, Timesteps, walk
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
 
@@ -28,7 +27,7 @@ def ddim_inversion(
     denoiser: Denoiser,
     x_0: Tensor,
     schedule: NoiseSchedule,
-    timesteps: Tensor | Sequence[float],
+    timesteps: Timesteps,
     *,
     iterations: int = 3,
     final_timestep: int | None = None,
@@ -38,28 +37,21 @@ def ddim_inversion(
     Args:    denoiser: (x_t, t (B,)) -> x_0.  x_0: (B, C, H, W) clean.
              timesteps: decreasing, the grid that will lead back.
              iterations: evaluations per step, at least 1; 1 is fast and inexact.
-             final_timestep: that of the sampler; None: the clean picture.
+             final_timestep: that of the sampler; None: the clean image.
     Raises:  UserError: a grid that does not decrease, iterations below 1.
     """
-    given = torch.as_tensor(timesteps)
-    grid = (given.float() if given.is_floating_point() else given).tolist()
-    end = schedule.clean_timestep if final_timestep is None else final_timestep
-    # A grid may end at the timestep that the last step leads to: that step changes nothing.
-    levels = [end, *(t for t in reversed(grid) if t != end)]
-    if not grid or any(low >= high for low, high in itertools.pairwise(levels)):
-        raise UserError(f"timesteps must decrease strictly and not be empty; got {grid[:8]} …")
     if iterations < 1:
         raise UserError(f"iterations must be at least 1; got {iterations}.")
     x = x_0
-    for step, (s, t) in enumerate(itertools.pairwise(levels)):
-        (alpha_s, sigma_s), (alpha_t, sigma_t) = (
-            (float(schedule.alpha(level)), float(schedule.sigma(level))) for level in (s, t)
-        )
+    # A grid may end at the timestep that the last step leads to: that step changes nothing.
+    back = [step for step in walk(schedule, timesteps, final_timestep) if step.now != step.next]
+    for number, step in enumerate(reversed(back)):
+        (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) = step.now, step.next
         square = alpha_t**2 + sigma_t**2
         turn = alpha_s * sigma_t - sigma_s * alpha_t
-        start, batched = x, torch.full((len(x),), t)
+        start = x
         for _ in range(iterations):
-            estimate = denoiser(x, batched)
+            estimate = estimate_at(denoiser, x, t)
             w = (alpha_t * x - square * estimate) / sigma_t
             x = (square * start + turn * w) / (alpha_s * alpha_t + sigma_s * sigma_t)
-        yield SamplerState(step, t, x, estimate)
+        yield SamplerState(number, t, x, estimate)

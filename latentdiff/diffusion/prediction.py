@@ -18,16 +18,20 @@ det vanishes twice: for eps where α = 0 (pure noise says nothing about x_0; ref
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-from latentdiff.diffusion.schedule import ScheduleConfig, per_sample
+from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig, per_sample
 from latentdiff.errors import UserError, choice_error
 
 Prediction = Literal["eps", "x0", "v", "flow"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 Coefficient = Tensor | float
+#: (x_t (B, …), t (B,) on the CPU) → the estimate of x_0: all that a sampler knows of a model.
+Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def mixture(
@@ -92,6 +96,32 @@ def to_eps(
     alpha, sigma = per_sample(alpha, x_t), per_sample(sigma, x_t)
     a, _ = mixture(prediction, alpha, sigma)
     return (alpha * y - a * x_t) / determinant(prediction, alpha, sigma)
+
+
+def as_denoiser(
+    predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, prediction: str
+) -> Denoiser:
+    """Turn a network (x_t, t) → y, guided or not, into one that answers with x_0.
+
+    The network gets t on x_t's device; the schedule's tables stay on the CPU.
+    Raises:  UserError: for a prediction that the schedule cannot turn into x_0.
+    """
+    check_prediction(prediction, schedule.config)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        y = predict(x_t, t.to(x_t.device))
+        return to_x_0(prediction, y.to(x_t.dtype), x_t, schedule.alpha(t), schedule.sigma(t))
+
+    return denoise
+
+
+def estimate_at(denoiser: Denoiser, x: Tensor, t: float) -> Tensor:
+    """x_0 at timestep t, which is handed over once per image.
+
+    On the CPU: the schedule's tables are there, and a GPU need not be waited for.
+    """
+    dtype = torch.int64 if isinstance(t, int) else torch.float32
+    return denoiser(x, torch.full((len(x),), t, dtype=dtype))
 
 
 def check_prediction(prediction: str, schedule: ScheduleConfig) -> None:

@@ -23,10 +23,10 @@ from latentdiff.diffusion.bounds import (
     sampled_elbo,
 )
 from latentdiff.diffusion.noise import batch_noise
-from latentdiff.diffusion.prediction import determinant
-from latentdiff.diffusion.samplers import Denoiser, as_denoiser
+from latentdiff.diffusion.prediction import Denoiser, determinant
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
+from latentdiff.sampling import build_denoiser
 
 #: Seeds of different purposes lie this far apart.
 _APART = 1_000_000
@@ -174,15 +174,9 @@ def _latents(pipeline: Any, images: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def _denoiser(pipeline: Any, captions: Sequence[str], rows: Sequence[int]) -> Denoiser:
-    unet = pipeline.unet
     with torch.no_grad():
         context = pipeline.text_encoder.encode([captions[row] for row in rows])
-        kv = unet.project_context(context)
-
-    def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        return unet(x_t.to(unet.dtype), t, kv=kv).float()
-
-    return as_denoiser(predict, pipeline.schedule, pipeline.prediction)
+        return build_denoiser(pipeline.network, context)
 
 
 def _ode(

@@ -228,7 +228,7 @@ def as_tensors(images: Sequence[Image.Image]) -> Tensor:
 @torch.no_grad()
 def through_vae(images: Pictures, autoencoder: Any) -> Pictures:
     """Encode and decode pictures."""
-    from latentdiff.pipelines.images import to_output
+    from latentdiff.images import to_output
 
     found: Pictures = []
     for start in range(0, len(images), 32):

@@ -1,6 +1,6 @@
 """Checks of what callers of a pipeline give, before any work is done.
 
-PyTorch is imported late, so that scripts check before loading.
+Without heavy imports, so that scripts check their arguments before they load a model.
 """
 
 from __future__ import annotations
@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from latentdiff.errors import UserError, choice_error
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 #: Height times width; eight times as wide and tall as what Stable Diffusion was trained on. Memory
-#: grows with it in the decoder, and with its square in attention on some machines: a slip such as
-#: 100000 for 1000 would take the whole machine down.
+#: grows with the pixels in the decoder, and with their square in attention on some machines: a slip
+#: such as 100000 for 1000 would take the whole machine down instead of ending with a message.
 MAX_PIXELS = 4096 * 4096
 
 
@@ -33,11 +35,8 @@ def check_pixels(height: int, width: int, name: str = "height x width") -> None:
         raise UserError(
             f"{name} must be at most {MAX_PIXELS:,} pixels in all, such as 4096x4096; got "
             f"{height}x{width}, {height * width:,} pixels. Draw near the size of the training and "
-            "enlarge the picture afterwards."
+            "enlarge the image afterwards."
         )
-
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def prompt_list(prompt: Any, name: str) -> list[str]:
@@ -50,15 +49,13 @@ def prompt_list(prompt: Any, name: str) -> list[str]:
     return list(texts)
 
 
-def negative_prompts(negative: Any, count: int) -> list[str]:
-    """The negative prompt of each prompt. Raises: UserError: another number of them."""
-    texts = [""] if negative is None else prompt_list(negative, "negative_prompt")
-    if len(texts) not in (1, count):
+def for_each(values: list[T], count: int, name: str, kind: str, of: str = "prompts") -> list[T]:
+    """Repeat a single value, or take one for each. Raises: UserError: another number of them."""
+    if len(values) not in (1, count):
         raise UserError(
-            f"negative_prompt must be one text or one for each of the {count} prompts; "
-            f"got {len(texts)}."
+            f"{name} must be one {kind} or one for each of the {count} {of}; got {len(values)}."
         )
-    return texts * count if len(texts) == 1 else texts
+    return values * count if len(values) == 1 else values
 
 
 def warn_of_unused_negatives(negatives: Sequence[str], scales: Sequence[float]) -> None:
@@ -85,12 +82,7 @@ def guidance_scales(scale: Any, count: int) -> list[float]:
                 f"guidance_scale must be a number of at least 0 (up to 1 = off, 3 to 8 usual); "
                 f"got {value!r}."
             )
-    if len(scales) not in (1, count):
-        raise UserError(
-            f"guidance_scale must be one number or one for each of the {count} prompts; "
-            f"got {len(scales)}."
-        )
-    return scales * count if len(scales) == 1 else scales
+    return for_each(scales, count, "guidance_scale", "number")
 
 
 def guidance_interval_of(interval: Any) -> tuple[float, float] | None:
@@ -107,10 +99,11 @@ def guidance_interval_of(interval: Any) -> tuple[float, float] | None:
     return interval[0], interval[1]
 
 
-def check_steps(name: str, value: Any) -> None:
-    """Refuse a count that is not a whole number >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} must be a whole number of at least 1; got {value!r}.")
+def check_counts(**counts: Any) -> None:
+    """Refuse a count that is not a whole number >= 1; the keywords are the names."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{name} must be a whole number of at least 1; got {value!r}.")
 
 
 def check_seed(seed: Any, count: int) -> int:

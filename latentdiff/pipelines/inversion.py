@@ -1,4 +1,4 @@
-"""Pictures → the noise they come from, so that they can be drawn again, or again differently."""
+"""Images → the noise they come from, so that they can be drawn again, or again differently."""
 
 from __future__ import annotations
 
@@ -9,36 +9,35 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.guidance import guidance_context, guide
 from latentdiff.diffusion.inversion import ddim_inversion
-from latentdiff.diffusion.samplers import as_denoiser, timestep_grid
 from latentdiff.errors import UserError
 from latentdiff.models.finite import check_finite
 from latentdiff.models.prompts import warn_of_unknown_words
-from latentdiff.pipelines.inputs import check_steps, guidance_scales, prompt_list
+from latentdiff.pipelines.inputs import check_counts, for_each, guidance_scales, prompt_list
+from latentdiff.sampling import build_denoiser, last_latents
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
 
-    Pictures = Image | Sequence[Image] | Tensor
+    Images = Image | Sequence[Image] | Tensor
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """Where pictures come from."""
+    """Where images come from."""
 
     latents: Tensor
     """x_T, (B, C, h, w) on the CPU: give it to the pipeline as `latents`."""
     image_latents: Tensor
-    """x_0, (B, C, h, w) on the CPU: the autoencoder's latents of the pictures."""
+    """x_0, (B, C, h, w) on the CPU: the autoencoder's latents of the images."""
 
 
 @torch.no_grad()
 def invert(
     pipeline: LatentDiffusionPipeline,
-    image: Pictures,
+    image: Images,
     prompt: str | Sequence[str] = "",
     *,
     height: int | None = None,
@@ -49,67 +48,48 @@ def invert(
     timestep_spacing: Any = None,
     batch_size: int = 16,
 ) -> Inversion:
-    """Find the x_T from which DDIM draws the given pictures.
+    """Find the x_T from which DDIM draws the given images.
 
     The way back is `pipeline(prompt, latents=found.latents, sampler="ddim")` with the same prompt,
-    steps, guidance and spacing; another prompt there edits the picture.
+    steps, guidance and spacing; another prompt there edits the image.
 
     Args:    image: a PIL image, several, or a tensor (B, 3, H, W) in 0 … 1.
-             prompt: what the pictures show, one text for all or one each; may be empty.
-             height, width: pictures are cropped and resized to it; None: the size of the training.
+             prompt: what the images show, one text for all or one each; may be empty.
+             height, width: images are cropped and resized to it; None: the size of the training.
              num_inference_steps: of the way back.
              guidance_scale: of the way back; above 1 the round trip loses accuracy.
              iterations: network calls per step; 1 is three times as fast and less exact.
              timestep_spacing: None: as the model's folder says.
-             batch_size: pictures per pass; does not change them.
+             batch_size: images per pass; does not change them.
     Raises:  UserError: any argument outside this, before any work.
              NotFiniteError: the autoencoder, the text encoder or the U-Net gave NaN or infinity.
     """
     guidance_scales(guidance_scale, 1)
-    for name, value in (
-        ("num_inference_steps", num_inference_steps),
-        ("iterations", iterations),
-        ("batch_size", batch_size),
-    ):
-        check_steps(name, value)
-    size = pipeline.image_size(height, width)
-    pixels = image_tensors(image, size)
-    prompts = prompt_list(prompt, "prompt")
-    if len(prompts) not in (1, len(pixels)):
-        raise UserError(
-            f"prompt must be one text or one for each of the {len(pixels)} pictures; "
-            f"got {len(prompts)}."
-        )
-    prompts = prompts * len(pixels) if len(prompts) == 1 else prompts
+    check_counts(
+        num_inference_steps=num_inference_steps, iterations=iterations, batch_size=batch_size
+    )
+    pixels = image_tensors(image, pipeline.image_size(height, width))
+    prompts = for_each(prompt_list(prompt, "prompt"), len(pixels), "prompt", "text", "images")
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, prompts)
-    defaults = pipeline.components.sampling
-    spacing: Any = defaults.spacing if timestep_spacing is None else timestep_spacing
-    grid = timestep_grid(pipeline.schedule, num_inference_steps, spacing, defaults.steps_offset)
+    plan = pipeline.sampling_plan(num_inference_steps, sampler="ddim", spacing=timestep_spacing)
 
+    network, vae, encoder = pipeline.network, pipeline.autoencoder, pipeline.text_encoder
     found = []
     for start in range(0, len(pixels), batch_size):
         own = slice(start, start + batch_size)
-        x_0 = pipeline.autoencoder.encode(pixels[own].to(pipeline.device))
-        vae = pipeline.autoencoder.module
-        check_finite(x_0, "the picture's latents", "the autoencoder's encoder", vae)
-        denoiser = _denoiser(pipeline, prompts[own], guidance_scale)
-        x = x_0
-        for state in ddim_inversion(
-            denoiser,
-            x_0,
-            pipeline.schedule,
-            grid,
-            iterations=iterations,
-            final_timestep=defaults.final_timestep("ddim"),
-        ):
-            x = state.x_t
-        check_finite(x, "the latents", "the U-Net", pipeline.unet)
-        found.append((x.cpu(), x_0.cpu()))
+        x_0 = vae.encode(pixels[own].to(pipeline.device))
+        check_finite(x_0, "the image's latents", "the autoencoder's encoder", vae.module)
+        context, empty = encoder.encode(prompts[own]), encoder.encode([""])
+        check_finite(torch.cat([context, empty]), "its states", "the text encoder", encoder.module)
+        denoiser = build_denoiser(network, context, empty, guidance_scale)
+        timesteps, options = plan.timesteps, {"iterations": iterations, **plan.options}
+        states = ddim_inversion(denoiser, x_0, pipeline.schedule, timesteps, **options)
+        found.append((last_latents(network, x_0, states).cpu(), x_0.cpu()))
     return Inversion(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def image_tensors(image: Pictures, size: tuple[int, int]) -> Tensor:
-    """Pictures as (B, 3, height, width) in [−1, 1], cropped and resized in the middle.
+def image_tensors(image: Images, size: tuple[int, int]) -> Tensor:
+    """Images as (B, 3, height, width) in [−1, 1], cropped and resized in the middle.
 
     Raises: UserError: not a PIL image, several of them, or a tensor (B, 3, H, W) of this size.
     """
@@ -120,7 +100,7 @@ def image_tensors(image: Pictures, size: tuple[int, int]) -> Tensor:
     if isinstance(image, Tensor):
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *size) or not len(image):
             raise UserError(
-                f"image must be a tensor (pictures, 3, {size[0]}, {size[1]}) in 0 … 1 here; got "
+                f"image must be a tensor (images, 3, {size[0]}, {size[1]}) in 0 … 1 here; got "
                 f"{tuple(image.shape)}."
             )
         return image.float() * 2 - 1
@@ -134,17 +114,3 @@ def image_tensors(image: Pictures, size: tuple[int, int]) -> Tensor:
             f"image must be a PIL image, a list of them or a tensor; got {image!r:.200}."
         )
     return torch.stack([to_tensor(to_rgb(i, WHITE), size) for i in images])
-
-
-def _denoiser(pipeline: LatentDiffusionPipeline, prompts: Sequence[str], scale: float) -> Any:
-    context = pipeline.text_encoder.encode(prompts)
-    empty = pipeline.text_encoder.encode([""])
-    tower = pipeline.text_encoder.module
-    check_finite(torch.cat([context, empty]), "its states", "the text encoder", tower)
-    kv = pipeline.unet.project_context(guidance_context(context, empty, scale))
-    unet = pipeline.unet
-
-    def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        return unet(x_t.to(unet.dtype), t, kv=kv).float()
-
-    return as_denoiser(guide(predict, scale), pipeline.schedule, pipeline.prediction)

@@ -1,28 +1,24 @@
-"""Looking at a model in training: pictures of fixed prompts and seeds, loss on fixed draws.
-
-What a train_latent.py run shows of its weights on the way: held-out loss and pictures.
-"""
+"""Validation of a model in training: its loss on fixed draws, and images of fixed prompts."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentdiff.diffusion.guidance import guidance_context, guide
-from latentdiff.diffusion.noise import batch_noise, step_noise
+from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.objective import ObjectiveConfig, draw, per_sample_loss
-from latentdiff.diffusion.samplers import as_denoiser, sample, timestep_grid, warn_of_late_start
+from latentdiff.diffusion.samplers import timestep_grid, warn_of_late_start
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.files import atomic_file
+from latentdiff.images import grid, to_output
 from latentdiff.models.finite import NotFiniteError
-from latentdiff.models.unet import UNet
+from latentdiff.sampling import Network, SamplingPlan, build_denoiser, sample_latents
 from latentdiff.train.batches import ContextCache, by_bucket
 from latentdiff.train.checkpoint import SAMPLES
 from latentdiff.train.config import TrainConfig
@@ -67,10 +63,10 @@ def held_out_loss(
     seed: int = 0,
     batch_size: int = 32,
 ) -> HeldOutLoss:
-    """Loss over fixed draws (picture, timestep, noise), with the caption always given.
+    """Loss over fixed draws (image, timestep, noise), with the caption always given.
 
     Args:
-        indices: the held-out pictures in `data`; sample i is picture i mod their number.
+        indices: the held-out images in `data`; sample i is image i mod their number.
         context: captions → text states.
         samples: number of draws.
     """
@@ -102,19 +98,17 @@ def by_quartile(losses: Tensor, quarters: Tensor) -> list[float | None]:
 def _batches(
     data: Any, indices: Sequence[int], samples: int, batch_size: int
 ) -> Iterator[list[int]]:
-    """Sample numbers in batches, each of pictures of one shape."""
+    """Sample numbers in batches, each of images of one shape."""
     for group in by_bucket(data, [indices[n % len(indices)] for n in range(samples)]):
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
 
 
 @torch.no_grad()
-def pictures(
-    unet: UNet,
+def sample_images(
+    network: Network,
     autoencoder: Any,
     context: Callable[[Sequence[str]], Tensor],
-    schedule: NoiseSchedule,
-    prediction: str,
     prompts: Sequence[str],
     latent_shape: Sequence[int],
     *,
@@ -123,55 +117,25 @@ def pictures(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Tensor:
-    """DDIM pictures of the prompts; picture i starts from the noise of seed + i.
+    """DDIM images of the prompts; image i starts from the noise of seed + i.
 
+    Args:    context: captions → text states.  latent_shape: (C, h, w).
     Returns: (len(prompts), 3, H, W) in [−1, 1] on the CPU.
+    Raises:  NotFiniteError: U-Net or autoencoder gave NaN or infinity.
     """
-    device = next(unet.parameters()).device
-    grid = timestep_grid(schedule, steps)
-    warn_of_late_start(schedule, grid)
-    found = []
+    device = next(network.unet.parameters()).device
+    plan = SamplingPlan(timestep_grid(network.schedule, steps))
+    warn_of_late_start(network.schedule, plan.timesteps)
+    images = []
     for start in range(0, len(prompts), batch_size):
-        part = list(prompts[start : start + batch_size])
+        part = prompts[start : start + batch_size]
         seeds = range(seed + start, seed + start + len(part))
-        states = guidance_context(context(part).to(device), context([""]).to(device), guidance)
-        # Keys and values are made once, but a sharded block has its weights only when called.
-        once = not is_sharded(unet)
-        predict = (
-            partial(unet, kv=unet.project_context(states))
-            if once
-            else partial(unet, context=states)
-        )
-        denoiser = as_denoiser(guide(predict, guidance), schedule, prediction)
-        x_T = batch_noise(seeds, latent_shape).to(device)
-        noise = step_noise(seeds, latent_shape, device)
-        latents = sample("ddim", denoiser, x_T, schedule, grid, noise)
-        found.append(autoencoder.decode(latents).float().clamp(-1, 1).cpu())
-    return torch.cat(found)
-
-
-def picture_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """Lay pictures (N, 3, H, W) in [−1, 1] out in rows: uint8 (3, H', W')."""
-    count, _, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    canvas = torch.full((3, rows * (height + gap) + gap, columns * (width + gap) + gap), 255)
-    canvas = canvas.to(torch.uint8)
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    for i, picture in enumerate(pixels):
-        top = gap + (i // columns) * (height + gap)
-        left = gap + (i % columns) * (width + gap)
-        canvas[:, top : top + height, left : left + width] = picture
-    return canvas
-
-
-def write_png(picture: Tensor, path: Path) -> None:
-    """Write uint8 (3, H, W)."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as new:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(new)
+        states, empty = context(part).to(device), context([""]).to(device)
+        denoiser = build_denoiser(network, states, empty, guidance)
+        x_T = batch_noise(seeds, latent_shape)
+        latents = sample_latents(network, denoiser, x_T, seeds, plan)
+        images.append(autoencoder.decode(latents).cpu())
+    return torch.cat(images)
 
 
 class Validator:
@@ -242,13 +206,19 @@ class Validator:
         if not self._prompts:
             return
         validation, (channels, height, width) = self._config.validation, self._latents.data.shape
+        # A sharded U-Net has its weights only when called. Guidance is in the type of autocast.
+        network = Network(
+            self._model,
+            self._schedule,
+            self._config.objective.prediction,
+            project=not is_sharded(self._model),
+            upcast=False,
+        )
         try:
-            images = pictures(
-                self._model,
+            images = sample_images(
+                network,
                 self._parts.autoencoder,
                 self._context,
-                self._schedule,
-                self._config.objective.prediction,
                 self._prompts,
                 (channels // 2, height, width),
                 steps=validation.steps,
@@ -256,15 +226,17 @@ class Validator:
                 seed=validation.seed,
             )
         except NotFiniteError as error:  # whether the run goes on is decided by its steps
-            self._tracker.say(f"step {step}: no pictures: {error}")
+            self._tracker.say(f"step {step}: no images: {error}")
             return
-        grid = picture_grid(images)
+        image = grid(to_output(images, "pil"), border=2)
         if self._accelerator.is_main_process:
             file = Path(self._config.output) / SAMPLES / f"step-{step:08d}{kind}.png"
             with self._tracker.going_on(str(file)):
                 file.parent.mkdir(exist_ok=True)
-                write_png(grid, file)
-        self._tracker.image(f"samples{kind}", step, grid)
+                with atomic_file(file) as new:
+                    image.save(new)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        self._tracker.image(f"samples{kind}", step, pixels)
 
     def _captions(self, count: int) -> Sequence[str]:
         rows = self._latents.held_out or self._latents.train

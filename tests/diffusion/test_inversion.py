@@ -103,7 +103,7 @@ def test_a_picture_is_inverted_the_same_in_any_batch() -> None:
     [
         ([10, 20], {}, "decrease strictly"),
         ([], {}, "not be empty"),
-        ([20, 10], {"final_timestep": 15}, "decrease strictly"),
+        ([20, 10], {"final_timestep": 15}, "final_timestep must be at most the last timestep 10"),
         ([20, 10], {"iterations": 0}, "iterations must be at least 1; got 0"),
     ],
 )

@@ -7,6 +7,7 @@ from gaussian_oracle import Gaussian, normal
 from torch import Tensor
 
 from latentdiff.diffusion.noise import batch_noise, step_noise
+from latentdiff.diffusion.prediction import estimate_at
 from latentdiff.diffusion.samplers import (
     SAMPLERS,
     Sampler,
@@ -20,7 +21,7 @@ from latentdiff.diffusion.samplers import (
     split_name,
     timestep_grid,
 )
-from latentdiff.diffusion.samplers.step import advance, estimate_at, walk
+from latentdiff.diffusion.samplers.step import advance, walk
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())

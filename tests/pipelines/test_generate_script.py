@@ -105,7 +105,7 @@ def test_learned_words_by_file_and_by_name(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--output", "cat.pgn"), "--output must be a picture file"),
+        (("--output", "cat.pgn"), "--output must be an image file"),
         (("--size", "big"), "--size must be like 64 or 64x128"),
         (("--size", "100000", "--model", "./nothing"), "--size must be at most 16,777,216 pixels"),
         (("--size", "8192x4096"), "got 8192x4096, 33,554,432 pixels"),

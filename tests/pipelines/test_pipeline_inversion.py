@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import UserError
-from latentdiff.pipelines.images import psnr
+from latentdiff.images import psnr
 from tests.random_models import make_pipeline
 
 SCRIPT = Path(__file__).parents[2] / "inference" / "invert.py"
@@ -88,8 +88,8 @@ def test_pictures_are_alone_and_together_the_same(pipeline: LatentDiffusionPipel
     [
         ({"image": "cat.png"}, "image must be a PIL image"),
         ({"image": []}, "image must be a PIL image"),
-        ({"image": torch.zeros(3, 32, 32)}, r"\(pictures, 3, 32, 32\)"),
-        ({"prompt": ["a", "b"]}, "one for each of the 1 pictures; got 2"),
+        ({"image": torch.zeros(3, 32, 32)}, r"\(images, 3, 32, 32\)"),
+        ({"prompt": ["a", "b"]}, "one for each of the 1 images; got 2"),
         ({"height": 33}, "multiples of 2"),
         ({"height": 0}, "multiples of 2"),
         ({"width": 32.0}, "must be whole numbers"),

@@ -2,9 +2,10 @@
 
 A sampler sees only a denoiser (x_t, t) -> x_0; prediction type and guidance live inside it. It
 keeps no state between calls: what a multistep sampler remembers is in the state that it yields.
-Start reading with `walk.py`: all are made of one kind of step.
+Start reading with `step`: all are made of one kind of step.
 """
 
+from latentdiff.diffusion.prediction import Denoiser, as_denoiser
 from latentdiff.diffusion.samplers.grids import (
     SPACINGS,
     custom_grid,
@@ -15,6 +16,8 @@ from latentdiff.diffusion.samplers.grids import (
 from latentdiff.diffusion.samplers.registry import (
     SAMPLERS,
     Sampler,
+    check_options,
+    dynamic_threshold,
     get_sampler,
     resume,
     run,
@@ -22,57 +25,28 @@ from latentdiff.diffusion.samplers.registry import (
     sampler_name,
     split_name,
 )
-from latentdiff.diffusion.samplers.solvers import (
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    dpmpp_2m_sde,
-    dpmpp_2s_ancestral,
-    euler,
-    euler_ancestral,
-    heun,
-    lcm,
-    lms,
-    pndm,
-    unipc,
-)
-from latentdiff.diffusion.samplers.step import (
-    Denoiser,
-    Noise,
-    SamplerState,
-    as_denoiser,
-    dynamic_threshold,
-)
+from latentdiff.diffusion.samplers.solvers import ddim, ddpm
+from latentdiff.diffusion.samplers.step import SamplerState
 
 __all__ = [
     "SAMPLERS",
     "SPACINGS",
     "Denoiser",
-    "Noise",
     "Sampler",
     "SamplerState",
     "as_denoiser",
+    "check_options",
     "custom_grid",
     "ddim",
     "ddpm",
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_2s_ancestral",
     "dynamic_threshold",
-    "euler",
-    "euler_ancestral",
     "get_sampler",
     "get_spacing",
-    "heun",
-    "lcm",
-    "lms",
-    "pndm",
     "resume",
     "run",
     "sample",
     "sampler_name",
     "split_name",
     "timestep_grid",
-    "unipc",
     "warn_of_late_start",
 ]

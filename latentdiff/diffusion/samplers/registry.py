@@ -1,6 +1,6 @@
-"""The samplers by name, and running one.
+"""The samplers by name, and running one, with the estimate of x_0 kept in range if asked.
 
-A new sampler is one generator function and one row of SAMPLERS.
+A new sampler is one generator function in `solvers` and one row of SAMPLERS.
 """
 
 from __future__ import annotations
@@ -10,31 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from latentdiff.diffusion.prediction import Denoiser
+from latentdiff.diffusion.samplers import solvers
 from latentdiff.diffusion.samplers.grids import GridStyle
-from latentdiff.diffusion.samplers.solvers import (
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    dpmpp_2m_sde,
-    dpmpp_2s_ancestral,
-    euler,
-    euler_ancestral,
-    heun,
-    lcm,
-    lms,
-    pndm,
-    unipc,
-)
-from latentdiff.diffusion.samplers.step import (
-    Denoiser,
-    Noise,
-    SamplerState,
-    Timesteps,
-    bound_of,
-    bounded,
-)
+from latentdiff.diffusion.samplers.step import Bound, Noise, SamplerState, Timesteps
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError, choice_error, did_you_mean
 
@@ -64,43 +46,43 @@ class Sampler:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(ddpm, ("DDPMScheduler",)),
-    "ddim": Sampler(ddim, ("DDIMScheduler",)),
+    "ddpm": Sampler(solvers.ddpm, ("DDPMScheduler",)),
+    "ddim": Sampler(solvers.ddim, ("DDIMScheduler",)),
     "euler": Sampler(
-        euler,
+        solvers.euler,
         ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "k_euler"),
         grid="real",
     ),
     "euler_ancestral": Sampler(
-        euler_ancestral,
+        solvers.euler_ancestral,
         ("EulerAncestralDiscreteScheduler", "Euler a", "k_euler_a"),
         grid="real",
     ),
     "heun": Sampler(
-        heun,
+        solvers.heun,
         ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "k_heun"),
         grid="real",
     ),
     "dpmpp_2m": Sampler(
-        dpmpp_2m,
+        solvers.dpmpp_2m,
         ("DPMSolverMultistepScheduler", "DPM++ 2M", "dpm++_2m"),
         grid="open",
     ),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, ("DPM++ 2M SDE", "dpm++_2m_sde"), grid="open"),
+    "dpmpp_2m_sde": Sampler(solvers.dpmpp_2m_sde, ("DPM++ 2M SDE", "dpm++_2m_sde"), grid="open"),
     "dpmpp_2s_ancestral": Sampler(
-        dpmpp_2s_ancestral,
+        solvers.dpmpp_2s_ancestral,
         ("DPM++ 2S a", "DPM++ 2S ancestral", "dpm++_2s_a"),
         grid="real",
     ),
     "unipc": Sampler(
-        unipc,
+        solvers.unipc,
         ("UniPCMultistepScheduler", "uni_pc", "uni_pc_bh2"),
         grid="open",
     ),
-    "lms": Sampler(lms, ("LMSDiscreteScheduler", "k_lms"), grid="real"),
-    "pndm": Sampler(pndm, ("PNDMScheduler", "PLMS")),
+    "lms": Sampler(solvers.lms, ("LMSDiscreteScheduler", "k_lms"), grid="real"),
+    "pndm": Sampler(solvers.pndm, ("PNDMScheduler", "PLMS")),
     "lcm": Sampler(
-        lcm,
+        solvers.lcm,
         ("LCMScheduler", "FlowMatchLCMScheduler"),
         spacing="lcm",
     ),
@@ -174,8 +156,8 @@ def run(
     check_options(name, [option for option in options if option != "after"])
     if "bound" in inspect.signature(row.function).parameters:
         options["bound"] = bound
-    else:
-        denoiser = bounded(denoiser, bound)
+    elif bound is not None:
+        denoiser = _bounded(denoiser, bound)
     return row.function(denoiser, x_T, schedule, timesteps, noise, **options)
 
 
@@ -212,6 +194,43 @@ def sample(
     for state in run(name, denoiser, x_T, schedule, timesteps, noise, **options):
         x = state.x_t
     return x
+
+
+def bound_of(clip: float | None, threshold: float | None) -> Bound | None:
+    """What keeps the estimate of the clean image in range; None: nothing does.
+
+    Args:    clip: bound |x_0| by this.  threshold: 0 … 1, the fraction of `dynamic_threshold`.
+    Raises:  UserError: both, or one out of range.
+    """
+    if clip is None and threshold is None:
+        return None
+    if clip is not None and threshold is not None:
+        raise UserError("clip and threshold both bound x_0; give one of them.")
+    if threshold is not None:
+        if not 0 < threshold <= 1:
+            raise UserError(f"threshold must lie in 0 … 1, 0.995 usual; got {threshold}.")
+        return lambda x_0: dynamic_threshold(x_0, threshold)
+    if not clip or clip < 0:
+        raise UserError(f"clip must be above 0; got {clip}.")
+    return lambda x_0: x_0.clamp(-clip, clip)
+
+
+def dynamic_threshold(x_0: Tensor, fraction: float) -> Tensor:
+    """Clip each image at the size that this fraction of its values keeps, and scale back to ±1.
+
+        s = max(1, quantile(|x_0|, fraction)),   x_0 ← clip(x_0, −s, s) / s
+
+    For images in pixels; latents are not bounded by 1.
+    Args:    x_0: (B, …).
+    Source:  Saharia et al. 2022, section 2.3, arXiv:2205.11487.
+    """
+    limit = torch.quantile(x_0.float().abs().flatten(1), fraction, dim=1).clamp(min=1)
+    limit = limit.to(x_0.dtype).reshape(-1, *(1,) * (x_0.ndim - 1))
+    return x_0.clamp(-limit, limit) / limit
+
+
+def _bounded(denoiser: Denoiser, bound: Bound) -> Denoiser:
+    return lambda x_t, t: bound(denoiser(x_t, t))
 
 
 def _plain(name: str) -> str:

@@ -1,36 +1,13 @@
-"""The lecture's two samplers: DDPM (Algorithm 2) and DDIM.
+"""The solvers side by side: each a generator over the steps of a walk, with its D and V of `step`.
 
-Euler, Euler ancestral and Heun: one-step solvers of the probability-flow ODE.
+The probability-flow ODE of variance-preserving schedules is straight in x̂ = x/α against the noise
+ratio r = σ/α, that of rectified flow in x against σ:
 
-For variance-preserving schedules the ODE is straight in x̂ = x/α against the noise ratio r = σ/α,
+    dx̂/dr = ε(x)            (Karras et al. 2022, eq. 1, arXiv:2206.00364)
+    dx/dσ = ε(x) − x_0(x)    (Liu et al. 2022, arXiv:2209.03003)
 
-    dx̂/dr = ε(x)                              (Karras et al. 2022, eq. 1, arXiv:2206.00364)
-
-and for rectified flow in x itself against σ: dx/dσ = ε − x_0 (Liu et al. 2022, arXiv:2209.03003).
-
-DPM-Solver++: the ODE and the SDE with their linear part solved exactly, second order.
-
-    D = x_0 + (h / 2h') (x_0 − x_0')      (2M: from this and the previous estimate)
-    D = x_0 at the middle of the step     (2S: from a trial step)
-
-Source: Lu et al. 2022, arXiv:2211.01095; h = λ_s − λ_t, h' the step before.
-
-UniPC: a predictor over past estimates, and a corrector that costs no evaluation.
-
-With m_0 the newest estimate, m_k older ones at r_k = (λ_k − λ_t)/h, both use
-
-    D = m_0 + Σ_k ρ_k (m_k − m_0)/r_k,     Σ_k ρ_k r_k^i = φ_{i+2}(−h) (i+1)! / φ_1(−h)
-
-which is exact for polynomials in λ (φ_1(z) = e^z − 1, φ_{k+1} = φ_k/z − 1/k!). The corrector takes
-the last step again once the estimate at its end, r = 1, is known.
-Source: Zhao et al. 2023, Theorem 3.1 with B_2(h), arXiv:2302.04867.
-
-Linear multistep methods over past slopes: LMS, and PNDM's PLMS of old checkpoints.
-
-Both are Adams-Bashforth: the polynomial through the last slopes is integrated over the step. LMS
-integrates it exactly on any grid; PLMS uses the weights of equal steps.
-
-Sampling of latent consistency models, in very few steps.
+Euler, Heun and the linear multistep methods are written in these. The solvers of DPM and UniPC take
+the linear part of the ODE exactly and step in λ; h = λ_s − λ_t is a step, h' the one before it.
 """
 
 from __future__ import annotations
@@ -44,9 +21,9 @@ import numpy as np
 from torch import Tensor
 
 from latentdiff.diffusion.bounds import posterior_coefficients
+from latentdiff.diffusion.prediction import Denoiser, estimate_at
 from latentdiff.diffusion.samplers.step import (
     Bound,
-    Denoiser,
     History,
     Level,
     Noise,
@@ -55,10 +32,9 @@ from latentdiff.diffusion.samplers.step import (
     Timesteps,
     advance,
     ancestral_variance,
-    check_fraction,
-    estimate_at,
     is_end,
     level,
+    log_snr_step,
     walk,
 )
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -126,7 +102,7 @@ def ddim(
              bound: of x_0; ε stays that of the unbounded estimate, as in diffusers.
     Source:  Song et al. 2021, eq. 12 and 16, arXiv:2010.02502.
     """
-    check_fraction("eta", eta)
+    _check_eta(eta)
     x = x_T
     for step in walk(schedule, timesteps, final_timestep, after):
         t, s = step.now.t, step.next.t
@@ -139,6 +115,11 @@ def ddim(
         if spread > 0:
             x = x + spread**0.5 * noise(step.number)
         yield SamplerState(step.number, t, x, x_0)
+
+
+def _check_eta(eta: float) -> None:
+    if not isinstance(eta, int | float) or not 0 <= eta <= 1:
+        raise UserError(f"eta must lie in 0 … 1; got {eta!r:.80}.")
 
 
 def frame(point: Level, is_flow: bool) -> tuple[float, float]:
@@ -191,7 +172,7 @@ def euler_ancestral(
 
     Args:    as for `ddpm`.  eta: 0 (Euler) … 1, the share of the noise's standard deviation.
     """
-    check_fraction("eta", eta)
+    _check_eta(eta)
     x = x_T
     for step in walk(schedule, timesteps, final_timestep, after):
         x_0 = estimate_at(denoiser, x, step.now.t)
@@ -239,7 +220,7 @@ FEW_STEPS = 15
 
 
 def extrapolated(x_0: Tensor, history: History, step: Step, schedule: NoiseSchedule) -> Tensor:
-    """D of 2M: the line through this and the previous estimate at half the step.
+    """D = x_0 + (h / 2h') (x_0 − x_0'): the line through two estimates, at half the step.
 
     First order without a previous estimate, to the clean image, where h is infinite, and in the
     last of few steps.
@@ -291,7 +272,7 @@ def dpmpp_2m_sde(
     Args:    as for `ddpm`.  eta: 0 (dpmpp_2m) … 1.
     Source:  Lu et al. 2022, appendix, arXiv:2211.01095, in its midpoint form.
     """
-    check_fraction("eta", eta)
+    _check_eta(eta)
     x, history = x_T, after.history if after else ()
     for step in walk(schedule, timesteps, final_timestep, after):
         x_0 = estimate_at(denoiser, x, step.now.t)
@@ -315,13 +296,13 @@ def dpmpp_2s_ancestral(
 ) -> Iterator[SamplerState]:
     """DPM-Solver++(2S) down to a level below the next, then noise up to it; two evaluations.
 
-    The middle is that of λ, a real timestep. One evaluation, and Euler ancestral, where λ is
-    infinite: to the clean image and from pure noise.
+    The trial step ends in the middle of λ, a real timestep. One evaluation, and Euler ancestral,
+    where λ is infinite: to the clean image and from pure noise.
 
     Args:    as for `ddpm`.  eta: 0 (plain 2S) … 1, the share of the noise's standard deviation.
     Source:  Lu et al. 2022, Algorithm 1, arXiv:2211.01095, with the noise of Euler ancestral.
     """
-    check_fraction("eta", eta)
+    _check_eta(eta)
     x = x_T
     for step in walk(schedule, timesteps, final_timestep, after):
         now, to = step.now, step.next
@@ -356,12 +337,17 @@ def combined(
     schedule: NoiseSchedule,
     arrived: Tensor | None = None,
 ) -> Tensor:
-    """D of the step from `now` to `to`.
+    """D of the step from `now` to `to`, by UniPC's formula.
+
+        D = m_0 + Σ_k ρ_k (m_k − m_0)/r_k,     Σ_k ρ_k r_k^i = φ_{i+2}(−h) (i+1)! / φ_1(−h)
+
+    with the newest estimate m_0 and older ones m_k at r_k = (λ_k − λ_t)/h, is exact for polynomials
+    in λ (φ_1(z) = e^z − 1, φ_{k+1} = φ_k/z − 1/k!).
 
     Args:    history: estimates, newest (at `now`) first.  arrived: the estimate at `to`, which
              makes this the corrector.
     """
-    h = Step(0, now, to, 1).h
+    h = log_snr_step(now, to)
     newest, differences, ratios = history[0][1], [], []
     if h == 0:
         return newest
@@ -388,7 +374,9 @@ def unipc(
     final_timestep: float | None = None,
     after: SamplerState | None = None,
 ) -> Iterator[SamplerState]:
-    """UniPC in its data-prediction form with B_2; one evaluation a step.
+    """UniPC in its data-prediction form with B_2: predictor and corrector at one evaluation a step.
+
+    The corrector takes the last step again once the estimate at its end, r = 1, is known.
 
     Args:    as for `ddpm`; noise is never asked.  order: 1 … 3, of the predictor; the corrector
              adds one. Towards the end the order falls to 1.
@@ -447,7 +435,9 @@ def lms(
     final_timestep: float | None = None,
     after: SamplerState | None = None,
 ) -> Iterator[SamplerState]:
-    """Linear multistep in the coordinates of Euler; one evaluation a step.
+    """Linear multistep (Adams-Bashforth) in the coordinates of Euler; one evaluation a step.
+
+    The polynomial through the last slopes is integrated over the step, exactly on any grid.
 
     Args:    as for `ddpm`; noise is never asked.  order: 1 … 4, the number of slopes used.
     """
@@ -486,7 +476,8 @@ def pndm(
 ) -> Iterator[SamplerState]:
     """PLMS, the pseudo linear multistep method: DDIM with ε averaged over up to four steps.
 
-    The first step is Heun's and takes two evaluations; the others take one.
+    The average has the Adams-Bashforth weights of equal steps. The first step is Heun's and takes
+    two evaluations; the others take one.
 
     Args:    as for `ddpm`; noise is never asked.
     Source:  Liu et al. 2022, eq. 12 and 13, arXiv:2202.09778, started as in latent diffusion.
@@ -526,7 +517,7 @@ def lcm(
     final_timestep: float | None = None,
     after: SamplerState | None = None,
 ) -> Iterator[SamplerState]:
-    """Jump to the image, add fresh noise of the next level, jump again.
+    """Latent consistency models: jump to the image, add noise of the next level, jump again.
 
         f(x, t) = c_skip x + c_out x_0,   x_s = α_s f + σ_s z
 

@@ -10,8 +10,6 @@ a choice of D (how past and trial estimates are combined: its order) and of V (h
 drawn anew: 0 makes it an ODE solver). Nothing here asks for α² + σ² = 1; flow is included.
 
 λ = ln(α/σ), half the log signal-to-noise ratio, is the time in which most solvers are written.
-
-What a sampler sees of the network: (x_t, t) -> x_0, bounded if asked.
 """
 
 from __future__ import annotations
@@ -24,14 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.guidance import Predict
-from latentdiff.diffusion.prediction import check_prediction, to_x_0
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 Timesteps = Tensor | Sequence[float]
+#: Keeps an estimate of x_0 in range.
+Bound = Callable[[Tensor], Tensor]
 #: (timestep, tensor) pairs of earlier steps that a multistep sampler still needs, newest first.
 History = tuple[tuple[float, Tensor], ...]
 
@@ -91,10 +88,13 @@ class Step(NamedTuple):
 
     @property
     def h(self) -> float:
-        """The step in λ, ≥ 0; infinite from pure noise and to the clean image."""
-        if self.now.is_pure_noise or self.next.is_clean:
-            return math.inf
-        return self.next.log_snr - self.now.log_snr
+        """The step in λ, see `log_snr_step`."""
+        return log_snr_step(self.now, self.next)
+
+
+def log_snr_step(now: Level, to: Level) -> float:
+    """h = λ_s − λ_t ≥ 0; infinite from pure noise and to the clean image."""
+    return math.inf if now.is_pure_noise or to.is_clean else to.log_snr - now.log_snr
 
 
 def level(schedule: NoiseSchedule, t: float) -> Level:
@@ -136,15 +136,6 @@ def is_end(schedule: NoiseSchedule, t: float | None) -> bool:
     return t is None or t <= schedule.clean_timestep + 1
 
 
-def estimate_at(denoiser: Denoiser, x: Tensor, t: float) -> Tensor:
-    """x_0 at level t, which is handed over once per image.
-
-    On the CPU: the schedule's tables are there, and a GPU need not be waited for.
-    """
-    dtype = torch.int64 if isinstance(t, int) else torch.float32
-    return denoiser(x, torch.full((len(x),), t, dtype=dtype))
-
-
 def advance(
     x: Tensor,
     estimate: Tensor,
@@ -168,66 +159,4 @@ def ancestral_variance(now: Level, to: Level) -> float:
 
     V = σ_s² (1 − e^{−2h}), the largest that leaves the step Markov (Ho et al. 2020, eq. 7).
     """
-    return to.sigma**2 * -math.expm1(-2 * Step(0, now, to, 1).h)
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Refuse an option outside 0 … 1."""
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise UserError(f"{name} must lie in 0 … 1; got {value!r:.80}.")
-
-
-Bound = Callable[[Tensor], Tensor]
-
-
-def as_denoiser(predict: Predict, schedule: NoiseSchedule, prediction: str) -> Denoiser:
-    """Wrap a network (x_t, t) -> y, guided or not, so that it answers with x_0.
-
-    The denoiser takes t as a (B,) CPU tensor and hands the network a copy on x_t's device.
-    Raises:  UserError: for a prediction that the schedule cannot turn into x_0.
-    """
-    check_prediction(prediction, schedule.config)
-
-    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        y = predict(x_t, t.to(x_t.device))
-        return to_x_0(prediction, y.to(x_t.dtype), x_t, schedule.alpha(t), schedule.sigma(t))
-
-    return denoise
-
-
-def bound_of(clip: float | None, threshold: float | None) -> Bound | None:
-    """What keeps the estimate of the clean image in range; None: nothing does.
-
-    Args:    clip: bound |x_0| by this.  threshold: 0 … 1, the fraction of `dynamic_threshold`.
-    Raises:  UserError: both, or one out of range.
-    """
-    if clip is None and threshold is None:
-        return None
-    if clip is not None and threshold is not None:
-        raise UserError("clip and threshold both bound x_0; give one of them.")
-    if threshold is not None:
-        if not 0 < threshold <= 1:
-            raise UserError(f"threshold must lie in 0 … 1, 0.995 usual; got {threshold}.")
-        return lambda x_0: dynamic_threshold(x_0, threshold)
-    if not clip or clip < 0:
-        raise UserError(f"clip must be above 0; got {clip}.")
-    return lambda x_0: x_0.clamp(-clip, clip)
-
-
-def dynamic_threshold(x_0: Tensor, fraction: float) -> Tensor:
-    """Clip each image at the size that this fraction of its values keeps, and scale back to ±1.
-
-        s = max(1, quantile(|x_0|, fraction)),   x_0 ← clip(x_0, −s, s) / s
-
-    For images in pixels; latents are not bounded by 1.
-    Args:    x_0: (B, …).
-    Source:  Saharia et al. 2022, section 2.3, arXiv:2205.11487.
-    """
-    limit = torch.quantile(x_0.float().abs().flatten(1), fraction, dim=1).clamp(min=1)
-    limit = limit.to(x_0.dtype).reshape(-1, *(1,) * (x_0.ndim - 1))
-    return x_0.clamp(-limit, limit) / limit
-
-
-def bounded(denoiser: Denoiser, bound: Bound | None) -> Denoiser:
-    """The denoiser with its estimates bounded."""
-    return denoiser if bound is None else lambda x_t, t: bound(denoiser(x_t, t))
+    return to.sigma**2 * -math.expm1(-2 * log_snr_step(now, to))

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from latentdiff.errors import UserError
-from latentdiff.pipelines.image_files import check_picture_file, save_picture
-from latentdiff.pipelines.images import grid
+from latentdiff.images import check_image_file, grid, save_image
 
 RED = (255, 0, 0)
 
@@ -20,11 +19,11 @@ def test_every_format_that_passes_the_check_can_be_written(tmp_path: Path) -> No
     for ending in Image.registered_extensions():
         file = tmp_path / f"a{ending}"
         try:
-            check_picture_file(file, "--output")
+            check_image_file(file, "--output")
         except UserError:
             continue
         passed.add(ending)
-        assert save_picture(Image.new("RGB", (16, 16), RED), file) == file
+        assert save_image(Image.new("RGB", (16, 16), RED), file) == file
         assert file.stat().st_size > 0
     assert passed >= {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
@@ -37,7 +36,7 @@ def test_a_picture_too_large_for_its_format_becomes_a_png(
 ) -> None:
     wide = Image.new("RGB", (side, 1), RED)
     with pytest.warns(UserWarning, match=rf"cannot hold {side} × 1 pixels.*wide\.png"):
-        assert save_picture(wide, tmp_path / name) == tmp_path / "wide.png"
+        assert save_image(wide, tmp_path / name) == tmp_path / "wide.png"
     with Image.open(tmp_path / "wide.png") as found:
         assert found.size == (side, 1) and found.getpixel((side - 1, 0)) == RED
     assert [p.name for p in tmp_path.iterdir()] == ["wide.png"]
@@ -46,7 +45,7 @@ def test_a_picture_too_large_for_its_format_becomes_a_png(
 def test_a_full_disk_leaves_the_older_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = save_picture(Image.new("RGB", (2, 2), RED), tmp_path / "a.jpg")
+    file = save_image(Image.new("RGB", (2, 2), RED), tmp_path / "a.jpg")
     before = file.read_bytes()
 
     def full(self: Any, to: Path) -> None:
@@ -55,7 +54,7 @@ def test_a_full_disk_leaves_the_older_picture(
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match=r"a\.jpg cannot be written \(No space left"):
-        save_picture(Image.new("RGB", (2, 2)), file)
+        save_image(Image.new("RGB", (2, 2)), file)
     assert [p.name for p in tmp_path.iterdir()] == ["a.jpg"] and file.read_bytes() == before
 
 

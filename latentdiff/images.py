@@ -1,0 +1,131 @@
+"""Images as users hold them: tensors → PIL and NumPy, grids, and files.
+
+What cannot be written is said before the work (`check_image_file`), and no image that was made is
+lost (`save_image`). Imports nothing heavy, so that scripts check their arguments at once.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.errors import UserError
+from latentdiff.files import atomic_file
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+def to_output(images: Tensor, output_type: str) -> Any:
+    """Convert images (B, 3, H, W) in [−1, 1]; latents pass through.
+
+    Returns: pil: list of PIL images; np: (B, H, W, 3) in 0 … 1; pt: (B, 3, H, W) in 0 … 1;
+             latent: the tensor as it is.
+    """
+    if output_type == "latent":
+        return images
+    unit = (images.float() / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return unit
+    return unit.cpu().permute(0, 2, 3, 1).numpy() if output_type == "np" else to_pil(unit)
+
+
+def to_pil(unit: Tensor) -> list[Image]:
+    """PIL images of (B, 3, H, W) in 0 … 1, rounded to 8 bit."""
+    from PIL import Image
+
+    pixels = (unit * 255).round().byte().cpu().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(image) for image in pixels]
+
+
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image (B, 3, H, W) in 0 … 1, in dB: (B,)."""
+    return -10 * (images - reference).square().flatten(1).mean(1).log10()
+
+
+def grid(
+    images: Sequence[Image], columns: int | None = None, gap: int = 2, border: int = 0
+) -> Image:
+    """One image of several of equal size, row by row on white.
+
+    Args:    columns: None for about as many as rows.  gap, border: pixels between images, and
+             around all.
+    Raises:  UserError: columns below 1.
+    """
+    from PIL import Image
+
+    columns = math.ceil(len(images) ** 0.5) if columns is None else columns
+    if columns < 1:
+        raise UserError(f"columns must be at least 1; got {columns}.")
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    width, height = images[0].width + gap, images[0].height + gap
+    margin = 2 * border - gap
+    canvas = Image.new("RGB", (columns * width + margin, rows * height + margin), "white")
+    for k, image in enumerate(images):
+        row, column = divmod(k, columns)
+        canvas.paste(image, (border + column * width, border + row * height))
+    return canvas
+
+
+def check_image_file(file: Path, option: str) -> None:
+    """Make the folder of an image to come.
+
+    Args:    option: what it was given as, for the message.
+    Raises:  UserError: not a format that images are written in, or it cannot be written there.
+    """
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    try:
+        # Of the formats that Pillow reads it writes some only, and not all of them in colour.
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), kind or "")
+    except Exception as error:  # an encoder that is not there raises nearly anything
+        raise UserError(
+            f"{option} must be an image file such as cat.png; got {file}."
+            + f" Images cannot be written in {kind}; take .png, .jpg or .webp." * (kind is not None)
+        ) from error
+    check_place(file, option)
+
+
+def check_place(file: Path, option: str) -> None:
+    """Make the folder of a file to come. Raises: UserError: it cannot be written there."""
+    try:
+        if file.is_dir():
+            raise UserError(f"{option} must be a file; {file} is a folder.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{option}: {file} cannot be written ({reason}). Name another.") from error
+
+
+def save_image(image: Image, file: Path) -> Path:
+    """Write an image, all at once.
+
+    Returns: the file; one that ends in .png, with a warning, where the format can't hold so many
+             pixels.
+    Raises:  UserError: it cannot be written; an older file is as it was.
+    """
+    try:
+        with atomic_file(file) as new:
+            image.save(new)
+        return file
+    except Exception as error:  # encoders raise nearly anything; what the system says has a number
+        number = getattr(error, "errno", None)
+        if number is not None or file.suffix.lower() == ".png":
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{file} cannot be written ({reason}).") from error
+        png = file.with_suffix(".png")
+        warnings.warn(
+            f"{file} cannot hold {image.width} × {image.height} pixels ({error}); they are in "
+            f"{png.name}",
+            stacklevel=2,
+        )
+        return save_image(image, png)

@@ -1,0 +1,163 @@
+"""From noise to latents: the one path that the pipeline, inversion and validation share.
+
+    denoiser = build_denoiser(network, context, negative, scale)      (x_t, t) ↦ x_0
+    x_0 = sample_latents(network, denoiser, x_T, seeds, plan)
+
+The denoiser is the U-Net on its context, guided, with its prediction turned into an estimate of
+x_0. It is a plain callable and the sampler knows nothing else of the model: a method that changes
+the estimate wraps one denoiser in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.guidance import (
+    Predict,
+    Scale,
+    guidance_context,
+    guide,
+    needs_unconditional,
+)
+from latentdiff.diffusion.noise import step_noise
+from latentdiff.diffusion.samplers import Denoiser, SamplerState, as_denoiser, run
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.models.finite import not_finite
+
+
+@dataclass(frozen=True)
+class Network:
+    """A U-Net, and what its answers mean."""
+
+    unet: Any
+    """(x_t, t, context) → prediction, and with `project_context`, as `UNet` has it."""
+    schedule: NoiseSchedule
+    prediction: str
+    """eps, x0, v or flow."""
+    project: bool = True
+    """Whether the context's keys and values are computed once and not at every step. Not possible
+    where weights are sharded: they are whole only while the U-Net is called."""
+    upcast: bool = True
+    """Whether a 16-bit answer is turned to x_t's type before it is guided, or after."""
+
+    def on_context(self, context: Tensor) -> Predict:
+        """(x_t, t) → prediction, given a context (B, tokens, width)."""
+        dtype = next(self.unet.parameters()).dtype
+        given = {"kv": self.unet.project_context(context)} if self.project else {"context": context}
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            y = self.unet(x_t.to(dtype), t, **given)
+            return y.to(x_t.dtype) if self.upcast else y
+
+        return predict
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How noise becomes latents, whatever the model and the prompts."""
+
+    timesteps: Tensor
+    """Decreasing; see `timestep_grid`."""
+    sampler: str = "ddim"
+    """A name in SAMPLERS."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The sampler's own, such as eta."""
+
+
+def build_denoiser(
+    network: Network,
+    context: Tensor,
+    negative: Tensor | None = None,
+    scale: Scale = 1.0,
+    *,
+    rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
+) -> Denoiser:
+    """The denoiser (x_t, t (B,)) ↦ x_0 of a model on its prompts.
+
+    Args:    context: (B, tokens, width) of the prompts.
+             negative: (B or 1, tokens, width) of the negative or empty prompts; of another number
+             of tokens, each half has a pass of its own. None: no guidance.
+             scale, rescale, interval: of guidance, see `guide`.
+    Raises:  UserError: options of guidance out of range, or a prediction that the schedule cannot
+             turn into x_0.
+    """
+    if negative is None or not needs_unconditional(scale):
+        predict = network.on_context(context)
+    else:
+        predict = guide(
+            _on_both(network, context, negative, scale),
+            scale,
+            rescale=rescale,
+            interval=interval,
+            predict_conditional=network.on_context(context) if interval else None,
+        )
+    return as_denoiser(predict, network.schedule, network.prediction)
+
+
+def _on_both(network: Network, context: Tensor, negative: Tensor, scale: Scale) -> Predict:
+    """The prediction of the doubled batch: in one pass, or in two where the lengths differ."""
+    if context.shape[1] == negative.shape[1]:
+        return network.on_context(guidance_context(context, negative, scale))
+    halves = (
+        network.on_context(negative.expand(len(context), -1, -1)),
+        network.on_context(context),
+    )
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        parts = zip(halves, x_t.chunk(2), t.chunk(2), strict=True)
+        return torch.cat([half(x, level) for half, x, level in parts])
+
+    return predict
+
+
+def sample_latents(
+    network: Network,
+    denoiser: Denoiser,
+    x_T: Tensor,
+    seeds: Sequence[int],
+    plan: SamplingPlan,
+    on_step: Callable[[], Any] = lambda: None,
+) -> Tensor:
+    """Latents x_0 from the noise x_T.
+
+    Args:    network: whose denoiser it is.  x_T: (B, C, h, w).
+             seeds: one per image, of the noise that a stochastic sampler adds.
+             on_step: called after each step.
+    Returns: (B, C, h, w) float32 where the network is.
+    Raises:  UserError: sampler or options unknown.  NotFiniteError: see `last_latents`.
+    """
+    device = next(network.unet.parameters()).device
+    noise, x_T = step_noise(seeds, x_T.shape[1:], device), x_T.to(device, torch.float32)
+    schedule, timesteps = network.schedule, plan.timesteps
+    states = run(plan.sampler, denoiser, x_T, schedule, timesteps, noise, **plan.options)
+    return last_latents(network, x_T, states, on_step)
+
+
+def last_latents(
+    network: Network,
+    x: Tensor,
+    states: Iterable[SamplerState],
+    on_step: Callable[[], Any] = lambda: None,
+) -> Tensor:
+    """Where the steps of a sampler or an inversion lead from x.
+
+    Raises:  NotFiniteError: NaN or infinity, with the first step that has it.
+    """
+    visited, finite = list[float](), list[Tensor]()
+    for state in states:
+        x = state.x_t
+        visited.append(state.t)
+        finite.append(x.isfinite().all())  # stays on the device: no step waits for it
+        on_step()
+    steps = torch.stack(finite).tolist() if finite else []
+    if False in steps:
+        first = steps.index(False)
+        where = f"step {first + 1} of {len(steps)} (timestep {visited[first]:g})"
+        raise not_finite(f"the latents after {where}", "the U-Net", network.unet)
+    return x
