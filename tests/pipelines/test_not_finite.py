@@ -183,4 +183,4 @@ def test_validation_says_that_there_are_no_pictures_and_leaves_the_run_alone(
     with torch.no_grad():
         validator(2)
     assert {path.name for path in (tmp_path / "samples").iterdir()} == drawn
-    assert len(said) == 2 and all("step 2: no pictures: the latents to dec" in s for s in said)
+    assert len(said) == 2 and all("step 2: no images: the latents to dec" in s for s in said)
