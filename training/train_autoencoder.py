@@ -145,7 +145,8 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
         distance = PerceptualDistance(stages=weights.perceptual_stages).to(accelerator.device)
     late = round(weights.late_start * loop.max_steps)
     facts = {"pictures": source.fingerprint(), "training pictures": len(train_set)}
-    facts |= {"steps without late losses": late}
+    if weights.perceptual or weights.adversarial:
+        facts["late losses from step"] = late
     state, tracker, first_step, seconds = run.open_log(models, optimizers, facts)
     make_batch = batch_maker(source, train_set, config, run)
 
