@@ -4,7 +4,7 @@
 
 At a fixed x_t and t every prediction is an affine function of x_0 (see `prediction`), and an
 affine combination with weights summing to 1 passes through it: guiding eps, v, flow or x_0 gives
-the same picture. Only `rescale`, which measures a standard deviation, depends on the choice; it
+the same image. Only `rescale`, which measures a standard deviation, depends on the choice; it
 acts on the network's own output, as in diffusers.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,12 @@ class NotFiniteError(UserError):
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether there is no NaN and no infinity; waits for the device."""
-    return bool(values.isfinite().all())
+    """Whether there is no NaN and no infinity; waits for the device.
+
+    Of a sharded tensor all shards are asked, so every process must call this.
+    """
+    finite: Any = values.isfinite().all()  # of a sharded tensor, bool() would be that of one shard
+    return bool(finite.full_tensor() if hasattr(finite, "full_tensor") else finite)
 
 
 def check_finite(values: Tensor, what: str, part: str, module: nn.Module) -> None:

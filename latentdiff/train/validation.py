@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 _VALIDATION_STREAM = 0x56414C
 
 
-class HeldOutLoss(NamedTuple):
-    """What validation measures."""
+class ValidationLoss(NamedTuple):
+    """Loss on the fixed draws of validation."""
 
     mean: float
     """Over all draws."""
@@ -51,7 +51,7 @@ class HeldOutLoss(NamedTuple):
 
 
 @torch.no_grad()
-def held_out_loss(
+def validation_loss(
     unet: nn.Module,
     autoencoder: Any,
     data: Any,
@@ -62,7 +62,7 @@ def held_out_loss(
     samples: int,
     seed: int = 0,
     batch_size: int = 32,
-) -> HeldOutLoss:
+) -> ValidationLoss:
     """Loss over fixed draws (image, timestep, noise), with the caption always given.
 
     Args:
@@ -86,7 +86,7 @@ def held_out_loss(
         total += float(loss.double().sum())
         losses.append(loss.double().cpu())
         quarters.append((4 * random.t / schedule.num_train_timesteps).long().clamp(max=3))
-    return HeldOutLoss(total / samples, by_quartile(torch.cat(losses), torch.cat(quarters)))
+    return ValidationLoss(total / samples, by_quartile(torch.cat(losses), torch.cat(quarters)))
 
 
 def by_quartile(losses: Tensor, quarters: Tensor) -> list[float | None]:
@@ -140,7 +140,7 @@ def sample_images(
 
 class Validator:
     """Writes OUTPUT/samples/step-N.png (averaged weights), step-N-raw.png (the newest) and the
-    held-out loss on the main process.
+    validation loss on the main process.
 
     The others wait, or compute along where the U-Net is sharded: a pass needs all shards.
     """
@@ -188,7 +188,7 @@ class Validator:
     def _loss(self, step: int) -> None:
         if not self._latents.held_out:
             return
-        loss = held_out_loss(
+        loss = validation_loss(
             self._model,
             self._parts.autoencoder,
             self._latents.data,

@@ -29,7 +29,7 @@ from latentdiff.train.log import (
 )
 from latentdiff.train.loop import LoopConfig
 from latentdiff.train.run import check_extras, read_environment, write_environment
-from latentdiff.train.validation import HeldOutLoss, by_quartile
+from latentdiff.train.validation import ValidationLoss, by_quartile
 
 CPU = torch.device("cpu")
 
@@ -85,7 +85,7 @@ def test_gauges_are_shares_of_what_there_is() -> None:
 def test_quartiles_are_means_of_their_draws() -> None:
     losses, quarters = torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.tensor([0, 0, 2, 3])
     assert by_quartile(losses, quarters) == [2.0, None, 5.0, 7.0]
-    row = HeldOutLoss(4.0, [2.0, None, 5.0, 7.0]).row()
+    row = ValidationLoss(4.0, [2.0, None, 5.0, 7.0]).row()
     assert row == {
         "validation_loss": 4.0,
         "validation_loss_q1": 2.0,

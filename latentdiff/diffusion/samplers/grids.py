@@ -133,7 +133,7 @@ def warn_of_late_start(schedule: NoiseSchedule, timesteps: Tensor) -> None:
     if float(schedule.snr(timesteps[0])) > 1:
         warnings.warn(
             f"sampling starts at timestep {float(timesteps[0]):g}, where the network expects more "
-            "image than noise, but from pure noise: the picture will be noise. Start near "
+            "image than noise, but from pure noise: the image will be noise. Start near "
             f"{schedule.last_timestep}: with trailing spacing, or with more steps.",
             stacklevel=3,
         )
