@@ -326,6 +326,21 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     return config
 
 
+#: Metadata of an option that changes no number of a training: a resumed run may differ in it.
+FREE: dict[str, bool] = {"changes_numbers": False}
+
+
+def decides_numbers(config: Any) -> set[str]:
+    """Dotted keys of a configuration, those marked `FREE` left out."""
+    found = set[str]()
+    for option in dataclasses.fields(config):
+        if option.metadata.get("changes_numbers", True):
+            value = getattr(config, option.name)
+            inner = decides_numbers(value) if dataclasses.is_dataclass(value) else None
+            found |= {option.name} if inner is None else {f"{option.name}.{key}" for key in inner}
+    return found
+
+
 def to_dict(config: object) -> Any:
     """Turn a configuration into plain dicts, lists and scalars."""
     if dataclasses.is_dataclass(config):

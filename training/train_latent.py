@@ -110,6 +110,7 @@ def train(given: Given, resume: bool) -> str:
         facts,
         averages,
         whole=not trainee.adds,
+        defaults=deciding_facts(TrainConfig()),
     )
     first_step, seconds = state.resume() if resume else (0, 0.0)
     if config.loop.probe_memory:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
+from latentdiff.config import FREE
 from latentdiff.data.images import UnreadableImage
 from latentdiff.errors import UserError, choice_error, printable
 
@@ -77,9 +78,9 @@ class DataConfig:
     """emoji: the embedded set; folder: images with metadata.jsonl/.csv or .txt files (or a .zip of
     that); parquet: a file or folder of files; hub: a `datasets` id or a `save_to_disk` folder;
     webdataset: .tar shards of pictures and captions of the same names."""
-    path: str | None = None
+    path: str | None = field(default=None, metadata=FREE)
     """Folder, file or data set id; not used by kind emoji."""
-    follow_links: bool = False
+    follow_links: bool = field(default=False, metadata=FREE)
     """Also read what lies outside the data folder: where links in it lead, and where the paths of a
     table do. Otherwise that is left out and reported."""
     image_column: str = "image"
@@ -121,7 +122,7 @@ class DataConfig:
     """Share of the pictures (or groups of them) held out from training: 0 ≤ share < 1."""
     split_seed: int = 0
     """Another seed holds out other pictures."""
-    quarantine: str | None = None
+    quarantine: str | None = field(default=None, metadata=FREE)
     """File of pictures to leave out, one {"name": …, "reason": …} a line, as `latentdiff doctor`
     writes it."""
     emoji_variants: int = 12

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from latentdiff.config import FREE
 from latentdiff.errors import UserError
 from latentdiff.finetune.trainee import TextConditioned, TokenIds, Trainee
 from latentdiff.formats.lora import FILE, write_lora
@@ -67,7 +68,7 @@ class LoraConfig:
     of the transformers), resnet (convolutions and time projections)."""
     text_encoder: bool = False
     """Adapt the text encoder's attention too."""
-    fuse: bool = False
+    fuse: bool = field(default=False, metadata=FREE)
     """Also write OUTPUT/model, the whole model with the changes added to its weights."""
 
     def validate(self) -> list[str]:

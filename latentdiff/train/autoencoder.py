@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import too_small
+from latentdiff.config import FREE, too_small
 from latentdiff.data.source import DataConfig
 from latentdiff.models.autoencoder import LOGVAR_RANGE
 from latentdiff.models.vae import AutoencoderKL
@@ -89,7 +89,7 @@ class AutoencoderTrainConfig(RunConfig):
     """Everything that train_autoencoder.py needs."""
 
     renamed: ClassVar = {"stage": STAGE_KEYS}
-    output: str = "runs/autoencoder"
+    output: str = field(default="runs/autoencoder", metadata=FREE)
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, vae/."""
     data: DataConfig = field(default_factory=DataConfig)
     """The pictures."""

@@ -27,7 +27,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -306,6 +306,8 @@ class TrainingState:
     """The moving averages of the first model's weights, if there are any."""
     whole: bool = True
     """Whether frozen weights are stored too; not where a pretrained model has them."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What runs had that were started before there was an option."""
 
     def save(self, step: int, seconds: float) -> None:
         """Write a checkpoint after `step` steps; every process writes its own rows.
@@ -345,7 +347,7 @@ class TrainingState:
         if checkpoint is None:
             return 0, 0.0
         manifest = read_manifest(checkpoint)
-        _compare(manifest["facts"], self.facts, checkpoint)
+        _compare(manifest["facts"], self.facts, self.defaults, checkpoint)
         self._load(checkpoint)
         if self.accelerator.is_main_process:  # a kill may have come before the old ones were gone
             delete_old(self.folder, self.keep_last, self.keep_every)
@@ -389,13 +391,22 @@ def stored_facts(folder: Path) -> dict[str, Any] | None:
     return read_manifest(checkpoint) if checkpoint is not None else None
 
 
-def _compare(stored: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+def _compare(
+    stored: dict[str, Any], now: dict[str, Any], defaults: Mapping[str, Any], checkpoint: Path
+) -> None:
+    """Refuse other settings. An option that one side does not know had its default there."""
+    then, now = ({**defaults, **facts} for facts in (stored, now))
     missing = object()
     lines = [
-        f"  {key}: {stored.get(key, '(not there)')!r} then, {now.get(key, '(not there)')!r} now"
-        for key in {**stored, **now}
-        if stored.get(key, missing) != now.get(key, missing)
+        f"  {key}: {then.get(key, '(not there)')!r} then, {now.get(key, '(not there)')!r} now"
+        for key in {**then, **now}
+        if then.get(key, missing) != now.get(key, missing)
     ]
+    if then.get("pictures") != now.get("pictures"):
+        lines.append(
+            "  (pictures is a hash of the images, how they are read and the autoencoder; embedded "
+            "colour profiles are converted to sRGB now, which earlier versions did not do)"
+        )
     if lines:
         raise UserError(
             f"--resume: {checkpoint} was written with other settings, so the run would not go on "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.config import too_small
+from latentdiff.config import FREE, too_small
 from latentdiff.data.source import DataConfig
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
@@ -77,7 +77,7 @@ class ClipTrainConfig(RunConfig):
     """Everything that train_clip.py needs."""
 
     renamed: ClassVar = {"stage": STAGE_KEYS}
-    output: str = "runs/clip"
+    output: str = field(default="runs/clip", metadata=FREE)
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tokenizer/, text_encoder/ and
     clip/."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from latentdiff.config import load_config, read_yaml, to_dict
+from latentdiff.config import FREE, decides_numbers, load_config, read_yaml, to_dict
 from latentdiff.data.source import DataConfig
 from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import ScheduleConfig
@@ -71,6 +71,7 @@ class ModelConfig:
 class LatentsConfig:
     """Where the encoded pictures are kept."""
 
+    removed: ClassVar = {"pack": None}
     cache_dir: str | None = None
     """Folder of the latent cache; null is ~/.cache/latentdiff."""
     online: bool = False
@@ -129,7 +130,7 @@ class LatentLoopConfig(LoopConfig):
 
     ema_decay: float = 0.999
     """Decay of the weights' moving average, with a warm-up; 0 exports the newest weights."""
-    probe_memory: bool = True
+    probe_memory: bool = field(default=True, metadata=FREE)
     """On a GPU, try a micro-batch before the first step; if it does not fit, halve it and double
     gradient_accumulation."""
 
@@ -188,7 +189,7 @@ class TrainConfig(RunConfig):
     """Everything that train_latent.py needs."""
 
     removed: ClassVar = {"reading": {"weight": 0}, "held": {"attentions": []}}
-    output: str = "runs/latent"
+    output: str = field(default="runs/latent", metadata=FREE)
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, samples/, model/."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network and the frozen parts."""
@@ -202,17 +203,17 @@ class TrainConfig(RunConfig):
     """The captioned pictures."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     """How captions vary from one meeting to the next."""
-    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig, metadata=FREE)
     """The encoded pictures."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its learning rate."""
     loop: LatentLoopConfig = field(default_factory=LatentLoopConfig)
     """Length, batches and cadence."""
-    power_ema: PowerEmaConfig = field(default_factory=PowerEmaConfig)
+    power_ema: PowerEmaConfig = field(default_factory=PowerEmaConfig, metadata=FREE)
     """Averages of the weights for choosing their length after the run."""
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=FREE)
     """How progress is looked at."""
-    export: ExportConfig = field(default_factory=ExportConfig)
+    export: ExportConfig = field(default_factory=ExportConfig, metadata=FREE)
     """What is written at the end."""
 
 
@@ -261,62 +262,16 @@ def adopt(given: Given, schedule: ScheduleConfig, prediction: str) -> tuple[Trai
     return config, notes
 
 
-#: Keys that change no number of the training, so that a resumed run may differ in them.
-_FREE = (
-    "output",
-    "validation.",
-    "power_ema.",
-    "export.",
-    "finetune.fuse",
-    "latents.",
-    "data.path",
-    "data.quarantine",  # which pictures there are is compared by their content
-    "loop.max_minutes",
-    "loop.batch_size",
-    "loop.gradient_accumulation",
-    "loop.log_every",
-    "loop.probe_memory",
-    "loop.wandb",
-    "loop.checkpoint_every",
-    "loop.keep_last",
-    "loop.keep_every",
-    "loop.tensorboard",
-)
-
-#: Options newer than the first checkpoints: not mentioned at their default, so that those resume.
-_NEWER = (
-    "finetune.kind",
-    "objective.loss",
-    "objective.huber_delta",
-    "objective.multires_noise",
-    "objective.logit_mean",
-    "objective.logit_std",
-    "captions.shuffle_tags",
-    "captions.keep_tags",
-    "captions.tag_dropout",
-    "data.buckets",
-    "data.bucket_step",
-    "data.bucket_max_ratio",
-    "data.loss_mask",
-    "data.mask_column",
-    "data.streaming",
-    "data.shuffle_buffer",
-)
-
-
 def deciding_facts(config: RunConfig) -> dict[str, Any]:
     """The settings that decide the numbers of a run; a resumed run must have the same ones.
 
     The batch enters as a whole (see `BatchShape`): how it is cut up changes only rounding.
     """
-    facts = {k: v for k, v in flat(to_dict(config)).items() if not k.startswith(_FREE)}
-    usual = flat(to_dict(TrainConfig()))
-    facts = {k: v for k, v in facts.items() if k not in _NEWER or v != usual[k]}
+    keys = decides_numbers(config)
+    facts = {k: v for k, v in flat(to_dict(config)).items() if k in keys}
     if config.optimizer.decay == "constant":
         del facts["loop.max_steps"]
     if isinstance(config, TrainConfig):
-        if not config.model.compile:  # runs from before there was this key can go on
-            del facts["model.compile"]
         facts["model.channels_last"] = bool(config.model.channels_last)  # null was false before
     return facts
 

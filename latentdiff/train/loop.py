@@ -19,7 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from signal import Signals
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from latentdiff.config import FREE
 from latentdiff.diffusion.noise import mix
 from latentdiff.errors import Interrupted, UserError
 from latentdiff.train.batches import BatchShape, Prefetch
@@ -281,27 +282,27 @@ class LoopConfig:
 
     max_steps: int = 40_000
     """Optimizer steps of the whole run."""
-    max_minutes: float | None = None
+    max_minutes: float | None = field(default=None, metadata=FREE)
     """Stop and export after this wall time, resumed parts included; null is no limit."""
-    batch_size: int = 24
-    """Pictures that one process computes at a time."""
-    gradient_accumulation: int = 1
+    batch_size: int = field(default=24, metadata=FREE)
+    """Images that one process computes at a time."""
+    gradient_accumulation: int = field(default=1, metadata=FREE)
     """Micro-batches per optimizer step."""
     seed: int = 0
     """Seed of the first weights, the order and the noise."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Arithmetic; weights and averages stay in 32 bit. auto: bf16 where it is fast."""
-    log_every: int = 20
+    log_every: int = field(default=20, metadata=FREE)
     """Steps between updates of the progress bar and the log; the first comes after one step."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = field(default=500, metadata=FREE)
     """Steps between checkpoints."""
-    keep_last: int = 2
+    keep_last: int = field(default=2, metadata=FREE)
     """How many checkpoints are kept."""
-    keep_every: int | None = None
+    keep_every: int | None = field(default=None, metadata=FREE)
     """Keep for good those whose step is a multiple of this, a multiple of checkpoint_every too."""
-    tensorboard: bool = True
+    tensorboard: bool = field(default=True, metadata=FREE)
     """Write TensorBoard files too, if it is installed."""
-    wandb: str | None = None
+    wandb: str | None = field(default=None, metadata=FREE)
     """Weights & Biases project to log to as well (needs wandb); null is off."""
 
     def validate(self) -> list[str]:

@@ -145,7 +145,10 @@ class SmallRun:
         facts["models"] = ", ".join(models)
         keep = (config.loop.keep_last, config.loop.keep_every)
         folder = output / CHECKPOINTS
-        state = TrainingState(models, optimizers, accelerator, folder, *keep, facts)
+        defaults = deciding_facts(type(config)())
+        state = TrainingState(
+            models, optimizers, accelerator, folder, *keep, facts, defaults=defaults
+        )
         first_step, seconds = state.resume() if self.resume else (0, 0.0)
         if accelerator.is_main_process:
             save_config(config)

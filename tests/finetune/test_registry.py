@@ -37,10 +37,8 @@ def test_lora_needs_a_model_to_add_to() -> None:
         check_given(read_config(None, ["finetune.kind=lora", *more]))
 
 
-def test_runs_from_before_there_were_methods_can_go_on() -> None:
-    assert not [key for key in deciding_facts(TrainConfig()) if key.startswith("finetune")]
-    lora = load_config(TrainConfig, None, ["finetune.kind=lora"])
-    facts = deciding_facts(lora)
+def test_what_decides_the_numbers_of_a_method() -> None:
+    facts = deciding_facts(load_config(TrainConfig, None, ["finetune.kind=lora"]))
     assert facts["finetune.kind"] == "lora"
     assert facts["finetune.rank"] == 8
     assert "finetune.fuse" not in facts

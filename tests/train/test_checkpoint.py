@@ -2,6 +2,7 @@ import os
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from latentdiff.errors import UserError
 from latentdiff.train.checkpoint import (
     CheckpointError,
+    _compare,
     checkpoints,
     delete_old,
     latest,
@@ -92,3 +94,23 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (path / "unet.safetensors").write_bytes(b"x" * (path / "unet.safetensors").stat().st_size)
     with pytest.raises(UserError, match="step-00000001"):
         read_tensors(path, "unet")
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "refused"),
+    [
+        ({"a": 1}, {"a": 1, "b": 0}, ""),  # b is newer than the checkpoint, and as it always was
+        ({"a": 1}, {"a": 1, "b": 5}, "b: 0 then, 5 now"),
+        ({"a": 1, "b": 0}, {"a": 1}, ""),  # b is gone since
+        ({"a": 1, "b": 5}, {"a": 1}, "b: 5 then, 0 now"),
+        ({"a": 1}, {"a": 2}, "a: 1 then, 2 now"),
+        ({"a": 1, "pictures": "x"}, {"a": 1, "pictures": "y"}, "colour profiles"),
+    ],
+)
+def test_an_option_that_one_side_lacks_has_its_default(
+    then: dict[str, Any], now: dict[str, Any], refused: str
+) -> None:
+    if not refused:
+        return _compare(then, now, {"a": 1, "b": 0}, Path("x"))
+    with pytest.raises(UserError, match=refused):
+        _compare(then, now, {"a": 1, "b": 0}, Path("x"))
