@@ -66,7 +66,8 @@ def test_public_names() -> None:
     for name in latentdiff.__all__:
         assert getattr(latentdiff, name) is not None
         assert name in dir(latentdiff)
-    assert repr(latentdiff.pipeline) == "<latentdiff's embedded pipeline, not loaded yet>"
+    fresh = type(latentdiff.pipeline)()
+    assert repr(fresh) == "<latentdiff's embedded pipeline, not loaded yet>"
     try:
         latentdiff.nothing  # noqa: B018
     except AttributeError as error:
