@@ -145,7 +145,7 @@ class SmallRun:
         facts["models"] = ", ".join(models)
         keep = (config.loop.keep_last, config.loop.keep_every)
         folder = output / CHECKPOINTS
-        defaults = deciding_facts(type(config)())
+        defaults = deciding_facts(type(config)())  # type: ignore[call-arg]  (each script's has them)
         state = TrainingState(
             models, optimizers, accelerator, folder, *keep, facts, defaults=defaults
         )
