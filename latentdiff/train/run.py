@@ -145,7 +145,8 @@ class SmallRun:
         facts["models"] = ", ".join(models)
         keep = (config.loop.keep_last, config.loop.keep_every)
         folder = output / CHECKPOINTS
-        defaults = deciding_facts(type(config)())  # type: ignore[call-arg]  (each script's has them)
+        kind: Any = type(config)  # of each script, and every option has a default
+        defaults = deciding_facts(kind())
         state = TrainingState(
             models, optimizers, accelerator, folder, *keep, facts, defaults=defaults
         )
