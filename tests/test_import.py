@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,11 @@ def test_using_models_imports_no_pipeline_of_diffusers() -> None:
         "('diffusers', 'transformers', 'datasets', 'accelerate')))"
     )
     assert found == ""
+
+
+@pytest.mark.parametrize("folder", ["latentdiff", "training", "inference", "benchmarks"])
+def test_no_file_warns_when_it_is_compiled(folder: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as an escape sequence that Python will refuse
+        for file in (ROOT / folder).rglob("*.py"):
+            compile(file.read_text(encoding="utf-8"), str(file), "exec")

@@ -1,4 +1,4 @@
-"""The prompt syntax of AUTOMATIC1111's web UI: how much words count, where a new chunk begins.
+r"""The prompt syntax of AUTOMATIC1111's web UI: how much words count, where a new chunk begins.
 
     (red)        × 1.1              ((red))     × 1.1²
     (red:1.3)    × 1.3              [red]       ÷ 1.1
