@@ -15,7 +15,8 @@ SCRIPT = """
 import torch
 from latentdiff.train.distributed import start_processes
 start_processes("no", cpu=True)
-print("threads", torch.get_num_threads())
+# The launcher runs Python unbuffered: one write, or the lines of two processes mix.
+print(f"threads {torch.get_num_threads()}\\n", end="")
 """
 CORES = psutil.cpu_count(logical=False) or 1
 if hasattr(os, "sched_getaffinity"):
