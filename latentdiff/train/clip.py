@@ -126,11 +126,37 @@ def train_tokenizer(captions: Iterable[str], size: int, max_tokens: int) -> Clip
         size: entries of the vocabulary, about; the two marks and all single bytes included.
         max_tokens: ids per text, marks included.
     """
-    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The end-of-word form of every byte keeps any text spellable, as in CLIP's own table. Given
+    # beforehand they have the same ids in every run, by which the trainer breaks ties.
+    ends = [a + "</w>" for a in alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 2,
+        special_tokens=ends,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    trained = _tokenizer({}, [])
+    trained.train_from_iterator(captions, trainer)
+    merges = [
+        tuple(m) if isinstance(m, list) else tuple(m.split(" "))
+        for m in json.loads(trained.to_str())["model"]["merges"]
+    ]
+    words = dict.fromkeys([*alphabet, *ends, *map("".join, merges), BOS, EOS])
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return ClipTokenizer(_with_marks(_tokenizer(vocabulary, merges), vocabulary), {}, max_tokens)
+
+
+def _tokenizer(vocabulary: dict[str, int], merges: Sequence[Any]) -> Any:
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
 
-    tokenizer = Tokenizer(BPE(unk_token=EOS, end_of_word_suffix="</w>"))
+    model = BPE(vocabulary, list(merges), unk_token=EOS, end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -141,32 +167,13 @@ def train_tokenizer(captions: Iterable[str], size: int, max_tokens: int) -> Clip
         ]
     )
     tokenizer.decoder = ByteLevelDecoder()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # The end-of-word form of every byte keeps any text spellable, as in CLIP's own table.
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - len(alphabet) - 2,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    return ClipTokenizer(_complete(tokenizer, alphabet, processors), {}, max_tokens)
+    return tokenizer
 
 
-def _complete(tokenizer: Any, alphabet: Sequence[str], processors: Any) -> Any:
-    """Number a trained vocabulary as CLIP's: bytes, bytes that end a word, merges, BOS, EOS.
+def _with_marks(tokenizer: Any, vocabulary: dict[str, int]) -> Any:
+    """Let a tokenizer put BOS and EOS around every text."""
+    from tokenizers import AddedToken, processors
 
-    The trainer numbers the end-of-word bytes in another order each time.
-    """
-    from tokenizers import AddedToken
-    from tokenizers.models import BPE
-
-    model = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
-    ends = [a + "</w>" for a in alphabet]
-    words = dict.fromkeys([*alphabet, *ends, *map("".join, merges), BOS, EOS])
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer.model = BPE(vocabulary, merges, unk_token=EOS, end_of_word_suffix="</w>")
     tokenizer.add_special_tokens(
         [AddedToken(w, special=True, normalized=False) for w in (BOS, EOS)]
     )

@@ -47,8 +47,9 @@ def test_vocabulary_reads_the_same_in_transformers(tokenizer, tmp_path):
 
 
 def test_the_same_captions_give_the_same_vocabulary(tokenizer):
-    again = train_tokenizer(CAPTIONS * 4, SMALL.vocabulary, SMALL.max_tokens)
-    assert again.backend.to_str() == tokenizer.backend.to_str()
+    for _ in range(10):  # ties are many among so few captions
+        again = train_tokenizer(CAPTIONS * 4, SMALL.vocabulary, SMALL.max_tokens)
+        assert again.backend.to_str() == tokenizer.backend.to_str()
 
 
 def test_any_text_can_be_spelled(tokenizer):
