@@ -2,7 +2,7 @@
 
 A configuration is a stdlib dataclass that lives beside the code it configures; each field has a
 string literal below it as its documentation. Every mistake in a file is reported in one go, with
-its dotted path. Variants of a section are dataclasses told apart by a `kind: Literal[...]` field.
+its dotted path. Variants of a section are dataclasses, each with a tag `kind: Literal[...]`.
 YAML is read as people mean it: 1e-4 is a number, `no` and `off` are words, a key stands only once.
 """
 
@@ -99,7 +99,7 @@ def options(tp: Any) -> Iterator[Any]:
 
 
 def sections(tp: Any) -> list[type]:
-    """List the dataclasses that a field's type allows (several: variants told apart by `kind`)."""
+    """List the dataclasses that a field's type allows (several: variants, tagged by `kind`)."""
     return [t for t in options(tp) if isinstance(t, type) and dataclasses.is_dataclass(t)]
 
 

@@ -137,7 +137,7 @@ class TarSource:
                     if stem:  # .DS_Store and the like have none
                         place = _Place(number, member.offset_data, member.size)
                         members[ending.lower()] = place
-                if tar.offset + tarfile.BLOCKSIZE > self._sizes[number]:  # no mark of the end
+                if tar.offset + tarfile.BLOCKSIZE > self._sizes[number]:  # no end-of-archive block
                     self.problems.append((path.name, "cut off; what is whole is used"))
         except (tarfile.TarError, OSError, EOFError) as error:
             self.problems.append((path.name, f"cannot be read from some place on ({error})"))

@@ -1,6 +1,6 @@
 """The fine-tuning methods by name: `finetune.kind` in a configuration.
 
-A new one is a file with a frozen dataclass, told apart by its `kind`, and an
+A new one is a file with a frozen dataclass, distinguished by its `kind`, and an
 `apply(components, config) -> Trainee`; then a row in METHODS and a word in FinetuneConfig.
 """
 

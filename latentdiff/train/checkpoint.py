@@ -464,7 +464,7 @@ def _contents(folder: Path) -> list[str]:
 
 
 def is_started(folder: Path) -> bool:
-    """Whether a run has begun in the folder, so that it can be gone on with."""
+    """Whether a run was started in the folder, so that it can be resumed."""
     return latest(folder / CHECKPOINTS) is not None or (folder / "config.yaml").is_file()
 
 
