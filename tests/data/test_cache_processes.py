@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +162,22 @@ def _command(folder: Path, *more: str) -> list[str]:
     return [script, *own, *more]
 
 
+KILLED = """
+import os, runpy, signal, sys
+from pathlib import Path
+
+replace, shards = Path.replace, []
+
+def killed(self, target):
+    shards.append(target) if target.name.startswith("shard-") else None
+    return replace(self, target) if len(shards) < 2 else os.kill(os.getpid(), signal.SIGKILL)
+
+Path.replace = killed
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""  # kills itself between writing a second shard and giving it its name
+
+
 @pytest.mark.slow
 def test_the_script_under_accelerate_and_after_a_kill(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
@@ -171,15 +186,14 @@ def test_the_script_under_accelerate_and_after_a_kill(tmp_path: Path) -> None:
     make_parts(tmp_path / "parts")
     make_pictures(tmp_path / "pictures", 700)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    # One of two is killed as soon as it has stored something …
-    process = subprocess.Popen(
-        [sys.executable, *_command(tmp_path, "--rank", "0", "--ranks", "2", "latents.batch_size=8")]
+    # One of two is killed while it stores its second block …
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *_command(tmp_path, "--rank", "0", "--ranks", "2")],
+        check=False,
     )
-    while not list((tmp_path / "cache").glob("*/.tmp-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "cache").glob("*/shard-*"))) == 1
+    assert list((tmp_path / "cache").glob("*/.tmp-*"))
     # … and two processes, started by accelerate, finish the work.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launcher += ["--config_file", str(ROOT / "training" / "accelerate" / "ddp_cpu_2.yaml")]
