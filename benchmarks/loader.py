@@ -35,8 +35,9 @@ import torch
 from latentdiff.data.latents import LatentCache, LatentIndex, Shards, key_array, write_shard
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError, command
-from latentdiff.train.batches import BatchMaker, BatchShape, Order, Prefetch, choose_caption
+from latentdiff.train.batches import BatchMaker, Prefetch, choose_caption
 from latentdiff.train.config import TrainConfig
+from latentdiff.train.order import BatchShape, Order
 
 SHAPE = (8, 16, 16)
 BATCH = 24
@@ -154,7 +155,7 @@ def train(cache: LatentCache, steps: int, room: int) -> tuple[dict[str, float], 
     unet = UNet(shape).init_for_training().train()
     schedule, optimizer = NoiseSchedule(config.schedule), make_optimizer(unet, config.optimizer)
     autoencoder = load_autoencoder(EMBEDDED_MODEL / "vae")
-    context = ContextCache(text, room * 2**20)
+    context = ContextCache(text.encode, max_bytes=room * 2**20)
     make = batch_maker(cache, context, config, schedule)
     batches = Prefetch(make, ((step, 0) for step in range(steps)))
     memory: Memory = []
@@ -184,7 +185,7 @@ def batch_maker(
         cache,
         Order(range(len(cache)), 0),
         BatchShape(BATCH),
-        context,  # type: ignore[arg-type]
+        context,
         config.objective,
         schedule,
         torch.device("cpu"),

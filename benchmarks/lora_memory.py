@@ -27,7 +27,7 @@ def measure(kind: str, channels: list[int], batch: int, size: int) -> dict[str, 
     from latentdiff.embedded import EMBEDDED_MODEL
     from latentdiff.finetune.full import FullConfig
     from latentdiff.finetune.lora import LoraConfig
-    from latentdiff.finetune.registry import apply_method
+    from latentdiff.finetune.registry import make_method
     from latentdiff.formats.folder import load_components
     from latentdiff.models.unet import UNet
     from latentdiff.models.unet_config import UNetConfig
@@ -46,7 +46,7 @@ def measure(kind: str, channels: list[int], batch: int, size: int) -> dict[str, 
         components = dataclasses.replace(components, unet=UNet(config))
     unet = components.unet
     start = resident()
-    trainee = apply_method(components, LoraConfig() if kind == "lora" else FullConfig())
+    method = make_method(components, LoraConfig() if kind == "lora" else FullConfig())
     optimizer = make_optimizer(unet, OptimizerConfig())
     ema = Ema(unet, 0.999)
     x = torch.randn(batch, unet.config.in_channels, size, size)
@@ -56,7 +56,7 @@ def measure(kind: str, channels: list[int], batch: int, size: int) -> dict[str, 
         optimizer.step()
         optimizer.zero_grad()
         ema.update(step)
-    trained = sum(p.numel() for p in trainee.trained().values())
+    trained = sum(p.numel() for p in method.trained().values())
     everything = sum(p.numel() for p in unet.parameters())
     return {"trained": trained, "all": everything, "weights": everything * 4 / 2**20} | {
         "peak": resident("VmHWM") - start

@@ -29,9 +29,12 @@ from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import command
 from latentdiff.formats.folder import save_components
 from latentdiff.precision import has_fast_bf16
-from latentdiff.train.batches import BatchMaker, ContextCache, Order
+from latentdiff.train.batches import BatchMaker, ContextCache
 from latentdiff.train.config import read_config
-from latentdiff.train.run import batch_shape, load_parts, open_latents, prepare_unet
+from latentdiff.train.latents import open_latents
+from latentdiff.train.order import Order
+from latentdiff.train.parts import load_parts, prepare_unet
+from latentdiff.train.run import batch_shape
 
 #: train_text_to_image.py at its defaults.
 WARMUP, CLIP_NORM, EMA_DECAY = 500, 1.0, 0.9999
@@ -53,7 +56,7 @@ def train(config_file: Path, overrides: list[str], rate: float) -> Path:
         latents.data,
         Order(latents.train, config.loop.seed),
         batch_shape(config, accelerator, before=None)[0],
-        ContextCache(parts.text_encoder),
+        ContextCache(parts.text_encoder.encode),
         ObjectiveConfig(condition_dropout=0.0),
         NoiseSchedule(ScheduleConfig()),
         torch.device("cpu"),

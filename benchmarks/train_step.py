@@ -43,19 +43,13 @@ from latentdiff.data.source import DataConfig, open_source
 from latentdiff.diffusion.objective import ObjectiveConfig, per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.formats.folder import load_components
-from latentdiff.train.batches import (
-    BatchMaker,
-    BatchShape,
-    ContextCache,
-    LatentBatch,
-    Order,
-    Prefetch,
-)
+from latentdiff.train.batches import BatchMaker, ContextCache, LatentBatch, Prefetch
 from latentdiff.train.ema import Ema
-from latentdiff.train.log import count_flops
+from latentdiff.train.gauges import count_flops
 from latentdiff.train.loop import OptimizerStep
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
-from latentdiff.train.run import likes_channels_last
+from latentdiff.train.order import BatchShape, Order
+from latentdiff.train.parts import likes_channels_last
 
 OBJECTIVE = ObjectiveConfig(prediction="eps", weighting="none", condition_dropout=0.0)
 
@@ -87,7 +81,7 @@ class Ours:
         self.optimizer_step = OptimizerStep(
             accelerator, prepared, optimizer, lambda step: 1e-4, 1.0, 1
         )
-        context = ContextCache(parts.text_encoder.to(device))
+        context = ContextCache(parts.text_encoder.to(device).encode, device)
         shape = BatchShape(size.batch)
         order = Order(range(len(cache)), 0)
         self.make = BatchMaker(cache, order, shape, context, OBJECTIVE, self.schedule, device)

@@ -72,12 +72,12 @@ def check(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Return the figures and the pictures."""
-    from latentdiff.embedded import EMBEDDED_MODEL
+    from latentdiff.embedded import EMBEDDED_MODEL, named
     from latentdiff.evaluation.metrics import Generator
     from latentdiff.evaluation.run import Evaluation, Size, device_words, open_score, rounded
+    from latentdiff.files import default_cache
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
-    from latentdiff.train.checkpoint import default_cache
 
     device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
@@ -89,7 +89,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         print(f"… {text}", file=sys.stderr, flush=True)
 
     evaluation = Evaluation(pipeline, generator, size, default_cache() / "features", say)
-    result = evaluation.run(open_score(Path(args.model or EMBEDDED_MODEL)))
+    result = evaluation.run(open_score(Path(named(args.model or EMBEDDED_MODEL))))
     facts = {
         "model": str(args.model or "embedded"),
         "sampler steps": args.steps,

@@ -149,3 +149,9 @@ def parse_json(text: str, where: object) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{where} must hold a JSON object; it holds a {type(found).__name__}.")
     return found
+
+
+def default_cache() -> Path:
+    """~/.cache/latentdiff, or what XDG_CACHE_HOME says."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "latentdiff"

@@ -27,22 +27,15 @@ from killing import Fate, arm  # noqa: E402
 
 from latentdiff.models.unet import UNet  # noqa: E402
 from latentdiff.models.unet_config import UNetConfig  # noqa: E402
-from latentdiff.train.batches import BatchShape, Order  # noqa: E402
 from latentdiff.train.checkpoint import TrainingState  # noqa: E402
-from latentdiff.train.distributed import (  # noqa: E402  # noqa: E402
+from latentdiff.train.distributed import (  # noqa: E402
     gather_state,
     is_sharded,
     local,
     prepare,
     start_processes,
-    was_restarted,
 )
-from latentdiff.train.ema import (  # noqa: E402
-    AllAverages,
-    Ema,
-    PowerEmaConfig,
-    PowerEmas,
-)
+from latentdiff.train.ema import Ema, PowerEmaConfig, PowerEmas, averages  # noqa: E402
 from latentdiff.train.log import Tracker, read_metrics  # noqa: E402
 from latentdiff.train.loop import (  # noqa: E402
     LoopConfig,
@@ -50,6 +43,8 @@ from latentdiff.train.loop import (  # noqa: E402
     training_loop,
 )
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
+from latentdiff.train.order import BatchShape, Order  # noqa: E402
+from latentdiff.train.rendezvous import was_restarted  # noqa: E402
 
 PICTURES = 7
 SHAPE = UNetConfig(
@@ -113,7 +108,7 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         1,
         config.keep_every,
         facts,
-        AllAverages(ema, powers),
+        averages(ema, powers),
     )
     first, seconds = state.resume()
     order, samples = Order(range(PICTURES), seed=5), list[list[int]]()
@@ -150,18 +145,12 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "first step": first,
         "weights": held_bytes(p for p in unet.parameters()),
         "moments": held_bytes(moments),
-        "average": (
-            sum(a.nbytes for a in ema.average.values()),
-            held_bytes(ema.placed().values())[1],
-        ),
-        "power averages": (
-            sum(a.nbytes for track in powers.tracks for a in track.average.values()),
-            sum(held_bytes(track.placed().values())[1] for track in powers.tracks),
-        ),
+        "average": held_bytes(ema.average.values()),
+        "power averages": held_bytes(a for track in powers.tracks for a in track.average.values()),
         "samples": sorted(samples),
     }
     with ema.applied():
-        exported = gather_state(unet, accelerator.is_main_process)
+        exported = gather_state(unet)
     if accelerator.is_main_process:
         from safetensors.torch import save_file
 

@@ -16,7 +16,7 @@ STEPS = 12
 
 def test_cache_and_training_take_the_same_picture_size_of_a_pretrained_model() -> None:
     from latentdiff.train.config import read_config
-    from latentdiff.train.run import frozen_autoencoder, load_parts
+    from latentdiff.train.parts import frozen_autoencoder, load_parts
 
     for more in ([], ["data.image_size=128"]):
         wanted = read_config(None, ["model.pretrained=embedded", *more])

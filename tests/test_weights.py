@@ -1,6 +1,8 @@
 """A tensor's bytes do not depend on how it lies in memory."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from latentdiff.data.latents import cache_key
 from latentdiff.data.source import DataConfig
-from latentdiff.finetune.trainee import Trainee
+from latentdiff.finetune.method import Method
 from latentdiff.weights import raw_bytes
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,9 +45,11 @@ def test_numbers_and_strided_singles_have_bytes_too() -> None:
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_digests_of_weights_are_those_of_any_layout(kernel: int) -> None:
     module = torch.nn.Conv2d(6, 4, kernel).requires_grad_(False)
-    trainee = Trainee(module, None, export=lambda folder, dtype: [])
-    before = trainee.facts(), cache_key(module, DataConfig())
+    parts: Any = SimpleNamespace(unet=module, text_encoder=SimpleNamespace(encode=None))
+    method = Method(parts)
+    method.adds = True  # type: ignore[misc]
+    before = method.facts(), cache_key(module, DataConfig())
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    assert (trainee.facts(), cache_key(module, DataConfig())) == before
+    assert (method.facts(), cache_key(module, DataConfig())) == before
     module.weight[0, 0, 0, 0] += 1
-    assert trainee.facts() != before[0] and cache_key(module, DataConfig()) != before[1]
+    assert method.facts() != before[0] and cache_key(module, DataConfig()) != before[1]

@@ -13,20 +13,51 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 from latentdiff.config import describe
 from latentdiff.data.latents import Encoding, LatentFolder
 from latentdiff.data.source import open_source, problems_of, report_skipped
-from latentdiff.errors import command
-from latentdiff.train.checkpoint import default_cache
+from latentdiff.errors import UserError, command
+from latentdiff.files import default_cache
 from latentdiff.train.config import Given, TrainConfig, read_config
-from latentdiff.train.run import Worker, frozen_autoencoder, this_worker
+from latentdiff.train.parts import frozen_autoencoder
+
+
+class Worker(NamedTuple):
+    """Which process this is; it never speaks to the others."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+
+def this_worker(rank: int | None = None, ranks: int | None = None) -> Worker:
+    """Find out from the launcher's environment, where the caller does not say.
+
+    Args:    rank, ranks: this process's number and how many there are; both or neither.
+    Raises:  UserError: one without the other, or rank outside 0 … ranks − 1.
+    """
+    if (rank is None) != (ranks is None):
+        raise UserError("--rank and --ranks belong together: --rank 0 --ranks 4, say.")
+    if rank is None or ranks is None:
+        rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if not 0 <= rank < ranks:
+        raise UserError(f"--rank must lie in 0 … {ranks - 1} for --ranks {ranks}; got {rank}.")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return Worker(rank, ranks, torch.device("cpu"))
+    local = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
+    return Worker(rank, ranks, torch.device(found.type, local))
 
 
 def cache(given: Given, worker: Worker) -> None:

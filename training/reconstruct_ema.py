@@ -24,7 +24,7 @@ from latentdiff.errors import UserError, command
 from latentdiff.formats.folder import save_components
 from latentdiff.train.config import read_config
 from latentdiff.train.ema import reconstruct
-from latentdiff.train.run import load_parts
+from latentdiff.train.parts import load_parts
 
 #: A profile further than this from the wanted one is another average; see `ema.misfit`.
 POOR_FIT = 0.1

@@ -43,21 +43,21 @@ from latentdiff.train.autoencoder import (
 )
 from latentdiff.train.batches import to_device
 from latentdiff.train.distributed import on_first
-from latentdiff.train.loop import training_loop
 from latentdiff.train.optimizer import make_optimizer
-from latentdiff.train.run import SmallRun
+from latentdiff.train.run import Run
 
 CONFIG = Path(__file__).parent / "configs" / "autoencoder.yaml"
 
 
 def batch_maker(
-    source: Source, indices: list[int], config: AutoencoderTrainConfig, run: SmallRun
+    source: Source, indices: list[int], run: Run[AutoencoderTrainConfig]
 ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
     """Return (step, micro-batch) → (pictures (B, 3, H, W), ε (B, C, h, w)).
 
     Both are a pure function of the seed and the numbers of the samples.
     """
-    shape, network, device = run.shape, config.autoencoder, run.accelerator.device
+    config, shape, device = run.config, run.shape, run.accelerator.device
+    network = config.autoencoder
     side = config.data.image_size // 2 ** (len(network.block_out_channels) - 1)
     noise = (shape.total, network.latent_channels, side, side)
     order = run.order(indices)
@@ -121,7 +121,8 @@ def pictures(source: Source, indices: list[int], data: DataConfig) -> Iterator[T
 def train(config: AutoencoderTrainConfig, resume: bool) -> None:
     """Reconstruct, discriminate, step; then standardise the latents and export."""
     loop, weights = config.loop, config.loss
-    run = SmallRun.start(config, resume)
+    run = Run(config, resume)
+    run.open_output()
     accelerator = run.accelerator
     torch.manual_seed(loop.seed)
     source = open_source(config.data)
@@ -133,10 +134,12 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
     optimizer = make_optimizer(vae, config.optimizer)
     models: dict[str, nn.Module] = {"vae": vae}
     optimizers, others = {"vae": optimizer}, {}
-    vae_step = run.optimizer_step(model, optimizer)
+    vae_step = run.optimizer_step(model, accelerator.prepare(optimizer))
     if weights.adversarial:
         optimizer = make_optimizer(discriminator, replace(config.optimizer, betas=(0.5, 0.9)))
-        others["discriminator"] = discriminator_step = run.optimizer_step(critic, optimizer)
+        others["discriminator"] = discriminator_step = run.optimizer_step(
+            critic, accelerator.prepare(optimizer)
+        )
         models["discriminator"], optimizers["discriminator"] = discriminator, optimizer
     distance = None
     if weights.perceptual:
@@ -147,20 +150,11 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
     facts = {"pictures": source.fingerprint(), "training pictures": len(train_set)}
     if weights.perceptual or weights.adversarial:
         facts["late losses from step"] = late
-    state, tracker, first_step, seconds = run.open_log(models, optimizers, facts)
-    make_batch = batch_maker(source, train_set, config, run)
+    run.load_state(models, optimizers, facts | {"models": ", ".join(models)})
+    run.open_log()
+    make_batch = batch_maker(source, train_set, run)
 
-    for step, (images, eps) in training_loop(
-        vae_step,
-        make_batch,
-        run.shape,
-        loop,
-        tracker,
-        state.save,
-        first_step,
-        seconds,
-        others=others,
-    ):
+    for step, (images, eps) in run.loop(vae_step, make_batch, others=others):
         with accelerator.autocast():
             reconstruction, mean, logvar = model(images, eps)
         difference = reconstruction - images
@@ -189,7 +183,7 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
         with torch.no_grad():
             step.log(**losses, psnr=psnr(reconstruction, images).mean())
 
-    tracker.close()
+    run.tracker.close()
     on_first(lambda: export(vae.float().cpu().eval(), source, train_set, held_out, config))
     run.end()
 

@@ -23,7 +23,7 @@ from latentdiff.data.source import Readable, Source, open_source
 from latentdiff.errors import UserError, command
 from latentdiff.files import whole_folder
 from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
-from latentdiff.train.batches import BatchShape, to_device
+from latentdiff.train.batches import to_device
 from latentdiff.train.clip import (
     ClipFeatures,
     ClipTrainConfig,
@@ -37,22 +37,23 @@ from latentdiff.train.clip import (
     trim_padding,
 )
 from latentdiff.train.distributed import on_first
-from latentdiff.train.loop import training_loop
 from latentdiff.train.optimizer import make_optimizer
-from latentdiff.train.run import SmallRun, save_config
+from latentdiff.train.order import BatchShape
+from latentdiff.train.run import Run, save_config
 from latentdiff.train.teacher import open_teacher
 
 CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
 
 
 def batch_maker(
-    source: Source, tokenizer: ClipTokenizer, config: ClipTrainConfig, run: SmallRun
+    source: Source, tokenizer: ClipTokenizer, run: Run[ClipTrainConfig]
 ) -> Callable[[int, int], tuple[Tensor, list[str], Tensor]]:
     """Return (step, micro-batch) → (pictures, captions, their token ids (B, tokens)).
 
     Which of several captions it is is drawn from (seed, step).
     """
-    shape, data, readable = run.shape, config.data, Readable(source)
+    config, shape, readable = run.config, run.shape, Readable(source)
+    data = config.data
     device, order = run.accelerator.device, run.order(range(len(source)))
     looks = group_by_look(source, shape.total) if config.same_look else {}
 
@@ -125,11 +126,12 @@ def check_step(shape: BatchShape) -> None:
 
 def train(config: ClipTrainConfig, resume: bool) -> None:
     """Embed both sides, contrast, step; then export both towers."""
-    loop, output = config.loop, Path(config.output)
-    run = SmallRun.start(config, resume)
+    output = Path(config.output)
+    run = Run(config, resume)
     accelerator = run.accelerator
     check_step(run.shape)
-    torch.manual_seed(loop.seed)
+    run.open_output()
+    torch.manual_seed(config.loop.seed)
     source = open_source(config.data)
     on_first(lambda: prepare_vocabulary(source, config))
     tokenizer = load_tokenizer(output / "tokenizer", config.clip.max_tokens)
@@ -139,23 +141,15 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
     teacher = open_teacher(config, width, accelerator.device)
     models = {"clip": clip} | ({"teacher": teacher} if teacher else {})
     optimizers = {name: make_optimizer(module, config.optimizer) for name, module in models.items()}
-    clip_step = run.optimizer_step(model, optimizers["clip"])
-    others = {"teacher": run.optimizer_step(teacher, optimizers["teacher"])} if teacher else {}
-    facts = {"pictures": source.fingerprint()}
-    state, tracker, first_step, seconds = run.open_log(models, optimizers, facts)
-    make_batch = batch_maker(source, tokenizer, config, run)
+    prepared = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+    clip_step = run.optimizer_step(model, prepared["clip"])
+    others = {"teacher": run.optimizer_step(teacher, prepared["teacher"])} if teacher else {}
+    facts = {"pictures": source.fingerprint(), "models": ", ".join(models)}
+    run.load_state(models, optimizers, facts)
+    run.open_log()
+    make_batch = batch_maker(source, tokenizer, run)
 
-    for step, (images, texts, token_ids) in training_loop(
-        clip_step,
-        make_batch,
-        run.shape,
-        loop,
-        tracker,
-        state.save,
-        first_step,
-        seconds,
-        others=others,
-    ):
+    for step, (images, texts, token_ids) in run.loop(clip_step, make_batch, others=others):
         with accelerator.autocast():
             image_vectors, text_vectors, scale = model(images, token_ids)
         everyone = (accelerator.gather(image_vectors), accelerator.gather(text_vectors))
@@ -173,7 +167,7 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
         top_1 = retrieval_accuracy(text_vectors, image_vectors, 1)
         step.log(batch_top1=top_1, scale=scale)
 
-    tracker.close()
+    run.tracker.close()
     on_first(lambda: save_clip(clip.float().cpu().eval(), output))
     run.end()
     if accelerator.is_main_process:

@@ -25,168 +25,36 @@ if importlib.util.find_spec("latentdiff") is None:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from torch import Tensor, nn
 
 from latentdiff.config import describe
 from latentdiff.diffusion.objective import per_sample_loss
-from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError, command
-from latentdiff.finetune.registry import apply_method
-from latentdiff.train.batches import BatchMaker, ContextCache, make_order
-from latentdiff.train.checkpoint import (
-    CHECKPOINTS,
-    TrainingState,
-    check_output,
-    is_started,
-    open_output,
-    stored_facts,
-)
-from latentdiff.train.config import Given, TrainConfig, deciding_facts, read_config
-from latentdiff.train.distributed import is_first_process, prepare, start_processes, was_restarted
-from latentdiff.train.ema import AllAverages, Ema, PowerEmas
-from latentdiff.train.log import MEBI, Tracker, peak_memory
-from latentdiff.train.loop import OptimizerStep, training_loop
-from latentdiff.train.memory import RAN_OUT, halved_note, probe, trial_loss
-from latentdiff.train.optimizer import learning_rate, make_optimizer, never_at_peak
-from latentdiff.train.run import (
-    batch_shape,
-    check_extras,
-    check_steps_left,
-    ending,
-    environment,
-    export_trained,
-    load_parts,
-    long_captions,
-    make_gauges,
-    more_writers,
-    none_held_out,
-    open_latents,
-    prepare_unet,
-    save_config,
-    write_environment,
-)
-from latentdiff.train.validation import Validator
+from latentdiff.train.batches import LatentBatch
+from latentdiff.train.config import Given, TrainConfig, read_config
+from latentdiff.train.distributed import is_first_process
+from latentdiff.train.latent_run import LatentRun
+from latentdiff.train.memory import RAN_OUT
 
 
 def train(given: Given, resume: bool) -> str:
     """Check everything, train, export. Returns: what was written, and how to use it."""
-    config, output = given.config, Path(given.config.output)
-    check_extras(config.optimizer.kind, config.loop.wandb, config.finetune.kind)
-    accelerator = start_processes(config.loop.mixed_precision, shards=True)
-    resume = resume or (was_restarted() and is_started(output))
-    check_output(output, resume)
-    before = stored_facts(output / CHECKPOINTS) if resume else None
-    nothing_left = check_steps_left(before, config.loop.max_steps)
-    components, config, notes = load_parts(given)
-    autoencoder, schedule = (
-        components.autoencoder.to(accelerator.device),
-        NoiseSchedule(config.schedule),
-    )
-    latents = open_latents(config, autoencoder, accelerator)
-    accelerator.wait_for_everyone()  # all have looked at the output folder before one writes there
-    lock = open_output(output) if accelerator.is_main_process else None
+    run = LatentRun(given, resume)
 
-    prepare_unet(components, config, accelerator)
-    components.text_encoder.to(accelerator.device)
-    torch.manual_seed(config.loop.seed)
-    trainee = apply_method(components, config.finetune)
-    unet = trainee.module
-    gauges = make_gauges(components, latents, accelerator, frozen=trainee.adds)
-    optimizer = make_optimizer(unet, config.optimizer)
-    model, prepared_optimizer = prepare(accelerator, unet, optimizer)
-    ema = Ema(unet, config.loop.ema_decay)
-    powers = PowerEmas(unet, config.power_ema, output, accelerator.is_main_process)
-    shape, recut = batch_shape(config, accelerator, before)
-    context = ContextCache(trainee.encoder, config.latents.context_megabytes * 2**20)
-    facts = {**deciding_facts(config), **latents.facts(), "pictures per step": shape.total}
-    facts |= trainee.facts()
-    keep = (config.loop.keep_last, config.loop.keep_every)
-    averages = AllAverages(ema, powers)
-    state = TrainingState(
-        {"unet": unet},
-        {"unet": optimizer},
-        accelerator,
-        output / CHECKPOINTS,
-        *keep,
-        facts,
-        averages,
-        whole=not trainee.adds,
-        defaults=deciding_facts(TrainConfig()),
-    )
-    first_step, seconds = state.resume() if resume else (0, 0.0)
-    if config.loop.probe_memory:
-        trial = trial_loss(unet, autoencoder, schedule, config.objective, latents.data, context)
-        wanted, shape = shape.per_process, probe(unet, trial, optimizer, shape, accelerator)
-        if shape.per_process < wanted:
-            notes.append(halved_note(wanted, shape))
-    if accelerator.is_main_process:
-        save_config(config)
-        write_environment(output, environment(accelerator))
-    tracker = Tracker(
-        output, first_step, config.loop, accelerator.is_main_process, partial(more_writers, config)
-    )
-    notes += [trainee.about()] if trainee.adds else []
-    notes += recut + nothing_left + none_held_out(latents, config)
-    notes += never_at_peak(config.optimizer, config.loop.max_steps)
-    for note in notes + long_captions(latents, components.text_encoder):
-        tracker.say(note)
-    make_batch = BatchMaker(
-        latents.data,
-        make_order(latents.data, latents.train, config.loop.seed, shape.total),
-        shape,
-        context,
-        config.objective,
-        schedule,
-        accelerator.device,
-        config.captions,
-    )
-    validate = Validator(config, components, latents, context, ema, tracker, accelerator, unet)
-    optimizer_step = OptimizerStep(
-        accelerator,
-        model,
-        prepared_optimizer,
-        lambda step: learning_rate(step, config.optimizer, config.loop.max_steps),
-        config.optimizer.clip_norm,
-        shape.accumulation,
-    )
-    if validate.due(first_step):
-        validate(first_step)
+    def denoising_loss(model: nn.Module, batch: LatentBatch) -> Tensor:
+        """Algorithm 1 (Ho et al. 2020): w_t · mean |y − model(α_t x_0 + σ_t ε, t, context)|²."""
+        x_0 = run.autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
+        return per_sample_loss(
+            model, x_0, batch.context, batch.draw, run.schedule, run.config.objective, batch.mask
+        )
 
-    done = first_step
-    for step, batch in training_loop(
-        optimizer_step,
-        make_batch,
-        shape,
-        config.loop,
-        tracker,
-        state.save,
-        first_step,
-        seconds,
-        gauges,
-        lambda done: validate(done) if validate.due(done) else None,
-    ):
-        x_0 = autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
-        loss = per_sample_loss(
-            model, x_0, batch.context, batch.draw, schedule, config.objective, batch.mask
-        ).mean()
-        step.backward(loss)
+    loss = partial(run.method.loss, denoising_loss)
+    run.begin(loss)
+    for step, batch in run.steps():
+        step.backward(loss(run.model, batch).mean())
         if step.update():
-            ema.update(step.number)
-            with tracker.going_on("a stored average"):
-                powers.update(step.number)
-            done = step.number + 1
-
-    if not validate.due(done):
-        validate(done)
-    with tracker.going_on("a stored average"):
-        powers.store(done)
-    tracker.say(f"peak memory: {peak_memory(accelerator.device) / MEBI:.0f} MB")
-    tracker.close()
-    written = export_trained(config, components, trainee, ema, accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if lock is not None:
-        lock.close()
-    return ending(config, written, trainee)
+            run.update_averages(step.number)
+    return run.finish()
 
 
 @command

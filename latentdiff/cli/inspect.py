@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.embedded import named
 from latentdiff.errors import UserError, command, printable
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ def inspect(name: str, keys: bool = False) -> list[tuple[str, str]]:
 
     if file := as_file(name):
         return _file(read_tensor_file(file), keys)
-    folder = resolve_folder(named(name))
+    folder = resolve_folder(name)
     if inner := adapter_in(folder):
         first, *others = _file(read_tensor_file(inner), keys)
         return [first, *beside(inner), *others]

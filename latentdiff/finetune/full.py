@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from latentdiff.finetune.trainee import Trainee
+import torch
+
+from latentdiff.finetune.method import Method
 
 if TYPE_CHECKING:
     from latentdiff.formats.folder import Components
@@ -19,6 +22,14 @@ class FullConfig:
     """full: all weights of the U-Net; the run ends with a model folder."""
 
 
-def apply(components: Components, config: FullConfig) -> Trainee:
-    """Leave the U-Net as it is: all of it is trained."""
-    return Trainee(components.unet, components.text_encoder)
+class Full(Method):
+    """The U-Net as it is; the run ends with the whole model."""
+
+    def __init__(self, components: Components, config: FullConfig) -> None:
+        super().__init__(components)
+
+    def export(self, components: Components, output: Path, dtype: torch.dtype) -> list[Path]:
+        """Write OUTPUT/model."""
+        from latentdiff.formats.folder import save_components
+
+        return [save_components(output / "model", components, dtype)]

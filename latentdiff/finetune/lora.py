@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from latentdiff.config import FREE
 from latentdiff.errors import UserError
-from latentdiff.finetune.trainee import TextConditioned, TokenIds, Trainee
+from latentdiff.finetune.method import Method, TextConditioned
 from latentdiff.formats.lora import FILE, write_lora
 from latentdiff.models.clip_text import ClipText, TextEncoder
 from latentdiff.models.low_rank import LowRank, layers_of
@@ -81,27 +80,40 @@ class LoraConfig:
         return problems
 
 
-def apply(components: Components, config: LoraConfig) -> Trainee:
-    """Freeze the model and put adapters beside the chosen layers.
+class Lora(Method):
+    """A frozen model with adapters beside the chosen layers.
 
     Raises: UserError: the network has none of the layers asked for.
     """
-    unet, text_encoder = components.unet, components.text_encoder
-    unet.requires_grad_(False)
-    ends = tuple(end for target in config.targets for end in TARGETS[target])
-    if ends:
-        insert(unet, ends, config)
-    module: Any = unet
-    encoder: Any = text_encoder
-    if config.text_encoder:
-        insert(text_encoder.module, TEXT_TARGETS, config)
-        module, encoder = TextConditioned(unet, text_encoder), TokenIds(text_encoder.tokenizer)
-    return Trainee(
-        module,
-        encoder,
-        partial(_export, components, config),
-        f"--lora {{output}}/{FOLDER}/{FILE}",
-    )
+
+    adds = True
+    usage = f"--lora {{output}}/{FOLDER}/{FILE}"
+
+    def __init__(self, components: Components, config: LoraConfig) -> None:
+        super().__init__(components)
+        self.config = config
+        unet, text_encoder = components.unet, components.text_encoder
+        unet.requires_grad_(False)
+        if ends := tuple(end for target in config.targets for end in TARGETS[target]):
+            insert(unet, ends, config)
+        if config.text_encoder:
+            insert(text_encoder.module, TEXT_TARGETS, config)
+            self.module = TextConditioned(unet, text_encoder)
+            self.encode = text_encoder.tokenizer
+
+    def export(self, components: Components, output: Path, dtype: torch.dtype) -> list[Path]:
+        """Write OUTPUT/lora in both layouts, and the fused model where that was asked for."""
+        config, text = self.config, components.text_encoder
+        found = {f"unet.{n}": c for n, c in changes(components.unet, config).items()}
+        found |= {f"text_encoder.{n}": c for n, c in changes(text.module, config).items()}
+        folder = output / FOLDER
+        written = [
+            write_lora(folder / FILE, found, "diffusers", dtype),
+            write_lora(folder / KOHYA_FILE, found, "kohya", dtype),
+        ]
+        if config.fuse:
+            written.append(_export_fused(components, config, output / FUSED, dtype))
+        return written
 
 
 def insert(network: nn.Module, ends: tuple[str, ...], config: LoraConfig) -> None:
@@ -162,21 +174,6 @@ def fused(network: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
 
 def _alpha(config: LoraConfig) -> float:
     return float(config.rank if config.alpha is None else config.alpha)
-
-
-def _export(
-    components: Components, config: LoraConfig, output: Path, dtype: torch.dtype
-) -> list[Path]:
-    found = {f"unet.{n}": c for n, c in changes(components.unet, config).items()}
-    text = components.text_encoder
-    found |= {f"text_encoder.{n}": c for n, c in changes(text.module, config).items()}
-    written = [
-        write_lora(output / FOLDER / FILE, found, "diffusers", dtype),
-        write_lora(output / FOLDER / KOHYA_FILE, found, "kohya", dtype),
-    ]
-    if config.fuse:
-        written.append(_export_fused(components, config, output / FUSED, dtype))
-    return written
 
 
 def _export_fused(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.finetune.trainee import TextConditioned, Trainee
+from latentdiff.finetune.method import Method, TextConditioned
 from latentdiff.formats.embedding import FILE, write_embedding
 from latentdiff.models.prompts import TrainedRows, add_word, starting_vectors
 from latentdiff.models.tokenizer import ClipTokenizer
@@ -67,7 +67,7 @@ class Sayings:
     def __init__(self, tokenizer: ClipTokenizer, token: str, template: str) -> None:
         self._tokenizer, self._token, self._template = tokenizer, token, template
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
+    def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids, int64."""
         return self._tokenizer([self.say(text) for text in texts])
 
@@ -84,29 +84,34 @@ class Sayings:
             words.pop()
 
 
-def apply(components: Components, config: TextualInversionConfig) -> Trainee:
-    """Freeze the model and give its text encoder, which is changed in place, the new word.
+class TextualInversion(Method):
+    """A frozen model whose text encoder has the new word's vectors, which are trained.
 
     Raises: UserError: the word is known already, or does not fit into a prompt.
     """
-    encoder = components.text_encoder
-    if config.vectors > encoder.max_length // 2:
-        raise UserError(
-            f"finetune.vectors must be at most {encoder.max_length // 2}, half of what the text "
-            f"encoder takes; got {config.vectors}."
-        )
-    components.unet.requires_grad_(False)
-    encoder.requires_grad_(False)
-    start = starting_vectors(encoder, config.initial, config.vectors)
-    ids = add_word(encoder, config.token, start)
-    rows = TrainedRows(encoder.module.embeddings.token_embedding, ids)
-    encoder.module.embeddings.token_embedding = rows
-    module = TextConditioned(components.unet, encoder)
 
-    def export(output: Path, dtype: torch.dtype) -> list[Path]:
-        # Small and easily rounded to another meaning: float32, whatever the models are kept in.
-        return [write_embedding(output / FILE, config.token, rows.vectors)]
-
-    sayings = Sayings(encoder.tokenizer, config.token, config.template)
+    adds = True
     usage = f"--embedding {{output}}/{FILE}"
-    return Trainee(module, sayings, export, usage, example=sayings.say("a cat"))
+
+    def __init__(self, components: Components, config: TextualInversionConfig) -> None:
+        super().__init__(components)
+        encoder = components.text_encoder
+        if config.vectors > encoder.max_length // 2:
+            raise UserError(
+                f"finetune.vectors must be at most {encoder.max_length // 2}, half of what the "
+                f"text encoder takes; got {config.vectors}."
+            )
+        components.unet.requires_grad_(False)
+        encoder.requires_grad_(False)
+        start = starting_vectors(encoder, config.initial, config.vectors)
+        ids = add_word(encoder, config.token, start)
+        self.token = config.token
+        self.rows = TrainedRows(encoder.module.embeddings.token_embedding, ids)
+        encoder.module.embeddings.token_embedding = self.rows
+        self.module = TextConditioned(components.unet, encoder)
+        self.encode = Sayings(encoder.tokenizer, config.token, config.template)
+        self.example = self.encode.say("a cat")
+
+    def export(self, components: Components, output: Path, dtype: torch.dtype) -> list[Path]:
+        """Write the embedding, in float32: small, and rounding easily gives it another meaning."""
+        return [write_embedding(output / FILE, self.token, self.rows.vectors)]

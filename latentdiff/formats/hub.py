@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from fnmatch import fnmatch
 from pathlib import Path
 
+from latentdiff.embedded import named
 from latentdiff.errors import UserError
 from latentdiff.weights import STAND_INS, TEXT_STEM, UNET_STEM, VAE_STEM
 
@@ -29,14 +30,15 @@ def resolve_folder(
 ) -> Path:
     """The local folder behind a path or hub id.
 
-    Args:    folder_or_hub_id: an existing folder, never looked up on the network; otherwise
-             `owner/name` on the Hugging Face hub, downloaded once into its cache.
+    Args:    folder_or_hub_id: an existing folder, never looked up on the network; `embedded`, the
+             model of the package; otherwise `owner/name` on the Hugging Face hub, downloaded once
+             into its cache.
              revision: branch, tag or commit on the hub.
              variant: download these weights too, for example fp16. Without it, parts that have
              half-precision weights alone get those.
     Raises:  UserError: neither; a file; or the hub does not have it or cannot be reached.
     """
-    path = Path(folder_or_hub_id).expanduser()
+    path = Path(named(folder_or_hub_id)).expanduser()
     if path.is_dir():
         return path
     if path.exists():

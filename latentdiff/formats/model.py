@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from latentdiff.embedded import named
 from latentdiff.errors import UserError
 from latentdiff.files import read_json
 from latentdiff.formats.folder import Components, load_components, save_components
@@ -45,7 +44,6 @@ def load_model(
              prediction: eps or v instead of what the model says.
     Raises:  UserError: missing, damaged, unsupported, or parts that do not fit each other.
     """
-    name = named(name)
     if file := as_file(name):
         return load_single_file(file, dtype=dtype, variant=variant, prediction=prediction)
     components = load_components(name, dtype=dtype, revision=revision, variant=variant)

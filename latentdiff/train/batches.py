@@ -1,30 +1,8 @@
-"""Which picture comes when: a pure function of (seed, global sample index).
+"""Training batches of latents, each a pure function of (seed, global sample indices).
 
-The run is one endless sequence of samples n = 0, 1, 2, …; sample n belongs to epoch n // N and each
-epoch is its own permutation of the N pictures. Optimizer step k uses the samples
-[k·G, (k+1)·G), G the global batch, and every process works on its own slice of them. Nothing is
-remembered between steps, so a resumed run needs only k, and another number of processes sees the
-same samples in the same steps.
-
-Sample order with aspect-ratio buckets: every optimizer step takes its pictures from one bucket.
-
-Still a pure function of (seed, global sample index), with no state and no pictures left over.
-Bucket b of n_b pictures is an endless row of its own permutations, cut into steps of G samples
-(G the global batch). Which bucket comes when repeats in cycles of N = Σ n_b steps with exactly n_b
-of them for bucket b, so every picture is met G times a cycle. Within a cycle the i-th step of
-bucket b happens at time (i + u)/n_b, u uniform in [0, 1), and steps are made in the order of time:
-at any moment each bucket is within two steps of its fair share.
-
-What is said about a picture this time: one of its captions, its tags reordered, some left out.
-
-Decided anew for every global sample index and by it alone, so captions on disk stay as they are
-and a resumed run says the same.
-
-Captions to text states, each caption encoded once.
-
-Moving batches to the device without making the host wait.
-
-Training batches of latents, each a pure function of (seed, global sample indices).
+Latents, text states and random numbers of the next batches are put together in a thread. Which of
+an image's captions is used, in which order its tags come and which are left out, is drawn anew for
+every global sample index and from it alone, so a resumed run uses the same texts.
 """
 
 from __future__ import annotations
@@ -33,197 +11,24 @@ import os
 import random
 import threading
 import time
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from latentdiff.diffusion.noise import mix
 from latentdiff.diffusion.objective import Draw, ObjectiveConfig, draw
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import UserError
+from latentdiff.train.order import BatchShape, BucketOrder, Order, StreamOrder
 
-# Keeps the choice of captions independent of the noise, which is drawn from (seed, n) as well.
-_CAPTION_STREAM = 0x43415054
+T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class BatchShape:
-    """How the global batch of one optimizer step is cut up."""
-
-    per_process: int
-    """Samples that one process computes at a time (the micro-batch)."""
-    accumulation: int = 1
-    """Micro-batches per optimizer step."""
-    processes: int = 1
-    """Number of data-parallel processes."""
-    rank: int = 0
-    """This process, 0 … processes − 1."""
-
-    @property
-    def total(self) -> int:
-        """Samples per optimizer step over all processes, G."""
-        return self.per_process * self.accumulation * self.processes
-
-    def samples(self, step: int, micro: int) -> range:
-        """Global sample indices that this process computes in one micro-batch of a step."""
-        block = micro * self.processes + self.rank
-        start = step * self.total + block * self.per_process
-        return range(start, start + self.per_process)
-
-    def part(self, micro: int) -> slice:
-        """Which of a step's samples this process computes in one micro-batch."""
-        samples = self.samples(0, micro)
-        return slice(samples.start, samples.stop)
-
-
-def recut(shape: BatchShape, total: int) -> BatchShape:
-    """Cut a global batch of `total` samples up for the processes there are.
-
-    Micro-batches become as large as they may: at most `shape.per_process`.
-    Raises: UserError: it cannot be shared out evenly.
-    """
-    share, rest = divmod(total, shape.processes)
-    if rest or not share:
-        raise UserError(
-            f"--resume: a step of this run is {total} pictures, which {shape.processes} processes "
-            "cannot share evenly. Launch it on a number of processes that divides "
-            f"{total}."
-        )
-    size = next(n for n in range(min(shape.per_process, share), 0, -1) if share % n == 0)
-    return replace(shape, per_process=size, accumulation=share // size)
-
-
-@dataclass
-class Order:
-    """Maps global sample indices to dataset indices.
-
-    Args:
-        indices: the training set, as indices into the data.
-        seed: the run's seed.
-        epoch_seed: (seed, epoch) → seed of that epoch's permutation.
-    """
-
-    indices: Sequence[int] | np.ndarray[Any, Any]
-    seed: int
-    epoch_seed: Callable[[int, int], int] = mix
-    _epochs: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict, init=False, repr=False)
-
-    def __call__(self, samples: Sequence[int]) -> list[int]:
-        """Return the dataset index of each global sample index."""
-        count = len(self.indices)
-        return [int(self.indices[self._permutation(n // count)[n % count]]) for n in samples]
-
-    def _permutation(self, epoch: int) -> np.ndarray[Any, Any]:
-        if epoch not in self._epochs:
-            # A batch may span two epochs, or several of a tiny set; older ones never come back.
-            while len(self._epochs) > 8:
-                del self._epochs[min(self._epochs)]
-            generator = torch.Generator().manual_seed(self.epoch_seed(self.seed, epoch))
-            self._epochs[epoch] = torch.randperm(len(self.indices), generator=generator).numpy()
-        return self._epochs[epoch]
-
-
-def choose_caption(captions: Sequence[str], seed: int, sample: int) -> str:
-    """Choose one of a picture's captions for a global sample index."""
-    if len(captions) == 1:
-        return captions[0]
-    return captions[mix(mix(seed, _CAPTION_STREAM), sample) % len(captions)]
-
-
-_CYCLE_STREAM = 0x4259434C
-
-
-class BucketOrder:
-    """Maps global sample indices to dataset indices.
-
-    Args:
-        indices: the training set, as indices into the data.
-        buckets: the bucket of each of them, a sequence or an array.
-        seed: the run's seed.
-        total: samples per optimizer step over all processes, G.
-    """
-
-    def __init__(self, indices: Sequence[int], buckets: Any, seed: int, total: int) -> None:
-        self.seed, self._total = seed, total
-        rows, places = np.asarray(indices, np.int64), np.asarray(buckets)
-        members = [rows[places == bucket] for bucket in np.unique(places)]
-        self._counts = [len(member) for member in members]
-        self._starts = [sum(self._counts[:n]) for n in range(len(members))]
-        self._orders = [Order(member, mix(seed, n)) for n, member in enumerate(members)]
-        self._cycle: tuple[int, np.ndarray[Any, Any]] = (-1, np.empty(0, np.int64))
-
-    def __call__(self, samples: Sequence[int]) -> list[int]:
-        """Return the dataset index of each global sample index."""
-        return [self._row(n) for n in samples]
-
-    def _row(self, sample: int) -> int:
-        step, place = divmod(sample, self._total)
-        cycle, at = divmod(step, sum(self._counts))
-        slot = int(self._steps(cycle)[at])
-        bucket = bisect_right(self._starts, slot) - 1
-        number = cycle * self._counts[bucket] + slot - self._starts[bucket]
-        return self._orders[bucket]([number * self._total + place])[0]
-
-    def _steps(self, cycle: int) -> np.ndarray[Any, Any]:
-        """The steps of a cycle: numbers in the list of all buckets' steps, one after another."""
-        if self._cycle[0] != cycle:
-            generator = torch.Generator().manual_seed(mix(mix(self.seed, _CYCLE_STREAM), cycle))
-            uniform = torch.rand(sum(self._counts), generator=generator, dtype=torch.float64)
-            numbers = np.concatenate([np.arange(count) for count in self._counts])
-            times = (numbers + uniform.numpy()) / np.repeat(self._counts, self._counts)
-            self._cycle = cycle, np.argsort(times, kind="stable")
-        return self._cycle[1]
-
-
-class StreamOrder:
-    """For data that only ever come one after another: sample n is whatever comes next.
-
-    Args:    data: has take(samples, step), which fetches one picture per sample index.
-             seed: the run's seed; noise and captions are still functions of it and n.
-             total: samples per optimizer step over all processes.
-    """
-
-    def __init__(self, data: Any, seed: int, total: int) -> None:
-        self._data, self.seed, self._total = data, seed, total
-
-    def __call__(self, samples: Sequence[int]) -> list[int]:
-        """Fetch the next pictures and return the names under which the data keep them."""
-        self._data.take(samples, samples[0] // self._total)
-        return list(samples)
-
-
-def make_order(
-    data: Any, indices: Sequence[int], seed: int, total: int
-) -> Order | BucketOrder | StreamOrder:
-    """The order that suits the data: plain, with buckets, or as they come."""
-    if hasattr(data, "take"):
-        return StreamOrder(data, seed, total)
-    buckets = getattr(data, "buckets", None)
-    if buckets is not None:
-        own = np.asarray(buckets)[np.asarray(indices, np.int64)]
-        if (own != own[0]).any():
-            return BucketOrder(indices, own, seed, total)
-    return Order(indices, seed)
-
-
-def by_bucket(data: Any, indices: Sequence[int]) -> list[list[int]]:
-    """Positions in `indices`, grouped so that each group has pictures of one shape."""
-    buckets = getattr(data, "buckets", None)
-    if buckets is None:
-        return [list(range(len(indices)))]
-    own = np.asarray(buckets)[np.asarray(indices, np.int64)]
-    return [np.flatnonzero(own == bucket).tolist() for bucket in np.unique(own)]
-
-
-# Independent of the noise and of the choice among captions, which are drawn from (seed, n) too.
-_TAG_STREAM = 0x54414753
+# Keep the choice of captions and their tags independent of the noise, drawn from (seed, n) too.
+_CAPTION_STREAM, _TAG_STREAM = 0x43415054, 0x54414753
 
 
 @dataclass(frozen=True)
@@ -247,6 +52,13 @@ class CaptionConfig:
         return problems
 
 
+def choose_caption(captions: Sequence[str], seed: int, sample: int) -> str:
+    """Choose one of a picture's captions for a global sample index."""
+    if len(captions) == 1:
+        return captions[0]
+    return captions[mix(mix(seed, _CAPTION_STREAM), sample) % len(captions)]
+
+
 def say(captions: Sequence[str], seed: int, sample: int, config: CaptionConfig) -> str:
     """The caption of a picture for a global sample index; at least one part of it is left."""
     caption = choose_caption(captions, seed, sample)
@@ -264,14 +76,6 @@ def say(captions: Sequence[str], seed: int, sample: int, config: CaptionConfig) 
     return ", ".join([*first, *(tag for _, tag in kept)] or tags[:1])
 
 
-class Encoder(Protocol):
-    """What is needed of a text encoder."""
-
-    def encode(self, captions: list[str]) -> Tensor:
-        """Return text states (B, tokens, width)."""
-        ...
-
-
 #: Captions per call of the text encoder, always, on a CPU and elsewhere; see ContextCache.
 CHUNK, LARGE_CHUNK = 8, 64
 
@@ -284,13 +88,19 @@ class ContextCache:
     size were that of whatever is missing, the context would depend on the history of the run.
 
     Args:
-        encoder: the frozen text encoder.
+        encode: captions → text states (B, tokens, width) of the frozen text encoder.
+        device: where the text encoder is.
         max_bytes: how much memory the kept states may take.
     """
 
-    def __init__(self, encoder: Encoder | Any, max_bytes: int = 2**30) -> None:
-        self._encoder, self._max_bytes = encoder, max_bytes
-        device = getattr(encoder, "device", torch.device("cpu"))
+    def __init__(
+        self,
+        encode: Callable[[list[str]], Tensor],
+        device: torch.device | None = None,
+        max_bytes: int = 2**30,
+    ) -> None:
+        self._encode_chunk, self._max_bytes = encode, max_bytes
+        device = device or torch.device("cpu")
         self._chunk = CHUNK if device.type == "cpu" else LARGE_CHUNK
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         # Validation encodes its prompts while the batch thread is at work.
@@ -319,7 +129,7 @@ class ContextCache:
         # Validation asks under autocast, the batch thread does not; a kept state must not depend
         # on who asked first, or a resumed run would differ.
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            rows = [row.clone() for row in self._encoder.encode(padded)[: len(captions)]]
+            rows = [row.clone() for row in self._encode_chunk(padded)[: len(captions)]]
         return dict(zip(captions, rows, strict=True))
 
     def _shrink(self) -> None:
@@ -339,41 +149,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-T = TypeVar("T")
-
-
-class SampleOrder(Protocol):
-    """Global sample indices → dataset indices; see `Order` and `BucketOrder`."""
-
-    seed: int
-
-    def __call__(self, samples: Sequence[int], /) -> list[int]:
-        """Return the dataset index of each global sample index."""
-        ...
-
-
-class LatentData(Protocol):
-    """What a latent cache, a latent pack, or pictures encoded on the way offer."""
-
-    def read(self, indices: Sequence[int], seeds: Sequence[int] = (), /) -> tuple[Any, Any]:
-        """Return (moments (B, 2C, h, w), mask (B, 1, h, w) or None).
-
-        `seeds` has one number per picture, for what may be random about it.
-        """
-        ...
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of one picture."""
-        ...
-
-
 class LatentBatch(NamedTuple):
     """Everything that one micro-batch of one process needs."""
 
     moments: Tensor
     """(B, 2C, h, w) float32 moments of the autoencoder's posterior."""
     context: Tensor
-    """(B, tokens, width) text states; of the empty prompt where the condition is dropped."""
+    """What the network takes third: (B, tokens, width) text states, or token ids (B, tokens) where
+    it has the text encoder in it; of the empty prompt where the condition is dropped."""
     draw: Draw
     """Timesteps and noise."""
     mask: Tensor | None = None
@@ -384,20 +167,22 @@ class BatchMaker:
     """Builds the micro-batches of one process.
 
     Args:
-        data: latents and captions.
+        data: a latent cache, or images encoded on the way. It has shape, (2C, h, w) of most images;
+            read(indices, seeds) → (moments (B, 2C, h, w), mask (B, 1, h, w) or None), with a number
+            per image for what may be random about it; captions(index) → those of one image.
         order: global sample index → dataset index.
         shape: how the global batch is cut up.
-        context: captions → text states.
+        context: captions → what the network takes third: text states, or token ids.
         device: where moments and context go.
         captions: how captions vary.
     """
 
     def __init__(
         self,
-        data: LatentData | Any,
-        order: SampleOrder,
+        data: Any,
+        order: Order | BucketOrder | StreamOrder,
         shape: BatchShape,
-        context: ContextCache,
+        context: Callable[[list[str]], Tensor],
         objective: ObjectiveConfig,
         schedule: NoiseSchedule,
         device: torch.device,
@@ -417,9 +202,7 @@ class BatchMaker:
         rows = self._order(samples)
         seed = self._order.seed
         moments, mask = self._data.read(rows, [mix(seed, n) for n in samples])
-        channels, height, width = moments.shape[1:]
-        latent = (channels // 2, height, width)
-        random = draw(seed, samples, latent, self._objective, self._schedule, self._pool)
+        random = self._draw(seed, samples, moments.shape[1:])
         captions = [
             "" if dropped else say(self._data.captions(row), seed, n, self._captions)
             for n, row, dropped in zip(samples, rows, random.drop.tolist(), strict=True)
@@ -427,12 +210,25 @@ class BatchMaker:
         return LatentBatch(
             to_device(moments, self._device).float(),
             to_device(self._context(captions), self._device),
-            random._replace(
-                eps=to_device(random.eps, self._device),
-                posterior_eps=to_device(random.posterior_eps, self._device),
-            ),
+            random,
             None if mask is None else to_device(mask, self._device).float(),
         )
+
+    def trial(self, count: int) -> LatentBatch:
+        """A batch of `count` empty images, with shapes as in training; nothing is read."""
+        return LatentBatch(
+            torch.zeros(count, *self._data.shape, device=self._device),
+            to_device(self._context([""]), self._device).repeat_interleave(count, dim=0),
+            self._draw(0, range(count), self._data.shape),
+        )
+
+    def _draw(self, seed: int, samples: Sequence[int], shape: Sequence[int]) -> Draw:
+        latent = (shape[0] // 2, *shape[1:])
+        random = draw(seed, samples, latent, self._objective, self._schedule, self._pool)
+        eps, posterior_eps = (
+            to_device(e, self._device) for e in (random.eps, random.posterior_eps)
+        )
+        return random._replace(eps=eps, posterior_eps=posterior_eps)
 
 
 class Prefetch(Generic[T]):

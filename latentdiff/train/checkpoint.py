@@ -1,4 +1,11 @@
-"""A named set of tensors in safetensors files: one file, or one per process that has rows of it.
+"""Checkpoints that are either whole or not there, and what a resumed run needs to go on exactly.
+
+    <folder>/step-00000500/   unet, ema, optimizer .safetensors, say, then manifest.json
+
+A checkpoint is written into a hidden folder beside its final place: every process writes what it
+has, then the first one the manifest (with the sizes of all other files), and renames the folder
+when all is on disk. Tensors are only ever read as safetensors. A named set of them is one file, or
+one per process that has rows of it:
 
     unet.safetensors                      whole tensors
     unet-00001-of-00002.safetensors       rows; where they begin stands in the file's metadata
@@ -6,18 +13,6 @@
 The pieces are laid out as torch.distributed.checkpoint's safetensors format has them, and its
 HuggingFaceStorageReader reads them. Whatever number of processes wrote, any number can read: each
 takes the rows that it wants, and only those are read from the disk.
-
-Checkpoints that are either whole or not there, and the newest of them.
-
-    <folder>/step-00000500/   unet, ema, optimizer .safetensors, say, then manifest.json
-
-A checkpoint is written into a hidden folder beside its final place: every process writes what it
-has, then the first one the manifest (with the sizes of all other files), and renames the folder
-when all is on disk. Tensors are only ever read as safetensors.
-
-What has to be kept so that a resumed run goes on as if it had never stopped.
-
-The output folder of a run: never mixed with another run's, never written by two at once.
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +42,6 @@ from latentdiff.train.distributed import (
     share,
 )
 from latentdiff.train.divergence import check_weights
-from latentdiff.train.ema import AllAverages, Ema
 from latentdiff.train.optimizer import load_named_state, named_state
 
 if TYPE_CHECKING:
@@ -89,7 +83,7 @@ def read_tensors(
     try:
         with _opened(folder, name) as pieces:
             return {key: _rows_of(found, wanted(key)) for key, found in pieces.items()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder / name}*.safetensors cannot be read ({error}). Delete the folder "
             f"{folder.name} to go on from the checkpoint before it."
@@ -161,24 +155,24 @@ def write_checkpoint(
     Raises: CheckpointError: on every process, when one of them could not write.
     """
     final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{final.name}"
+    unfinished = folder / f".partial-{final.name}"
     first = process_rank() == 0
 
     def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
 
     def write() -> dict[str, int]:
-        written = [write_tensors(partial, name, group) for name, group in tensors.items()]
+        written = [write_tensors(unfinished, name, group) for name, group in tensors.items()]
         return {path.name: _synced_size(path) for path in written if path is not None}
 
     def finish(sizes: dict[str, int]) -> None:
-        _check_all_there(partial, sizes)
+        _check_all_there(unfinished, sizes)
         manifest = {**facts, "step": step, "files": sizes}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _synced_size(partial / _MANIFEST)
+        (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _synced_size(unfinished / _MANIFEST)
         shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
+        os.rename(unfinished, final)
         _sync_folder(folder)
 
     try:
@@ -187,7 +181,7 @@ def write_checkpoint(
         _together((lambda: finish(sizes)) if first else _nothing, step)
     finally:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return final
 
 
@@ -302,8 +296,8 @@ class TrainingState:
     """Checkpoints after a multiple of so many steps are never deleted."""
     facts: dict[str, Any]
     """Dotted configuration keys and data fingerprints that decide the numbers."""
-    ema: Ema | AllAverages | None = None
-    """The moving averages of the first model's weights, if there are any."""
+    averages: Mapping[str, Tensor] = field(default_factory=dict)
+    """The moving averages of the weights, if there are any; see `ema.averages`."""
     whole: bool = True
     """Whether frozen weights are stored too; not where a pretrained model has them."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -321,8 +315,8 @@ class TrainingState:
             tensors[name] = self._weights(model)
             tensors[self._optimizer_file(name)] = named_state(self.optimizers[name], model)
             checked["weight" if len(self.models) == 1 else f"{name} weight"] = tensors[name]
-        if self.ema is not None:
-            tensors["ema"] = checked["average"] = self.ema.placed()
+        if self.averages:
+            tensors["ema"] = checked["average"] = dict(self.averages)
         check_weights(checked, step)
         scaler = self.accelerator.scaler
         facts = {
@@ -366,23 +360,38 @@ class TrainingState:
 
     def _load(self, checkpoint: Path) -> None:
         for name, model in self.models.items():
-            weights, parameters = self._weights(model), dict(model.named_parameters())
-            stored = read_tensors(checkpoint, name, partial(_rows_here, weights))
-            for key, weight in weights.items():
-                local(weight).copy_(stored[key])
+            read_into(checkpoint, name, self._weights(model))
             release(model)
-            moments = read_tensors(
-                checkpoint, self._optimizer_file(name), partial(_rows_here, parameters)
-            )
+            wanted = partial(_rows_of_moment, dict(model.named_parameters()))
+            moments = read_tensors(checkpoint, self._optimizer_file(name), wanted)
             load_named_state(self.optimizers[name], model, moments)
-        if self.ema is not None:
-            averaged = dict(next(iter(self.models.values())).named_parameters())
-            self.ema.load(read_tensors(checkpoint, "ema", partial(_rows_here, averaged)))
+        read_into(checkpoint, "ema", self.averages)
 
 
-def _rows_here(like: Mapping[str, Tensor], key: str) -> slice | None:
-    """Which rows this process has of a weight, or of `<what>/<weight>`."""
-    return rows(like[key.rpartition("/")[2]])
+def _rows_of_moment(parameters: Mapping[str, Tensor], key: str) -> slice | None:
+    """Which rows this process has of `<moment>/<parameter>`."""
+    return rows(parameters[key.partition("/")[2]])
+
+
+def read_into(checkpoint: Path, name: str, targets: Mapping[str, Tensor]) -> None:
+    """Fill tensors with what is stored of the rows that this process has.
+
+    Raises: UserError: one is not stored; the run began without power-function averages, say.
+    """
+    if not targets:
+        return
+    nothing = slice(0, 0)
+    stored = read_tensors(
+        checkpoint, name, lambda key: rows(targets[key]) if key in targets else nothing
+    )
+    if missing := [key for key in targets if key not in stored]:
+        raise UserError(
+            f"the checkpoint has no {missing[0]} in its {name}. Averages cannot be begun half-way: "
+            "go on with the power_ema.every and power_ema.sigma_rel that the run began with, or "
+            "with power_ema.every=0."
+        )
+    for key, target in targets.items():
+        local(target).copy_(stored[key])
 
 
 def stored_facts(folder: Path) -> dict[str, Any] | None:
@@ -413,95 +422,3 @@ def _compare(
             "exactly as it began:\n" + "\n".join(lines) + "\nSet them back, or start a run of its "
             "own in another output folder."
         )
-
-
-CHECKPOINTS, SAMPLES, MODEL = "checkpoints", "samples", "model"
-_LOCK = ".lock"
-#: The checkpoint of train_autoencoder.py and train_clip.py before they had folders of them.
-_OLD_STATE = "state.pt"
-
-
-def check_output(folder: Path, resume: bool) -> None:
-    """Look, without writing, whether a run may use the folder.
-
-    Raises: UserError: it holds something already (new run), or nothing to resume from, or cannot
-        be written.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output={folder} is a file, not a folder. Choose another output=FOLDER.")
-    found = _contents(folder)
-    checkpoint = latest(folder / CHECKPOINTS)
-    if resume and _OLD_STATE in found and checkpoint is None:
-        raise UserError(
-            f"--resume: {folder / _OLD_STATE} is a checkpoint of an earlier version of latentdiff, "
-            "and only that version can go on with it. Start a new run in another output=FOLDER."
-        )
-    if resume and not is_started(folder):
-        holds = f"it holds {', '.join(found[:6])}" if found else "it is empty or not there"
-        raise UserError(
-            f"--resume: output={folder} has no complete checkpoint ({holds}). Leave --resume out "
-            "to start, or give the folder of the run to go on with: output=FOLDER."
-        )
-    if not resume and found:
-        hint = "add --resume to go on with it, or choose" if checkpoint is not None else "choose"
-        raise UserError(
-            f"output={folder} is not empty (it holds {', '.join(found[:6])}), and nothing is ever "
-            f"overwritten: {hint} another output=FOLDER, or move that one away."
-        )
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir():
-        raise _unwritable(folder, f"{parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise _unwritable(folder, f"no permission to write to {parent}")
-
-
-def _contents(folder: Path) -> list[str]:
-    """What is there already, without what a run makes before it has done anything."""
-    if not folder.is_dir():
-        return []
-    empty = {name for name in (CHECKPOINTS, SAMPLES) if not any((folder / name).glob("*"))}
-    return sorted(path.name for path in folder.iterdir() if path.name not in {_LOCK, *empty})
-
-
-def is_started(folder: Path) -> bool:
-    """Whether a run was started in the folder, so that it can be resumed."""
-    return latest(folder / CHECKPOINTS) is not None or (folder / "config.yaml").is_file()
-
-
-def open_output(folder: Path) -> IO[str]:
-    """Make the folder and lock it for this process; keep the returned file open.
-
-    Raises: UserError: it cannot be written, or another process is training there.
-    """
-    try:
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        lock = open(folder / _LOCK, "a", encoding="utf-8")  # noqa: SIM115  (open while we train)
-    except OSError as error:
-        raise _unwritable(folder, error.strerror or str(error)) from error
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # no file locks on this platform
-    except OSError as error:
-        lock.close()
-        raise UserError(
-            f"another process is training in output={folder}. If you launched one run on several "
-            "processes, they do not know of each other: see docs/sharding.md. "
-            "Otherwise choose another output=FOLDER."
-        ) from error
-    return lock
-
-
-def _unwritable(folder: Path, reason: str) -> UserError:
-    return UserError(
-        f"output={folder} cannot be written ({reason}). "
-        "Choose a folder that you may write to: output=FOLDER."
-    )
-
-
-def default_cache() -> Path:
-    """~/.cache/latentdiff, or what XDG_CACHE_HOME says."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "latentdiff"

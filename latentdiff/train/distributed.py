@@ -1,33 +1,14 @@
-"""Processes: which this is, of how many, how they start and find each other, and weights in shards.
-
-A run that the launcher restarts has a rendezvous of its own for every attempt. torch's launcher
-keeps one key-value store for all attempts, so a restarted process may read there the address of one
-that is dead, and then fails ("Connection refused") or hangs. So the processes of an attempt first
-agree on a number that no attempt before had, and use it as the prefix of their keys. They cannot
-count restarts: the launcher on each machine counts only those it caused.
-
-The launcher has to have ended all processes of an attempt before it starts the next, which it does
-on one machine, and with `rdzv_backend: c10d` on several.
-
-Upstream: github.com/pytorch/pytorch/issues/135712 (closed, but its fix still reuses the store when
-the launcher itself goes on) and 167288 (open). No release is free of it yet: with torch 2.13.0 and
-without this module a restart under c10d ends in "connectFullMesh failed", under static it hangs.
-The module can go with the first torch where
-tests/test_sharded_runs.py::test_one_process_dies_while_saving_and_the_launcher_goes_on passes with
-`init_method` returning None. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the launcher's environment
-avoids it too, but under c10d only.
-
-FSDP2: every process keeps only its own rows of each weight, moment and average.
+"""Processes, and weights in shards (FSDP2): every process keeps its own rows of each weight.
 
 A sharded tensor is a DTensor: rows [a, b) of its first dimension lie here, the others on other
 processes. Each unit of `UNITS` gathers its weights for its own forward and backward pass and gives
 them up afterwards; the optimizer and the moving average only ever touch the local rows.
 
-Source: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
-
 Accelerate is started so that processes either know of each other or refuse to run. Precision is set
 here and nowhere else: copies and one process compute under autocast, shards get the same type for
 what they gather (see `fsdp_plugin`).
+
+Source: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
 """
 
 from __future__ import annotations
@@ -35,11 +16,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from datetime import timedelta
-from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -48,6 +26,7 @@ from torch import Tensor, distributed, nn
 from latentdiff.errors import UserError
 from latentdiff.precision import settle_precision
 from latentdiff.train.muon import Muon
+from latentdiff.train.rendezvous import init_method
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -93,90 +72,6 @@ def on_first(action: Callable[[], T]) -> T | None:
 
 def _joined() -> bool:
     return distributed.is_available() and distributed.is_initialized()
-
-
-#: The URL scheme of this rendezvous for `init_process_group(init_method=…)`.
-SCHEME = "fresh"
-#: Processes of one attempt start within this time of each other; then something is wrong.
-LIMIT = timedelta(minutes=30)
-#: Seconds between two looks at the store.
-_PAUSE = 0.02
-#: The number of this process's attempt, once it is known.
-_number = 0
-
-
-def attempt() -> int:
-    """The number of this attempt, from 1; 0 where the launcher shares no store or nobody met yet.
-
-    Above 1 the run was started again, maybe because of another machine.
-    """
-    return _number
-
-
-def init_method() -> str | None:
-    """The `init_method` of this launch; None for torch's own.
-
-    Only a launcher that shares its store with the processes needs another one.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    _register()
-    return f"{SCHEME}://"
-
-
-@cache
-def _register() -> None:
-    from torch.distributed.rendezvous import register_rendezvous_handler
-
-    register_rendezvous_handler(SCHEME, _meet)
-
-
-def _meet(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Any, int, int]]:
-    """torch's rendezvous handler: yields (store, rank, number of processes)."""
-    from torch.distributed import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
-
-    store, rank, count = next(rendezvous(url.replace(SCHEME, "env", 1), timeout=timeout, **options))
-    global _number
-    _number = agree(store, rank, count, min(timeout, LIMIT))
-    yield PrefixStore(f"attempt-{_number}", store), rank, count
-
-
-def agree(store: Any, rank: int, count: int, timeout: timedelta) -> int:
-    """Return a number that all processes of this attempt share and no earlier attempt had.
-
-    The first process draws it. Each other one asks under a name that nobody had before, so an
-    answer to it cannot be an old one; the first process answers every question it finds, old ones
-    too, until each process has said, under the name that it asks by now, that it got the number.
-
-    Args:    store: torch's key-value store.  rank, count: this process, of how many.
-    Raises:  TimeoutError, or torch's DistStoreError: somebody did not come in time.
-    """
-    if rank > 0:
-        name = uuid.uuid4().hex
-        store.set(f"asks/{rank}", name)
-        store.wait([f"answer/{name}"], timeout)
-        number = int(store.get(f"answer/{name}"))
-        store.set(f"has/{number}/{name}", "yes")
-        return number
-    number = store.add("attempts", 1)
-    answered, end = set[str](), time.monotonic() + timeout.total_seconds()
-    while missing := [r for r in range(1, count) if not _has(store, r, number, answered)]:
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited {timeout} for the processes {missing}")
-        time.sleep(_PAUSE)
-    return int(number)
-
-
-def _has(store: Any, rank: int, number: int, answered: set[str]) -> bool:
-    """Whether the process that is `rank` now has this attempt's number; answers its question."""
-    if not store.check([f"asks/{rank}"]):
-        return False
-    name = store.get(f"asks/{rank}").decode()
-    if name not in answered:
-        store.set(f"answer/{name}", str(number))
-        answered.add(name)
-    return bool(store.check([f"has/{number}/{name}"]))
 
 
 #: Classes of the U-Net that gather their weights together; what is outside them forms one unit.
@@ -324,22 +219,6 @@ def is_first_copy(tensor: Any) -> bool:
     return all(mesh.get_local_rank(axis) == 0 for axis in others)
 
 
-def placed_like(value: Tensor, example: Any) -> Tensor:
-    """Say of local rows that they are those of a tensor spread as `example` is."""
-    if not is_sharded(example):
-        return value
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        value,
-        example.device_mesh,
-        example.placements,
-        run_check=False,
-        shape=example.shape,
-        stride=example.stride(),
-    )
-
-
 def release(module: nn.Module) -> None:
     """Give up gathered weights, so that the next pass gathers them as they are then."""
     if "torch.distributed.fsdp" not in sys.modules:
@@ -351,17 +230,15 @@ def release(module: nn.Module) -> None:
             unit.reshard()
 
 
-def gather_state(module: nn.Module, keep: bool) -> Mapping[str, Tensor]:
-    """A copy of a module's whole state dict on the CPU. Every process must call this.
+def gather_state(module: nn.Module) -> dict[str, Any]:
+    """A copy of a module's whole state dict on the CPU: on the first process, empty elsewhere.
 
-    Args:    keep: whether this process wants it; the others get an empty one.
+    Every process must call this.
     """
-    found: dict[str, Tensor] = {}
-    for name, value in module.state_dict().items():
-        full = whole(value)
-        if keep:
-            found[name] = full.to("cpu", copy=True)
-    return found
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(module, options=whole)
 
 
 #: While one process encodes pictures the others wait longer than the default 10 minutes.
@@ -447,14 +324,6 @@ def take_cores() -> None:
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def was_restarted() -> bool:
-    """Whether the launcher has started this run again after a failure (its `max_restarts`).
-
-    Of a failure on another machine it is known only once the processes have met.
-    """
-    return attempt() > 1 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _check_accumulation(steps: int) -> None:

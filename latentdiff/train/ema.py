@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 from latentdiff.files import atomic_file
-from latentdiff.train.distributed import local, placed_like, release
+from latentdiff.train.distributed import local, release, whole
 from latentdiff.weights import refuse_overflow, save_tensors
 
 
@@ -60,19 +60,20 @@ class Ema:
     Args:
         module: the (unwrapped) module; its buffers are not averaged.
         decay: d in 0 … 1; 0 keeps a plain copy of the newest weights.
-    Attributes: average: parameter name → the rows that this process has.
+    Attributes: average: parameter name → its average, sharded as the parameter is.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self._module = decay, module
         self._live = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.average = {n: local(p).float().clone() for n, p in self._live.items()}
+        self.average = {n: p.detach().float().clone() for n, p in self._live.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the weights after optimizer step `step` (counted from 0)."""
+        average = [local(a) for a in self.average.values()]
         live = [local(p).float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - self.decay_after(step))
+        torch._foreach_lerp_(average, live, 1 - self.decay_after(step))
 
     def decay_after(self, step: int) -> float:
         """The share of the old average that stays after optimizer step `step`."""
@@ -88,22 +89,10 @@ class Ema:
         finally:
             self._copy(kept)
 
-    def placed(self) -> dict[str, Tensor]:
-        """The average as tensors that are sharded as the parameters are."""
-        return {n: placed_like(self.average[n], p) for n, p in self._live.items()}
-
-    def load(self, average: dict[str, Tensor]) -> None:
-        """Take over the rows that are here of a stored average.
-
-        Raises: KeyError: a parameter is missing.
-        """
-        for name, value in self.average.items():
-            value.copy_(average[name])
-
     @torch.no_grad()
     def _copy(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self._live.items():
-            local(parameter).copy_(values[name])
+            local(parameter).copy_(local(values[name]))
         release(self._module)
 
 
@@ -277,9 +266,9 @@ class PowerEmas:
             return
         self._stored, dtype = step, getattr(torch, self._config.dtype)
         tensors = {
-            f"{number}/{name}": _whole(value).to("cpu", dtype).contiguous()
+            f"{number}/{name}": whole(value).to("cpu", dtype).contiguous()
             for number, track in enumerate(self.tracks)
-            for name, value in track.placed().items()
+            for name, value in track.average.items()
         }
         refuse_overflow(tensors)
         if self._writes:
@@ -287,35 +276,10 @@ class PowerEmas:
             _write(self._folder / f"step-{step:08d}.safetensors", tensors, about)
 
 
-class AllAverages:
-    """The run's own average and the power-function ones, as one thing to checkpoint.
-
-    Attributes: average: the tensors of all, those of the power functions as `power-<n>/<name>`.
-    """
-
-    def __init__(self, ema: Ema, powers: PowerEmas) -> None:
-        self._all: dict[str, Ema] = {"": ema}
-        self._all |= {f"power-{number}/": track for number, track in enumerate(powers.tracks)}
-        self.average = {p + n: t for p, one in self._all.items() for n, t in one.average.items()}
-
-    def placed(self) -> dict[str, Tensor]:
-        """The same as tensors that lie across the processes as the parameters do."""
-        return {p + n: t for p, one in self._all.items() for n, t in one.placed().items()}
-
-    def load(self, average: dict[str, Tensor]) -> None:
-        """Take over stored averages.
-
-        Raises: UserError: the run was begun without power-function averages, or with fewer.
-        """
-        missing = [name for name in self.average if name not in average]
-        if missing:
-            raise UserError(
-                "the checkpoint has no power-function averages of these lengths, and they cannot "
-                "be begun half-way. Go on with the power_ema.every and power_ema.sigma_rel that "
-                f"the run began with, or with power_ema.every=0 (missing: {missing[0]})."
-            )
-        for name, value in self.average.items():
-            value.copy_(average[name])
+def averages(ema: Ema, powers: PowerEmas) -> dict[str, Tensor]:
+    """All averages of a run, to be checkpointed: those of lengths as `power-<n>/<parameter>`."""
+    tracks = {f"power-{number}/": track for number, track in enumerate(powers.tracks)}
+    return {p + n: t for p, one in ({"": ema} | tracks).items() for n, t in one.average.items()}
 
 
 @dataclass(frozen=True)
@@ -412,12 +376,6 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
     with file:
         yield file
-
-
-def _whole(value: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a part only; every process has to call it."""
-    gather = getattr(value, "full_tensor", None)
-    return value.detach() if gather is None else gather()
 
 
 def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:

@@ -1,61 +1,39 @@
 """What a run writes down: metrics.jsonl always; TensorBoard, W&B if wanted; a progress bar.
 
-A run's numbers and pictures in Weights & Biases, beside metrics.jsonl.
-
-What is read beside the loss at each log point: use of arithmetic and of memory.
-
-How much of the hardware's arithmetic a run uses: model FLOPs utilisation (MFU).
-
-    MFU = images/s · FLOPs per image / (peak FLOPs per second · devices)
-
-FLOPs per image are those of the U-Net's forward and backward pass, counted once at the start on the
-meta device, where nothing is computed: matrix products, convolutions and attention, a
-multiplication and an addition counting as two. What gradient checkpointing computes again does not
-count. The peak is the data sheet's (dense) for known GPUs; elsewhere it is measured with a matrix
-product, so there 100 % is what this machine does at its best.
-
-Source: Chowdhery et al. 2022, appendix B, arXiv:2204.02311.
+Every start adds what it ran on to OUTPUT/environment.json.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
+import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from latentdiff.errors import UserError
 from latentdiff.files import write_text
-from latentdiff.models.unet import UNet
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from latentdiff.train.loop import LoopConfig
 
 METRICS = "metrics.jsonl"
 _NO_TENSORBOARD = (
     "note: no curves for TensorBoard, which is not installed: `pip install 'latentdiff[tracking]'` "
     "(or set loop.tensorboard=false). metrics.jsonl has all numbers."
 )
-
-
-class LoopLength(Protocol):
-    """What the tracker needs of the loop's configuration."""
-
-    @property
-    def max_steps(self) -> int:
-        """Optimizer steps of the run."""
-        ...
-
-    @property
-    def tensorboard(self) -> bool:
-        """Whether to write event files."""
-        ...
 
 
 class Writer(Protocol):
@@ -90,7 +68,7 @@ class Tracker:
         self,
         folder: Path,
         first_step: int,
-        config: LoopLength,
+        config: LoopConfig,
         active: bool,
         more: Callable[[], list[Writer]] = list,
     ) -> None:
@@ -257,108 +235,63 @@ class WandbWriter:
         self._run.finish()
 
 
-MEBI = 2**20
+ENVIRONMENT = "environment.json"
+_PACKAGES = ("latentdiff", "torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
-class Gauges:
-    """Reads the machine; the counting and measuring was done before.
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, machine and processes as JSON values."""
+    device = accelerator.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": gpu or str(device),
+        "processes": accelerator.num_processes,
+        "distribution": str(accelerator.distributed_type).rpartition(".")[2],
+        "precision": accelerator.mixed_precision,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "commit": _commit(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
 
-    Args:
-        device: where the model is.
-        flops_per_image: forward and backward.
-        peak: floating-point operations per second of all processes' devices together.
-    """
 
-    def __init__(self, device: torch.device, flops_per_image: float, peak: float) -> None:
-        self._device, self._flops, self._peak = device, flops_per_image, peak
-
-    def __call__(self, images_per_second: float) -> dict[str, float]:
-        """Return `mfu` (0 … 1) and `peak_memory_mb` (of this process since its start)."""
-        return {
-            "mfu": round(images_per_second * self._flops / self._peak, 4),
-            "peak_memory_mb": round(peak_memory(self._device) / MEBI, 1),
-        }
+def write_environment(folder: Path, facts: dict[str, Any]) -> None:
+    """Add this start of the run to OUTPUT/environment.json, a list of all of them."""
+    file = folder / ENVIRONMENT
+    text = json.dumps([*read_environment(folder), facts], indent=2) + "\n"
+    write_text(file, text)
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that were in use so far: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def read_environment(folder: Path) -> list[dict[str, Any]]:
+    """The starts of a run, the first one first; empty if there is no record."""
     try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
+        return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
 
 
-#: Dense peak in TFLOP/s by name: 16 bit with tensor cores, and 32 bit without.
-PEAKS: dict[str, tuple[float, float]] = {
-    "H200": (989.0, 67.0),
-    "H100 PCIe": (756.0, 51.0),
-    "H100": (989.0, 67.0),
-    "A100": (312.0, 19.5),
-    "L40S": (362.0, 91.6),
-    "L4": (121.0, 30.3),
-    "A10G": (70.0, 31.2),
-    "V100": (125.0, 15.7),
-    "T4": (65.0, 8.1),
-    "RTX 4090": (165.2, 82.6),
-    "RTX 3090": (71.0, 35.6),
-}
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
-def count_flops(
-    unet: UNet, latent_shape: tuple[int, ...], tokens: int, frozen: bool = False
-) -> int:
-    """FLOPs of the forward and backward pass for one picture.
-
-    Args:   latent_shape: (C, h, w).  tokens: positions of the context.
-            frozen: gradients pass through the weights, and the weights themselves get none.
-    """
-    with torch.device("meta"):
-        twin = UNet(unet.config).requires_grad_(not frozen)
-        x_t = torch.empty(1, *latent_shape, requires_grad=frozen)
-        context = torch.empty(1, tokens, unet.config.cross_attention_dim)
-        t = torch.zeros(1)
-    return count_module_flops(twin, x_t, t, context)
-
-
-def count_module_flops(module: nn.Module, *inputs: Any) -> int:
-    """FLOPs of module(*inputs), forward and backward, whatever device they are on."""
-    with FlopCounterMode(display=False) as counter:
-        module(*inputs).sum().backward()
-    return int(counter.get_total_flops())
-
-
-def peak_flops(device: torch.device, precision: str) -> float:
-    """Floating-point operations per second that one device can do.
-
-    Args:   precision: bf16, fp16 or no (32 bit).
-    """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, (half, single) in PEAKS.items():
-            if known in name:
-                return 1e12 * (single if precision == "no" else half)
-    return measured_peak(device, precision)
-
-
-def measured_peak(device: torch.device, precision: str, size: int | None = None) -> float:
-    """The best of five matrix products of the given width."""
-    width = size or (384 if device.type == "cpu" else 4096)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    a = torch.ones(width, width, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        _wait(device)
-        started = time.perf_counter()
-        torch.mm(a, a)
-        _wait(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * width**3 / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _commit() -> str | None:
+    """The commit of this source tree, marked if it was changed; None outside a repository."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

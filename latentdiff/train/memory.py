@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.diffusion.objective import ObjectiveConfig, draw, per_sample_loss
-from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
-from latentdiff.train.batches import BatchShape
+from latentdiff.train.order import BatchShape
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,29 +117,6 @@ def probe(
         return bool(accelerator.reduce(votes, "sum").item() == accelerator.num_processes)
 
     return fit_micro_batch(attempt, shape, all_fit)
-
-
-def trial_loss(
-    unet: nn.Module,
-    autoencoder: Any,
-    schedule: NoiseSchedule,
-    objective: ObjectiveConfig,
-    data: Any,
-    context: Callable[[list[str]], Tensor],
-) -> Callable[[int], Tensor]:
-    """Number of pictures → the training loss of zeros, with shapes as in training."""
-    channels, height, width = data.shape
-    latent = (channels // 2, height, width)
-
-    def loss(pictures: int) -> Tensor:
-        device = next(unet.parameters()).device
-        random = draw(0, range(pictures), latent, objective, schedule)
-        moments = torch.zeros(pictures, *data.shape, device=device)
-        x_0 = autoencoder.latents_from_moments(moments, random.posterior_eps.to(device))
-        states = context([""]).to(device).repeat_interleave(pictures, dim=0)
-        return per_sample_loss(unet, x_0, states, random, schedule, objective).mean()
-
-    return loss
 
 
 def halved_note(wanted: int, shape: BatchShape) -> str:

@@ -27,7 +27,6 @@ from latentdiff.data.latents import (
 )
 from latentdiff.data.source import DataConfig, open_source
 from latentdiff.errors import UserError
-from latentdiff.train.run import this_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 23
@@ -148,6 +147,9 @@ def test_files_that_vanish_while_in_use_are_an_error_that_says_so(
 def test_who_am_i(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
+    sys.path.insert(0, str(ROOT / "training"))
+    from cache_latents import this_worker
+
     assert this_worker()[:2] == (2, 4)
     assert this_worker(0, 8)[:2] == (0, 8)
     for rank, ranks in ((1, None), (8, 8), (-1, 2)):

@@ -19,8 +19,8 @@ from tiny_training import losses, make_pictures  # noqa: E402
 from latentdiff.errors import UserError  # noqa: E402
 from latentdiff.finetune.textual_inversion import (  # noqa: E402
     Sayings,
+    TextualInversion,
     TextualInversionConfig,
-    apply,
 )
 from latentdiff.formats.folder import load_components  # noqa: E402
 from latentdiff.models.prompts import starting_vectors  # noqa: E402
@@ -73,24 +73,24 @@ def test_only_the_new_rows_move(folder: Path) -> None:
     ids = [ids[0] for ids in parts.text_encoder.tokenizer.pieces("cat dog")]
     assert torch.equal(start, table[ids])
     states = parts.text_encoder.encode(["a cat"])
-    trainee = apply(parts, config)
-    assert [p.shape for p in trainee.trained().values()] == [(2, TEXT_WIDTH)]
-    before = {n: p.clone() for n, p in trainee.module.state_dict().items()}
-    optimizer = torch.optim.AdamW(trainee.trained().values(), lr=0.1, weight_decay=0.1)
-    said = trainee.encoder.encode(["a square", ""])
+    method = TextualInversion(parts, config)
+    assert [p.shape for p in method.trained().values()] == [(2, TEXT_WIDTH)]
+    before = {n: p.clone() for n, p in method.module.state_dict().items()}
+    optimizer = torch.optim.AdamW(method.trained().values(), lr=0.1, weight_decay=0.1)
+    said = method.encode(["a square", ""])
     for _ in range(3):
-        y = trainee.module(torch.ones(2, 4, 16, 16), torch.tensor([5, 900]), said)
+        y = method.module(torch.ones(2, 4, 16, 16), torch.tensor([5, 900]), said)
         y.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    changed = [n for n, p in trainee.module.state_dict().items() if not torch.equal(p, before[n])]
+    changed = [n for n, p in method.module.state_dict().items() if not torch.equal(p, before[n])]
     assert changed == ["text_encoder.module.embeddings.token_embedding.vectors"]
     assert torch.equal(parts.text_encoder.encode(["a cat"]), states)
 
 
 def test_captions_are_said_with_the_word(folder: Path) -> None:
     parts = load_components(folder / "model")
-    apply(parts, TextualInversionConfig(token="<sq>"))
+    TextualInversion(parts, TextualInversionConfig(token="<sq>"))
     sayings = Sayings(parts.text_encoder.tokenizer, "<sq>", "a {caption} by {token}")
     assert [sayings.say(text) for text in ("{cat}", "", "the <SQ> dog")] == [
         "a {cat} by <sq>",
@@ -99,7 +99,7 @@ def test_captions_are_said_with_the_word(folder: Path) -> None:
     ]
     assert sayings.say("cat " * 40) == "a " + "cat " * 10 + "by <sq>"  # `by` is two tokens here
     new = parts.text_encoder.tokenizer.backend.token_to_id("<sq>")
-    assert (sayings.encode(["cat " * 40]) == new).sum() == 1
+    assert (sayings(["cat " * 40]) == new).sum() == 1
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_captions_are_said_with_the_word(folder: Path) -> None:
 )
 def test_what_cannot_be_trained(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        apply(load_components(folder / "model"), TextualInversionConfig(**changes))
+        TextualInversion(load_components(folder / "model"), TextualInversionConfig(**changes))
     bad = TextualInversionConfig(token="a b", vectors=0, template="no word").validate()
     assert [problem.split()[0] for problem in bad] == ["token", "vectors", "template"]
 

@@ -17,7 +17,7 @@ class Encoder:
 
 def test_each_caption_is_encoded_once_and_comes_back_in_order() -> None:
     encoder = Encoder()
-    cache = ContextCache(encoder)
+    cache = ContextCache(encoder.encode)
     first = cache(["a", "bbb", "a", ""])
     assert first[:, 0, 0].tolist() == [1, 3, 1, 0]
     assert torch.equal(cache(["", "bbb"]), first[[3, 1]])
@@ -26,7 +26,7 @@ def test_each_caption_is_encoded_once_and_comes_back_in_order() -> None:
 
 def test_the_encoder_always_sees_batches_of_one_size() -> None:
     encoder = Encoder()
-    cache = ContextCache(encoder)
+    cache = ContextCache(encoder.encode)
     cache([str(i) for i in range(11)])
     cache(["another"])
     assert [len(batch) for batch in encoder.seen] == [CHUNK] * 3
@@ -34,14 +34,13 @@ def test_the_encoder_always_sees_batches_of_one_size() -> None:
 
 def test_a_gpu_gets_larger_batches() -> None:
     encoder = Encoder()
-    encoder.device = torch.device("cuda")  # type: ignore[attr-defined]
-    ContextCache(encoder)([str(i) for i in range(LARGE_CHUNK + 1)])
+    ContextCache(encoder.encode, torch.device("cuda"))([str(i) for i in range(LARGE_CHUNK + 1)])
     assert [len(batch) for batch in encoder.seen] == [LARGE_CHUNK] * 2
 
 
 def test_memory_is_bounded_and_the_oldest_go_first() -> None:
     encoder = Encoder()
-    cache = ContextCache(encoder, max_bytes=3 * 2 * 4 * 4)
+    cache = ContextCache(encoder.encode, max_bytes=3 * 2 * 4 * 4)
     cache(["a", "b", "c"])
     cache(["a"])
     cache(["d"])

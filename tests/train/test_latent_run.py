@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from latentdiff.config import load_config
 from latentdiff.errors import UserError
-from latentdiff.finetune.trainee import Trainee
+from latentdiff.finetune.full import Full, FullConfig
+from latentdiff.finetune.lora import Lora
 from latentdiff.train.config import TrainConfig
+from latentdiff.train.latent_run import ending
 from latentdiff.train.optimizer import OptimizerConfig, learning_rate, never_at_peak
-from latentdiff.train.run import check_steps_left, ending
+from latentdiff.train.run import check_steps_left
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "it's", "$HOME (1)"])
 def test_the_command_it_ends_with_can_be_pasted(name: str) -> None:
     config = load_config(TrainConfig, None, [f"output=/runs/{name}", f"model.pretrained=/m/{name}"])
-    whole = ending(config, [Path(f"/runs/{name}/model")], Trainee(None, None))
+    parts: Any = SimpleNamespace(unet=None, text_encoder=SimpleNamespace(encode=None))
+    whole = ending(config, [Path(f"/runs/{name}/model")], Full(parts, FullConfig()))
     assert shlex.split(whole.splitlines()[-1])[-2:] == ["--model", f"/runs/{name}/model"]
-    lora = Trainee(None, None, export=lambda *_: [], usage="--lora {output}/lora/a.safetensors")
+    lora: Any = SimpleNamespace(adds=True, usage=Lora.usage, example="a cat")
     words = shlex.split(ending(config, [Path("x")], lora).splitlines()[-1])
-    assert words[-4:] == ["--model", f"/m/{name}", "--lora", f"/runs/{name}/lora/a.safetensors"]
+    file = f"/runs/{name}/lora/pytorch_lora_weights.safetensors"
+    assert words[-4:] == ["--model", f"/m/{name}", "--lora", file]
 
 
 def test_a_run_with_no_steps_left_says_so() -> None:

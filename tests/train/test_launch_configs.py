@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from latentdiff.errors import UserError
-from latentdiff.train.distributed import fsdp_plugin, start_processes, was_restarted
+from latentdiff.train.distributed import fsdp_plugin, start_processes
+from latentdiff.train.rendezvous import was_restarted
 
 FOLDER = Path(__file__).parents[2] / "training" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))

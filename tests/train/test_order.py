@@ -3,7 +3,8 @@ from collections import Counter
 import pytest
 
 from latentdiff.errors import UserError
-from latentdiff.train.batches import BatchShape, Order, choose_caption, recut
+from latentdiff.train.batches import choose_caption
+from latentdiff.train.order import BatchShape, Order, recut
 
 
 def test_every_epoch_holds_every_picture_once_in_its_own_order() -> None:

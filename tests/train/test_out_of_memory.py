@@ -6,13 +6,14 @@ import torch
 from random_models import TEXT_WIDTH
 from torch import nn
 
-from latentdiff.diffusion.objective import ObjectiveConfig
+from latentdiff.diffusion.objective import ObjectiveConfig, per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import UserError
 from latentdiff.models.unet import UNet
-from latentdiff.train.batches import BatchShape
-from latentdiff.train.memory import fit_micro_batch, probe, reserve, smaller, trial_loss
+from latentdiff.train.batches import BatchMaker
+from latentdiff.train.memory import fit_micro_batch, probe, reserve, smaller
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
+from latentdiff.train.order import BatchShape, Order
 
 
 def fits_up_to(limit: int) -> Any:
@@ -96,18 +97,22 @@ def test_the_probe_runs_the_training_loss_and_leaves_no_trace(monkeypatch) -> No
     data: Any = SimpleNamespace(shape=(8, 8, 8))
     schedule = NoiseSchedule(ScheduleConfig())
     tokens = torch.zeros(1, 5, TEXT_WIDTH)
-    loss = trial_loss(unet, autoencoder, schedule, ObjectiveConfig(), data, lambda texts: tokens)
+    objective, shape = ObjectiveConfig(), BatchShape(4)
+    order, cpu = Order(range(4), 0), torch.device("cpu")
+    make = BatchMaker(data, order, shape, lambda texts: tokens, objective, schedule, cpu)
     seen = []
 
     def watched(pictures: int) -> torch.Tensor:
         seen.append(pictures)
         if pictures > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return loss(pictures)
+        batch = make.trial(pictures)
+        x_0 = autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
+        return per_sample_loss(unet, x_0, batch.context, batch.draw, schedule, objective).mean()
 
     full = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda values, device: full(values))
-    found = probe(unet, watched, optimizer, BatchShape(4), FakeGpu())  # type: ignore[arg-type]
+    found = probe(unet, watched, optimizer, shape, FakeGpu())  # type: ignore[arg-type]
     assert (found, seen) == (BatchShape(2, 2), [4, 2])
     assert all(p.grad is None for p in unet.parameters()) and not optimizer.state
     assert all(torch.equal(v, before[n]) for n, v in unet.state_dict().items())

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from latentdiff.config import load_config
 from latentdiff.errors import UserError
+from latentdiff.train.checkpoint import read_into, write_tensors
 from latentdiff.train.config import TrainConfig
 from latentdiff.train.ema import (
-    AllAverages,
     Ema,
     PowerEma,
     PowerEmaConfig,
     PowerEmas,
+    averages,
     reconstruct,
     snapshots,
 )
@@ -92,15 +93,18 @@ def test_the_first_random_weights_are_forgotten() -> None:
 def test_stored_state_goes_on_exactly_and_missing_state_is_an_error(tmp_path: Path) -> None:
     module, config = nn.Linear(2, 2), PowerEmaConfig(every=100)
     powers = PowerEmas(module, config, tmp_path, writes=False)
-    averages = AllAverages(Ema(module, 0.9), powers)
+    everything = averages(Ema(module, 0.9), powers)
     powers.update(0)
-    kept = {name: value.clone() for name, value in averages.average.items()}
+    kept = {name: value.clone() for name, value in everything.items()}
     assert {"weight", "power-0/weight", "power-1/bias"} <= set(kept)
     powers.update(1)
-    averages.load(kept)
+    write_tensors(tmp_path, "ema", kept | {"power-2/bias": kept["bias"].clone()})
+    read_into(tmp_path, "ema", everything)
     assert torch.equal(powers.tracks[1].average["bias"], kept["power-1/bias"])
+    fewer = {n: v for n, v in kept.items() if not n.startswith("power-1")}
+    write_tensors(tmp_path, "ema", fewer)
     with pytest.raises(UserError, match=r"power_ema\.every=0"):
-        averages.load({n: v for n, v in kept.items() if not n.startswith("power-1")})
+        read_into(tmp_path, "ema", everything)
 
 
 def test_without_every_nothing_is_tracked_and_nothing_written(tmp_path: Path) -> None:

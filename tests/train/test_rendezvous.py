@@ -8,8 +8,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore
 
-from latentdiff.train import distributed as rendezvous
-from latentdiff.train.distributed import agree, init_method, was_restarted
+from latentdiff.train import rendezvous
+from latentdiff.train.rendezvous import agree, init_method, was_restarted
 
 PATIENCE = timedelta(seconds=60)
 

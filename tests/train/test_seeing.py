@@ -11,24 +11,30 @@ import torch
 from tiny_training import arguments, make_parts
 from torch import nn
 
+from latentdiff.config import load_config
 from latentdiff.errors import UserError
 from latentdiff.models.unet import UNet
-from latentdiff.train import log as flops
+from latentdiff.train import gauges as flops
 from latentdiff.train.batches import to_device
+from latentdiff.train.config import TrainConfig
 from latentdiff.train.divergence import diagnose
-from latentdiff.train.log import (
+from latentdiff.train.gauges import (
     Gauges,
-    Tracker,
-    WandbWriter,
     count_flops,
     count_module_flops,
     measured_peak,
     peak_flops,
     peak_memory,
+)
+from latentdiff.train.log import (
+    Tracker,
+    WandbWriter,
+    read_environment,
     read_metrics,
+    write_environment,
 )
 from latentdiff.train.loop import LoopConfig
-from latentdiff.train.run import check_extras, read_environment, write_environment
+from latentdiff.train.run import check_extras
 from latentdiff.train.validation import ValidationLoss, by_quartile
 
 CPU = torch.device("cpu")
@@ -142,11 +148,11 @@ def test_wandb_that_is_not_installed_is_an_error_with_the_command(tmp_path, monk
 def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    check_extras("adamw", None)
+    check_extras(TrainConfig())
     with pytest.raises(UserError, match=r"loop\.wandb=p needs wandb.*loop\.wandb=null"):
-        check_extras("adamw", "p")
+        check_extras(load_config(TrainConfig, None, ["loop.wandb=p"]))
     with pytest.raises(UserError, match=r"latentdiff\[8bit\].*optimizer\.kind=adamw"):
-        check_extras("adamw8bit", None)
+        check_extras(load_config(TrainConfig, None, ["optimizer.kind=adamw8bit"]))
 
 
 def test_a_step_that_is_not_finite_does_not_stop_tensorboard(tmp_path: Path) -> None:

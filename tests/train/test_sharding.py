@@ -12,7 +12,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.train.distributed import UNITS, is_sharded, local, prepare, rows, whole
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
-from latentdiff.train.run import likes_channels_last
+from latentdiff.train.parts import likes_channels_last
 
 
 def small_unet() -> UNet:

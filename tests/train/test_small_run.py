@@ -14,12 +14,14 @@ from latentdiff.errors import UserError
 from latentdiff.train.autoencoder import AutoencoderTrainConfig
 from latentdiff.train.clip import ClipTrainConfig
 from latentdiff.train.optimizer import make_optimizer, named_state
-from latentdiff.train.run import SmallRun
+from latentdiff.train.run import Run
 
 
-def start(folder: Path, resume: bool = False, *more: str) -> SmallRun:
+def start(folder: Path, resume: bool = False, *more: str) -> Run[ClipTrainConfig]:
     given = [f"output={folder}", "loop.tensorboard=false", "loop.mixed_precision=no", *more]
-    return SmallRun.start(load_config(ClipTrainConfig, None, given), resume)
+    run = Run(load_config(ClipTrainConfig, None, given), resume)
+    run.open_output()
+    return run
 
 
 @pytest.mark.parametrize(
@@ -79,19 +81,22 @@ def test_refused(tmp_path: Path, files: list[str], resume: bool, words: str) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(files)
 
 
-def step_once(run: SmallRun, *names: str) -> tuple[dict[str, nn.Module], Any]:
+def step_once(
+    run: Run[ClipTrainConfig], *names: str
+) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """Open a run's log with models of the given names; train each for one step."""
-    torch.manual_seed(len(names) + run.resume)
+    torch.manual_seed(len(names) + run.resumes)
     models: dict[str, nn.Module] = {name: nn.Linear(3, 2) for name in names}
     optimizers = {
         name: make_optimizer(model, run.config.optimizer) for name, model in models.items()
     }
-    opened = run.open_log(models, optimizers, {})
-    for name, model in models.items() if not run.resume else ():
-        step = run.optimizer_step(model, optimizers[name])
+    run.load_state(models, optimizers, {"models": ", ".join(models)})
+    run.open_log()
+    for name, model in models.items() if not run.resumes else ():
+        step = run.optimizer_step(model, run.accelerator.prepare(optimizers[name]))
         step.backward(model(torch.ones(1, 3)).square().sum())
         step.update(0)
-    return models, (opened, optimizers)
+    return models, optimizers
 
 
 @pytest.mark.parametrize("now", [("clip",), ("clip", "teacher"), ("clip", "head")])
@@ -99,8 +104,8 @@ def test_a_checkpoint_of_several_models_is_read_back_into_the_same_ones(
     tmp_path: Path, now: tuple[str, ...]
 ) -> None:
     first = start(tmp_path)
-    models, (opened, optimizers) = step_once(first, "clip", "head")
-    opened[0].save(3, 7.5)
+    models, optimizers = step_once(first, "clip", "head")
+    first.state.save(3, 7.5)
     first.end()
     again = start(tmp_path, True)
     if now != ("clip", "head"):
@@ -108,9 +113,9 @@ def test_a_checkpoint_of_several_models_is_read_back_into_the_same_ones(
             step_once(again, *now)
         again.end()
         return
-    read, (reopened, others) = step_once(again, *now)
+    read, others = step_once(again, *now)
     again.end()
-    assert reopened[2:] == (3, 7.5)
+    assert (again.first_step, again.seconds) == (3, 7.5)
     for name in now:
         for key, value in models[name].state_dict().items():
             assert torch.equal(read[name].state_dict()[key], value)

@@ -11,7 +11,7 @@ from latentdiff.formats.model import save_model
 from latentdiff.train.autoencoder import AutoencoderTrainConfig
 from latentdiff.train.clip import ClipTrainConfig
 from latentdiff.train.config import TrainConfig, adopt, deciding_facts, read_config
-from latentdiff.train.run import frozen_autoencoder, load_parts
+from latentdiff.train.parts import frozen_autoencoder, load_parts
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 OTHERS = {"autoencoder": AutoencoderTrainConfig, "clip": ClipTrainConfig}

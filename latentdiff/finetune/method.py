@@ -1,4 +1,4 @@
-"""What a fine-tuning method makes of a model: the part to train, and how to hand it on.
+"""What a fine-tuning method is to a training: what it trains, with which loss, and what it saves.
 
 Text encoder and U-Net as one network, for methods that train something in the text encoder.
 """
@@ -6,10 +6,9 @@ Text encoder and U-Net as one network, for methods that train something in the t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,46 +19,61 @@ from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.weights import raw_bytes
 
+if TYPE_CHECKING:
+    from latentdiff.formats.folder import Components
 
-class TokenIds:
-    """Stands where a text encoder would: says what was written, not what it means.
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, LatentBatch) → loss of each sample, (B,)."""
 
-    Args: tokenizer: texts → ids (B, tokens).
+
+class Method:
+    """Base of the fine-tuning methods: all weights of the U-Net are trained, by the plain loss.
+
+    A method prepares the parts in `__init__`, in place, and overrides what differs.
+
+    Args:
+        components: the U-Net already where it will be trained, in float32.
+    Raises: UserError: parts that the method cannot train.
+    Attributes:
+        module: (x_t, timestep, batch.context) → prediction; the U-Net, or a network around it. Its
+            parameters that require a gradient are trained, averaged and checkpointed.
+        encode: captions (B) → batch.context, what the module takes third: the frozen text
+            encoder's states, or token ids where the text encoder is part of the module.
+        usage: how generate.py is told to use what was saved: its options, with {output} in them.
+        example: a prompt that shows what was learned.
     """
 
-    def __init__(self, tokenizer: Callable[[Sequence[str]], Tensor]) -> None:
-        self._tokenizer = tokenizer
+    #: Whether the model's own weights stay as they are, so that nobody need store them.
+    adds: ClassVar[bool] = False
+    usage: ClassVar[str] = "--model {output}/model"
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (B, tokens), int64."""
-        return self._tokenizer(texts)
+    def __init__(self, components: Components) -> None:
+        self.module: nn.Module = components.unet
+        self.encode: Callable[[list[str]], Tensor] = components.text_encoder.encode
+        self.example = "a cat"
 
+    def loss(self, denoising_loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of each sample, (B,): here that of the training itself.
 
-@dataclass(frozen=True)
-class Trainee:
-    """What is trained, and what becomes of it.
+        Args:
+            denoising_loss: Algorithm 1.
+            model: `module` as the processes have it.  batch: a LatentBatch.
+        """
+        return denoising_loss(model, batch)
 
-    Args that a method may leave out are those of training the whole U-Net.
-    """
+    def export(self, components: Components, output: Path, dtype: torch.dtype) -> list[Path]:
+        """Write the result, on one process, while the module holds the averaged weights.
 
-    module: Any
-    """(x_t, timestep, context) → prediction. Its parameters that require a gradient are trained,
-    averaged and checkpointed; the U-Net itself, or a `TextConditioned` around it."""
-    encoder: Any
-    """What turns captions into the module's context: the frozen text encoder, or `TokenIds`."""
-    export: Callable[[Path, torch.dtype], list[Path]] | None = None
-    """(the run's folder, number format) → the files written; called on one process while the
-    module holds the averaged weights. None: the run exports a whole model folder."""
-    usage: str = ""
-    """How generate.py is told to use what was written: its options, with {output} in them."""
+        Args:    components: the parts, whole where training has them sharded.
+                 output: the run's folder.  dtype: of the weights on disk.
+        Returns: the files or folders.
+        Raises:  UserError: what was there before is as it was.
+        """
+        raise NotImplementedError
 
-    example: str = "a cat"
-    """A prompt that shows what was learned."""
-
-    @property
-    def adds(self) -> bool:
-        """Whether the model's own weights stay as they are, so that nobody need store them."""
-        return self.export is not None
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     def about(self) -> str:
         """How much is trained, and the memory of weights, gradients, moments and average.
@@ -86,15 +100,11 @@ class Trainee:
                 digest.update(raw_bytes(parameter))
         return {"frozen weights": digest.hexdigest()}
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name."""
-        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-
 
 class TextConditioned(nn.Module):
     """(x_t, timestep, token ids) → prediction: the context is computed within, with a gradient.
 
-    Stands for the U-Net in training and validation; see `TokenIds` for where the ids come from.
+    Stands for the U-Net in training and validation; the tokenizer is then what encodes captions.
     """
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder) -> None:
