@@ -11,7 +11,6 @@ missing is encoded; when nothing is, nothing happens.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -24,7 +23,7 @@ if importlib.util.find_spec("latentdiff") is None:
 
 import torch
 
-from latentdiff.config import describe
+from latentdiff.cli.arguments import config_parser
 from latentdiff.data.latents import Encoding, LatentFolder
 from latentdiff.data.source import open_source, problems_of, report_skipped
 from latentdiff.errors import UserError, command
@@ -92,15 +91,9 @@ def cache(given: Given, worker: Worker) -> None:
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; see `errors.command` for exit codes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="configuration keys (given as key=value):\n\n" + describe(TrainConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, help="YAML file of the training")
+    parser = config_parser(TrainConfig, __doc__)
     parser.add_argument("--rank", type=int, help="number of this process, from 0")
     parser.add_argument("--ranks", type=int, help="how many processes there are")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
     worker = this_worker(options.rank, options.ranks)
     cache(read_config(options.config, options.overrides), worker)

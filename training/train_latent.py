@@ -10,7 +10,6 @@ finetune.kind=lora or textual_inversion, with the small file that holds what was
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -27,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import describe
+from latentdiff.cli.arguments import add_resume, config_parser
 from latentdiff.diffusion.objective import per_sample_loss
 from latentdiff.errors import UserError, command
 from latentdiff.train.batches import LatentBatch
@@ -60,14 +59,8 @@ def train(given: Given, resume: bool) -> str:
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; see `errors.command` for exit codes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="configuration keys (given as key=value):\n\n" + describe(TrainConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, help="YAML file over the defaults listed below")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = config_parser(TrainConfig, __doc__)
+    add_resume(parser)
     options = parser.parse_intermixed_args(arguments)
     try:
         end = train(read_config(options.config, options.overrides), options.resume)

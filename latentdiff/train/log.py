@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from latentdiff.errors import UserError
 from latentdiff.files import write_text
 
 if TYPE_CHECKING:
@@ -196,17 +195,11 @@ class WandbWriter:
     """Speaks like TensorBoard's SummaryWriter, so that the tracker need not know which it has.
 
     A resumed run goes on in the same W&B run, whose id is made from the output folder.
-    Raises: UserError: wandb is not installed.
     """
 
     def __init__(self, project: str, folder: Path, config: dict[str, Any] | None = None) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"loop.wandb={project} needs wandb, which cannot be imported ({error}). Install it "
-                "with `pip install 'latentdiff[wandb]'`, or set loop.wandb=null."
-            ) from error
+        import wandb
+
         self._wandb: Any = wandb
         name = str(folder.absolute())
         self._run = wandb.init(

@@ -159,7 +159,7 @@ class Log:
         self._bad = BadSteps(self._weights, optimizer_step.accelerator.mixed_precision)
 
     @property
-    def seconds(self) -> float:
+    def _seconds(self) -> float:
         """Wall time of the run so far, earlier parts included."""
         return time.monotonic() - self._began
 
@@ -167,15 +167,48 @@ class Log:
         """Keep more numbers of a micro-batch of optimizer step `number` until they are read."""
         self._values.append((number + 1, {n: v.detach() for n, v in values.items()}))
 
-    def after(self, done: int, signal: StopSignal) -> bool:
+    def end_step(
+        self,
+        done: int,
+        signal: StopSignal,
+        save: Callable[[int, float], None],
+        look: Callable[[int], None],
+    ) -> bool:
+        """Log, save and look after `done` steps; say whether the run is over before its last."""
+        stop = self._log_if_due(done, signal)
+        ends = stop or done == self._config.max_steps
+        if ends or done % self._config.checkpoint_every == 0:
+            self._flush(done)
+            if ends and not signal.number:
+                self._bad.check_end()
+            try:
+                save(done, self._seconds)
+            except CheckpointError as error:
+                if ends:
+                    raise
+                self._tracker.say(f"warning: {error} Training goes on.")
+        if stop and signal.number:
+            raise Interrupted(
+                signal.number,
+                f"stopped by {Signals(signal.number).name} after step {done}; the checkpoint is "
+                "written. Run the same command with --resume to go on.",
+            )
+        look(done)
+        if stop:
+            self._tracker.say(
+                f"loop.max_minutes={self._config.max_minutes} is over at step {done}."
+            )
+        return stop
+
+    def _log_if_due(self, done: int, signal: StopSignal) -> bool:
         """Log if it is time to; say whether the run has to stop now."""
         due = done % self._config.log_every == 0
         # A long silence looks like a run that hangs, so the first step is shown at once.
         early = not (due or self._has_logged) and done < self._config.max_steps
         if due or early:
-            self.flush(done, speed=due)
+            self._flush(done, speed=due)
         accelerator, limit = self._main.accelerator, self._config.max_minutes
-        stop = bool(signal.number) or (limit is not None and self.seconds > 60 * limit)
+        stop = bool(signal.number) or (limit is not None and self._seconds > 60 * limit)
         if accelerator.num_processes == 1:
             return stop
         if not due:  # processes agree only now and then: each time they have to wait for each other
@@ -185,7 +218,7 @@ class Log:
         signal.number = signal.number or int(votes[1] / votes[0].clamp(min=1))
         return bool(votes[0] > 0)
 
-    def flush(self, done: int, speed: bool = True) -> None:
+    def _flush(self, done: int, speed: bool = True) -> None:
         """Write the losses of the steps since the last time.
 
         Args: speed: say too how fast they were. Of the first step alone it would mislead: it waits
@@ -208,10 +241,6 @@ class Log:
         self._tracker.write(rows)
         self._tracker.progress(done, shown)
         self._bad.check()
-
-    def check_end(self) -> None:
-        """Refuse to end as a success what did not. Raises: UserError: see `BadSteps`."""
-        self._bad.check_end()
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._main.model.named_parameters()
@@ -263,7 +292,7 @@ class Log:
             "images_per_second": round(speed, 2),
             "waiting": round(min(share, 1.0), 4),
             **self._gauges(speed),
-            "seconds": round(self.seconds, 1),
+            "seconds": round(self._seconds, 1),
         }
 
 
@@ -406,42 +435,8 @@ def training_loop(
                     for one in () if last else (optimizer_step, *others.values()):
                         no_sync.enter_context(one.no_sync())
                     yield Step(optimizer_step, log, number, last), batch
-                if last and _after_step(number + 1, signal, log, config, tracker, save, look):
+                if last and log.end_step(number + 1, signal, save, look):
                     return
     except (UserError, Interrupted):
         tracker.close()  # so that it writes what it holds back
         raise
-
-
-def _after_step(
-    done: int,
-    signal: StopSignal,
-    log: Log,
-    config: LoopConfig,
-    tracker: Tracker,
-    save: Callable[[int, float], None],
-    look: Callable[[int], None],
-) -> bool:
-    """Log, save and look after `done` steps; say whether the run is over before its last step."""
-    stop = log.after(done, signal)
-    ends = stop or done == config.max_steps
-    if ends or done % config.checkpoint_every == 0:
-        log.flush(done)
-        if ends and not signal.number:
-            log.check_end()
-        try:
-            save(done, log.seconds)
-        except CheckpointError as error:
-            if ends:
-                raise
-            tracker.say(f"warning: {error} Training goes on.")
-    if stop and signal.number:
-        raise Interrupted(
-            signal.number,
-            f"stopped by {Signals(signal.number).name} after step {done}; the checkpoint is "
-            "written. Run the same command with --resume to go on.",
-        )
-    look(done)
-    if stop:
-        tracker.say(f"loop.max_minutes={config.max_minutes} is over at step {done}.")
-    return stop

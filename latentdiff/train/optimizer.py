@@ -1,8 +1,7 @@
-"""AdamW with its two moments in 8 bit: a quarter of the optimizer's memory, on GPUs.
+"""The optimizers, and the learning rate as a pure function of the step.
 
-Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861.
-
-The optimizers, and the learning rate as a pure function of the step.
+adamw8bit is AdamW with its two moments in 8 bit: a quarter of the optimizer's memory, on GPUs
+(Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861).
 """
 
 from __future__ import annotations
@@ -14,28 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from latentdiff.errors import UserError
 from latentdiff.train.distributed import local
 from latentdiff.train.muon import Muon
-
-
-def adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW8bit over parameter groups.
-
-    Args:   settings: lr, betas, eps, weight_decay.
-    Raises: UserError: bitsandbytes is not installed or does not work here.
-    """
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(
-            f"optimizer.kind=adamw8bit needs bitsandbytes, which cannot be imported ({error}). "
-            "Install it with `pip install 'latentdiff[8bit]'` on a machine with a GPU, or use "
-            "optimizer.kind=adamw."
-        ) from error
-    optimizer: Any = AdamW8bit(groups, **settings)
-    optimizer.integer_step = True
-    return optimizer
 
 
 @dataclass(frozen=True)
@@ -140,7 +119,11 @@ def _adamw(trained: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.
     ]
     groups = [group for group in groups if group["params"]]
     if config.kind == "adamw8bit":
-        return adamw_8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer: Any = AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        optimizer.integer_step = True
+        return optimizer
     return torch.optim.AdamW(
         groups,
         lr=config.lr,

@@ -13,7 +13,7 @@ Optional packages are looked for before a run writes anything.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -213,7 +213,7 @@ def batch_shape(
 
 
 def check_extras(config: RunConfig) -> None:
-    """Raises: UserError: a setting needs a package that is not installed."""
+    """Raises: UserError: a setting needs a package that is not there, or does not work here."""
     wandb = config.loop.wandb
     needed = [
         ("bitsandbytes", "8bit", "optimizer.kind=adamw8bit", "optimizer.kind=adamw"),
@@ -223,11 +223,14 @@ def check_extras(config: RunConfig) -> None:
     is_lora = isinstance(config, TrainConfig) and config.finetune.kind == "lora"
     set_here = (config.optimizer.kind == "adamw8bit", wandb is not None, is_lora)
     for is_set, (package, extra, given, instead) in zip(set_here, needed, strict=True):
-        if is_set and importlib.util.find_spec(package) is None:
+        try:
+            if is_set:
+                importlib.import_module(package)
+        except (ImportError, OSError, RuntimeError) as error:
             raise UserError(
-                f"{given} needs {package}, which is not installed. Install it with "
+                f"{given} needs {package}, which cannot be imported ({error}). Install it with "
                 f"`pip install 'latentdiff[{extra}]'`, or set {instead}."
-            )
+            ) from error
 
 
 def more_writers(config: RunConfig) -> list[Writer]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.diffusion.noise import batch_noise
-from latentdiff.diffusion.objective import ObjectiveConfig, draw, per_sample_loss
+from latentdiff.diffusion.objective import draw, per_sample_loss
 from latentdiff.diffusion.samplers import timestep_grid, warn_of_late_start
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.files import atomic_file
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 #: Moves the draws of validation away from those of training with the same seed.
 _VALIDATION_STREAM = 0x56414C
+#: Images at a time in the loss and in the grid.
+LOSS_BATCH, GRID_BATCH = 32, 16
 
 
 class ValidationLoss(NamedTuple):
@@ -51,92 +53,10 @@ class ValidationLoss(NamedTuple):
         return {"validation_loss": self.mean} | {k: q for k, q in quarters.items() if q is not None}
 
 
-@torch.no_grad()
-def validation_loss(
-    unet: nn.Module,
-    autoencoder: Any,
-    data: Any,
-    indices: Sequence[int],
-    context: Callable[[Sequence[str]], Tensor],
-    schedule: NoiseSchedule,
-    objective: ObjectiveConfig,
-    samples: int,
-    seed: int = 0,
-    batch_size: int = 32,
-) -> ValidationLoss:
-    """Loss over fixed draws (image, timestep, noise), with the caption always given.
-
-    Args:
-        indices: the held-out images in `data`; sample i is image i mod their number.
-        context: captions → text states.
-        samples: number of draws.
-    """
-    objective = dataclasses.replace(objective, condition_dropout=0.0)
-    device = next(unet.parameters()).device
-    total, losses, quarters = 0.0, list[Tensor](), list[Tensor]()
-    for numbers in _batches(data, indices, samples, batch_size):
-        rows = [indices[n % len(indices)] for n in numbers]
-        stored, mask = data.read(rows, numbers)
-        shape = (stored.shape[1] // 2, *stored.shape[2:])
-        random = draw(seed ^ _VALIDATION_STREAM, numbers, shape, objective, schedule)
-        moments = stored.float().to(device)
-        x_0 = autoencoder.latents_from_moments(moments, random.posterior_eps.to(device))
-        states = context([data.captions(row)[0] for row in rows]).to(device)
-        weight = None if mask is None else mask.float().to(device)
-        loss = per_sample_loss(unet, x_0, states, random, schedule, objective, weight)
-        total += float(loss.double().sum())
-        losses.append(loss.double().cpu())
-        quarters.append((4 * random.t / schedule.num_train_timesteps).long().clamp(max=3))
-    return ValidationLoss(total / samples, by_quartile(torch.cat(losses), torch.cat(quarters)))
-
-
 def by_quartile(losses: Tensor, quarters: Tensor) -> list[float | None]:
     """Mean of the losses of each quarter 0 … 3 of the timesteps; None where there is none."""
     parts = [losses[quarters == quarter] for quarter in range(4)]
     return [float(part.mean()) if len(part) else None for part in parts]
-
-
-def _batches(
-    data: Any, indices: Sequence[int], samples: int, batch_size: int
-) -> Iterator[list[int]]:
-    """Sample numbers in batches, each of images of one shape."""
-    for group in by_bucket(data, [indices[n % len(indices)] for n in range(samples)]):
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
-
-
-@torch.no_grad()
-def sample_images(
-    network: Network,
-    autoencoder: Any,
-    context: Callable[[Sequence[str]], Tensor],
-    prompts: Sequence[str],
-    latent_shape: Sequence[int],
-    *,
-    steps: int = 25,
-    guidance: float = 4.0,
-    seed: int = 0,
-    batch_size: int = 16,
-) -> Tensor:
-    """DDIM images of the prompts; image i starts from the noise of seed + i.
-
-    Args:    context: captions → text states.  latent_shape: (C, h, w).
-    Returns: (len(prompts), 3, H, W) in [−1, 1] on the CPU.
-    Raises:  NotFiniteError: U-Net or autoencoder gave NaN or infinity.
-    """
-    device = next(network.unet.parameters()).device
-    plan = SamplingPlan(timestep_grid(network.schedule, steps))
-    warn_of_late_start(network.schedule, plan.timesteps)
-    images = []
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        seeds = range(seed + start, seed + start + len(part))
-        states, empty = context(part).to(device), context([""]).to(device)
-        denoiser = build_denoiser(network, states, empty, guidance)
-        x_T = batch_noise(seeds, latent_shape)
-        latents = sample_latents(network, denoiser, x_T, seeds, plan)
-        images.append(autoencoder.decode(latents).cpu())
-    return torch.cat(images)
 
 
 class Validator:
@@ -159,6 +79,7 @@ class Validator:
     ) -> None:
         self._config, self._parts, self._latents = config, components, latents
         self._model = components.unet if model is None else model
+        self._device = next(self._model.parameters()).device
         self._context, self._ema, self._tracker = context, ema, tracker
         self._accelerator = accelerator
         self._schedule = NoiseSchedule(config.schedule)
@@ -178,54 +99,60 @@ class Validator:
             was_training = unet.training
             with self._ema.applied(), self._accelerator.autocast():
                 unet.eval()
-                self._loss(step)
-                self._grid(step, "")
+                self._log_loss(step)
+                self._save_grid(step, "")
             if self._config.validation.raw:
                 with self._accelerator.autocast():
-                    self._grid(step, "-raw")
+                    self._save_grid(step, "-raw")
             unet.train(was_training)
         self._accelerator.wait_for_everyone()
 
-    def _loss(self, step: int) -> None:
+    def _log_loss(self, step: int) -> None:
         if not self._latents.held_out:
             return
-        loss = validation_loss(
-            self._model,
-            self._parts.autoencoder,
-            self._latents.data,
-            self._latents.held_out,
-            self._context,
-            self._schedule,
-            self._config.objective,
-            self._config.validation.samples,
-            self._config.loop.seed,
-        )
+        loss = self._loss()
         self._tracker.write([{"step": step, **loss.row()}])
         self._tracker.say(f"step {step}: validation loss {loss.mean:.4f}")
 
-    def _grid(self, step: int, kind: str) -> None:
+    @torch.no_grad()
+    def _loss(self) -> ValidationLoss:
+        """Over fixed draws (image, timestep, noise), with the caption always given."""
+        config, total, losses, quarters = self._config, 0.0, list[Tensor](), list[Tensor]()
+        objective = dataclasses.replace(config.objective, condition_dropout=0.0)
+        data, seed = self._latents.data, config.loop.seed ^ _VALIDATION_STREAM
+        for numbers, rows in self._held_out_batches():
+            stored, mask = data.read(rows, numbers)
+            shape = (stored.shape[1] // 2, *stored.shape[2:])
+            random = draw(seed, numbers, shape, objective, self._schedule)
+            x_0 = self._parts.autoencoder.latents_from_moments(
+                stored.float().to(self._device), random.posterior_eps.to(self._device)
+            )
+            states = self._context([data.captions(row)[0] for row in rows]).to(self._device)
+            weight = None if mask is None else mask.float().to(self._device)
+            loss = per_sample_loss(
+                self._model, x_0, states, random, self._schedule, objective, weight
+            )
+            total += float(loss.double().sum())
+            losses.append(loss.double().cpu())
+            quarter = 4 * random.t / self._schedule.num_train_timesteps
+            quarters.append(quarter.long().clamp(max=3))
+        mean = total / config.validation.samples
+        return ValidationLoss(mean, by_quartile(torch.cat(losses), torch.cat(quarters)))
+
+    def _held_out_batches(self) -> Iterator[tuple[list[int], list[int]]]:
+        """(sample numbers, their images) in batches of one shape; sample i is image i mod n."""
+        held_out = self._latents.held_out
+        rows = [held_out[n % len(held_out)] for n in range(self._config.validation.samples)]
+        for group in by_bucket(self._latents.data, rows):
+            for start in range(0, len(group), LOSS_BATCH):
+                numbers = group[start : start + LOSS_BATCH]
+                yield numbers, [rows[n] for n in numbers]
+
+    def _save_grid(self, step: int, kind: str) -> None:
         if not self._prompts:
             return
-        validation, (channels, height, width) = self._config.validation, self._latents.data.shape
-        # A sharded U-Net has its weights only when called. Guidance is in the type of autocast.
-        network = Network(
-            self._model,
-            self._schedule,
-            self._config.objective.prediction,
-            project=not is_sharded(self._model),
-            upcast=False,
-        )
         try:
-            images = sample_images(
-                network,
-                self._parts.autoencoder,
-                self._context,
-                self._prompts,
-                (channels // 2, height, width),
-                steps=validation.steps,
-                guidance=validation.guidance,
-                seed=validation.seed,
-            )
+            images = self._sample()
         except NotFiniteError as error:  # whether the run goes on is decided by its steps
             self._tracker.say(f"step {step}: no images: {error}")
             return
@@ -238,6 +165,34 @@ class Validator:
                     image.save(new)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         self._tracker.image(f"samples{kind}", step, pixels)
+
+    @torch.no_grad()
+    def _sample(self) -> Tensor:
+        """DDIM images of the prompts, (N, 3, H, W) in [−1, 1]; image i has the seed + i.
+
+        Raises: NotFiniteError: U-Net or autoencoder gave NaN or infinity.
+        """
+        options, (channels, height, width) = self._config.validation, self._latents.data.shape
+        # A sharded U-Net has its weights only when called. Guidance is in the type of autocast.
+        network = Network(
+            self._model,
+            self._schedule,
+            self._config.objective.prediction,
+            project=not is_sharded(self._model),
+            upcast=False,
+        )
+        plan = SamplingPlan(timestep_grid(self._schedule, options.steps))
+        warn_of_late_start(self._schedule, plan.timesteps)
+        images = []
+        for start in range(0, len(self._prompts), GRID_BATCH):
+            part = self._prompts[start : start + GRID_BATCH]
+            seeds = range(options.seed + start, options.seed + start + len(part))
+            states, empty = (self._context(texts).to(self._device) for texts in (part, [""]))
+            denoiser = build_denoiser(network, states, empty, options.guidance)
+            x_T = batch_noise(seeds, (channels // 2, height, width))
+            latents = sample_latents(network, denoiser, x_T, seeds, plan)
+            images.append(self._parts.autoencoder.decode(latents).cpu())
+        return torch.cat(images)
 
     def _captions(self, count: int) -> Sequence[str]:
         rows = self._latents.held_out or self._latents.train

@@ -1,14 +1,12 @@
 """The 8-bit optimizer; where bitsandbytes is not installed only its absence can be tested."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from latentdiff.errors import UserError
 from latentdiff.train.checkpoint import read_tensors, write_checkpoint
 from latentdiff.train.optimizer import (
     OptimizerConfig,
@@ -34,13 +32,6 @@ def descend(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
     net(x).square().mean().backward()
     step_if_finite(optimizer, torch.tensor(1.0))
     optimizer.zero_grad()
-
-
-def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(UserError, match=r"latentdiff\[8bit\].*optimizer\.kind=adamw"):
-        make_optimizer(module(), CONFIG)
 
 
 @needs_it
