@@ -6,12 +6,20 @@ The defaults of the latter train the embedded example from scratch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from latentdiff.config import FREE, decides_numbers, load_config, read_yaml, to_dict
+from latentdiff.config import (
+    FREE,
+    build,
+    deciding_values,
+    flat,
+    given_values,
+    to_dict,
+    too_small,
+)
 from latentdiff.data.source import DataConfig
 from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import ScheduleConfig
@@ -108,12 +116,7 @@ class ValidationConfig:
 
     def validate(self) -> list[str]:
         """List what is out of range."""
-        least = {"every": 0, "pictures": 0, "steps": 1, "samples": 1, "guidance": 0}
-        return [
-            f"{name} must be at least {low}; got {getattr(self, name)}."
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        return too_small(self, every=0, pictures=0, steps=1, samples=1, guidance=0)
 
 
 @dataclass(frozen=True)
@@ -229,10 +232,8 @@ class Given:
 
 def read_config(path: Path | None, overrides: Sequence[str]) -> Given:
     """Load and check a TrainConfig. Raises: UserError: everything that is wrong with it."""
-    config = load_config(TrainConfig, path, overrides)
-    in_file = flat(read_yaml(path)) if path is not None else {}
-    on_line = [text.lstrip("-").partition("=")[0].strip() for text in overrides]
-    return Given(config, frozenset([*in_file, *on_line]))
+    given = given_values(TrainConfig, path, overrides)
+    return Given(build(TrainConfig, given, path), frozenset(flat(given)))
 
 
 def adopt(given: Given, schedule: ScheduleConfig, prediction: str) -> tuple[TrainConfig, list[str]]:
@@ -267,26 +268,12 @@ def deciding_facts(config: RunConfig) -> dict[str, Any]:
 
     The batch enters as a whole (see `BatchShape`): how it is cut up changes only rounding.
     """
-    keys = decides_numbers(config)
-    facts = {k: v for k, v in flat(to_dict(config)).items() if k in keys}
+    facts = deciding_values(config)
     if config.optimizer.decay == "constant":
         del facts["loop.max_steps"]
     if isinstance(config, TrainConfig):
         facts["model.channels_last"] = bool(config.model.channels_last)  # null was false before
     return facts
-
-
-def flat(data: dict[str, Any]) -> dict[str, Any]:
-    """Turn nested mappings into one with dotted keys."""
-    return dict(_flat(data, ""))
-
-
-def _flat(data: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def check_given(given: Given) -> None:
