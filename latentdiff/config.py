@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from annotated_types import Ge, Gt, Interval
 
 from latentdiff.errors import UserError, did_you_mean
 from latentdiff.plain_yaml import parse_yaml, read_yaml, to_inline
@@ -35,6 +36,18 @@ T = TypeVar("T")
 #: (dotted path, what is wrong there)
 Problems = list[tuple[str, str]]
 MISSING = dataclasses.MISSING
+#: Ranges of numbers, as types of fields: `steps: AtLeastOne[int]`.
+Positive = Annotated[T, Gt(0)]
+NotNegative = Annotated[T, Ge(0)]
+AtLeastOne = Annotated[T, Ge(1)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
+_RANGES = {
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+}
 #: Metadata of an option that changes no number of a training: a resumed run may differ in it.
 FREE: dict[str, bool] = {"changes_numbers": False}
 
@@ -81,16 +94,6 @@ def to_dict(config: object) -> Any:
     if isinstance(config, dict):
         return {key: to_dict(value) for key, value in config.items()}
     return str(config) if isinstance(config, Path) else config
-
-
-def too_small(config: object, **least: float) -> list[str]:
-    """Complaints about fields of a configuration that are less than they may be."""
-    given = {name: getattr(config, name) for name in least}
-    return [
-        f"{name} must be at least {least[name]}; got {value}."
-        for name, value in given.items()
-        if value < least[name]
-    ]
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -347,6 +350,8 @@ def _wording(error: dict[str, Any], given: Any, tp: Any) -> str:
         hint = " Write it in quotes." if quote else ""
         name = re.sub("(^| or )(whole number|number|list)", r"\1a \2", type_name(tp))
         return f"must be {name.replace('true|false', 'true or false')}; got {value!r:.200}.{hint}"
+    if error["type"] in _RANGES:
+        return f"must be {_RANGES[error['type']].format(**error['ctx'])}; got {value!r:.200}."
     return f"{error['msg']}; got {value!r:.200}."
 
 

@@ -106,7 +106,7 @@ def test_every_mistake_is_listed_with_its_path() -> None:
     assert "loop.prediction: must be one of eps, v; got 'epz'. Did you mean 'eps'?" in text
     assert "loop.sizes.1: must be a whole number; got 'a'." in text
     assert "loop.warm: must be true or false; got 1." in text
-    assert "loop.share: Input should be less than or equal to 1; got 2" in text
+    assert "loop.share: must be at most 1; got 2." in text
     assert "spare.steps: must be a whole number" in text
     assert "spare.name: must be text" in text and "in quotes" in text
     assert "spare.zzz: unknown key" in text

@@ -13,12 +13,14 @@ from typing import Any, ClassVar, Literal
 
 from latentdiff.config import (
     FREE,
+    AtLeastOne,
+    Decay,
+    NotNegative,
     build,
     deciding_values,
     flat,
     given_values,
     to_dict,
-    too_small,
 )
 from latentdiff.data.source import DataConfig
 from latentdiff.diffusion.objective import ObjectiveConfig
@@ -95,7 +97,7 @@ class LatentsConfig:
 class ValidationConfig:
     """The picture grid and the held-out loss, both with the averaged weights."""
 
-    every: int = 1000
+    every: NotNegative[int] = 1000
     """Optimizer steps between validations; 0 validates at the end only."""
     at_start: bool = False
     """Validate before the first step too (fine-tuning: what the start was like)."""
@@ -103,20 +105,16 @@ class ValidationConfig:
     """Make a grid with the newest weights too, beside that of the averaged ones."""
     prompts: tuple[str, ...] = ()
     """Prompts of the grid; empty takes captions of the held-out pictures."""
-    pictures: int = 16
+    pictures: NotNegative[int] = 16
     """How many captions are taken when no prompts are given; 0 makes no grid."""
-    steps: int = 25
+    steps: AtLeastOne[int] = 25
     """DDIM steps."""
-    guidance: float = 4.0
+    guidance: NotNegative[float] = 4.0
     """Guidance scale; up to 1 is off."""
     seed: int = 0
     """Seed of the first picture; the next one has the next seed."""
-    samples: int = 256
+    samples: AtLeastOne[int] = 256
     """Held-out samples (picture, timestep, noise) in the loss, the same ones every time."""
-
-    def validate(self) -> list[str]:
-        """List what is out of range."""
-        return too_small(self, every=0, pictures=0, steps=1, samples=1, guidance=0)
 
 
 @dataclass(frozen=True)
@@ -131,18 +129,11 @@ class ExportConfig:
 class LatentLoopConfig(LoopConfig):
     """The loop of train_latent.py, which averages the weights and fits the batch into memory."""
 
-    ema_decay: float = 0.999
+    ema_decay: Decay = 0.999
     """Decay of the weights' moving average, with a warm-up; 0 exports the newest weights."""
     probe_memory: bool = field(default=True, metadata=FREE)
     """On a GPU, try a micro-batch before the first step; if it does not fit, halve it and double
     gradient_accumulation."""
-
-    def validate(self) -> list[str]:
-        """List what is out of range."""
-        problems = super().validate()
-        if not 0 <= self.ema_decay < 1:
-            problems.append(f"ema_decay must be at least 0 and below 1; got {self.ema_decay}.")
-        return problems
 
 
 @dataclass(frozen=True)
