@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from annotated_types import Ge, Gt, Interval
 
-from latentdiff.errors import UserError, did_you_mean
+from latentdiff.errors import UserError, did_you_mean, wrong_word
 from latentdiff.plain_yaml import parse_yaml, read_yaml, to_inline
 
 T = TypeVar("T")
@@ -278,7 +278,7 @@ def _section(variants: list[type], default: Any, given: Any, path: str, problems
         kind = given.get("kind", getattr(default, "kind", None))
         known = {word: variant for variant in variants for word in kinds_of(variant)}
         if not isinstance(kind, str) or kind not in known:
-            problems.append((_join(path, "kind"), _wrong_word(kind, list(known))))
+            problems.append((_join(path, "kind"), wrong_word(kind, known)))
             return None
         cls = known[kind]
     problems += _misplaced(cls, given, path)
@@ -344,7 +344,7 @@ def _wording(error: dict[str, Any], given: Any, tp: Any) -> str:
     if error["type"] == "missing":
         return f"is required ({type_name(tp)})."
     if error["type"] == "literal_error" or (words and not isinstance(value, list)):
-        return _wrong_word(value, words + [None] * _takes_null(tp))
+        return wrong_word(value, [*map(str, words), *["null"] * _takes_null(tp)])
     if error["type"].endswith(("_type", "_parsing")):
         quote = error["type"] == "string_type" and isinstance(value, int | float)
         hint = " Write it in quotes." if quote else ""
@@ -357,11 +357,6 @@ def _wording(error: dict[str, Any], given: Any, tp: Any) -> str:
 
 def _takes_null(tp: Any) -> bool:
     return types.NoneType in options(tp)
-
-
-def _wrong_word(given: Any, allowed: list[Any]) -> str:
-    words = ["null" if word is None else str(word) for word in allowed]
-    return f"must be one of {', '.join(words)}; got {given!r}.{did_you_mean(str(given), words)}"
 
 
 def _misplaced(cls: Any, given: dict[Any, Any], path: str) -> Iterator[tuple[str, str]]:

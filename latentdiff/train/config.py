@@ -232,26 +232,20 @@ def adopt(given: Given, schedule: ScheduleConfig, prediction: str) -> tuple[Trai
 
     Returns: the configuration, and a line for every key that was given and differs.
     """
-    config = given.config
-    found = {f"schedule.{key}": value for key, value in to_dict(schedule).items()}
-    found["objective.prediction"] = prediction
-    now = flat(to_dict(config))
-    differing = {key: value for key, value in found.items() if now[key] != value}
-    taken = {key: value for key, value in differing.items() if key not in given.keys}
-    notes = [
-        f"note: {key} is {now[key]!r} as given; the pretrained model has {value!r}. "
-        "The new value is trained and saved; leave the key out to keep the model's own."
-        for key, value in differing.items()
-        if key in given.keys
-    ]
-    changes = {k.removeprefix("schedule."): v for k, v in taken.items() if k.startswith("schedule")}
-    objective = config.objective
-    if "objective.prediction" in taken:
+    config, model_has = given.config, to_dict(schedule)
+    asked = {k: getattr(config.schedule, k) for k in model_has if f"schedule.{k}" in given.keys}
+    schedule, objective = dataclasses.replace(schedule, **asked), config.objective
+    differing = {f"schedule.{k}": (v, model_has[k]) for k, v in asked.items() if v != model_has[k]}
+    if "objective.prediction" not in given.keys:
         objective = dataclasses.replace(objective, prediction=prediction)  # type: ignore[arg-type]
-    config = dataclasses.replace(
-        config, schedule=dataclasses.replace(config.schedule, **changes), objective=objective
-    )
-    return config, notes
+    elif objective.prediction != prediction:
+        differing["objective.prediction"] = objective.prediction, prediction
+    notes = [
+        f"note: {key} is {own!r} as given; the pretrained model has {theirs!r}. "
+        "The new value is trained and saved; leave the key out to keep the model's own."
+        for key, (own, theirs) in differing.items()
+    ]
+    return dataclasses.replace(config, schedule=schedule, objective=objective), notes
 
 
 def deciding_facts(config: RunConfig) -> dict[str, Any]:
