@@ -30,11 +30,11 @@ from typing import Any
 
 import yaml
 
+from latentdiff.config import parse_yaml
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError, choice_error
 from latentdiff.formats.scheduler import ALPHA_TO_ONE, SamplingDefaults, write_scheduler
 from latentdiff.models.unet_config import UNetConfig, config_to_dict
-from latentdiff.plain_yaml import parse_yaml
 
 #: Width of the text states → version.
 VERSIONS = {768: "1", 1024: "2"}

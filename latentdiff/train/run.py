@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from latentdiff.config import to_dict
+from latentdiff.config import to_dict, to_yaml
 from latentdiff.data.source import open_source, report_skipped, split
 from latentdiff.diffusion.objective import check_objective
 from latentdiff.diffusion.samplers import timestep_grid
@@ -34,7 +34,6 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.files import write_text
-from latentdiff.plain_yaml import to_yaml
 from latentdiff.train.batches import BatchShape, Order, recut
 from latentdiff.train.checkpoint import (
     CHECKPOINTS,
