@@ -5,7 +5,7 @@
 Relative difference of the results, ‖ours − theirs‖ / ‖theirs‖, over {eps, v, x0, flow} × {linear,
 scaled_linear, cosine, zero terminal SNR, flow} × {10, 25, 50} steps × the grids of each scheduler.
 Cells that diffusers lacks, or that mean something else there, are counted with the reason.
---page writes the table between the marks of the documentation page.
+--page writes the table between the two comments of the page that enclose it.
 """
 
 from __future__ import annotations

@@ -31,13 +31,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("picture", type=Path, help="any picture file; cropped and resized to the model's size")
     add("--prompt", default="", help="what it shows; default: nothing said")
-    add(
-        "--edit",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="another prompt; repeatable",
-    )
+    add("--edit", action="append", default=[], metavar="TEXT", help="another prompt; repeatable")
     add("--output", "-o", type=Path, default=Path("inverted.png"), help="default: %(default)s")
     add("--noise", type=Path, metavar="FILE", help="write x_T there as safetensors, key `latents`")
     add("--model", help="folder, single file or Hugging Face id; default: the embedded model")

@@ -162,7 +162,10 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
 
 def choice_error(name: str, given: object, allowed: Iterable[str]) -> UserError:
     """Build the error for a value outside a fixed set of words."""
+    return UserError(f"{name} {wrong_word(given, allowed)}")
+
+
+def wrong_word(given: object, allowed: Iterable[str]) -> str:
+    """Return "must be one of a, b; got 'c'.", with the near miss."""
     words = list(allowed)
-    return UserError(
-        f"{name} must be one of {', '.join(words)}; got {given!r}.{did_you_mean(str(given), words)}"
-    )
+    return f"must be one of {', '.join(words)}; got {given!r}.{did_you_mean(str(given), words)}"

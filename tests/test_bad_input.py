@@ -45,7 +45,7 @@ CASES = {
     "model.vae=nowhere/vae": ["nowhere/vae"],
     "model.pretrained=nowhere/model/x": ["nowhere/model/x"],
     "validation.steps=1001": ["validation.steps", "1 … 1000", "1001"],
-    "loop.batch_size=0": ["loop", "batch_size must be at least 1"],
+    "loop.batch_size=0": ["loop.batch_size: must be at least 1"],
     "loop.mixed_precision=bf61": ["loop.mixed_precision", "Did you mean 'bf16'?"],
     "data.crop=random": ["data.crop=random", "center or pad"],
 }

@@ -18,12 +18,12 @@ sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 
 from tiny_training import make_pictures  # noqa: E402
 
-from latentdiff.config import read_yaml  # noqa: E402
 from latentdiff.formats.embedding import read_embedding  # noqa: E402
 from latentdiff.formats.folder import load_components  # noqa: E402
 from latentdiff.formats.lora import read_lora  # noqa: E402
 from latentdiff.models.autoencoder import load_autoencoder  # noqa: E402
 from latentdiff.models.clip_text import load_text_encoder  # noqa: E402
+from latentdiff.plain_yaml import read_yaml  # noqa: E402
 from latentdiff.precision import has_fast_bf16  # noqa: E402
 
 CONFIGS = ROOT / "training" / "configs"

@@ -197,15 +197,14 @@ def elbo(
              noise: timestep -> (B, C, H, W) standard normal.
     """
     first = schedule.clean_timestep + 1
-    reconstruction = torch.zeros(len(x_0))
-    denoising = torch.zeros(len(x_0), dtype=x_0.dtype, device=x_0.device)
-    for timestep in range(first, schedule.last_timestep + 1):
-        x_t = schedule.q_sample(x_0, noise(timestep), timestep)
-        x_0_hat = estimate_at(denoiser, x_t, timestep)
-        if timestep == first:
-            reconstruction = reconstruction_term(x_0, x_0_hat, schedule)
-        else:
-            denoising = denoising + denoising_term(x_0, x_0_hat, timestep, schedule)
+
+    def estimate(t: int) -> Tensor:
+        return estimate_at(denoiser, schedule.q_sample(x_0, noise(t), t), t)
+
+    reconstruction = reconstruction_term(x_0, estimate(first), schedule)
+    denoising = torch.zeros_like(reconstruction)
+    for t in range(first + 1, schedule.last_timestep + 1):
+        denoising = denoising + denoising_term(x_0, estimate(t), t, schedule)
     return ElboTerms(reconstruction, prior_matching_term(x_0, schedule), denoising)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from latentdiff.diffusion.prediction import Denoiser, estimate_at
-from latentdiff.diffusion.samplers.step import SamplerState, Timesteps, walk
+from latentdiff.diffusion.samplers.step import SamplerState, Steps, Timesteps
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError
 
@@ -44,7 +44,7 @@ def ddim_inversion(
         raise UserError(f"iterations must be at least 1; got {iterations}.")
     x = x_0
     # A grid may end at the timestep that the last step leads to: that step changes nothing.
-    back = [step for step in walk(schedule, timesteps, final_timestep) if step.now != step.next]
+    back = [step for step in Steps(schedule, timesteps, final_timestep) if step.now != step.next]
     for number, step in enumerate(reversed(back)):
         (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) = step.now, step.next
         square = alpha_t**2 + sigma_t**2

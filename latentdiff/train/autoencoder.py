@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
-from latentdiff.config import FREE, too_small
+from latentdiff.config import FREE, AtLeastOne, NotNegative, Share
 from latentdiff.data.source import DataConfig
 from latentdiff.models.autoencoder import LOGVAR_RANGE
 from latentdiff.models.vae import AutoencoderKL
@@ -33,55 +34,44 @@ class AutoencoderConfig:
 
     block_out_channels: tuple[int, ...] = (32, 64, 128)
     """Channels per level; len − 1 halvings."""
-    layers_per_block: int = 1
+    layers_per_block: AtLeastOne[int] = 1
     """ResNet blocks per level of the encoder (the decoder has one more)."""
-    latent_channels: int = 4
+    latent_channels: AtLeastOne[int] = 4
     """Channels of the latents."""
-    norm_num_groups: int = 8
+    norm_num_groups: AtLeastOne[int] = 8
     """Groups of every GroupNorm."""
     mid_block_attention: bool = True
     """Self-attention at the lowest resolution."""
 
     def validate(self) -> list[str]:
         """List what no network has."""
-        problems = too_small(self, layers_per_block=1, latent_channels=1, norm_num_groups=1)
-        groups = max(1, self.norm_num_groups)
-        if not self.block_out_channels or any(c < 1 or c % groups for c in self.block_out_channels):
-            problems.append(
-                f"block_out_channels must be multiples of norm_num_groups={groups}; got "
-                f"{list(self.block_out_channels)}."
-            )
-        return problems
+        channels, groups = self.block_out_channels, self.norm_num_groups
+        if channels and all(c >= 1 and c % groups == 0 for c in channels):
+            return []
+        return [
+            f"block_out_channels must be multiples of norm_num_groups={groups}; got "
+            f"{list(channels)}."
+        ]
 
 
 @dataclass(frozen=True)
 class AutoencoderLossConfig:
     """Weights of the loss terms; means over pixels, latent dimensions or patches."""
 
-    l1: float = 1.0
+    l1: NotNegative[float] = 1.0
     """Mean absolute error."""
-    mse: float = 1.0
+    mse: NotNegative[float] = 1.0
     """Mean squared error."""
-    kl: float = 1e-3
+    kl: NotNegative[float] = 1e-3
     """KL to N(0, I) per latent dimension, in nats; larger gives smoother latents."""
-    perceptual: float = 0.0
+    perceptual: NotNegative[float] = 0.0
     """LPIPS (needs stlpips-pytorch); 0 is off."""
-    perceptual_stages: int = 3
+    perceptual_stages: Annotated[int, Interval(ge=1, le=5)] = 3
     """VGG stages in LPIPS, 1 to 5."""
-    adversarial: float = 0.0
+    adversarial: NotNegative[float] = 0.0
     """Patch discriminator; 0 is off."""
-    late_start: float = 0.7
+    late_start: Share = 0.7
     """Share of the steps after which the perceptual and adversarial terms start."""
-
-    def validate(self) -> list[str]:
-        """List what is out of range."""
-        weights = dict.fromkeys(("l1", "mse", "kl", "perceptual", "adversarial"), 0)
-        problems = too_small(self, **weights)
-        if not 1 <= self.perceptual_stages <= 5:
-            problems.append(f"perceptual_stages must lie in 1 … 5; got {self.perceptual_stages}.")
-        if not 0 <= self.late_start <= 1:
-            problems.append(f"late_start must lie in 0 … 1; got {self.late_start}.")
-        return problems
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,18 @@ Source: Radford et al. 2021, arXiv:2103.00020, figure 3.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.config import FREE, too_small
+from latentdiff.config import FREE, AtLeastOne
 from latentdiff.data.source import DataConfig
 from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
@@ -38,34 +38,33 @@ EMBEDDED = "embedded"
 class ClipConfig:
     """Shape of the two towers."""
 
-    vocabulary: int = 2048
+    vocabulary: AtLeastOne[int] = 2048
     """Entries of the byte-pair vocabulary."""
-    max_tokens: int = 32
+    max_tokens: Annotated[int, Ge(3)] = 32
     """Longest caption in tokens, begin and end marks included."""
-    text_width: int = 192
+    text_width: AtLeastOne[int] = 192
     """Width of the text tower; the U-Net's cross_attention_dim."""
-    text_layers: int = 4
+    text_layers: AtLeastOne[int] = 4
     """Transformer layers of the text tower."""
-    text_heads: int = 4
+    text_heads: AtLeastOne[int] = 4
     """Attention heads of the text tower."""
-    image_width: int = 128
+    image_width: AtLeastOne[int] = 128
     """Width of the image tower."""
-    image_layers: int = 4
+    image_layers: AtLeastOne[int] = 4
     """Transformer layers of the image tower."""
-    image_heads: int = 4
+    image_heads: AtLeastOne[int] = 4
     """Attention heads of the image tower."""
-    patch_size: int = 8
+    patch_size: AtLeastOne[int] = 8
     """Side of a patch in pixels."""
-    projection: int = 128
+    projection: AtLeastOne[int] = 128
     """Dimensions of the shared space."""
 
     def validate(self) -> list[str]:
         """List what no network has."""
-        names = [f.name for f in dataclasses.fields(self)]
-        problems = too_small(self, **dict.fromkeys(names, 1) | {"max_tokens": 3})
+        problems = []
         for tower in ("text", "image"):
             width, heads = (getattr(self, f"{tower}_{what}") for what in ("width", "heads"))
-            if heads >= 1 and width % heads:
+            if width % heads:
                 problems.append(
                     f"{tower}_width must be a multiple of {tower}_heads={heads}; got {width}."
                 )

@@ -6,12 +6,22 @@ The defaults of the latter train the embedded example from scratch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from latentdiff.config import FREE, decides_numbers, load_config, read_yaml, to_dict
+from latentdiff.config import (
+    FREE,
+    AtLeastOne,
+    Decay,
+    NotNegative,
+    build,
+    deciding_values,
+    flat,
+    given_values,
+    to_dict,
+)
 from latentdiff.data.source import DataConfig
 from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import ScheduleConfig
@@ -87,7 +97,7 @@ class LatentsConfig:
 class ValidationConfig:
     """The picture grid and the held-out loss, both with the averaged weights."""
 
-    every: int = 1000
+    every: NotNegative[int] = 1000
     """Optimizer steps between validations; 0 validates at the end only."""
     at_start: bool = False
     """Validate before the first step too (fine-tuning: what the start was like)."""
@@ -95,25 +105,16 @@ class ValidationConfig:
     """Make a grid with the newest weights too, beside that of the averaged ones."""
     prompts: tuple[str, ...] = ()
     """Prompts of the grid; empty takes captions of the held-out pictures."""
-    pictures: int = 16
+    pictures: NotNegative[int] = 16
     """How many captions are taken when no prompts are given; 0 makes no grid."""
-    steps: int = 25
+    steps: AtLeastOne[int] = 25
     """DDIM steps."""
-    guidance: float = 4.0
+    guidance: NotNegative[float] = 4.0
     """Guidance scale; up to 1 is off."""
     seed: int = 0
     """Seed of the first picture; the next one has the next seed."""
-    samples: int = 256
+    samples: AtLeastOne[int] = 256
     """Held-out samples (picture, timestep, noise) in the loss, the same ones every time."""
-
-    def validate(self) -> list[str]:
-        """List what is out of range."""
-        least = {"every": 0, "pictures": 0, "steps": 1, "samples": 1, "guidance": 0}
-        return [
-            f"{name} must be at least {low}; got {getattr(self, name)}."
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
 
 
 @dataclass(frozen=True)
@@ -128,18 +129,11 @@ class ExportConfig:
 class LatentLoopConfig(LoopConfig):
     """The loop of train_latent.py, which averages the weights and fits the batch into memory."""
 
-    ema_decay: float = 0.999
+    ema_decay: Decay = 0.999
     """Decay of the weights' moving average, with a warm-up; 0 exports the newest weights."""
     probe_memory: bool = field(default=True, metadata=FREE)
     """On a GPU, try a micro-batch before the first step; if it does not fit, halve it and double
     gradient_accumulation."""
-
-    def validate(self) -> list[str]:
-        """List what is out of range."""
-        problems = super().validate()
-        if not 0 <= self.ema_decay < 1:
-            problems.append(f"ema_decay must be at least 0 and below 1; got {self.ema_decay}.")
-        return problems
 
 
 @dataclass(frozen=True)
@@ -229,10 +223,8 @@ class Given:
 
 def read_config(path: Path | None, overrides: Sequence[str]) -> Given:
     """Load and check a TrainConfig. Raises: UserError: everything that is wrong with it."""
-    config = load_config(TrainConfig, path, overrides)
-    in_file = flat(read_yaml(path)) if path is not None else {}
-    on_line = [text.lstrip("-").partition("=")[0].strip() for text in overrides]
-    return Given(config, frozenset([*in_file, *on_line]))
+    given = given_values(TrainConfig, path, overrides)
+    return Given(build(TrainConfig, given, path), frozenset(flat(given)))
 
 
 def adopt(given: Given, schedule: ScheduleConfig, prediction: str) -> tuple[TrainConfig, list[str]]:
@@ -240,26 +232,20 @@ def adopt(given: Given, schedule: ScheduleConfig, prediction: str) -> tuple[Trai
 
     Returns: the configuration, and a line for every key that was given and differs.
     """
-    config = given.config
-    found = {f"schedule.{key}": value for key, value in to_dict(schedule).items()}
-    found["objective.prediction"] = prediction
-    now = flat(to_dict(config))
-    differing = {key: value for key, value in found.items() if now[key] != value}
-    taken = {key: value for key, value in differing.items() if key not in given.keys}
-    notes = [
-        f"note: {key} is {now[key]!r} as given; the pretrained model has {value!r}. "
-        "The new value is trained and saved; leave the key out to keep the model's own."
-        for key, value in differing.items()
-        if key in given.keys
-    ]
-    changes = {k.removeprefix("schedule."): v for k, v in taken.items() if k.startswith("schedule")}
-    objective = config.objective
-    if "objective.prediction" in taken:
+    config, model_has = given.config, to_dict(schedule)
+    asked = {k: getattr(config.schedule, k) for k in model_has if f"schedule.{k}" in given.keys}
+    schedule, objective = dataclasses.replace(schedule, **asked), config.objective
+    differing = {f"schedule.{k}": (v, model_has[k]) for k, v in asked.items() if v != model_has[k]}
+    if "objective.prediction" not in given.keys:
         objective = dataclasses.replace(objective, prediction=prediction)  # type: ignore[arg-type]
-    config = dataclasses.replace(
-        config, schedule=dataclasses.replace(config.schedule, **changes), objective=objective
-    )
-    return config, notes
+    elif objective.prediction != prediction:
+        differing["objective.prediction"] = objective.prediction, prediction
+    notes = [
+        f"note: {key} is {own!r} as given; the pretrained model has {theirs!r}. "
+        "The new value is trained and saved; leave the key out to keep the model's own."
+        for key, (own, theirs) in differing.items()
+    ]
+    return dataclasses.replace(config, schedule=schedule, objective=objective), notes
 
 
 def deciding_facts(config: RunConfig) -> dict[str, Any]:
@@ -267,26 +253,12 @@ def deciding_facts(config: RunConfig) -> dict[str, Any]:
 
     The batch enters as a whole (see `BatchShape`): how it is cut up changes only rounding.
     """
-    keys = decides_numbers(config)
-    facts = {k: v for k, v in flat(to_dict(config)).items() if k in keys}
+    facts = deciding_values(config)
     if config.optimizer.decay == "constant":
         del facts["loop.max_steps"]
     if isinstance(config, TrainConfig):
         facts["model.channels_last"] = bool(config.model.channels_last)  # null was false before
     return facts
-
-
-def flat(data: dict[str, Any]) -> dict[str, Any]:
-    """Turn nested mappings into one with dotted keys."""
-    return dict(_flat(data, ""))
-
-
-def _flat(data: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def check_given(given: Given) -> None:

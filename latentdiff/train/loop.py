@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import FREE
+from latentdiff.config import FREE, AtLeastOne, Positive
 from latentdiff.diffusion.noise import mix
 from latentdiff.errors import Interrupted, UserError
 from latentdiff.train.batches import Prefetch
@@ -310,25 +310,25 @@ Batch = TypeVar("Batch")
 class LoopConfig:
     """How long the run is, its batches, and what happens how often (in optimizer steps)."""
 
-    max_steps: int = 40_000
+    max_steps: AtLeastOne[int] = 40_000
     """Optimizer steps of the whole run."""
-    max_minutes: float | None = field(default=None, metadata=FREE)
+    max_minutes: Positive[float] | None = field(default=None, metadata=FREE)
     """Stop and export after this wall time, resumed parts included; null is no limit."""
-    batch_size: int = field(default=24, metadata=FREE)
+    batch_size: AtLeastOne[int] = field(default=24, metadata=FREE)
     """Images that one process computes at a time."""
-    gradient_accumulation: int = field(default=1, metadata=FREE)
+    gradient_accumulation: AtLeastOne[int] = field(default=1, metadata=FREE)
     """Micro-batches per optimizer step."""
     seed: int = 0
     """Seed of the first weights, the order and the noise."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Arithmetic; weights and averages stay in 32 bit. auto: bf16 where it is fast."""
-    log_every: int = field(default=20, metadata=FREE)
+    log_every: AtLeastOne[int] = field(default=20, metadata=FREE)
     """Steps between updates of the progress bar and the log; the first comes after one step."""
-    checkpoint_every: int = field(default=500, metadata=FREE)
+    checkpoint_every: AtLeastOne[int] = field(default=500, metadata=FREE)
     """Steps between checkpoints."""
-    keep_last: int = field(default=2, metadata=FREE)
+    keep_last: AtLeastOne[int] = field(default=2, metadata=FREE)
     """How many checkpoints are kept."""
-    keep_every: int | None = field(default=None, metadata=FREE)
+    keep_every: AtLeastOne[int] | None = field(default=None, metadata=FREE)
     """Keep for good those whose step is a multiple of this, a multiple of checkpoint_every too."""
     tensorboard: bool = field(default=True, metadata=FREE)
     """Write TensorBoard files too, if it is installed."""
@@ -336,23 +336,13 @@ class LoopConfig:
     """Weights & Biases project to log to as well (needs wandb); null is off."""
 
     def validate(self) -> list[str]:
-        """List what is out of range."""
-        counts = ("max_steps", "batch_size", "gradient_accumulation", "log_every")
-        problems = [
-            f"{name} must be at least 1; got {getattr(self, name)}."
-            for name in (*counts, "checkpoint_every", "keep_last")
-            if getattr(self, name) < 1
+        """List what does not go together."""
+        if self.keep_every is None or self.keep_every % self.checkpoint_every == 0:
+            return []
+        return [
+            f"keep_every must be a multiple of checkpoint_every={self.checkpoint_every}, or "
+            f"null; got {self.keep_every}."
         ]
-        if self.keep_every is not None and (
-            self.keep_every < 1 or self.keep_every % max(1, self.checkpoint_every)
-        ):
-            problems.append(
-                f"keep_every must be a multiple of checkpoint_every={self.checkpoint_every}, or "
-                f"null; got {self.keep_every}."
-            )
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            problems.append(f"max_minutes must be above 0; got {self.max_minutes}.")
-        return problems
 
 
 class Step:

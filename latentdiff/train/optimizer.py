@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from latentdiff.config import Decay, NotNegative, Positive
 from latentdiff.train.distributed import local
 from latentdiff.train.muon import Muon
 
@@ -25,38 +26,23 @@ class OptimizerConfig:
     """adamw (Loshchilov & Hutter 2019), muon (Jordan et al. 2024: orthogonal steps for the inner
     matrices, Adam for the rest; fewer steps, each somewhat dearer), or adamw8bit (Dettmers et al.
     2022: a quarter of the optimizer's memory; needs bitsandbytes and a GPU)."""
-    lr: float = 3e-4
+    lr: Positive[float] = 3e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of the two moments."""
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     """Decay of muon's momentum."""
-    eps: float = 1e-8
+    eps: Positive[float] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative[float] = 0.01
     """Decoupled weight decay; biases and norms (one-dimensional parameters) have none."""
-    warmup_steps: int = 200
+    warmup_steps: NotNegative[int] = 200
     """Steps of linear warm-up from 0."""
     decay: Literal["constant", "cosine", "whole_cosine"] = "constant"
     """After the warm-up: stay at lr, or fall to 0 along a cosine that ends at loop.max_steps.
     whole_cosine: the cosine starts with the first step, and the warm-up is a factor on it."""
-    clip_norm: float = 1.0
+    clip_norm: NotNegative[float] = 1.0
     """Largest gradient norm; longer gradients are scaled down. 0 turns it off."""
-
-    def validate(self) -> list[str]:
-        """List what is out of range."""
-        checks = {
-            f"lr must be above 0; got {self.lr}.": self.lr > 0,
-            f"betas must lie in 0 … 1; got {list(self.betas)}.": all(
-                0 <= b < 1 for b in self.betas
-            ),
-            f"momentum must lie in 0 … 1; got {self.momentum}.": 0 <= self.momentum < 1,
-            f"eps must be above 0; got {self.eps}.": self.eps > 0,
-            f"weight_decay must be at least 0; got {self.weight_decay}.": self.weight_decay >= 0,
-            f"warmup_steps must be at least 0; got {self.warmup_steps}.": self.warmup_steps >= 0,
-            f"clip_norm must be at least 0; got {self.clip_norm}.": self.clip_norm >= 0,
-        }
-        return [text for text, fine in checks.items() if not fine]
 
 
 def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:

@@ -8,7 +8,7 @@ import torch
 from gaussian_oracle import Gaussian, normal
 
 from latentdiff.diffusion.bounds import posterior_coefficients
-from latentdiff.diffusion.samplers import ddim, sample, timestep_grid
+from latentdiff.diffusion.samplers import run, sample, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 
 DATA = Gaussian()
@@ -134,7 +134,7 @@ def test_the_deterministic_path_keeps_its_quantile() -> None:
     schedule = NoiseSchedule(ScheduleConfig(kind="flow"))
     x_T = normal((1, 1, 8, 8), dtype=torch.float64)
     grid = timestep_grid(schedule, 500)
-    for state in ddim(DATA.denoiser(schedule), x_T, schedule, grid, silent):
+    for state in run("ddim", DATA.denoiser(schedule), x_T, schedule, grid, silent):
         s = state.t - 2
         alpha, sigma = schedule.alpha(s).item(), schedule.sigma(s).item()
         spread = (alpha**2 * DATA.deviation**2 + sigma**2) ** 0.5

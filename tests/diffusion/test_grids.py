@@ -16,7 +16,7 @@ from latentdiff.diffusion.samplers import (
     warn_of_late_start,
 )
 from latentdiff.diffusion.samplers.grids import GridStyle
-from latentdiff.diffusion.samplers.step import walk
+from latentdiff.diffusion.samplers.step import Steps
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import UserError
 
@@ -135,7 +135,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_grid_is_one_that_samplers_take(name: str, spacing: str) -> None:
-    """Whatever the schedule, grid, steps and offset: a walk to either end, or a reason."""
+    """Whatever the schedule, grid, steps and offset: a run to either end, or a reason."""
     schedule = NoiseSchedule(SCHEDULES[name])
     first, last = schedule.clean_timestep + 1, schedule.last_timestep
     even = spacing in ("leading", "linspace")
@@ -150,7 +150,7 @@ def test_every_grid_is_one_that_samplers_take(name: str, spacing: str) -> None:
         assert bool((grid.diff() < 0).all())
         if n in (1, 5, 20):
             for end in (None, first):
-                assert all(step.h >= 0 for step in walk(schedule, grid, end))
+                assert all(step.h >= 0 for step in Steps(schedule, grid, end))
 
 
 #: Grids that do not fit their schedule.

@@ -8,7 +8,7 @@ from gaussian_oracle import Gaussian, normal
 from torch import Tensor
 
 from latentdiff.diffusion.inversion import ddim_inversion
-from latentdiff.diffusion.samplers import ddim, sample, timestep_grid
+from latentdiff.diffusion.samplers import run, sample, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import UserError
 
@@ -84,7 +84,7 @@ def test_the_states_are_the_samplers_in_reverse_order() -> None:
     schedule = NoiseSchedule(SCHEDULES["scaled_linear"])
     x_0, grid = normal((1, 1, 4, 4), dtype=torch.float64), timestep_grid(schedule, 10)
     up = list(ddim_inversion(bent(schedule), x_0, schedule, grid, iterations=60, final_timestep=0))
-    down = list(ddim(bent(schedule), up[-1].x_t, schedule, grid, silent, final_timestep=0))
+    down = list(run("ddim", bent(schedule), up[-1].x_t, schedule, grid, silent, final_timestep=0))
     # Its grid ends at timestep 0, where the last step of the sampler changes nothing.
     assert [state.t for state in up] == grid.tolist()[-2::-1]
     for above, below in zip(up[:-1], reversed(down[:-2]), strict=True):

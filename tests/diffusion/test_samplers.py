@@ -21,7 +21,7 @@ from latentdiff.diffusion.samplers import (
     split_name,
     timestep_grid,
 )
-from latentdiff.diffusion.samplers.step import advance, walk
+from latentdiff.diffusion.samplers.step import advance
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
@@ -115,9 +115,8 @@ def test_stopping_at_a_level_is_the_state_that_the_whole_run_has_there(name: str
 
 
 def test_a_new_sampler_is_one_function_and_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def toy(denoiser, x_T, schedule, timesteps, noise, *, push=1.0, after=None):
-        x = x_T
-        for step in walk(schedule, timesteps, after=after):
+    def toy(denoiser, x, steps, noise, *, push=1.0):
+        for step in steps:
             x_0 = estimate_at(denoiser, x, step.now.t)
             x = advance(x, push * x_0, step.now, step.next)
             yield SamplerState(step.number, step.now.t, x, x_0)

@@ -92,7 +92,7 @@ def test_an_objective_without_a_finite_weight_is_refused_before_anything_is_open
 )
 def test_validation_out_of_range_is_refused(given: str, least: int) -> None:
     name = given.partition("=")[0]
-    with pytest.raises(UserError, match=rf"{name} must be at least {least}; got"):
+    with pytest.raises(UserError, match=rf"validation.{name}: must be at least {least}; got"):
         read_config(None, [f"validation.{given}"])
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.diffusion.samplers import solvers
 from latentdiff.diffusion.samplers.grids import GridStyle
-from latentdiff.diffusion.samplers.step import Bound, Noise, SamplerState, Timesteps
+from latentdiff.diffusion.samplers.step import Bound, Noise, SamplerState, Steps, Timesteps
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError, choice_error, did_you_mean
 
-#: Options that every sampler takes; they bound the estimate of the clean image.
-BOUNDS = ("clip", "threshold")
+#: Options that every sampler takes, see `run`.
+COMMON = ("final_timestep", "clip", "threshold")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Sampler:
         """Names of the keyword options that the sampler takes."""
         parameters = inspect.signature(self.function).parameters.values()
         own = (p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        return (*(name for name in own if name not in ("after", "bound")), *BOUNDS)
+        return (*(name for name in own if name != "bound"), *COMMON)
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -64,28 +64,18 @@ SAMPLERS: dict[str, Sampler] = {
         grid="real",
     ),
     "dpmpp_2m": Sampler(
-        solvers.dpmpp_2m,
-        ("DPMSolverMultistepScheduler", "DPM++ 2M", "dpm++_2m"),
-        grid="open",
+        solvers.dpmpp_2m, ("DPMSolverMultistepScheduler", "DPM++ 2M", "dpm++_2m"), grid="open"
     ),
     "dpmpp_2m_sde": Sampler(solvers.dpmpp_2m_sde, ("DPM++ 2M SDE", "dpm++_2m_sde"), grid="open"),
     "dpmpp_2s_ancestral": Sampler(
-        solvers.dpmpp_2s_ancestral,
-        ("DPM++ 2S a", "DPM++ 2S ancestral", "dpm++_2s_a"),
-        grid="real",
+        solvers.dpmpp_2s_ancestral, ("DPM++ 2S a", "DPM++ 2S ancestral", "dpm++_2s_a"), grid="real"
     ),
     "unipc": Sampler(
-        solvers.unipc,
-        ("UniPCMultistepScheduler", "uni_pc", "uni_pc_bh2"),
-        grid="open",
+        solvers.unipc, ("UniPCMultistepScheduler", "uni_pc", "uni_pc_bh2"), grid="open"
     ),
     "lms": Sampler(solvers.lms, ("LMSDiscreteScheduler", "k_lms"), grid="real"),
     "pndm": Sampler(solvers.pndm, ("PNDMScheduler", "PLMS")),
-    "lcm": Sampler(
-        solvers.lcm,
-        ("LCMScheduler", "FlowMatchLCMScheduler"),
-        spacing="lcm",
-    ),
+    "lcm": Sampler(solvers.lcm, ("LCMScheduler", "FlowMatchLCMScheduler"), spacing="lcm"),
 }
 
 
@@ -140,25 +130,29 @@ def run(
     timesteps: Timesteps,
     noise: Noise,
     *,
+    final_timestep: float | None = None,
     clip: float | None = None,
     threshold: float | None = None,
+    after: SamplerState | None = None,
     **options: Any,
 ) -> Iterator[SamplerState]:
     """The states of a sampler chosen by name, for previews and progress bars.
 
     Args:    denoiser: (x_t, t (B,)) -> x_0.  x_T: (B, C, H, W).  timesteps: decreasing.
-             noise: step -> (B, C, H, W).  clip: bound |x_0| by this.
+             noise: step -> (B, C, H, W).  final_timestep, after: see `Steps`.
+             clip: bound |x_0| by this.
              threshold: 0 … 1, dynamic thresholding at this fraction of each image's values.
              options: the sampler's own.
     Raises:  UserError: unknown name, or an option that this sampler does not take.
     """
     row, bound = get_sampler(name), bound_of(clip, threshold)
-    check_options(name, [option for option in options if option != "after"])
+    check_options(name, options)
     if "bound" in inspect.signature(row.function).parameters:
         options["bound"] = bound
     elif bound is not None:
         denoiser = _bounded(denoiser, bound)
-    return row.function(denoiser, x_T, schedule, timesteps, noise, **options)
+    steps = Steps(schedule, timesteps, final_timestep, after)
+    return row.function(denoiser, x_T, steps, noise, **options)
 
 
 def resume(

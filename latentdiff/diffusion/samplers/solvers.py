@@ -1,4 +1,4 @@
-"""The solvers side by side: each a generator over the steps of a walk, with its D and V of `step`.
+"""The solvers side by side: each a generator over its steps, with its D and V of `step`.
 
 The probability-flow ODE of variance-preserving schedules is straight in x̂ = x/α against the noise
 ratio r = σ/α, that of rectified flow in x against σ:
@@ -29,51 +29,40 @@ from latentdiff.diffusion.samplers.step import (
     Noise,
     SamplerState,
     Step,
-    Timesteps,
+    Steps,
     advance,
     ancestral_variance,
-    is_end,
-    level,
     log_snr_step,
-    walk,
 )
-from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError, choice_error
 
 
 def ddpm(
     denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
+    x: Tensor,
+    steps: Steps,
     noise: Noise,
     *,
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
 ) -> Iterator[SamplerState]:
     """Ancestral sampling: draw x_s from q(x_s | x_t, x_0) with the estimated x_0.
 
     On a grid with gaps the step's own α_t/α_s takes the place of α_t. The step to the clean image
     adds no noise.
 
-    Args:    denoiser: (x_t, t (B,)) -> x_0.  x_T: (B, C, H, W) standard normal.
-             timesteps: decreasing, see `timestep_grid`.  noise: step -> (B, C, H, W).
+    Args:    denoiser: (x_t, t (B,)) -> x_0.  x: (B, C, H, W), at first standard normal.
+             steps: those to take.  noise: step -> (B, C, H, W).
              variance: fixed_small (the posterior's) or fixed_large (β of the step).
-             final_timestep: where the last step leads. None: the clean image; 0: the first noise
-             level, as set_alpha_to_one=False of Stable Diffusion folders has it.
-             after: a state to go on from, see `resume`.
     Source:  Ho et al. 2020, Algorithm 2 and section 3.2, arXiv:2006.11239.
     """
     if variance not in ("fixed_small", "fixed_large"):
         raise choice_error("variance", variance, ("fixed_small", "fixed_large"))
-    x = x_T
-    for step in walk(schedule, timesteps, final_timestep, after):
+    for step in steps:
         t, s = step.now.t, step.next.t
         x_0 = estimate_at(denoiser, x, t)
-        weight_x_0, weight_x_t, spread = map(float, posterior_coefficients(schedule, s, t))
+        weight_x_0, weight_x_t, spread = map(float, posterior_coefficients(steps.schedule, s, t))
         if variance == "fixed_large":
-            spread = float(schedule.transition(s, t)[1])
+            spread = float(steps.schedule.transition(s, t)[1])
         x = weight_x_0 * x_0 + weight_x_t * x
         if not step.next.is_clean and spread > 0:
             x = x + spread**0.5 * noise(step.number)
@@ -82,34 +71,29 @@ def ddpm(
 
 def ddim(
     denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
+    x: Tensor,
+    steps: Steps,
     noise: Noise,
     *,
     eta: float = 0.0,
     bound: Bound | None = None,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
 ) -> Iterator[SamplerState]:
     """Implicit sampling: the same marginals with less or no noise; first order in the step.
 
         x_s = α_s x_0 + √(σ_s² − η²V) ε + η√V z,   V the variance of q(x_s | x_t, x_0)
 
-    Args:    denoiser, x_T, timesteps, noise, final_timestep, after: as for `ddpm`; noise is asked
-             only when eta > 0.
+    Args:    denoiser, x, steps, noise: as for `ddpm`; noise is asked only when eta > 0.
              eta: 0 deterministic … 1 as noisy as ddpm.
              bound: of x_0; ε stays that of the unbounded estimate, as in diffusers.
     Source:  Song et al. 2021, eq. 12 and 16, arXiv:2010.02502.
     """
     _check_eta(eta)
-    x = x_T
-    for step in walk(schedule, timesteps, final_timestep, after):
+    for step in steps:
         t, s = step.now.t, step.next.t
         x_0 = estimate_at(denoiser, x, t)
         eps = (x - step.now.alpha * x_0) / step.now.sigma
         x_0 = x_0 if bound is None else bound(x_0)
-        spread = eta**2 * float(posterior_coefficients(schedule, s, t)[2])
+        spread = eta**2 * float(posterior_coefficients(steps.schedule, s, t)[2])
         direction = max(step.next.sigma**2 - spread, 0.0) ** 0.5
         x = step.next.alpha * x_0 + direction * eps
         if spread > 0:
@@ -133,38 +117,20 @@ def slope(x: Tensor, x_0: Tensor, point: Level, is_flow: bool) -> Tensor:
     return eps - x_0 if is_flow else eps
 
 
-def euler(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    noise: Noise,
-    *,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
-) -> Iterator[SamplerState]:
+def euler(denoiser: Denoiser, x: Tensor, steps: Steps, noise: Noise) -> Iterator[SamplerState]:
     """Euler's method; in these coordinates it is DDIM with η = 0, step for step.
 
     Args:    as for `ddpm`; noise is never asked.
     Source:  Karras et al. 2022, Algorithm 1 without its correction, arXiv:2206.00364.
     """
-    x = x_T
-    for step in walk(schedule, timesteps, final_timestep, after):
+    for step in steps:
         x_0 = estimate_at(denoiser, x, step.now.t)
         x = advance(x, x_0, step.now, step.next)
         yield SamplerState(step.number, step.now.t, x, x_0)
 
 
 def euler_ancestral(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    noise: Noise,
-    *,
-    eta: float = 1.0,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
+    denoiser: Denoiser, x: Tensor, steps: Steps, noise: Noise, *, eta: float = 1.0
 ) -> Iterator[SamplerState]:
     """Euler down to a level below the next, then noise up to it.
 
@@ -173,24 +139,14 @@ def euler_ancestral(
     Args:    as for `ddpm`.  eta: 0 (Euler) … 1, the share of the noise's standard deviation.
     """
     _check_eta(eta)
-    x = x_T
-    for step in walk(schedule, timesteps, final_timestep, after):
+    for step in steps:
         x_0 = estimate_at(denoiser, x, step.now.t)
         variance = eta**2 * ancestral_variance(step.now, step.next)
         x = advance(x, x_0, step.now, step.next, variance, partial(noise, step.number))
         yield SamplerState(step.number, step.now.t, x, x_0)
 
 
-def heun(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    noise: Noise,
-    *,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
-) -> Iterator[SamplerState]:
+def heun(denoiser: Denoiser, x: Tensor, steps: Steps, noise: Noise) -> Iterator[SamplerState]:
     """Heun's second-order method: the mean of the slopes at both ends; two evaluations a step.
 
     One evaluation, and Euler, where an end has no slope: to the clean image, and from pure noise
@@ -199,8 +155,8 @@ def heun(
     Args:    as for `ddpm`; noise is never asked.
     Source:  Karras et al. 2022, Algorithm 1, arXiv:2206.00364.
     """
-    x, flow = x_T, schedule.is_flow
-    for step in walk(schedule, timesteps, final_timestep, after):
+    flow = steps.schedule.is_flow
+    for step in steps:
         now, to = step.now, step.next
         x_0 = estimate_at(denoiser, x, now.t)
         trial = advance(x, x_0, now, to)
@@ -219,53 +175,36 @@ def heun(
 FEW_STEPS = 15
 
 
-def extrapolated(x_0: Tensor, history: History, step: Step, schedule: NoiseSchedule) -> Tensor:
+def extrapolated(x_0: Tensor, history: History, step: Step, steps: Steps) -> Tensor:
     """D = x_0 + (h / 2h') (x_0 − x_0'): the line through two estimates, at half the step.
 
     First order without a previous estimate, to the clean image, where h is infinite, and in the
     last of few steps.
     """
-    last = step.remaining == 1 and is_end(schedule, step.next.t)
+    last = step.remaining == 1 and steps.ends_at(step.next.t)
     if not history or step.next.is_clean or (last and step.number + 1 < FEW_STEPS):
         return x_0
     t_before, x_0_before = history[0]
-    h_before = step.now.log_snr - level(schedule, t_before).log_snr
+    h_before = step.now.log_snr - steps.level(t_before).log_snr
     return x_0 + step.h / (2 * h_before) * (x_0 - x_0_before)
 
 
-def dpmpp_2m(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    noise: Noise,
-    *,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
-) -> Iterator[SamplerState]:
+def dpmpp_2m(denoiser: Denoiser, x: Tensor, steps: Steps, noise: Noise) -> Iterator[SamplerState]:
     """DPM-Solver++(2M): second order at one evaluation a step, from the previous estimate.
 
     Args:    as for `ddpm`; noise is never asked.
     Source:  Lu et al. 2022, Algorithm 2, arXiv:2211.01095.
     """
-    x, history = x_T, after.history if after else ()
-    for step in walk(schedule, timesteps, final_timestep, after):
+    history = steps.history
+    for step in steps:
         x_0 = estimate_at(denoiser, x, step.now.t)
-        x = advance(x, extrapolated(x_0, history, step, schedule), step.now, step.next)
+        x = advance(x, extrapolated(x_0, history, step, steps), step.now, step.next)
         history = ((step.now.t, x_0),)
         yield SamplerState(step.number, step.now.t, x, x_0, history)
 
 
 def dpmpp_2m_sde(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    noise: Noise,
-    *,
-    eta: float = 1.0,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
+    denoiser: Denoiser, x: Tensor, steps: Steps, noise: Noise, *, eta: float = 1.0
 ) -> Iterator[SamplerState]:
     """SDE-DPM-Solver++(2M): the same with noise, V = σ_s² (1 − e^{−2ηh}).
 
@@ -273,10 +212,10 @@ def dpmpp_2m_sde(
     Source:  Lu et al. 2022, appendix, arXiv:2211.01095, in its midpoint form.
     """
     _check_eta(eta)
-    x, history = x_T, after.history if after else ()
-    for step in walk(schedule, timesteps, final_timestep, after):
+    history = steps.history
+    for step in steps:
         x_0 = estimate_at(denoiser, x, step.now.t)
-        estimate = extrapolated(x_0, history, step, schedule)
+        estimate = extrapolated(x_0, history, step, steps)
         variance = step.next.sigma**2 * -math.expm1(-2 * eta * step.h) if eta > 0 else 0.0
         x = advance(x, estimate, step.now, step.next, variance, partial(noise, step.number))
         history = ((step.now.t, x_0),)
@@ -284,15 +223,7 @@ def dpmpp_2m_sde(
 
 
 def dpmpp_2s_ancestral(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    noise: Noise,
-    *,
-    eta: float = 1.0,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
+    denoiser: Denoiser, x: Tensor, steps: Steps, noise: Noise, *, eta: float = 1.0
 ) -> Iterator[SamplerState]:
     """DPM-Solver++(2S) down to a level below the next, then noise up to it; two evaluations.
 
@@ -303,14 +234,13 @@ def dpmpp_2s_ancestral(
     Source:  Lu et al. 2022, Algorithm 1, arXiv:2211.01095, with the noise of Euler ancestral.
     """
     _check_eta(eta)
-    x = x_T
-    for step in walk(schedule, timesteps, final_timestep, after):
+    for step in steps:
         now, to = step.now, step.next
         x_0 = estimate = estimate_at(denoiser, x, now.t)
         variance = eta**2 * ancestral_variance(now, to)
         down = (to.sigma**2 - variance) ** 0.5 / to.alpha
         if math.isfinite(now.ratio) and down > 0:
-            middle = level(schedule, schedule.timestep_at((now.ratio * down) ** 0.5))
+            middle = steps.level(steps.schedule.timestep_at((now.ratio * down) ** 0.5))
             estimate = estimate_at(denoiser, advance(x, x_0, now, middle), middle.t)
         x = advance(x, estimate, now, to, variance, partial(noise, step.number))
         yield SamplerState(step.number, now.t, x, x_0)
@@ -334,7 +264,7 @@ def combined(
     history: History,
     now: Level,
     to: Level,
-    schedule: NoiseSchedule,
+    steps: Steps,
     arrived: Tensor | None = None,
 ) -> Tensor:
     """D of the step from `now` to `to`, by UniPC's formula.
@@ -352,7 +282,7 @@ def combined(
     if h == 0:
         return newest
     for t, x_0 in history[1:]:
-        r = (level(schedule, t).log_snr - now.log_snr) / h
+        r = (steps.level(t).log_snr - now.log_snr) / h
         if math.isfinite(r) and r != 0:  # a step from pure noise, or to the image, has no slope
             ratios.append(r)
             differences.append((x_0 - newest) / r)
@@ -364,15 +294,7 @@ def combined(
 
 
 def unipc(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    noise: Noise,
-    *,
-    order: int = 2,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
+    denoiser: Denoiser, x: Tensor, steps: Steps, noise: Noise, *, order: int = 2
 ) -> Iterator[SamplerState]:
     """UniPC in its data-prediction form with B_2: predictor and corrector at one evaluation a step.
 
@@ -384,19 +306,19 @@ def unipc(
     """
     if order not in (1, 2, 3):
         raise UserError(f"the order of unipc must be 1, 2 or 3; got {order}.")
-    x, history = x_T, after.history if after else ()
-    whole = is_end(schedule, final_timestep)
-    for step in walk(schedule, timesteps, final_timestep, after):
+    history = steps.history
+    whole = steps.ends_at(steps.final_timestep)
+    for step in steps:
         x_0 = estimate_at(denoiser, x, step.now.t)
         if history:  # the state before, and the estimates up to it
             (t_before, x_before), *known = history
-            before = level(schedule, t_before)
-            estimate = combined(tuple(known), before, step.now, schedule, x_0)
+            before = steps.level(t_before)
+            estimate = combined(tuple(known), before, step.now, steps, x_0)
             x = advance(x_before, estimate, before, step.now)
         # The corrector of this step must use as many estimates as its predictor.
         most = min(order, step.remaining) if whole else order
         used = ((step.now.t, x_0), *history[1:])[:most]
-        estimate = combined(used, step.now, step.next, schedule)
+        estimate = combined(used, step.now, step.next, steps)
         history = ((step.now.t, x), *used)
         x = advance(x, estimate, step.now, step.next)
         yield SamplerState(step.number, step.now.t, x, x_0, history)
@@ -425,15 +347,7 @@ def lagrange_integrals(points: list[float], start: float, end: float) -> list[fl
 
 
 def lms(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    noise: Noise,
-    *,
-    order: int = 4,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
+    denoiser: Denoiser, x: Tensor, steps: Steps, noise: Noise, *, order: int = 4
 ) -> Iterator[SamplerState]:
     """Linear multistep (Adams-Bashforth) in the coordinates of Euler; one evaluation a step.
 
@@ -443,16 +357,16 @@ def lms(
     """
     if order not in ADAMS_BASHFORTH:
         raise UserError(f"the order of lms must lie in 1 … 4; got {order}.")
-    flow = schedule.is_flow
-    x, history = x_T, after.history if after else ()
-    for step in walk(schedule, timesteps, final_timestep, after):
+    flow = steps.schedule.is_flow
+    history = steps.history
+    for step in steps:
         now, to = step.now, step.next
         x_0 = estimate_at(denoiser, x, now.t)
         if now.is_pure_noise and not flow:
             x = advance(x, x_0, now, to)
         else:
             history = ((now.t, slope(x, x_0, now, flow)), *history)[:order]
-            times = [frame(level(schedule, t), flow)[1] for t, _ in history]
+            times = [frame(steps.level(t), flow)[1] for t, _ in history]
             next_scale, next_time = frame(to, flow)
             parts = lagrange_integrals(times, times[0], next_time)
             # The weights add up to the step, so this is Euler's step and a bend; taken together,
@@ -464,16 +378,7 @@ def lms(
         yield SamplerState(step.number, now.t, x, x_0, history)
 
 
-def pndm(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    noise: Noise,
-    *,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
-) -> Iterator[SamplerState]:
+def pndm(denoiser: Denoiser, x: Tensor, steps: Steps, noise: Noise) -> Iterator[SamplerState]:
     """PLMS, the pseudo linear multistep method: DDIM with ε averaged over up to four steps.
 
     The average has the Adams-Bashforth weights of equal steps. The first step is Heun's and takes
@@ -482,8 +387,8 @@ def pndm(
     Args:    as for `ddpm`; noise is never asked.
     Source:  Liu et al. 2022, eq. 12 and 13, arXiv:2202.09778, started as in latent diffusion.
     """
-    x, history = x_T, after.history if after else ()
-    for step in walk(schedule, timesteps, final_timestep, after):
+    history = steps.history
+    for step in steps:
         now, to = step.now, step.next
         x_0 = estimate_at(denoiser, x, now.t)
         if now.is_pure_noise:
@@ -507,15 +412,7 @@ def _mean_eps(history: History) -> Tensor:
 
 
 def lcm(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    noise: Noise,
-    *,
-    timestep_scaling: float = 10.0,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
+    denoiser: Denoiser, x: Tensor, steps: Steps, noise: Noise, *, timestep_scaling: float = 10.0
 ) -> Iterator[SamplerState]:
     """Latent consistency models: jump to the image, add noise of the next level, jump again.
 
@@ -527,10 +424,9 @@ def lcm(
     Args:    as for `ddpm`.  timestep_scaling: as the model was distilled.
     Source:  Luo et al. 2023, Algorithm 3, arXiv:2310.04378.
     """
-    x = x_T
-    for step in walk(schedule, timesteps, final_timestep, after):
+    for step in steps:
         x_0 = estimate_at(denoiser, x, step.now.t)
-        if not schedule.is_flow:
+        if not steps.schedule.is_flow:
             tau = timestep_scaling * step.now.t
             c_skip, c_out = 0.25 / (tau**2 + 0.25), tau / (tau**2 + 0.25) ** 0.5
             x_0 = c_skip * x + c_out * x_0

@@ -1,4 +1,4 @@
-"""What every sampler is made of: a walk down a grid of noise levels, and one kind of step.
+"""What every sampler is made of: a grid of noise levels, and one kind of step.
 
 From level t (α_t, σ_t) to the cleaner level s, with an estimate D of the clean image,
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ class Level(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step of the walk."""
+    """One step down the grid."""
 
     number: int
     """0 … n−1."""
@@ -97,43 +98,53 @@ def log_snr_step(now: Level, to: Level) -> float:
     return math.inf if now.is_pure_noise or to.is_clean else to.log_snr - now.log_snr
 
 
-def level(schedule: NoiseSchedule, t: float) -> Level:
-    """α and σ at timestep t."""
-    return Level(t, float(schedule.alpha(t)), float(schedule.sigma(t)))
+@dataclass(frozen=True)
+class Steps:
+    """The steps down a grid of noise levels, or those that are left of them.
 
-
-def walk(
-    schedule: NoiseSchedule,
-    timesteps: Timesteps,
-    final_timestep: float | None = None,
-    after: SamplerState | None = None,
-) -> Iterator[Step]:
-    """The steps of a sampler, from the first timestep to the end.
-
-    Args:    timesteps: strictly decreasing.
-             final_timestep: where the last step leads; None: the clean image.
-             after: a state that these timesteps gave; the steps up to it are left out.
-    Raises:  UserError: timesteps that do not decrease, or a final one above them.
+    Raises (at the first step): UserError: timesteps that do not decrease, or a final one above.
     """
-    given = torch.as_tensor(timesteps)
-    # Rounded to what the denoiser will be given, so that both look up the same level.
-    grid = (given.float() if given.is_floating_point() else given).tolist()
-    if not grid or any(low >= high for high, low in itertools.pairwise(grid)):
-        raise UserError(f"timesteps must decrease strictly and not be empty; got {grid[:8]} …")
-    end = schedule.clean_timestep if final_timestep is None else final_timestep
-    if end > grid[-1]:
-        raise UserError(f"final_timestep must be at most the last timestep {grid[-1]}; got {end}.")
-    levels = [level(schedule, t) for t in [*grid, end]]
-    for number in range(0 if after is None else after.step + 1, len(grid)):
-        yield Step(number, levels[number], levels[number + 1], len(grid) - number)
 
+    schedule: NoiseSchedule
+    timesteps: Timesteps
+    """Strictly decreasing, see `timestep_grid`."""
+    final_timestep: float | None = None
+    """Where the last step leads. None: the clean image; 0: the first noise level, as
+    set_alpha_to_one=False of Stable Diffusion folders has it."""
+    after: SamplerState | None = None
+    """A state that these timesteps gave; the steps up to it are left out."""
 
-def is_end(schedule: NoiseSchedule, t: float | None) -> bool:
-    """Whether a sampler ends at t: the first noise level, or below it (None: the clean image).
+    def __iter__(self) -> Iterator[Step]:
+        given = torch.as_tensor(self.timesteps)
+        # Rounded to what the denoiser will be given, so that both look up the same level.
+        grid = (given.float() if given.is_floating_point() else given).tolist()
+        if not grid or any(low >= high for high, low in itertools.pairwise(grid)):
+            raise UserError(f"timesteps must decrease strictly and not be empty; got {grid[:8]} …")
+        end = self.final_timestep
+        end = self.schedule.clean_timestep if end is None else end
+        if end > grid[-1]:
+            raise UserError(
+                f"final_timestep must be at most the last timestep {grid[-1]}; got {end}."
+            )
+        levels = [self.level(t) for t in [*grid, end]]
+        for number in range(0 if self.after is None else self.after.step + 1, len(grid)):
+            yield Step(number, levels[number], levels[number + 1], len(grid) - number)
 
-    A run that is cut off at a higher level is a part of one that goes on.
-    """
-    return t is None or t <= schedule.clean_timestep + 1
+    def level(self, t: float) -> Level:
+        """α and σ at timestep t."""
+        return Level(t, float(self.schedule.alpha(t)), float(self.schedule.sigma(t)))
+
+    @property
+    def history(self) -> History:
+        """What a multistep sampler remembers before the first of these steps."""
+        return self.after.history if self.after else ()
+
+    def ends_at(self, t: float | None) -> bool:
+        """Whether a sampler ends at t: the first noise level, or below it (None: the clean image).
+
+        A run that is cut off at a higher level is a part of one that goes on.
+        """
+        return t is None or t <= self.schedule.clean_timestep + 1
 
 
 def advance(
