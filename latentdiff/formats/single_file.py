@@ -41,7 +41,7 @@ from latentdiff.formats.identify import CONFIGURATION, Identity, identify, refus
 from latentdiff.formats.key_map import (
     CLIP_PREFIX,
     PARTS,
-    Layout,
+    Keys,
     compvis_layout,
     ema_key,
     give,
@@ -238,13 +238,13 @@ class _Opened:
     """Whether it could be either of Stable Diffusion 2's two kinds, and its weights must tell."""
     networks: dict[str, Any]
     """Part → network without weights."""
-    layout: Layout
+    layout: dict[str, Keys]
     others: list[str]
     """Keys that no part has a use for."""
 
     def state(self, part: str) -> dict[str, Tensor]:
         """The weights of one part, under our names."""
-        return take(self.file.tensors, getattr(self.layout, part), _shapes(self.networks[part]))
+        return take(self.file.tensors, self.layout[part], _shapes(self.networks[part]))
 
 
 def load_single_file(
@@ -377,23 +377,23 @@ def _with_usual_names(file: TensorFile) -> TensorFile:
     return TensorFile(file.path, named, file.metadata, file.facts)
 
 
-def _averaged(layout: Layout, file: TensorFile, variant: str | None) -> Layout:
+def _averaged(layout: dict[str, Keys], file: TensorFile, variant: str | None) -> dict[str, Keys]:
     """Take the averaged weights of a U-Net, when the file has all of them and they are wanted."""
-    keys = {ema_key(key): names for key, names in layout.unet.items()}
+    keys = {ema_key(key): names for key, names in layout["unet"].items()}
     if variant not in (None, "ema", "non_ema"):
         raise UserError(f"variant must be ema or non_ema for a single file; got {variant!r}.")
     if variant != "non_ema" and all(key in file.tensors for key in keys):
-        return Layout(keys, layout.vae, layout.text_encoder)
+        return layout | {"unet": keys}
     if variant == "ema":
         raise UserError(f"{file.path} has no averaged weights (model_ema.…). Leave variant out.")
     return layout
 
 
-def _check_keys(file: TensorFile, layout: Layout, text: Mapping[str, Any]) -> list[str]:
+def _check_keys(file: TensorFile, layout: dict[str, Keys], text: Mapping[str, Any]) -> list[str]:
     """Compare the file's keys with the layout's. Returns: needless keys. Raises: UserError."""
-    wanted = layout.all()
+    wanted = {key for keys in layout.values() for key in keys}
     others = [key for key in file.tensors if key not in wanted]
-    averaged = any(key.startswith("model_ema.") for key in layout.unet)
+    averaged = any(key.startswith("model_ema.") for key in layout["unet"])
 
     def needless(key: str) -> bool:
         newest = averaged and key.startswith("model.diffusion_model.")
@@ -452,7 +452,7 @@ def save_single_file(
     tensors: dict[str, Tensor] = {}
     for part in PARTS:
         stored = {name: stored_tensor(name, t, dtypes[part]) for name, t in states[part].items()}
-        tensors |= give(stored, getattr(layout, part), part)
+        tensors |= give(stored, layout[part], part)
     spare = components.spare if is_openclip(components.text_encoder.config_dict()) else {}
     text = dtypes["text_encoder"]
     tensors |= {name: stored_tensor(name, tensor, text) for name, tensor in spare.items()}
@@ -472,7 +472,7 @@ def check_target(target: Path) -> None:
         raise UserError(f"cannot write a file to {target}: it is a folder.")
 
 
-def layout_of(components: Components) -> tuple[dict[str, dict[str, Tensor]], Layout]:
+def layout_of(components: Components) -> tuple[dict[str, dict[str, Tensor]], dict[str, Keys]]:
     """The weights of each part, and where they go."""
     vae, text = components.autoencoder, components.text_encoder
     states: dict[str, dict[str, Tensor]] = {

@@ -320,7 +320,7 @@ def shapes_of(version: str) -> dict[str, torch.Size]:
     layout = compvis_layout(unet, config["vae"], config["text_encoder"], states)
     tensors: dict[str, Tensor] = {}
     for part in PARTS:
-        tensors |= give(states[part], getattr(layout, part), part)
+        tensors |= give(states[part], layout[part], part)
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
