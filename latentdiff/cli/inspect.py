@@ -109,30 +109,6 @@ def usable(file: TensorFile, identity: Identity) -> str:
     return "used beside a model, with --lora FILE"
 
 
-def lora_rows(file: TensorFile) -> Rows:
-    """Layout, ranks, scale, what is changed and for which model."""
-    from latentdiff.formats.lora import lora_facts
-
-    found = lora_facts(file)
-    targets = joined([f"{count} layers of the {part}" for part, count in found.targets.items()])
-    said = joined(list(dict.fromkeys(f"{a:g}" for a in found.alphas)))
-    unsaid = found.without_alpha
-    if not said:
-        said = "not said in the file, which means alpha = rank"
-    elif unsaid:
-        said += f"; {unsaid} layers say none, which means alpha = rank"
-    said += ", over the root of the rank (rank-stabilised)" if found.stabilised else ""
-    left = [("left out", f"learned words: {joined(found.bundled)}")] if found.bundled else []
-    return [
-        ("layout", found.layout + (" (DoRA)" if found.dora else "")),
-        ("rank", joined(found.ranks) or "not found"),
-        ("alpha", said),
-        ("changes", targets or "nothing known"),
-        ("made for", found.base or "unknown: it does not touch what reads the text"),
-        *left,
-    ]
-
-
 def word_rows(file: TensorFile) -> Rows:
     """The word of a textual inversion, its vectors, and which model they are for."""
     from latentdiff.formats.embedding import read_embedding
@@ -186,6 +162,7 @@ def inspect(name: str, keys: bool = False) -> list[tuple[str, str]]:
 
 def _file(file: TensorFile, keys: bool) -> list[tuple[str, str]]:
     from latentdiff.formats.identify import identify
+    from latentdiff.formats.lora import lora_rows
     from latentdiff.formats.single_file import check_single_file
 
     shapes = {name: tuple(t.shape) for name, t in file.tensors.items()}

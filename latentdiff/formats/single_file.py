@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError, printable
-from latentdiff.files import atomic_file, parse_json
+from latentdiff.files import parse_json, written_file
 from latentdiff.formats.folder import Components, check_inputs, empty_unet, fill_unet
 from latentdiff.formats.identify import CONFIGURATION, Identity, identify, refuse_unsupported
 from latentdiff.formats.key_map import (
@@ -458,7 +458,9 @@ def save_single_file(
     tensors |= {name: stored_tensor(name, tensor, text) for name, tensor in spare.items()}
     metadata = modelspec(components, title or target.stem)
     metadata[CONFIGURATION] = json.dumps(configuration(components), ensure_ascii=False)
-    _write(tensors, target, metadata)
+    with written_file(target) as new:
+        save_tensors(tensors, new, metadata)
+        _put_hash(new)
     return target
 
 
@@ -517,16 +519,6 @@ def modelspec(components: Components, title: str) -> dict[str, str]:
         "modelspec.prediction_type": words.get(prediction, prediction),
         "modelspec.hash_sha256": _NO_HASH,
     }
-
-
-def _write(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as new:
-            save_tensors(tensors, new, metadata)
-            _put_hash(new)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
 
 
 def _put_hash(file: Path) -> None:
