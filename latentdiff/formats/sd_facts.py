@@ -33,7 +33,12 @@ import yaml
 from latentdiff.config import parse_yaml
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError, choice_error
-from latentdiff.formats.scheduler import ALPHA_TO_ONE, SamplingDefaults, write_scheduler
+from latentdiff.formats.scheduler import (
+    ALPHA_TO_ONE,
+    SamplingDefaults,
+    check_number,
+    write_scheduler,
+)
 from latentdiff.models.unet_config import UNetConfig, config_to_dict
 
 #: Width of the text states → version.
@@ -41,36 +46,21 @@ VERSIONS = {768: "1", 1024: "2"}
 #: Steps of the original trainings whose weights predict eps although they are of version 2.
 #: Source: the .ckpt files' global_step, as in diffusers' loaders/single_file_utils.py.
 EPS_STEPS = (875_000,)
-_HEADS_2 = (5, 10, 20, 20)
-_TEXT: dict[str, Any] = {
-    "architectures": ["CLIPTextModel"],
-    "model_type": "clip_text_model",
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-    "layer_norm_eps": 1e-5,
-    "attention_dropout": 0.0,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-}
-
-
-def sd_unet(version: str, sample_size: int = 64) -> UNetConfig:
-    """The U-Net of version 1 or 2."""
-    first = UNetConfig(sample_size=sample_size, attention_head_dim=8, cross_attention_dim=768)
-    if version == "1":
-        return first
-    # Scores of version 2 exceed float16, which its YAML (use_fp16 with xformers) does not say.
-    return dataclasses.replace(
-        first,
-        attention_head_dim=_HEADS_2,  # num_head_channels: 64
-        cross_attention_dim=1024,
-        use_linear_projection=True,
-        upcast_attention=True,
-    )
+_WIDTHS = [128, 256, 512, 512]
+#: The text towers' configurations by version.
+_TEXT = {
+    "1": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+          "num_attention_heads": 12, "hidden_act": "quick_gelu", "projection_dim": 768},
+    "2": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+          "num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 512},
+}  # fmt: skip
+_TOKENS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
 
 
 def sd_configuration(version: str, prediction: str, *, zero_snr: bool = False) -> dict[str, Any]:
     """The configuration files of a Stable Diffusion model, by the names of their folders.
+
+    What the networks here take for a field that is left out is left out.
 
     Args:    version: 1 or 2.  prediction: eps, v, …: version 2 with v was trained on 768 pixels.
              zero_snr: trained on a schedule that ends in pure noise.
@@ -79,50 +69,33 @@ def sd_configuration(version: str, prediction: str, *, zero_snr: bool = False) -
     schedule = ScheduleConfig(zero_terminal_snr=zero_snr)
     sampling = SamplingDefaults(end_noisy=() if zero_snr else ALPHA_TO_ONE)
     return {
-        "unet": config_to_dict(sd_unet(version, size)),
-        "vae": sd_autoencoder(size * 8),
-        "text_encoder": _TEXT | (_CLIP_L if version == "1" else _OPENCLIP_H),
+        "unet": config_to_dict(_unet(version, size)),
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": _WIDTHS,
+            "down_block_types": ["DownEncoderBlock2D"] * len(_WIDTHS),
+            "layers_per_block": 2,
+            "sample_size": size * 8,
+            "up_block_types": ["UpDecoderBlock2D"] * len(_WIDTHS),
+        },
+        "text_encoder": _TEXT[version] | _TOKENS | {"attention_dropout": 0.0},
         "scheduler": write_scheduler(schedule, prediction, sampling),
         "tokenizer": {"clip": {"pad_token": "<|endoftext|>" if version == "1" else "!"}},
     }
 
 
-def sd_autoencoder(sample_size: int = 512) -> dict[str, Any]:
-    """The autoencoder of both versions."""
-    return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "in_channels": 3,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "out_channels": 3,
-        "sample_size": sample_size,
-        "scaling_factor": 0.18215,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }
-
-
-_CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "quick_gelu",
-    "projection_dim": 768,
-    "pad_token_id": 1,
-}
-_OPENCLIP_H = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 23,
-    "num_attention_heads": 16,
-    "hidden_act": "gelu",
-    "projection_dim": 512,
-    "pad_token_id": 1,
-}
+def _unet(version: str, sample_size: int) -> UNetConfig:
+    first = UNetConfig(sample_size=sample_size, attention_head_dim=8, cross_attention_dim=768)
+    if version == "1":
+        return first
+    # Scores of version 2 exceed float16, which its YAML (use_fp16 with xformers) does not say.
+    return dataclasses.replace(
+        first,
+        attention_head_dim=(5, 10, 20, 20),  # num_head_channels: 64
+        cross_attention_dim=1024,
+        use_linear_projection=True,
+        upcast_attention=True,
+    )
 
 
 PARAMETERIZATIONS = ("eps", "v", "x0")
@@ -176,9 +149,10 @@ class InferenceYaml:
         schedule = self.params.get("beta_schedule", "linear")
         if schedule not in list(_BETAS):
             raise choice_error(f"beta_schedule in {self.path}", schedule, _BETAS)
-        config["scheduler"] |= {
-            ours: self.params[name] for name, ours in _SCHEDULE.items() if name in self.params
-        } | {"beta_schedule": _BETAS[schedule]}
+        config["scheduler"]["beta_schedule"] = _BETAS[schedule]
+        for name in _SCHEDULE.keys() & self.params.keys():
+            check_number(self.params[name], _SCHEDULE[name], f"{name} in {self.path}")
+            config["scheduler"][_SCHEDULE[name]] = self.params[name]
         if "scale_factor" in self.params:
             config["vae"]["scaling_factor"] = self.params["scale_factor"]
         if (size := self.params.get("image_size", _UNTOLD_SIZE)) != _UNTOLD_SIZE:

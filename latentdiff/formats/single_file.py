@@ -60,7 +60,6 @@ from latentdiff.formats.sd_facts import (
     VERSIONS,
     InferenceYaml,
     sd_configuration,
-    sd_unet,
     yaml_beside,
 )
 from latentdiff.models import clip_text, vae
@@ -68,7 +67,7 @@ from latentdiff.models.autoencoder import Autoencoder, empty_autoencoder, fill_a
 from latentdiff.models.clip_text import TextEncoder, empty_text_tower, fill_text_encoder
 from latentdiff.models.tokenizer import CLIP, describe_tokenizer, tokenizer_of
 from latentdiff.models.unet import UNet
-from latentdiff.models.unet_config import UNetConfig, config_from_dict, per_level
+from latentdiff.models.unet_config import config_from_dict, per_level
 from latentdiff.weights import (
     TensorFile,
     read_tensor_file,
@@ -161,20 +160,16 @@ def sd_differences(components: Components) -> dict[str, list[str]]:
 
     The version to compare with is the one whose text states are as wide, 1.x where none is.
     """
-    version = VERSIONS.get(_context(components), "1")
-    sd, text = sd_configuration(version, "eps"), components.text_encoder
+    sd = sd_configuration(VERSIONS.get(_context(components), "1"), "eps")
+    own = configuration(components)
+    facts = {"U-Net": _unet_facts, "autoencoder": _vae_facts, "text encoder": _text_facts}
     found = {
-        "U-Net": _differing(_unet_facts(components.unet.config), _unet_facts(sd_unet(version))),
-        "autoencoder": _differing(
-            _vae_facts(components.autoencoder.config_dict()), _vae_facts(sd["vae"])
-        ),
-        "text encoder": _differing(
-            _text_facts(text.config_dict()), _text_facts(sd["text_encoder"])
-        ),
+        name: _differing(facts_of(own[part]), facts_of(sd[part]))
+        for (name, facts_of), part in zip(facts.items(), PARTS, strict=True)
     }
-    if not found["text encoder"] and CLIP not in describe_tokenizer(text.tokenizer):
+    if not found["text encoder"] and CLIP not in own["tokenizer"]:
         found["tokenizer"] = ["another vocabulary than CLIP's"]
-    return {part: texts for part, texts in found.items() if texts}
+    return {name: texts for name, texts in found.items() if texts}
 
 
 def _context(components: Components) -> int:
@@ -183,35 +178,39 @@ def _context(components: Components) -> int:
 
 def _differing(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [
-        f"{name} {_plain(own.get(name))} instead of {_plain(value)}"
+        f"{name} {own[name]} instead of {value}"
         for name, value in other.items()
-        if _plain(own.get(name)) != _plain(value)
+        if own[name] != value
     ]
+
+
+def _unet_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    unet = config_from_dict(config)
+    facts = {name: value for name, value in vars(unet).items() if name not in _FREE}
+    # A number may also be written once for every level.
+    levels = len(unet.block_out_channels)
+    facts |= {name: per_level(facts[name], levels) for name in _PER_LEVEL} | {"heads": unet.heads}
+    return {name: _plain(value) for name, value in facts.items()}
+
+
+def _vae_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    # Those programs multiply by Stable Diffusion's factor and shift nothing.
+    usual = {"_class_name": "AutoencoderKL", **vae.DEFAULTS, "shift_factor": 0.0}
+    facts = _with_defaults(config, usual)
+    return facts | {"shift_factor": facts["shift_factor"] or 0.0}
+
+
+def _text_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_defaults(config, clip_text.DEFAULTS)
+
+
+def _with_defaults(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain(config.get(name, value)) for name, value in usual.items()}
 
 
 def _plain(value: Any) -> Any:
     """Lists of JSON and tuples of ours alike."""
-    return list(value) if isinstance(value, list | tuple) else value
-
-
-def _unet_facts(config: UNetConfig) -> dict[str, Any]:
-    kept = (field.name for field in dataclasses.fields(config) if field.name not in _FREE)
-    levels = len(config.block_out_channels)
-    # A number may also be written once for every level.
-    spread = {name: per_level(getattr(config, name), levels) for name in _PER_LEVEL}
-    return {name: getattr(config, name) for name in kept} | spread | {"heads": config.heads}
-
-
-def _vae_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    full = {**vae.DEFAULTS, "_class_name": "AutoencoderKL", "shift_factor": None, **config}
-    facts = {name: full[name] for name in ("_class_name", *vae.DEFAULTS)}
-    # Those programs multiply by Stable Diffusion's factor and shift nothing.
-    return facts | {"shift_factor": full["shift_factor"] or 0.0}
-
-
-def _text_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    full = {**clip_text.DEFAULTS, **config}
-    return {name: full[name] for name in clip_text.DEFAULTS}
+    return list(value) if isinstance(value, tuple) else value
 
 
 #: How names of single files end.
