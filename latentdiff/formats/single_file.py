@@ -32,11 +32,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.errors import UserError, printable
 from latentdiff.files import parse_json, written_file
-from latentdiff.formats.folder import Components, check_inputs, empty_unet, fill_unet
+from latentdiff.formats.folder import (
+    Components,
+    check_inputs,
+    configuration,
+    empty_unet,
+    fill_unet,
+)
 from latentdiff.formats.identify import CONFIGURATION, Identity, identify, refuse_unsupported
 from latentdiff.formats.key_map import (
     CLIP_PREFIX,
@@ -49,12 +55,7 @@ from latentdiff.formats.key_map import (
     is_spare,
     take,
 )
-from latentdiff.formats.scheduler import (
-    generation_defaults,
-    read_scheduler,
-    with_generation,
-    write_scheduler,
-)
+from latentdiff.formats.scheduler import read_scheduler, with_generation
 from latentdiff.formats.sd_facts import (
     EPS_STEPS,
     VERSIONS,
@@ -65,7 +66,7 @@ from latentdiff.formats.sd_facts import (
 from latentdiff.models import clip_text, vae
 from latentdiff.models.autoencoder import Autoencoder, empty_autoencoder, fill_autoencoder
 from latentdiff.models.clip_text import TextEncoder, empty_text_tower, fill_text_encoder
-from latentdiff.models.tokenizer import CLIP, describe_tokenizer, tokenizer_of
+from latentdiff.models.tokenizer import CLIP, tokenizer_of
 from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import config_from_dict, per_level
 from latentdiff.weights import (
@@ -243,7 +244,18 @@ class _Opened:
 
     def state(self, part: str) -> dict[str, Tensor]:
         """The weights of one part, under our names."""
-        return take(self.file.tensors, self.layout[part], _shapes(self.networks[part]))
+        return take(self.file.tensors, self.layout[part], self.networks[part].state_dict())
+
+    def autoencoder(self, dtype: torch.dtype | None) -> Autoencoder:
+        """The autoencoder. Raises: UserError: its weights do not fit."""
+        return fill_autoencoder(self.networks["vae"], self.state("vae"), self.file.path, dtype)
+
+    def text_encoder(self, dtype: torch.dtype | None) -> TextEncoder:
+        """The text encoder. Raises: UserError: its weights or its tokenizer do not fit."""
+        module, state = self.networks["text_encoder"], self.state("text_encoder")
+        positions = int(module.config["max_position_embeddings"])
+        tokenizer = tokenizer_of(self.config["tokenizer"], positions)
+        return fill_text_encoder(module, state, tokenizer, self.file.path, dtype)
 
 
 def load_single_file(
@@ -273,12 +285,12 @@ def check_single_file(file: TensorFile) -> None:
 
 def autoencoder_of_file(file: Path) -> Autoencoder:
     """The autoencoder of a single file, in float32. Raises: UserError: see load_single_file."""
-    return _autoencoder(_understand(read_tensor_file(file)), torch.float32)
+    return _understand(read_tensor_file(file)).autoencoder(torch.float32)
 
 
 def text_encoder_of_file(file: Path) -> TextEncoder:
     """The text encoder of a single file, in float32. Raises: UserError: see load_single_file."""
-    return _text_encoder(_understand(read_tensor_file(file)), torch.float32)
+    return _understand(read_tensor_file(file)).text_encoder(torch.float32)
 
 
 def latent_size_of_file(file: Path) -> Any:
@@ -290,16 +302,15 @@ def latent_size_of_file(file: Path) -> Any:
     config = opened.config
     if opened.is_measured:
         unet = fill_unet(opened.networks["unet"], opened.state("unet"), file, torch.float32)
-        config = sd_configuration(
-            "2", measured_prediction(unet, _text_encoder(opened, torch.float32))
-        )
+        measured = measured_prediction(unet, opened.text_encoder(torch.float32))
+        config = sd_configuration("2", measured)
     return config["unet"].get("sample_size")
 
 
 def _assemble(opened: _Opened, dtype: torch.dtype | None, prediction: str | None) -> Components:
     path, unet_state, config = opened.file.path, opened.state("unet"), opened.config
     unet = fill_unet(opened.networks["unet"], unet_state, path, dtype)
-    text = _text_encoder(opened, dtype)
+    text = opened.text_encoder(dtype)
     if opened.is_measured:
         found = measured_prediction(unet, text)
         config = sd_configuration("2", found, zero_snr=has_zero_snr(opened.file) and found == "v")
@@ -310,7 +321,7 @@ def _assemble(opened: _Opened, dtype: torch.dtype | None, prediction: str | None
     kept = [key for key in opened.others if is_openclip(tower) and is_spare(key, tower)]
     components = Components(
         unet=unet,
-        autoencoder=_autoencoder(opened, None if dtype is None else torch.float32),
+        autoencoder=opened.autoencoder(None if dtype is None else torch.float32),
         text_encoder=text,
         schedule=schedule,
         prediction=prediction or said,
@@ -339,7 +350,7 @@ def _understand(
         "vae": empty_autoencoder(config["vae"], path),
         "text_encoder": empty_text_tower(config["text_encoder"], path),
     }
-    names = {part: _shapes(networks[part]) for part in PARTS}
+    names = {part: network.state_dict() for part, network in networks.items()}
     layout = compvis_layout(unet_config, config["vae"], config["text_encoder"], names)
     layout = _averaged(layout, found, variant)
     others = _check_keys(found, layout, networks["text_encoder"].config)
@@ -403,22 +414,6 @@ def _check_keys(file: TensorFile, layout: dict[str, Keys], text: Mapping[str, An
     return others
 
 
-def _autoencoder(opened: _Opened, dtype: torch.dtype | None) -> Autoencoder:
-    return fill_autoencoder(opened.networks["vae"], opened.state("vae"), opened.file.path, dtype)
-
-
-def _text_encoder(opened: _Opened, dtype: torch.dtype | None) -> TextEncoder:
-    module, path = opened.networks["text_encoder"], opened.file.path
-    positions = int(module.config["max_position_embeddings"])
-    tokenizer = tokenizer_of(opened.config["tokenizer"], positions)
-    return fill_text_encoder(module, opened.state("text_encoder"), tokenizer, path, dtype)
-
-
-def _shapes(network: nn.Module) -> dict[str, Tensor]:
-    """Names and, on the meta device, shapes of a network's weights."""
-    return network.state_dict()
-
-
 ENDING = ".safetensors"
 #: Stands in the header while the tensors are written; their hash has as many characters.
 _NO_HASH = "0x" + "0" * 64
@@ -446,17 +441,21 @@ def save_single_file(
     components.check()
     target = Path(file).expanduser().absolute()
     check_target(target)
-    dtypes = components.part_dtypes(dtype)
-    states, layout = layout_of(components)
+    config, dtypes = configuration(components), components.part_dtypes(dtype)
+    vae, text = components.autoencoder.module, components.text_encoder.module
+    networks = {"unet": components.unet, "vae": vae, "text_encoder": text}
+    states = {part: network.state_dict() for part, network in networks.items()}
+    unet = components.unet.config
+    layout = compvis_layout(unet, config["vae"], config["text_encoder"], states)
     tensors: dict[str, Tensor] = {}
-    for part in PARTS:
-        stored = {name: stored_tensor(name, t, dtypes[part]) for name, t in states[part].items()}
+    for part, state in states.items():
+        stored = {name: stored_tensor(name, t, dtypes[part]) for name, t in state.items()}
         tensors |= give(stored, layout[part], part)
-    spare = components.spare if is_openclip(components.text_encoder.config_dict()) else {}
-    text = dtypes["text_encoder"]
-    tensors |= {name: stored_tensor(name, tensor, text) for name, tensor in spare.items()}
+    if is_openclip(config["text_encoder"]):
+        kind = dtypes["text_encoder"]
+        tensors |= {name: stored_tensor(name, t, kind) for name, t in components.spare.items()}
     metadata = modelspec(components, title or target.stem)
-    metadata[CONFIGURATION] = json.dumps(configuration(components), ensure_ascii=False)
+    metadata[CONFIGURATION] = json.dumps(config, ensure_ascii=False)
     with written_file(target) as new:
         save_tensors(tensors, new, metadata)
         _put_hash(new)
@@ -471,31 +470,6 @@ def check_target(target: Path) -> None:
         )
     if target.is_dir():
         raise UserError(f"cannot write a file to {target}: it is a folder.")
-
-
-def layout_of(components: Components) -> tuple[dict[str, dict[str, Tensor]], dict[str, Keys]]:
-    """The weights of each part, and where they go."""
-    vae, text = components.autoencoder, components.text_encoder
-    states: dict[str, dict[str, Tensor]] = {
-        "unet": dict(components.unet.state_dict()),
-        "vae": dict(vae.module.state_dict()),
-        "text_encoder": dict(text.module.state_dict()),
-    }
-    config = components.unet.config
-    return states, compvis_layout(config, vae.config_dict(), text.config_dict(), states)
-
-
-def configuration(components: Components) -> dict[str, Any]:
-    """The model's configuration files, by the names of their folders."""
-    sampling = components.sampling
-    return {
-        "unet": components.unet.config_dict(),
-        "vae": components.autoencoder.config_dict(),
-        "text_encoder": components.text_encoder.config_dict(),
-        "scheduler": write_scheduler(components.schedule, components.prediction, sampling),
-        "tokenizer": describe_tokenizer(components.text_encoder.tokenizer),
-        "generation": generation_defaults(sampling),
-    }
 
 
 def modelspec(components: Components, title: str) -> dict[str, str]:
