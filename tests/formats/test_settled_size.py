@@ -25,7 +25,6 @@ def test_latent_size(
     monkeypatch.setattr(single_file, "read_tensor_file", lambda file: None)
     monkeypatch.setattr(single_file, "_understand", lambda file: opened)
     monkeypatch.setattr(single_file, "fill_unet", lambda *_: None)
-    monkeypatch.setattr(single_file, "_text_encoder", lambda *_: None)
     monkeypatch.setattr(single_file, "measured_prediction", lambda *_: measured)
     found = single_file.latent_size_of_file(Path("x.safetensors"))
     assert found == (side if unstated else 7)
