@@ -20,6 +20,7 @@ def test_latent_size(
         is_measured=unstated,
         config={"unet": {"sample_size": 7}},
         networks={"unet": None},
+        text_encoder=lambda dtype: None,
         state=lambda part: {},
     )
     monkeypatch.setattr(single_file, "read_tensor_file", lambda file: None)
