@@ -33,6 +33,8 @@ from latentdiff.files import read_json, write_json
 
 #: Endings of the files that are pickles, when nothing in them says what they are.
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+#: Endings of all files of weights.
+ENDINGS = (".safetensors", *PICKLES)
 _AGAIN = "Download it again"
 _UNPACK = "Unpack it, and name the file in it"
 #: How a file begins → what it is, what to do.

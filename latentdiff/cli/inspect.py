@@ -86,10 +86,9 @@ def adapter_in(folder: Path) -> Path | None:
 
 def beside(file: Path) -> Rows:
     """The other files of weights in the folder, by name, for example the other layout's."""
-    from latentdiff.weights import PICKLES
+    from latentdiff.weights import ENDINGS
 
-    endings = (".safetensors", *PICKLES)
-    others = [f for f in sorted(file.parent.iterdir()) if f.suffix.lower() in endings and f != file]
+    others = [f for f in sorted(file.parent.iterdir()) if f.suffix.lower() in ENDINGS and f != file]
     names = joined([f"{f.name} ({size(f.stat().st_size)})" for f in others])
     return [("beside it", names)] if others else []
 
@@ -209,8 +208,7 @@ def _amounts(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 def _checkpoint(file: TensorFile, version: str) -> list[tuple[str, str]]:
     from latentdiff.files import parse_json
     from latentdiff.formats.identify import CONFIGURATION
-    from latentdiff.formats.sd_facts import yaml_beside
-    from latentdiff.formats.single_file import has_zero_snr, stated_prediction
+    from latentdiff.formats.sd_facts import has_zero_snr, stated_prediction, yaml_beside
 
     if version == "own":
         scheduler = parse_json(file.metadata[CONFIGURATION], file.path)["scheduler"]

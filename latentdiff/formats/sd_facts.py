@@ -1,6 +1,6 @@
-"""What Stable Diffusion 1.x and 2.x are, for files that hold weights and nothing else.
+"""What Stable Diffusion 1.x and 2.x are, and how one learns what a single file of them predicts.
 
-As configuration files of the diffusers layout, so that a file of this kind and a folder are read
+Their configurations are files of the diffusers layout, so that a single file and a folder are read
 alike. The numbers are those of the original YAML files:
 
     1.x       github.com/CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml
@@ -10,13 +10,14 @@ alike. The numbers are those of the original YAML files:
 and the text towers' of the two models that these name: OpenAI's CLIP ViT-L/14, and OpenCLIP's
 ViT-H/14, of whose 24 layers Stable Diffusion 2 uses all but the last ("penultimate").
 
-MODEL.yaml beside MODEL.ckpt or MODEL.safetensors: what a single file cannot say itself.
+Such a file, or a changed copy, may lie as MODEL.yaml beside MODEL.ckpt or MODEL.safetensors, where
+AUTOMATIC1111 reads it too. Sizes are in the weights already and are compared with them. Taken are
+the prediction, the noise schedule, the scale of the latents and their side.
 
-Such files are the inference configurations of github.com/CompVis/stable-diffusion
-(v1-inference.yaml) and github.com/Stability-AI/stablediffusion (v2-inference.yaml,
-v2-inference-v.yaml), or changed copies; AUTOMATIC1111 reads them from the same place. Sizes are in
-the weights already and are compared with them. Taken are the prediction, the noise schedule, the
-scale of the latents and their side.
+Version 1 predicts eps as its published YAML does, unless the file, or the YAML beside it, says
+otherwise. Version 2 was published both ways with the same keys and shapes. At the last noise level
+x_T is all but pure noise ε, so a network that predicts eps gives back its input, and one that
+predicts v = α ε − σ x_0 ≈ −x_0 gives something unlike it: their correlation decides.
 """
 
 from __future__ import annotations
@@ -28,24 +29,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from latentdiff.config import parse_yaml
 from latentdiff.diffusion.schedule import ScheduleConfig
-from latentdiff.errors import UserError, choice_error
+from latentdiff.errors import UserError, choice_error, printable
 from latentdiff.formats.scheduler import (
     ALPHA_TO_ONE,
     SamplingDefaults,
     check_number,
     write_scheduler,
 )
+from latentdiff.models.clip_text import TextEncoder
+from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig, config_to_dict
+from latentdiff.weights import TensorFile
 
 #: Width of the text states → version.
 VERSIONS = {768: "1", 1024: "2"}
-#: Steps of the original trainings whose weights predict eps although they are of version 2.
-#: Source: the .ckpt files' global_step, as in diffusers' loaders/single_file_utils.py.
-EPS_STEPS = (875_000,)
 _WIDTHS = [128, 256, 512, 512]
 #: The text towers' configurations by version.
 _TEXT = {
@@ -191,3 +193,69 @@ def _section(data: Any, *names: str) -> dict[str, Any]:
     for name in names:
         data = data.get(name) if isinstance(data, dict) else None
     return data if isinstance(data, dict) else {}
+
+
+#: Words for the prediction in the metadata → ours: ModelSpec's (github.com/Stability-AI/ModelSpec),
+#: and those of diffusers and of trainers that stand in their place.
+_WORDS = {"epsilon": "eps", "v": "v", "eps": "eps", "v_prediction": "v", "v_pred": "v",
+          "sample": "x0", "x0": "x0"}  # fmt: skip
+_ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"}
+#: Steps of the original trainings whose weights predict eps although they are of version 2.
+#: Source: the .ckpt files' global_step, as in diffusers' loaders/single_file_utils.py.
+_EPS_STEPS = (875_000,)
+#: Empty tensors whose names say something: an agreement among trainers.
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
+
+
+def stated_prediction(file: TensorFile, beside: InferenceYaml | None = None) -> str | None:
+    """What a file, or the YAML beside it, says its U-Net predicts; None: nothing.
+
+    A YAML file that says it counts first, since it was put there for that; one that does not, and
+    so means eps, counts last.
+    """
+    within = _within(file)
+    if beside is None:
+        return within
+    if within not in (None, beside.prediction) and beside.says_prediction:
+        warnings.warn(
+            f"{beside.path} says that the model predicts {beside.prediction}, the file itself says "
+            f"{within}; {beside.prediction} is taken.",
+            stacklevel=2,
+        )
+    return beside.prediction if beside.says_prediction or within is None else within
+
+
+def _within(file: TensorFile) -> str | None:
+    given = file.metadata.get("modelspec.prediction_type", "")
+    words = _WORDS.get(given.strip().lower().replace("-", "_"))
+    if given and words is None:
+        warnings.warn(
+            f"{file.path} says '{printable(given[:40])}' for what it predicts "
+            f"(modelspec.prediction_type), which is none of {', '.join(_WORDS)}; it is left out.",
+            stacklevel=3,
+        )
+    words = words or _ARCHITECTURES.get(file.metadata.get("modelspec.architecture", ""))
+    if words is None and V_MARK in file.tensors:
+        return "v"
+    if words is None and file.facts.get("global_step") in _EPS_STEPS:
+        return "eps"
+    return words
+
+
+def has_zero_snr(file: TensorFile) -> bool:
+    """Whether the schedule in the file, or its mark, ends in pure noise."""
+    alpha_bar = file.tensors.get("alphas_cumprod")
+    if alpha_bar is None or not alpha_bar.numel() or not alpha_bar.is_floating_point():
+        return ZERO_SNR_MARK in file.tensors
+    return ZERO_SNR_MARK in file.tensors or float(alpha_bar.flatten()[-1]) < 1e-5
+
+
+@torch.no_grad()
+def measured_prediction(unet: UNet, text_encoder: TextEncoder, size: int = 16) -> str:
+    """eps or v, by whether the prediction for pure noise is that noise."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, unet.config.in_channels, size, size, generator=generator)
+    context = text_encoder.encode([""])
+    answer = unet(noise.to(unet.dtype), 999, context.to(unet.dtype)).float()
+    correlation = torch.corrcoef(torch.stack([noise.flatten(), answer.flatten()]))[0, 1]
+    return "eps" if float(correlation) > 0.5 else "v"

@@ -9,11 +9,6 @@ Stable Diffusion 1.x or 2.x when their shapes say so, and refused by name otherw
 wholly or not at all. Programs that open single files by their keys alone (A1111, ComfyUI) take
 every size from what Stable Diffusion is, so one part of another size makes a file unreadable there.
 
-Version 1 predicts eps as its published YAML does, unless the file, or a YAML beside it, says
-otherwise. Version 2 was published both ways with the same keys and shapes. At the last noise level
-x_T is all but pure noise ε, so a network that predicts eps gives back its input, and one that
-predicts v = α ε − σ x_0 ≈ −x_0 gives something unlike it: their correlation decides.
-
 Written files, .safetensors alone, have ModelSpec's fields in their metadata, which other programs
 show and some read, beside the configuration.
 """
@@ -24,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.errors import UserError, printable
+from latentdiff.errors import UserError
 from latentdiff.files import parse_json, written_file
 from latentdiff.formats.folder import (
     Components,
@@ -57,17 +51,17 @@ from latentdiff.formats.key_map import (
 )
 from latentdiff.formats.scheduler import read_scheduler, with_generation
 from latentdiff.formats.sd_facts import (
-    EPS_STEPS,
     VERSIONS,
-    InferenceYaml,
+    has_zero_snr,
+    measured_prediction,
     sd_configuration,
+    stated_prediction,
     yaml_beside,
 )
 from latentdiff.models import clip_text, vae
 from latentdiff.models.autoencoder import Autoencoder, empty_autoencoder, fill_autoencoder
 from latentdiff.models.clip_text import TextEncoder, empty_text_tower, fill_text_encoder
 from latentdiff.models.tokenizer import CLIP, tokenizer_of
-from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import config_from_dict, per_level
 from latentdiff.weights import (
     TensorFile,
@@ -78,144 +72,7 @@ from latentdiff.weights import (
     stored_tensor,
 )
 
-#: ModelSpec's words → ours. Source: github.com/Stability-AI/ModelSpec.
-MODELSPEC_WORDS = {"epsilon": "eps", "v": "v"}
-#: Others that stand in their place: those of diffusers and of trainers.
-_OTHER_WORDS = {"eps": "eps", "v_prediction": "v", "v_pred": "v", "sample": "x0", "x0": "x0"}
-_ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"}
-#: Empty tensors whose names say something: an agreement among trainers.
-V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
-
-
-def stated_prediction(file: TensorFile, beside: InferenceYaml | None = None) -> str | None:
-    """What a file, or the YAML beside it, says its U-Net predicts; None: nothing.
-
-    A YAML file that says it counts first, since it was put there for that; one that does not, and
-    so means eps, counts last.
-    """
-    within = _within(file)
-    if beside is None:
-        return within
-    if within not in (None, beside.prediction) and beside.says_prediction:
-        warnings.warn(
-            f"{beside.path} says that the model predicts {beside.prediction}, the file itself says "
-            f"{within}; {beside.prediction} is taken.",
-            stacklevel=2,
-        )
-    return beside.prediction if beside.says_prediction or within is None else within
-
-
-def _within(file: TensorFile) -> str | None:
-    given = file.metadata.get("modelspec.prediction_type", "")
-    known = MODELSPEC_WORDS | _OTHER_WORDS
-    words = known.get(given.strip().lower().replace("-", "_"))
-    if given and words is None:
-        warnings.warn(
-            f"{file.path} says '{printable(given[:40])}' for what it predicts "
-            f"(modelspec.prediction_type), which is none of {', '.join(known)}; it is left out.",
-            stacklevel=3,
-        )
-    words = words or _ARCHITECTURES.get(file.metadata.get("modelspec.architecture", ""))
-    if words is None and V_MARK in file.tensors:
-        return "v"
-    if words is None and file.facts.get("global_step") in EPS_STEPS:
-        return "eps"
-    return words
-
-
-def has_zero_snr(file: TensorFile) -> bool:
-    """Whether the schedule in the file, or its mark, ends in pure noise."""
-    alpha_bar = file.tensors.get("alphas_cumprod")
-    if alpha_bar is None or not alpha_bar.numel() or not alpha_bar.is_floating_point():
-        return ZERO_SNR_MARK in file.tensors
-    return ZERO_SNR_MARK in file.tensors or float(alpha_bar.flatten()[-1]) < 1e-5
-
-
-@torch.no_grad()
-def measured_prediction(unet: UNet, text_encoder: TextEncoder, size: int = 16) -> str:
-    """eps or v, by whether the prediction for pure noise is that noise."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, unet.config.in_channels, size, size, generator=generator)
-    context = text_encoder.encode([""])
-    answer = unet(noise.to(unet.dtype), 999, context.to(unet.dtype)).float()
-    return "eps" if _correlation(noise, answer) > 0.5 else "v"
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
-
-
-#: What no weight depends on, and heads, which can be written in two ways and are compared apart.
-_FREE = {"sample_size", "upcast_attention", "dropout", "attention_head_dim"}
-#: Settings that may be one number for all levels.
-_PER_LEVEL = ("layers_per_block", "transformer_layers_per_block")
-
-
-def sd_version(components: Components) -> str | None:
-    """1 or 2 when every part is Stable Diffusion's, which other programs can open; else None."""
-    return None if sd_differences(components) else VERSIONS[_context(components)]
-
-
-def sd_differences(components: Components) -> dict[str, list[str]]:
-    """What is not as in Stable Diffusion, by part; empty when all is.
-
-    The version to compare with is the one whose text states are as wide, 1.x where none is.
-    """
-    sd = sd_configuration(VERSIONS.get(_context(components), "1"), "eps")
-    own = configuration(components)
-    facts = {"U-Net": _unet_facts, "autoencoder": _vae_facts, "text encoder": _text_facts}
-    found = {
-        name: _differing(facts_of(own[part]), facts_of(sd[part]))
-        for (name, facts_of), part in zip(facts.items(), PARTS, strict=True)
-    }
-    if not found["text encoder"] and CLIP not in own["tokenizer"]:
-        found["tokenizer"] = ["another vocabulary than CLIP's"]
-    return {name: texts for name, texts in found.items() if texts}
-
-
-def _context(components: Components) -> int:
-    return components.unet.config.cross_attention_dim
-
-
-def _differing(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} {own[name]} instead of {value}"
-        for name, value in other.items()
-        if own[name] != value
-    ]
-
-
-def _unet_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    unet = config_from_dict(config)
-    facts = {name: value for name, value in vars(unet).items() if name not in _FREE}
-    # A number may also be written once for every level.
-    levels = len(unet.block_out_channels)
-    facts |= {name: per_level(facts[name], levels) for name in _PER_LEVEL} | {"heads": unet.heads}
-    return {name: _plain(value) for name, value in facts.items()}
-
-
-def _vae_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    # Those programs multiply by Stable Diffusion's factor and shift nothing.
-    usual = {"_class_name": "AutoencoderKL", **vae.DEFAULTS, "shift_factor": 0.0}
-    facts = _with_defaults(config, usual)
-    return facts | {"shift_factor": facts["shift_factor"] or 0.0}
-
-
-def _text_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    return _with_defaults(config, clip_text.DEFAULTS)
-
-
-def _with_defaults(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _plain(config.get(name, value)) for name, value in usual.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Lists of JSON and tuples of ours alike."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-#: How names of single files end.
-ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+ENDING = ".safetensors"
 #: Keys that no part of a text-to-image model needs: buffers of the schedule, what training keeps
 #: beside the weights, projections next to CLIP's image tower, marks.
 _NEEDLESS = re.compile(
@@ -414,7 +271,6 @@ def _check_keys(file: TensorFile, layout: dict[str, Keys], text: Mapping[str, An
     return others
 
 
-ENDING = ".safetensors"
 #: Stands in the header while the tensors are written; their hash has as many characters.
 _NO_HASH = "0x" + "0" * 64
 _CODE = {
@@ -474,11 +330,10 @@ def check_target(target: Path) -> None:
 
 def modelspec(components: Components, title: str) -> dict[str, str]:
     """Metadata after github.com/Stability-AI/ModelSpec, version 1.0.0."""
-    version, words = sd_version(components), {ours: word for word, ours in MODELSPEC_WORDS.items()}
+    version, prediction = sd_version(components), components.prediction
     size = components.unet.config.sample_size or 64
     height, width = (size, size) if isinstance(size, int) else size
     scale = components.autoencoder.downscale
-    prediction = components.prediction
     names = {"1": "stable-diffusion-v1", "2": "stable-diffusion-v2-512"}
     if (version, prediction) == ("2", "v"):
         names["2"] = "stable-diffusion-v2-768-v"
@@ -489,7 +344,7 @@ def modelspec(components: Components, title: str) -> dict[str, str]:
         "modelspec.title": title,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": f"{width * scale}x{height * scale}",
-        "modelspec.prediction_type": words.get(prediction, prediction),
+        "modelspec.prediction_type": "epsilon" if prediction == "eps" else prediction,
         "modelspec.hash_sha256": _NO_HASH,
     }
 
@@ -504,3 +359,72 @@ def _put_hash(file: Path) -> None:
             digest.update(chunk)
         opened.seek(8 + header.index(_NO_HASH.encode()))
         opened.write(f"0x{digest.hexdigest()}".encode())
+
+
+#: What no weight depends on, and heads, which can be written in two ways and are compared apart.
+_FREE = {"sample_size", "upcast_attention", "dropout", "attention_head_dim"}
+#: Settings that may be one number for all levels.
+_PER_LEVEL = ("layers_per_block", "transformer_layers_per_block")
+
+
+def sd_version(components: Components) -> str | None:
+    """1 or 2 when every part is Stable Diffusion's, which other programs can open; else None."""
+    return None if sd_differences(components) else VERSIONS[_context(components)]
+
+
+def sd_differences(components: Components) -> dict[str, list[str]]:
+    """What is not as in Stable Diffusion, by part; empty when all is.
+
+    The version to compare with is the one whose text states are as wide, 1.x where none is.
+    """
+    sd = sd_configuration(VERSIONS.get(_context(components), "1"), "eps")
+    own = configuration(components)
+    facts = {"U-Net": _unet_facts, "autoencoder": _vae_facts, "text encoder": _text_facts}
+    found = {
+        name: _differing(facts_of(own[part]), facts_of(sd[part]))
+        for (name, facts_of), part in zip(facts.items(), PARTS, strict=True)
+    }
+    if not found["text encoder"] and CLIP not in own["tokenizer"]:
+        found["tokenizer"] = ["another vocabulary than CLIP's"]
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def _context(components: Components) -> int:
+    return components.unet.config.cross_attention_dim
+
+
+def _differing(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {own[name]} instead of {value}"
+        for name, value in other.items()
+        if own[name] != value
+    ]
+
+
+def _unet_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    unet = config_from_dict(config)
+    facts = {name: value for name, value in vars(unet).items() if name not in _FREE}
+    # A number may also be written once for every level.
+    levels = len(unet.block_out_channels)
+    facts |= {name: per_level(facts[name], levels) for name in _PER_LEVEL} | {"heads": unet.heads}
+    return {name: _plain(value) for name, value in facts.items()}
+
+
+def _vae_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    # Those programs multiply by Stable Diffusion's factor and shift nothing.
+    usual = {"_class_name": "AutoencoderKL", **vae.DEFAULTS, "shift_factor": 0.0}
+    facts = _with_defaults(config, usual)
+    return facts | {"shift_factor": facts["shift_factor"] or 0.0}
+
+
+def _text_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_defaults(config, clip_text.DEFAULTS)
+
+
+def _with_defaults(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain(config.get(name, value)) for name, value in usual.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Lists of JSON and tuples of ours alike."""
+    return list(value) if isinstance(value, tuple) else value
