@@ -105,7 +105,7 @@ def compvis_layout(
     }
 
 
-def take(tensors: State, keys: Keys, shapes: State) -> dict[str, Tensor]:
+def from_compvis(tensors: State, keys: Keys, shapes: State) -> dict[str, Tensor]:
     """The tensors of one part under our names, as views of the file's.
 
     Args:    tensors: of the file; every one of `keys` is there.
@@ -120,8 +120,8 @@ def take(tensors: State, keys: Keys, shapes: State) -> dict[str, Tensor]:
     return state
 
 
-def give(state: State, keys: Keys, part: str) -> dict[str, Tensor]:
-    """The tensors of one part under the keys of the file; the opposite of `take`."""
+def to_compvis(state: State, keys: Keys, part: str) -> dict[str, Tensor]:
+    """The tensors of one part under the keys of the file; the opposite of `from_compvis`."""
     tensors = {}
     for key, names in keys.items():
         pieces = [state[name] for name in names]

@@ -67,16 +67,16 @@ _ROLES = {
     "diff_b": r"\.diff_b$",
     "magnitude": r"\.(?:dora_scale$|lora_magnitude_vector(?:\.|$))",
 }
-#: What a whole difference is of, by its role.
-_WHOLE = {"diff": "weight", "diff_b": "bias"}
+#: What a full-rank difference is of, by its role.
+_FULL = {"diff": "weight", "diff_b": "bias"}
 #: Other ways to write a small change of a large matrix, by how the last words of a key begin.
-_KIN = {
+_OTHER_ADAPTERS = {
     "hada": "a LoHa (LyCORIS)",
     "lokr": "a LoKr (LyCORIS)",
     "oft": "an OFT adapter",
     "ia3": "an IA3 adapter",
 }
-_KIN_ROLE = re.compile(rf"\.(({'|'.join(_KIN)})_\w+)")
+_OTHER_ROLE = re.compile(rf"\.(({'|'.join(_OTHER_ADAPTERS)})_\w+)")
 #: LoRAs with more than we use, by a piece of their keys.
 _UNSUPPORTED = {
     r"lora_mid\.": "it is a LoCon with a Tucker decomposition (LyCORIS), not a plain LoRA",
@@ -153,17 +153,19 @@ def read_lora(path: str | Path) -> LoraFile:
     if kind := _foreign_kind(state):
         raise UserError(f"{path} cannot be used: {kind}")
     layers, unknown, twice = _by_layer(state)
-    _check_whole(path, layers, unknown, twice)
-    refuse_not_finite(path, {k: t for k, t in state.items() if _split(k)[1] != "alpha"})
-    settings = _settings(path, metadata)
+    _check_complete(path, layers, unknown, twice)
+    refuse_not_finite(path, {k: t for k, t in state.items() if _split_key(k)[1] != "alpha"})
+    settings = _read_settings(path, metadata)
     try:
-        said = _said_alphas(layers, settings)
+        said = _stated_alphas(layers, settings)
         weights = {
-            name: _change(name, roles, said.get(name), _is_stabilised(name, settings))
+            name: _low_rank(name, roles, said.get(name), _is_rslora(name, settings))
             for name, roles in layers.items()
             if "down" in roles
         }
-        whole = {name: found for name, roles in layers.items() if (found := _whole(name, roles))}
+        whole = {
+            name: found for name, roles in layers.items() if (found := _full_diffs(name, roles))
+        }
     except ValueError as error:
         raise UserError(f"{path} is damaged, or a LoRA that is not supported: {error}.") from error
     return LoraFile(path, weights, whole, metadata, _bundled_words(content))
@@ -189,12 +191,12 @@ def write_lora(
     if layout == "kohya":
         about |= _kohya_facts(weights)
     else:
-        about[ADAPTERS] = json.dumps(_settings_for(weights), indent=2, sort_keys=True)
+        about[ADAPTERS] = json.dumps(_peft_settings(weights), indent=2, sort_keys=True)
     state: dict[str, Tensor] = {}
     for name, change in weights.items():
         state |= (_kohya_keys if layout == "kohya" else _diffusers_keys)(name, change)
     # α is exact whatever the weights are stored in.
-    stored = {k: _stored(t, None if k.endswith(".alpha") else dtype) for k, t in state.items()}
+    stored = {k: _on_disk(t, None if k.endswith(".alpha") else dtype) for k, t in state.items()}
     with written_file(path) as new:
         save_tensors(stored, new, about)
     return path
@@ -204,9 +206,9 @@ def adapter_kind(names: Iterable[str]) -> str | None:
     """What tensors of these names are: a LoRA, one of its kin by name, or None: neither."""
     found = None
     for name in names:
-        if kin := _KIN_ROLE.search(name):
-            return _KIN[kin[2]]
-        if _split(name)[1] in ("down", "diff"):
+        if kin := _OTHER_ROLE.search(name):
+            return _OTHER_ADAPTERS[kin[2]]
+        if _split_key(name)[1] in ("down", "diff"):
             found = "a LoRA"
     return found
 
@@ -238,14 +240,14 @@ def places(
 # Reading: keys → layers.
 
 
-def _split(key: str) -> tuple[str, str | None]:
+def _split_key(key: str) -> tuple[str, str | None]:
     """A key's layer name and what it is of that layer, by a word of `_ROLES` or of its kin."""
     if old := _OLD_ATTENTION.search(key):
         name, (which, role) = key[: old.start()], old.groups()
         if ".self_attn" in name:
             return f"{name}.{which}_proj", role
         return f"{name}.to_{which}" + (".0" if which == "out" else ""), role
-    if kin := _KIN_ROLE.search(key):
+    if kin := _OTHER_ROLE.search(key):
         return key[: kin.start()], kin[1]
     for role, pattern in _ROLES.items():
         if found := re.search(pattern, key):
@@ -253,7 +255,7 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     """A layer's name with one spelling of its prefix; names of kohya and ComfyUI's U-Net stay."""
     name = name.removeprefix("base_model.model.")
     if name.startswith("lora_te1_"):  # the same tower, in files of tools that know two
@@ -270,10 +272,10 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str], list[st
     layers: Layers = {}
     unknown, twice = [], []
     for key, tensor in tensors.items():
-        name, role = _split(key)
+        name, role = _split_key(key)
         if role is None:
             unknown.append(key)
-        elif role in (roles := layers.setdefault(_plain(name), {})):
+        elif role in (roles := layers.setdefault(_normalized(name), {})):
             twice.append(key)
         else:
             roles[role] = tensor
@@ -282,7 +284,7 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str], list[st
 
 def _foreign_kind(keys: Collection[str]) -> str:
     """What a file with these keys is, if it is nothing for Stable Diffusion 1.x / 2.x; or ""."""
-    if key := next((key for key in keys if _KIN_ROLE.search(key)), None):
+    if key := next((key for key in keys if _OTHER_ROLE.search(key)), None):
         return f"it is {adapter_kind([key])}, not a LoRA ({key})."
     for piece, text in _UNSUPPORTED.items():
         if key := next((key for key in keys if re.search(piece, key)), None):
@@ -296,12 +298,12 @@ def _bundled_words(keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key.split(".")[1] for key in keys if key.startswith(BUNDLED)))
 
 
-def _check_whole(path: Path, layers: Layers, unknown: list[str], twice: list[str]) -> None:
+def _check_complete(path: Path, layers: Layers, unknown: list[str], twice: list[str]) -> None:
     """Refuse keys that make no LoRA. Raises: UserError: naming them."""
     broken = [
         name
         for name, roles in layers.items()
-        if roles.keys() - _WHOLE.keys() and not {"down", "up"} <= roles.keys()
+        if roles.keys() - _FULL.keys() and not {"down", "up"} <= roles.keys()
     ]
     if unknown and not broken and not any("lora" in key for key in unknown):
         raise UserError(
@@ -320,10 +322,8 @@ def _check_whole(path: Path, layers: Layers, unknown: list[str], twice: list[str
         )
 
 
-def _change(
-    name: str, roles: Mapping[str, Tensor], said: float | None, stabilised: bool
-) -> LowRank:
-    """One layer's change, α/r B A, or α/√r B A where it is stabilised; without an α, B A.
+def _low_rank(name: str, roles: Mapping[str, Tensor], said: float | None, rslora: bool) -> LowRank:
+    """One layer's change, α/r B A, or α/√r B A where it is rslora; without an α, B A.
 
     Raises: ValueError: its tensors do not make one.
     """
@@ -337,12 +337,12 @@ def _change(
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"{name} is of {down.dtype} and {up.dtype}, not of real numbers")
     if (own := roles.get("alpha")) is not None:
-        if (alpha := _number(own)) is None:
+        if (alpha := _scalar(own)) is None:
             raise ValueError(
                 f"the alpha of {name} is {tuple(own.shape)} of {own.dtype}, not one real number"
             )
     else:
-        alpha = (float(rank) if said is None else said) * (rank**0.5 if stabilised else 1)
+        alpha = (float(rank) if said is None else said) * (rank**0.5 if rslora else 1)
     if not abs(alpha / rank) <= _LARGEST_SCALE:  # nor is NaN
         raise ValueError(
             f"the alpha of {name} is {alpha:g}; over the rank it can be at most {_LARGEST_SCALE:g}"
@@ -355,16 +355,16 @@ def _change(
     return LowRank(down, up, alpha, None if magnitude is None else magnitude.flatten())
 
 
-def _whole(name: str, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _full_diffs(name: str, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a layer's changes that are not of low rank are of. Raises: ValueError: no numbers."""
-    found = {_WHOLE[role]: tensor for role, tensor in roles.items() if role in _WHOLE}
+    found = {_FULL[role]: tensor for role, tensor in roles.items() if role in _FULL}
     for of, tensor in found.items():
         if not tensor.is_floating_point():
             raise ValueError(f"the difference of {name}.{of} is {tensor.dtype}, no real numbers")
     return found
 
 
-def _number(alpha: Tensor) -> float | None:
+def _scalar(alpha: Tensor) -> float | None:
     """The one real number that a tensor holds; None: it holds something else."""
     return float(alpha) if alpha.numel() == 1 and not alpha.is_complex() else None
 
@@ -372,7 +372,7 @@ def _number(alpha: Tensor) -> float | None:
 # Settings of peft, by part: {"unet.lora_alpha": 8, …}.
 
 
-def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What the file says; empty when it does not. Raises: UserError: it is no JSON object."""
     beside = path.with_name("adapter_config.json")
     if ADAPTERS in metadata:
@@ -383,7 +383,7 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return {}
 
 
-def _said_alphas(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, float]:
+def _stated_alphas(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, float]:
     """α of each layer that the settings say one for, as peft finds it.
 
     Raises: ValueError: a setting has no meaning, or a pattern is refused; see `NamePatterns`.
@@ -404,12 +404,12 @@ def _said_alphas(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _is_stabilised(name: str, settings: Mapping[str, Any]) -> bool:
+def _is_rslora(name: str, settings: Mapping[str, Any]) -> bool:
     """Whether a layer's change is divided by the rank's root in place of the rank."""
     return bool(settings.get(f"{name.partition('.')[0]}.use_rslora"))
 
 
-def _settings_for(weights: Mapping[str, LowRank]) -> dict[str, Any]:
+def _peft_settings(weights: Mapping[str, LowRank]) -> dict[str, Any]:
     """The settings that diffusers rebuilds these adapters from, by part."""
     facts: dict[str, Any] = {}
     for part in PARTS:
@@ -419,10 +419,10 @@ def _settings_for(weights: Mapping[str, LowRank]) -> dict[str, Any]:
         first = next(iter(own.values()))
         settings = {
             "r": first.rank,
-            "lora_alpha": _integral(first.alpha),
+            "lora_alpha": _as_int(first.alpha),
             "rank_pattern": {n: c.rank for n, c in own.items() if c.rank != first.rank},
             "alpha_pattern": {
-                n: _integral(c.alpha) for n, c in own.items() if c.alpha != first.alpha
+                n: _as_int(c.alpha) for n, c in own.items() if c.alpha != first.alpha
             },
             "target_modules": sorted(own),
             "use_dora": any(c.magnitude is not None for c in own.values()),
@@ -431,14 +431,14 @@ def _settings_for(weights: Mapping[str, LowRank]) -> dict[str, Any]:
     return facts
 
 
-def _integral(number: float) -> float | int:
+def _as_int(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
 # Writing: layers → keys.
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _on_disk(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     # Copies: safetensors refuses tensors that share memory.
     return tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
 
@@ -473,23 +473,23 @@ def _kohya_facts(weights: Mapping[str, LowRank]) -> dict[str, str]:
 # Describing a LoRA, or one of its kin, which are not read.
 
 #: Roles of tensors that change nothing alone.
-_BESIDE = {"up", "alpha", "magnitude", "diff", "diff_b"}
+_AUXILIARY = {"up", "alpha", "magnitude", "diff", "diff_b"}
 #: Matrices that are rank × inputs, or rank × a factor of them.
-_RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+_RANK_FIRST = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 #: Keys and values of cross-attention, whose inputs are text states.
 _OF_CONTEXT = re.compile(r"attn2[._]to_[kv]$")
 
 
 def lora_rows(file: TensorFile) -> list[tuple[str, str]]:
     """Layout, ranks, scale, what is changed and for which model, for people."""
-    layers = {n: r for n, r in _by_layer(file.tensors)[0].items() if r.keys() - _BESIDE}
+    layers = {n: r for n, r in _by_layer(file.tensors)[0].items() if r.keys() - _AUXILIARY}
     settings, said = dict[str, Any](), dict[str, float]()
     # What is wrong with settings is said by reading the file to use it; this describes the rest.
     with suppress(ValueError):
-        settings = _settings(file.path, file.metadata)
-        said = _said_alphas(layers, settings)
+        settings = _read_settings(file.path, file.metadata)
+        said = _stated_alphas(layers, settings)
     alphas = [
-        _number(roles["alpha"]) if "alpha" in roles else said.get(name)
+        _scalar(roles["alpha"]) if "alpha" in roles else said.get(name)
         for name, roles in layers.items()
     ]
     ranks = Counter(rank for roles in layers.values() if (rank := _rank(roles)))
@@ -497,11 +497,11 @@ def lora_rows(file: TensorFile) -> list[tuple[str, str]]:
     width = next((_inputs(roles) for name, roles in layers.items() if _OF_CONTEXT.search(name)), 0)
     base = BASES.get(width, f"context of {width} channels" if width else None)
     dora = any("magnitude" in roles for roles in layers.values())
-    stabilised = any(_is_stabilised(name, settings) for name in layers)
+    rslora = any(_is_rslora(name, settings) for name in layers)
     rows = [
         ("layout", _layout(file.tensors) + (" (DoRA)" if dora else "")),
         ("rank", ", ".join(str(rank) for rank, _ in ranks.most_common()) or "not found"),
-        ("alpha", _alphas_text(alphas, stabilised)),
+        ("alpha", _alphas_text(alphas, rslora)),
         ("changes", ", ".join(f"{n} layers of the {p}" for p, n in targets) or "nothing known"),
         ("made for", base or "unknown: it does not touch what reads the text"),
     ]
@@ -509,18 +509,18 @@ def lora_rows(file: TensorFile) -> list[tuple[str, str]]:
     return [*rows, *([("left out", f"learned words: {', '.join(words)}")] if words else [])]
 
 
-def _alphas_text(alphas: list[float | None], stabilised: bool) -> str:
+def _alphas_text(alphas: list[float | None], rslora: bool) -> str:
     counts = Counter(f"{alpha:g}" for alpha in alphas if alpha is not None)
     text = ", ".join(alpha for alpha, _ in counts.most_common())
     if not text:
         text = "not said in the file, which means alpha = rank"
     elif None in alphas:
         text += f"; {alphas.count(None)} layers say none, which means alpha = rank"
-    return text + (", over the root of the rank (rank-stabilised)" if stabilised else "")
+    return text + (", over the root of the rank (rank-rslora)" if rslora else "")
 
 
 def _rank(roles: Mapping[str, Tensor]) -> int | None:
-    shapes = (roles[role].shape for role in _RANKED if role in roles)
+    shapes = (roles[role].shape for role in _RANK_FIRST if role in roles)
     return next((int(shape[0]) for shape in shapes if shape), None)
 
 

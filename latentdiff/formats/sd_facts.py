@@ -110,8 +110,8 @@ _SCHEDULE = {
 #: Their beta_schedule → diffusers'; "linear" is linear in √β.
 _BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
 #: Latents' side in every published file, those of models for 768 pixels too.
-_UNTOLD_SIZE = 64
-_LARGEST = 2**20
+_DEFAULT_SIZE = 64
+_MOST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class InferenceYaml:
             config["scheduler"][_SCHEDULE[name]] = self.params[name]
         if "scale_factor" in self.params:
             config["vae"]["scaling_factor"] = self.params["scale_factor"]
-        if (size := self.params.get("image_size", _UNTOLD_SIZE)) != _UNTOLD_SIZE:
+        if (size := self.params.get("image_size", _DEFAULT_SIZE)) != _DEFAULT_SIZE:
             config["unet"]["sample_size"] = size
 
 
@@ -170,8 +170,8 @@ def yaml_beside(file: Path) -> InferenceYaml | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > _LARGEST:
-            raise UserError(f"{path} has more than {_LARGEST:,} bytes; no inference YAML has.")
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{path} has more than {_MOST_BYTES:,} bytes; no inference YAML has.")
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
@@ -204,7 +204,7 @@ _ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v":
 #: Source: the .ckpt files' global_step, as in diffusers' loaders/single_file_utils.py.
 _EPS_STEPS = (875_000,)
 #: Empty tensors whose names say something: an agreement among trainers.
-V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
+V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
 
 
 def stated_prediction(file: TensorFile, beside: InferenceYaml | None = None) -> str | None:
@@ -213,7 +213,7 @@ def stated_prediction(file: TensorFile, beside: InferenceYaml | None = None) -> 
     A YAML file that says it counts first, since it was put there for that; one that does not, and
     so means eps, counts last.
     """
-    within = _within(file)
+    within = _metadata_prediction(file)
     if beside is None:
         return within
     if within not in (None, beside.prediction) and beside.says_prediction:
@@ -225,7 +225,7 @@ def stated_prediction(file: TensorFile, beside: InferenceYaml | None = None) -> 
     return beside.prediction if beside.says_prediction or within is None else within
 
 
-def _within(file: TensorFile) -> str | None:
+def _metadata_prediction(file: TensorFile) -> str | None:
     given = file.metadata.get("modelspec.prediction_type", "")
     words = _WORDS.get(given.strip().lower().replace("-", "_"))
     if given and words is None:
@@ -235,7 +235,7 @@ def _within(file: TensorFile) -> str | None:
             stacklevel=3,
         )
     words = words or _ARCHITECTURES.get(file.metadata.get("modelspec.architecture", ""))
-    if words is None and V_MARK in file.tensors:
+    if words is None and V_KEY in file.tensors:
         return "v"
     if words is None and file.facts.get("global_step") in _EPS_STEPS:
         return "eps"
@@ -246,8 +246,8 @@ def has_zero_snr(file: TensorFile) -> bool:
     """Whether the schedule in the file, or its mark, ends in pure noise."""
     alpha_bar = file.tensors.get("alphas_cumprod")
     if alpha_bar is None or not alpha_bar.numel() or not alpha_bar.is_floating_point():
-        return ZERO_SNR_MARK in file.tensors
-    return ZERO_SNR_MARK in file.tensors or float(alpha_bar.flatten()[-1]) < 1e-5
+        return ZERO_SNR_KEY in file.tensors
+    return ZERO_SNR_KEY in file.tensors or float(alpha_bar.flatten()[-1]) < 1e-5
 
 
 @torch.no_grad()

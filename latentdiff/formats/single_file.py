@@ -44,10 +44,10 @@ from latentdiff.formats.key_map import (
     Keys,
     compvis_layout,
     ema_key,
-    give,
+    from_compvis,
     is_openclip,
     is_spare,
-    take,
+    to_compvis,
 )
 from latentdiff.formats.scheduler import read_scheduler, with_generation
 from latentdiff.formats.sd_facts import (
@@ -75,7 +75,7 @@ from latentdiff.weights import (
 ENDING = ".safetensors"
 #: Keys that no part of a text-to-image model needs: buffers of the schedule, what training keeps
 #: beside the weights, projections next to CLIP's image tower, marks.
-_NEEDLESS = re.compile(
+_UNUSED = re.compile(
     r"(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|lvlb_weights|logvar|"
     r"scale_factor|posterior_(variance|log_variance_clipped|mean_coef[12])|v_pred|ztsnr|"
     r"model_ema\..*|first_stage_model\.loss\..*|"
@@ -85,7 +85,7 @@ _NEEDLESS = re.compile(
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _Parsed:
     """A file that is understood but not read yet."""
 
     file: TensorFile
@@ -101,7 +101,7 @@ class _Opened:
 
     def state(self, part: str) -> dict[str, Tensor]:
         """The weights of one part, under our names."""
-        return take(self.file.tensors, self.layout[part], self.networks[part].state_dict())
+        return from_compvis(self.file.tensors, self.layout[part], self.networks[part].state_dict())
 
     def autoencoder(self, dtype: torch.dtype | None) -> Autoencoder:
         """The autoencoder. Raises: UserError: its weights do not fit."""
@@ -132,22 +132,22 @@ def load_single_file(
              unexpected or of another shape (listed).
     """
     found = read_tensor_file(Path(file).expanduser())
-    return _assemble(_understand(found, variant, prediction), dtype, prediction)
+    return _assemble(_parse(found, variant, prediction), dtype, prediction)
 
 
 def check_single_file(file: TensorFile) -> None:
     """Find out whether a file opens, without reading its weights. Raises: UserError: why not."""
-    _assemble(dataclasses.replace(_understand(file), is_measured=False), None, None)
+    _assemble(dataclasses.replace(_parse(file), is_measured=False), None, None)
 
 
 def autoencoder_of_file(file: Path) -> Autoencoder:
     """The autoencoder of a single file, in float32. Raises: UserError: see load_single_file."""
-    return _understand(read_tensor_file(file)).autoencoder(torch.float32)
+    return _parse(read_tensor_file(file)).autoencoder(torch.float32)
 
 
 def text_encoder_of_file(file: Path) -> TextEncoder:
     """The text encoder of a single file, in float32. Raises: UserError: see load_single_file."""
-    return _understand(read_tensor_file(file)).text_encoder(torch.float32)
+    return _parse(read_tensor_file(file)).text_encoder(torch.float32)
 
 
 def latent_size_of_file(file: Path) -> Any:
@@ -155,7 +155,7 @@ def latent_size_of_file(file: Path) -> Any:
 
     A version 2 that does not say what it predicts is read and asked, since its two kinds differ.
     """
-    opened = _understand(read_tensor_file(file))
+    opened = _parse(read_tensor_file(file))
     config = opened.config
     if opened.is_measured:
         unet = fill_unet(opened.networks["unet"], opened.state("unet"), file, torch.float32)
@@ -164,7 +164,7 @@ def latent_size_of_file(file: Path) -> Any:
     return config["unet"].get("sample_size")
 
 
-def _assemble(opened: _Opened, dtype: torch.dtype | None, prediction: str | None) -> Components:
+def _assemble(opened: _Parsed, dtype: torch.dtype | None, prediction: str | None) -> Components:
     path, unet_state, config = opened.file.path, opened.state("unet"), opened.config
     unet = fill_unet(opened.networks["unet"], unet_state, path, dtype)
     text = opened.text_encoder(dtype)
@@ -191,11 +191,9 @@ def _assemble(opened: _Opened, dtype: torch.dtype | None, prediction: str | None
     return components
 
 
-def _understand(
-    found: TensorFile, variant: str | None = None, prediction: str | None = None
-) -> _Opened:
+def _parse(found: TensorFile, variant: str | None = None, prediction: str | None = None) -> _Parsed:
     """Understand a file and compare its keys with those that it must have."""
-    found, path = _with_usual_names(found), found.path
+    found, path = _normalized_names(found), found.path
     shapes = {k: tuple(t.shape) for k, t in found.tensors.items()}
     identity = identify(shapes, found.metadata)
     refuse_unsupported(identity, path)
@@ -209,9 +207,9 @@ def _understand(
     }
     names = {part: network.state_dict() for part, network in networks.items()}
     layout = compvis_layout(unet_config, config["vae"], config["text_encoder"], names)
-    layout = _averaged(layout, found, variant)
+    layout = _with_ema(layout, found, variant)
     others = _check_keys(found, layout, networks["text_encoder"].config)
-    return _Opened(found, config, is_measured, networks, layout, others)
+    return _Parsed(found, config, is_measured, networks, layout, others)
 
 
 def _configuration(
@@ -237,14 +235,14 @@ def _configuration(
     return config, version == "2" and stated is None
 
 
-def _with_usual_names(file: TensorFile) -> TensorFile:
+def _normalized_names(file: TensorFile) -> TensorFile:
     """Put text_model into the names of files that some early trainers wrote without it."""
     plain = re.compile(re.escape(CLIP_PREFIX) + r"(?=embeddings\.|encoder\.|final_layer_norm\.)")
     named = {plain.sub(f"{CLIP_PREFIX}text_model.", k): t for k, t in file.tensors.items()}
     return TensorFile(file.path, named, file.metadata, file.facts)
 
 
-def _averaged(layout: dict[str, Keys], file: TensorFile, variant: str | None) -> dict[str, Keys]:
+def _with_ema(layout: dict[str, Keys], file: TensorFile, variant: str | None) -> dict[str, Keys]:
     """Take the averaged weights of a U-Net, when the file has all of them and they are wanted."""
     keys = {ema_key(key): names for key, names in layout["unet"].items()}
     if variant not in (None, "ema", "non_ema"):
@@ -257,17 +255,17 @@ def _averaged(layout: dict[str, Keys], file: TensorFile, variant: str | None) ->
 
 
 def _check_keys(file: TensorFile, layout: dict[str, Keys], text: Mapping[str, Any]) -> list[str]:
-    """Compare the file's keys with the layout's. Returns: needless keys. Raises: UserError."""
+    """Compare the file's keys with the layout's. Returns: unused keys. Raises: UserError."""
     wanted = {key for keys in layout.values() for key in keys}
     others = [key for key in file.tensors if key not in wanted]
     averaged = any(key.startswith("model_ema.") for key in layout["unet"])
 
-    def needless(key: str) -> bool:
+    def unused(key: str) -> bool:
         newest = averaged and key.startswith("model.diffusion_model.")
-        return newest or is_spare(key, text) or _NEEDLESS.fullmatch(key) is not None
+        return newest or is_spare(key, text) or _UNUSED.fullmatch(key) is not None
 
     missing = [key for key in wanted if key not in file.tensors]
-    refuse_misfit(missing, [key for key in others if not needless(key)], (), (), file.path)
+    refuse_misfit(missing, [key for key in others if not unused(key)], (), (), file.path)
     return others
 
 
@@ -306,7 +304,7 @@ def save_single_file(
     tensors: dict[str, Tensor] = {}
     for part, state in states.items():
         stored = {name: stored_tensor(name, t, dtypes[part]) for name, t in state.items()}
-        tensors |= give(stored, layout[part], part)
+        tensors |= to_compvis(stored, layout[part], part)
     if is_openclip(config["text_encoder"]):
         kind = dtypes["text_encoder"]
         tensors |= {name: stored_tensor(name, t, kind) for name, t in components.spare.items()}

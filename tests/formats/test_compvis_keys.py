@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.formats.folder import empty_unet
-from latentdiff.formats.key_map import PARTS, compvis_layout, give, take
+from latentdiff.formats.key_map import PARTS, compvis_layout, from_compvis, to_compvis
 from latentdiff.formats.sd_facts import sd_configuration
 from latentdiff.models.autoencoder import empty_autoencoder
 from latentdiff.models.clip_text import empty_text_tower
@@ -61,7 +61,7 @@ def test_names_and_shapes_are_those_of_the_original_code(version: str) -> None:
     unet = config_from_dict(config["unet"])
     states = parts(unet, config["vae"], config["text_encoder"])
     layout = compvis_layout(unet, config["vae"], config["text_encoder"], states)
-    written = [give(states[part], layout[part], part) for part in PARTS]
+    written = [to_compvis(states[part], layout[part], part) for part in PARTS]
     assert digest(written[0] | written[1]) == ORIGINAL[version]
     if version == "2":
         assert digest(written[2]) == OPENCLIP
@@ -103,9 +103,9 @@ def test_every_weight_has_one_place_and_comes_back(
     states = {p: {n: torch.randn(t.shape) for n, t in s.items()} for p, s in shapes.items()}
     file: dict[str, Tensor] = {}
     for part in PARTS:
-        file |= give(states[part], layout[part], part)
+        file |= to_compvis(states[part], layout[part], part)
     for part in PARTS:
-        back = take(file, layout[part], shapes[part])
+        back = from_compvis(file, layout[part], shapes[part])
         assert back.keys() == states[part].keys()
         assert all(torch.equal(back[name], states[part][name]) for name in back)
 
