@@ -36,6 +36,17 @@ def atomic_file(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def written_file(target: Path) -> Iterator[Path]:
+    """`atomic_file` in a folder that is made for it. Raises: UserError: it cannot be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as new:
+            yield new
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error}).") from error
+
+
 def write_text(target: Path, text: str) -> None:
     """Write a text file in UTF-8, all at once. Raises: OSError."""
     with atomic_file(target) as new:

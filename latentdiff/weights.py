@@ -33,10 +33,12 @@ from latentdiff.files import read_json, write_json
 
 #: Endings of the files that are pickles, when nothing in them says what they are.
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+#: Endings of all files of weights.
+ENDINGS = (".safetensors", *PICKLES)
 _AGAIN = "Download it again"
 _UNPACK = "Unpack it, and name the file in it"
 #: How a file begins → what it is, what to do.
-_OTHERS: dict[bytes, tuple[str, str]] = {
+_SIGNATURES: dict[bytes, tuple[str, str]] = {
     b"version https://git-lfs": (
         "a Git LFS pointer, which stands for the file of weights and holds none of it",
         "Run `git lfs pull`, or download the file itself",
@@ -84,7 +86,7 @@ def _other(file: Path, head: bytes) -> tuple[str, str] | None:
         return None
     if len(head) > 8 and not any(head):
         return "nothing but zeros at its beginning, as in an unfinished download", _AGAIN
-    for start, other in _OTHERS.items():
+    for start, other in _SIGNATURES.items():
         if head.startswith(start):
             return other
     if head.startswith(b"PK"):
@@ -136,7 +138,7 @@ _OLD_ROW = 5
 _TO_MARK = (pickletools.markobject, pickletools.stackslice)
 
 
-def refuse_endless_tuples(file: Path) -> None:
+def _refuse_endless_tuples(file: Path) -> None:
     """Read the instructions of a pickle without following them.
 
     Raises: UserError: a tuple of too many values.  Other errors: the file is damaged.
@@ -258,9 +260,9 @@ def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _load_pickle(file: Path) -> tuple[Any, dict[str, str]]:
-    refuse_endless_tuples(file)
+    _refuse_endless_tuples(file)
     mapped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
-    with torch.serialization.safe_globals(_HARMLESS):
+    with torch.serialization.safe_globals(_SAFE_GLOBALS):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None), {}
 
 
@@ -320,7 +322,7 @@ class _Inert:
 
 
 #: Training libraries leave such objects beside the weights, as keys of callbacks' states.
-_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+_SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Inert, f"{package}.callbacks.{name}")
     for package in ("pytorch_lightning", "lightning.pytorch")
     for name in (
@@ -389,7 +391,7 @@ def read_weights(
             state: dict[str, Tensor] = {}
             for file in files:
                 state |= read_tensor_file(file).tensors
-            return _unwrapped(state)
+            return _without_wrappers(state)
     raise UserError(_no_weights(folder, stem, variant))
 
 
@@ -405,7 +407,7 @@ def _no_weights(folder: Path, stem: str, variant: str | None) -> str:
     )
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without what torch.compile and data-parallel training put before every name."""
     for wrapper in ("module.", "_orig_mod.", "module."):
         if all(name.startswith(wrapper) for name in state):

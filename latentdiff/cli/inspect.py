@@ -85,10 +85,9 @@ def adapter_in(folder: Path) -> Path | None:
 
 def beside(file: Path) -> Rows:
     """The other files of weights in the folder, by name, for example the other layout's."""
-    from latentdiff.weights import PICKLES
+    from latentdiff.weights import ENDINGS
 
-    endings = (".safetensors", *PICKLES)
-    others = [f for f in sorted(file.parent.iterdir()) if f.suffix.lower() in endings and f != file]
+    others = [f for f in sorted(file.parent.iterdir()) if f.suffix.lower() in ENDINGS and f != file]
     names = joined([f"{f.name} ({size(f.stat().st_size)})" for f in others])
     return [("beside it", names)] if others else []
 
@@ -106,30 +105,6 @@ def usable(file: TensorFile, identity: Identity) -> str:
     except UserError as error:
         return str(error).removeprefix(f"{file.path} ")
     return "used beside a model, with --lora FILE"
-
-
-def lora_rows(file: TensorFile) -> Rows:
-    """Layout, ranks, scale, what is changed and for which model."""
-    from latentdiff.formats.lora import lora_facts
-
-    found = lora_facts(file)
-    targets = joined([f"{count} layers of the {part}" for part, count in found.targets.items()])
-    said = joined(list(dict.fromkeys(f"{a:g}" for a in found.alphas)))
-    unsaid = found.without_alpha
-    if not said:
-        said = "not said in the file, which means alpha = rank"
-    elif unsaid:
-        said += f"; {unsaid} layers say none, which means alpha = rank"
-    said += ", over the root of the rank (rank-stabilised)" if found.stabilised else ""
-    left = [("left out", f"learned words: {joined(found.bundled)}")] if found.bundled else []
-    return [
-        ("layout", found.layout + (" (DoRA)" if found.dora else "")),
-        ("rank", joined(found.ranks) or "not found"),
-        ("alpha", said),
-        ("changes", targets or "nothing known"),
-        ("made for", found.base or "unknown: it does not touch what reads the text"),
-        *left,
-    ]
 
 
 def word_rows(file: TensorFile) -> Rows:
@@ -185,6 +160,7 @@ def inspect(name: str, keys: bool = False) -> list[tuple[str, str]]:
 
 def _file(file: TensorFile, keys: bool) -> list[tuple[str, str]]:
     from latentdiff.formats.identify import identify
+    from latentdiff.formats.lora import lora_rows
     from latentdiff.formats.single_file import check_single_file
 
     shapes = {name: tuple(t.shape) for name, t in file.tensors.items()}
@@ -231,8 +207,7 @@ def _amounts(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 def _checkpoint(file: TensorFile, version: str) -> list[tuple[str, str]]:
     from latentdiff.files import parse_json
     from latentdiff.formats.identify import CONFIGURATION
-    from latentdiff.formats.sd_facts import yaml_beside
-    from latentdiff.formats.single_file import has_zero_snr, stated_prediction
+    from latentdiff.formats.sd_facts import has_zero_snr, stated_prediction, yaml_beside
 
     if version == "own":
         scheduler = parse_json(file.metadata[CONFIGURATION], file.path)["scheduler"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.files import atomic_file
+from latentdiff.files import written_file
 from latentdiff.weights import load_content, refuse_not_finite, save_tensors
 
 #: What diffusers looks for in a folder.
@@ -65,12 +65,8 @@ def write_embedding(file: Path, token: str, vectors: Tensor) -> Path:
     Raises:  UserError: it cannot be written; an older one is as it was.
     """
     tensors = {token: vectors.detach().to("cpu", torch.float32).contiguous()}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as new:
-            save_tensors(tensors, new)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror or error}).") from error
+    with written_file(file) as new:
+        save_tensors(tensors, new)
     return file
 
 

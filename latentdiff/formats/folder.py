@@ -31,6 +31,7 @@ from latentdiff.formats.scheduler import (
 )
 from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
 from latentdiff.models.clip_text import TextEncoder, load_text_encoder
+from latentdiff.models.tokenizer import describe_tokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import DIFFUSERS_VERSION, UNetConfig, config_from_dict
 from latentdiff.weights import (
@@ -184,6 +185,8 @@ def load_components(
     schedule, prediction, sampling = read_scheduler(
         read_json(folder / "scheduler" / "scheduler_config.json")
     )
+    if (own := folder / GENERATION).is_file():
+        sampling = with_generation(sampling, read_json(own), own)
     unet, on_disk = _read_unet(folder / "unet", dtype, variant)
     text = load_text_encoder(folder / "text_encoder", folder / "tokenizer", dtype, variant)
     vae_dtype = None if dtype is None else torch.float32
@@ -193,7 +196,7 @@ def load_components(
         text_encoder=text,
         schedule=schedule,
         prediction=prediction,
-        sampling=_with_generation(sampling, folder / GENERATION),
+        sampling=sampling,
         dtype_on_disk=on_disk,
         dropped=[f"text_encoder: {name}" for name in text.dropped],
     )
@@ -217,54 +220,52 @@ def save_components(
     Raises:  UserError: parts that do not fit together, or a folder that cannot be written.
     """
     components.check()
-    dtypes = components.part_dtypes(dtype)
     target = Path(folder).expanduser()
-    vae, text = components.autoencoder, components.text_encoder
-    parts: list[tuple[str, dict[str, Any], Mapping[str, Tensor], str]] = [
-        ("unet", components.unet.config_dict(), components.unet.state_dict(), UNET_STEM),
-        ("vae", vae.config_dict(), vae.module.state_dict(), VAE_STEM),
-        ("text_encoder", text.config_dict(), text.weights(), TEXT_STEM),
-    ]
+    config, dtypes = configuration(components), components.part_dtypes(dtype)
+    states: dict[str, tuple[Mapping[str, Tensor], str]] = {
+        "unet": (components.unet.state_dict(), UNET_STEM),
+        "vae": (components.autoencoder.module.state_dict(), VAE_STEM),
+        "text_encoder": (components.text_encoder.weights(), TEXT_STEM),
+    }
     with atomic_folder(target, LAYOUT) as new:
-        for name, config, state, stem in parts:
-            (new / name).mkdir()
-            write_json(new / name / "config.json", config)
-            write_weights(new / name, stem, state, dtypes[name], max_shard_bytes)
-        text.tokenizer.save(new / "tokenizer")
+        for part, (state, stem) in states.items():
+            (new / part).mkdir()
+            write_json(new / part / "config.json", config[part])
+            write_weights(new / part, stem, state, dtypes[part], max_shard_bytes)
+        components.text_encoder.tokenizer.save(new / "tokenizer")
         (new / "scheduler").mkdir()
-        scheduler = write_scheduler(components.schedule, components.prediction, components.sampling)
-        write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(new / "scheduler" / "scheduler_config.json", config["scheduler"])
         write_json(new / "model_index.json", _model_index(components))
-        if own := generation_defaults(components.sampling):
-            write_json(new / GENERATION, own)
+        if config["generation"]:
+            write_json(new / GENERATION, config["generation"])
     return target
 
 
-def save_autoencoder(
-    autoencoder: Autoencoder, folder: Path, dtype: torch.dtype = torch.float16
-) -> Path:
-    """Write an autoencoder's config.json and weights alone, all at once. Returns: the folder."""
+def configuration(components: Components) -> dict[str, dict[str, Any]]:
+    """The model's configuration files, by the names of their folders."""
+    sampling, text = components.sampling, components.text_encoder
+    return {
+        "unet": components.unet.config_dict(),
+        "vae": components.autoencoder.config_dict(),
+        "text_encoder": text.config_dict(),
+        "scheduler": write_scheduler(components.schedule, components.prediction, sampling),
+        "tokenizer": describe_tokenizer(text.tokenizer),
+        "generation": generation_defaults(sampling),
+    }
+
+
+def save_autoencoder(autoencoder: Autoencoder, folder: Path) -> None:
+    """Write an autoencoder's config.json and weights, in float16, all at once."""
     with whole_folder(folder) as new:
         write_json(new / "config.json", autoencoder.config_dict())
-        write_weights(new, VAE_STEM, autoencoder.module.state_dict(), dtype, None)
-    return folder
+        write_weights(new, VAE_STEM, autoencoder.module.state_dict(), torch.float16)
 
 
-def save_text_encoder(
-    text: TextEncoder,
-    folder: Path,
-    dtype: torch.dtype = torch.float16,
-    max_shard_bytes: int | None = None,
-) -> Path:
-    """Write a text encoder's config.json and weights alone. Returns: the folder."""
+def save_text_encoder(text: TextEncoder, folder: Path, max_shard_bytes: int) -> None:
+    """Write a text encoder's config.json and weights, in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", text.config_dict())
-    write_weights(folder, TEXT_STEM, text.weights(), dtype, max_shard_bytes)
-    return folder
-
-
-def _with_generation(sampling: SamplingDefaults, file: Path) -> SamplingDefaults:
-    return with_generation(sampling, read_json(file), file) if file.is_file() else sampling
+    write_weights(folder, TEXT_STEM, text.weights(), torch.float16, max_shard_bytes)
 
 
 def _read_unet(

@@ -26,8 +26,9 @@ github.com/openai/CLIP, clip/model.py, whose names OpenCLIP has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,27 +38,52 @@ from latentdiff.models.unet_config import UNetConfig, per_level
 from latentdiff.models.vae import DEFAULTS
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+CLIP_PREFIX, OPENCLIP_PREFIX = "cond_stage_model.transformer.", "cond_stage_model.model."
 #: The averaged weights of a training, their names without dots.
 EMA_PREFIX = "model_ema.diffusion_model"
 PARTS = ("unet", "vae", "text_encoder")
 State = Mapping[str, Tensor]
+#: Key of the file → names in one part whose rows it holds, in order.
 Keys = dict[str, tuple[str, ...]]
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Which key of the file holds what."""
-
-    unet: Keys
-    """Key of the file → names in the U-Net whose rows it holds, in order."""
-    vae: Keys
-    """The same of the autoencoder."""
-    text_encoder: Keys
-    """The same of the text tower."""
-
-    def all(self) -> Keys:
-        """Every key of the file."""
-        return self.unet | self.vae | self.text_encoder
+# Names of ours → of theirs, as regular expressions replaced one after the other.
+_UNET = {
+    r"^time_embedding\.linear_1": "time_embed.0",
+    r"^time_embedding\.linear_2": "time_embed.2",
+    r"^conv_in": "input_blocks.0.0",
+    r"^conv_norm_out": "out.0",
+    r"^conv_out": "out.2",
+}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE = {
+    r"\.conv_norm_out": ".norm_out",
+    r"mid_block\.resnets\.0": "mid.block_1",
+    r"mid_block\.resnets\.1": "mid.block_2",
+    r"mid_block\.attentions\.0\.group_norm": "mid.attn_1.norm",
+    r"mid_block\.attentions\.0\.to_([qkv])": r"mid.attn_1.\1",
+    r"mid_block\.attentions\.0\.to_out\.0": "mid.attn_1.proj_out",
+    r"(down|up)_blocks\.(\d+)\.resnets": r"\1.\2.block",
+    r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0": r"\1.\2.\3sample",
+    r"conv_shortcut": "nin_shortcut",
+}
+_OPENCLIP = {
+    r"^embeddings\.token_embedding": "token_embedding",
+    r"^embeddings\.position_embedding\.weight": "positional_embedding",
+    r"^final_layer_norm": "ln_final",
+    r"^encoder\.layers": "transformer.resblocks",
+    r"layer_norm(\d)": r"ln_\1",
+    r"self_attn\.out_proj": "attn.out_proj",
+    r"self_attn\.[qkv]_proj\.": "attn.in_proj_",
+    r"mlp\.fc1": "mlp.c_fc",
+    r"mlp\.fc2": "mlp.c_proj",
+}
 
 
 def compvis_layout(
@@ -65,21 +91,21 @@ def compvis_layout(
     vae: Mapping[str, Any],
     text: Mapping[str, Any],
     names: Mapping[str, Iterable[str]],
-) -> Layout:
-    """The layout of a model.
+) -> dict[str, Keys]:
+    """Which key of the file holds what, by part.
 
     Args:    unet, vae, text: the configurations of its parts.
              names: of the weights of each of `PARTS`.
     """
-    unet_names, vae_names = unet_places(unet), vae_places(vae)
-    return Layout(
-        {UNET_PREFIX + placed(name, unet_names): (name,) for name in names["unet"]},
-        {VAE_PREFIX + placed(name, vae_names): (name,) for name in names["vae"]},
-        text_keys(names["text_encoder"], text),
-    )
+    unet_name, levels = unet_names(unet), len({**DEFAULTS, **vae}["block_out_channels"])
+    return {
+        "unet": {UNET_PREFIX + unet_name(name): (name,) for name in names["unet"]},
+        "vae": {VAE_PREFIX + _vae_name(name, levels): (name,) for name in names["vae"]},
+        "text_encoder": _text_keys(names["text_encoder"], text),
+    }
 
 
-def take(tensors: State, keys: Keys, shapes: State) -> dict[str, Tensor]:
+def from_compvis(tensors: State, keys: Keys, shapes: State) -> dict[str, Tensor]:
     """The tensors of one part under our names, as views of the file's.
 
     Args:    tensors: of the file; every one of `keys` is there.
@@ -94,13 +120,13 @@ def take(tensors: State, keys: Keys, shapes: State) -> dict[str, Tensor]:
     return state
 
 
-def give(state: State, keys: Keys, part: str) -> dict[str, Tensor]:
-    """The tensors of one part under the keys of the file; the opposite of `take`."""
+def to_compvis(state: State, keys: Keys, part: str) -> dict[str, Tensor]:
+    """The tensors of one part under the keys of the file; the opposite of `from_compvis`."""
     tensors = {}
     for key, names in keys.items():
         pieces = [state[name] for name in names]
         tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        if part == "vae" and is_attention(names[0]):
+        if part == "vae" and _is_attention(names[0]):
             tensor = tensor[:, :, None, None]
         tensors[key] = tensor
     return tensors
@@ -109,159 +135,6 @@ def give(state: State, keys: Keys, part: str) -> dict[str, Tensor]:
 def ema_key(key: str) -> str:
     """Where the averaged version of a U-Net's key is kept."""
     return EMA_PREFIX + key.removeprefix(UNET_PREFIX).replace(".", "")
-
-
-def placed(name: str, places: Mapping[str, str]) -> str:
-    """Rename the longest beginning of a dotted name that has a place elsewhere."""
-    head, tail = name, ""
-    while head:
-        if head in places:
-            return places[head] + tail
-        head, _, last = head.rpartition(".")
-        tail = f".{last}{tail}"
-    return name
-
-
-def _squeeze(tensor: Tensor, like: Tensor) -> Tensor:
-    """A 1×1 convolution as the matrix that it is, or the other way round, where we have that."""
-    same = {tensor.ndim, like.ndim} == {2, 4} and tensor.shape[:2] == like.shape[:2]
-    return tensor.reshape(like.shape) if same and tensor.numel() == like.numel() else tensor
-
-
-#: Layers of a ResNet block: ours → theirs.
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
-
-def unet_places(config: UNetConfig) -> dict[str, str]:
-    """Module of ours → module of theirs; below a transformer the names are the same.
-
-    Random Fourier features, which they do not have, keep their name.
-    """
-    places = {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-    }
-    places |= _way_down(config) | _way_up(config)
-    if config.mid_block_type is not None:
-        places |= _resnet("mid_block.resnets.0", "middle_block.0")
-    if config.mid_block_type == "UNetMidBlock2DCrossAttn":
-        places["mid_block.attentions.0"] = "middle_block.1"
-        places |= _resnet("mid_block.resnets.1", "middle_block.2")
-    return places
-
-
-def _way_down(config: UNetConfig) -> dict[str, str]:
-    levels = len(config.block_out_channels)
-    layers, places, number = per_level(config.layers_per_block, levels), dict[str, str](), 1
-    for level, kind in enumerate(config.down_block_types):
-        for layer in range(layers[level]):
-            places |= _step(f"down_blocks.{level}", layer, kind, f"input_blocks.{number}")
-            number += 1
-        if level < levels - 1:
-            places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
-            number += 1
-    return places
-
-
-def _way_up(config: UNetConfig) -> dict[str, str]:
-    levels = len(config.block_out_channels)
-    layers, places, number = per_level(config.layers_per_block, levels), dict[str, str](), 0
-    for block, kind in enumerate(config.up_block_types):
-        for layer in range(layers[levels - 1 - block] + 1):
-            places |= _step(f"up_blocks.{block}", layer, kind, f"output_blocks.{number}")
-            number += 1
-        if block < levels - 1:
-            behind = 2 if kind.startswith("CrossAttn") else 1
-            theirs = f"output_blocks.{number - 1}.{behind}.conv"
-            places[f"up_blocks.{block}.upsamplers.0.conv"] = theirs
-    return places
-
-
-def _step(block: str, layer: int, kind: str, theirs: str) -> dict[str, str]:
-    """A ResNet block and, where there is one, the transformer behind it."""
-    places = _resnet(f"{block}.resnets.{layer}", f"{theirs}.0")
-    if kind.startswith("CrossAttn"):
-        places[f"{block}.attentions.{layer}"] = f"{theirs}.1"
-    return places
-
-
-def _resnet(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in _RESNET.items()}
-
-
-#: Layers of the attention: ours → theirs, where they are 1×1 convolutions and not matrices.
-_ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
-
-
-def vae_places(config: Mapping[str, Any]) -> dict[str, str]:
-    """Module of ours → module of theirs, for an AutoencoderKL; what is not listed keeps its name.
-
-    An AutoencoderTiny has no place there: all its names stay.
-    """
-    full = {**DEFAULTS, **config}
-    if full.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        return {}
-    levels, layers = len(full["block_out_channels"]), int(full["layers_per_block"])
-    places: dict[str, str] = {}
-    for half in ("encoder", "decoder"):
-        places[f"{half}.conv_norm_out"] = f"{half}.norm_out"
-        for number in (0, 1):
-            ours, theirs = f"{half}.mid_block.resnets.{number}", f"{half}.mid.block_{number + 1}"
-            places |= _vae_resnet(ours, theirs)
-        places |= {
-            f"{half}.mid_block.attentions.0.{a}": f"{half}.mid.attn_1.{b}"
-            for a, b in _ATTENTION.items()
-        }
-    for level in range(levels):
-        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
-        for layer in range(layers):
-            places |= _vae_resnet(f"{down}.resnets.{layer}", f"encoder.down.{level}.block.{layer}")
-        for layer in range(layers + 1):
-            places |= _vae_resnet(f"{up}.resnets.{layer}", f"decoder.up.{level}.block.{layer}")
-        places[f"{down}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
-        places[f"{up}.upsamplers.0.conv"] = f"decoder.up.{level}.upsample.conv"
-    return places
-
-
-def is_attention(name: str) -> bool:
-    """Whether a weight of ours is a matrix that they keep as a 1×1 convolution."""
-    return ".attentions." in name and name.endswith("weight") and "group_norm" not in name
-
-
-def _vae_resnet(ours: str, theirs: str) -> dict[str, str]:
-    return {ours: theirs, f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"}
-
-
-CLIP_PREFIX, OPENCLIP_PREFIX = "cond_stage_model.transformer.", "cond_stage_model.model."
-_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "self_attn.out_proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-_OUTER = {
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm.weight": "ln_final.weight",
-    "final_layer_norm.bias": "ln_final.bias",
-}
 
 
 def is_openclip(config: Mapping[str, Any]) -> bool:
@@ -280,27 +153,76 @@ def is_spare(key: str, config: Mapping[str, Any]) -> bool:
     return key.startswith(last) or key in beside
 
 
-def text_keys(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Key of the file → our names whose rows it holds, in their order."""
+def unet_names(config: UNetConfig) -> Callable[[str], str]:
+    """The map from names of the U-Net's modules and weights to those in CompVis' code.
+
+    Below a transformer they are the same. Random Fourier features, which that code does not have,
+    keep their name.
+    """
+    blocks = [n + 1 for n in per_level(config.layers_per_block, len(config.block_out_channels))]
+    # Of each level, the number of its first block in the row of all.
+    down, up = list(accumulate(blocks, initial=1)), list(accumulate(blocks[::-1], initial=0))
+    inside = {"resnets": 0, "attentions": 1}
+
+    def theirs(name: str) -> str:
+        match name.split("."):
+            case ["down_blocks", level, "downsamplers" as kind, _, _, *rest]:
+                block = f"input_blocks.{down[int(level) + 1] - 1}.0.op"
+            case ["up_blocks", level, "upsamplers" as kind, _, *rest]:
+                behind = 2 if config.up_block_types[int(level)].startswith("CrossAttn") else 1
+                block = f"output_blocks.{up[int(level) + 1] - 1}.{behind}"
+            case ["down_blocks", level, kind, layer, *rest]:
+                block = f"input_blocks.{down[int(level)] + int(layer)}.{inside[kind]}"
+            case ["up_blocks", level, kind, layer, *rest]:
+                block = f"output_blocks.{up[int(level)] + int(layer)}.{inside[kind]}"
+            case ["mid_block", kind, layer, *rest]:
+                block = f"middle_block.{2 * int(layer) + inside[kind]}"
+            case _:
+                return _renamed(name, _UNET)
+        if kind == "resnets":
+            rest[:1] = [_RESNET[rest[0]]]
+        return ".".join([block, *rest])
+
+    return theirs
+
+
+def _vae_name(name: str, levels: int) -> str:
+    """Names of other autoencoders, such as the tiny one, are not in the table and stay."""
+    from_the_finest = re.sub(
+        r"(?<=up_blocks\.)\d+(?=\.(resnets|upsamplers)\.)",
+        lambda found: str(levels - 1 - int(found[0])),
+        name,
+    )
+    return _renamed(from_the_finest, _VAE)
+
+
+def _text_keys(names: Iterable[str], config: Mapping[str, Any]) -> Keys:
     if not is_openclip(config):
         return {f"{CLIP_PREFIX}text_model.{name}": (name,) for name in names}
-    found: dict[str, tuple[str, ...]] = {}
+    found: Keys = {}
     for name in names:
-        key = OPENCLIP_PREFIX + _openclip_name(name)
+        key = OPENCLIP_PREFIX + _renamed(name, _OPENCLIP)
         # The tower's own order is k, q, v or another; the fused matrix is always q, k, v.
         found[key] = tuple(sorted((*found.get(key, ()), name), key=_place_in_fused))
     return found
 
 
-def _openclip_name(name: str) -> str:
-    if name in _OUTER:
-        return _OUTER[name]
-    _, _, number, *inner, last = name.split(".")  # encoder.layers.N.….weight
-    module, block = ".".join(inner), f"transformer.resblocks.{number}"
-    if module in _LAYER:
-        return f"{block}.{_LAYER[module]}.{last}"
-    return f"{block}.attn.in_proj_{last}"
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    for ours, theirs in table.items():
+        name = re.sub(ours, theirs, name)
+    return name
 
 
 def _place_in_fused(name: str) -> int:
     return next((i for i, part in enumerate("qkv") if f".{part}_proj." in name), 0)
+
+
+def _is_attention(name: str) -> bool:
+    """Whether a weight of ours is a matrix that they keep as a 1×1 convolution."""
+    return ".attentions." in name and name.endswith("weight") and "group_norm" not in name
+
+
+def _squeeze(tensor: Tensor, like: Tensor) -> Tensor:
+    """A 1×1 convolution as the matrix that it is, or the other way round, where we have that."""
+    same = {tensor.ndim, like.ndim} == {2, 4} and tensor.shape[:2] == like.shape[:2]
+    return tensor.reshape(like.shape) if same and tensor.numel() == like.numel() else tensor

@@ -14,7 +14,6 @@ from latentdiff.formats.folder import Components, load_components, save_componen
 from latentdiff.formats.hub import resolve_folder
 from latentdiff.formats.single_file import (
     ENDING,
-    ENDINGS,
     autoencoder_of_file,
     latent_size_of_file,
     load_single_file,
@@ -23,6 +22,7 @@ from latentdiff.formats.single_file import (
 )
 from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
 from latentdiff.models.clip_text import TextEncoder, load_text_encoder
+from latentdiff.weights import ENDINGS
 
 
 def load_model(

@@ -30,18 +30,10 @@ PREDICTION_NAMES = {
     "v_prediction": "v",
     "flow_prediction": "flow",
 }
-#: diffusers' spacing where the file does not say it; leading for all others.
-_DEFAULT_SPACING = {
-    "EulerDiscreteScheduler": "linspace",
-    "EulerAncestralDiscreteScheduler": "linspace",
-    "HeunDiscreteScheduler": "linspace",
-    "LMSDiscreteScheduler": "linspace",
-    "KDPM2DiscreteScheduler": "linspace",
-    "DPMSolverMultistepScheduler": "linspace",
-    "DPMSolverSinglestepScheduler": "linspace",
-    "DEISMultistepScheduler": "linspace",
-    "UniPCMultistepScheduler": "linspace",
-}
+#: How the names of schedulers begin whose spacing is linspace where the file does not say it;
+#: leading for all others.
+_LINSPACE = ("Euler", "Heun", "LMS", "KDPM2Discrete", "DPMSolverMultistepScheduler",
+             "DPMSolverSinglestep", "DEIS", "UniPC")  # fmt: skip
 #: Fields that are numbers, with the range that makes sense; others that are words.
 _NUMBERS = {"num_train_timesteps": (2, 10**6), "beta_start": (0, 1), "beta_end": (0, 1)}
 _WORDS = ("_class_name", "prediction_type", "beta_schedule", "timestep_spacing")
@@ -85,7 +77,11 @@ def read_scheduler(
     Returns: (noise schedule, prediction, sampling defaults).
     Raises:  UserError: a schedule or prediction that we do not have, named, or a damaged field.
     """
-    _check_types(data)
+    for name in _NUMBERS.keys() & data.keys():
+        check_number(data[name], name, f"scheduler_config.json: {name}")
+    for name in _WORDS:
+        if not isinstance(data.get(name, ""), str):
+            raise UserError(f"scheduler_config.json: {name} must be text; got {data[name]!r:.80}.")
     kind = str(data.get("_class_name", "DDIMScheduler"))
     for field in ("trained_betas", "thresholding", "use_dynamic_shifting"):
         if data.get(field):
@@ -120,7 +116,8 @@ def write_scheduler(
     kinds = {ours: theirs for theirs, ours in KINDS.items()}
     trailing = "trailing" if schedule.zero_terminal_snr else "leading"
     return {
-        **_head("DDIMScheduler"),
+        "_class_name": scheduler_class(schedule),
+        "_diffusers_version": DIFFUSERS_VERSION,
         "beta_end": schedule.beta_end,
         "beta_schedule": kinds[schedule.kind],
         "beta_start": schedule.beta_start,
@@ -144,14 +141,11 @@ def scheduler_class(schedule: ScheduleConfig) -> str:
     return "UniPCMultistepScheduler" if schedule.kind == "flow" else "DDIMScheduler"
 
 
-def _head(name: str) -> dict[str, Any]:
-    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
-
-
 def _write_flow(schedule: ScheduleConfig, prediction_type: str) -> dict[str, Any]:
     # Stable Diffusion's pipeline cannot use diffusers' own flow schedulers; UniPC it can.
     return {
-        **_head("UniPCMultistepScheduler"),
+        "_class_name": scheduler_class(schedule),
+        "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": schedule.num_train_timesteps,
         "prediction_type": prediction_type,
         "use_flow_sigmas": True,
@@ -162,17 +156,15 @@ def _write_flow(schedule: ScheduleConfig, prediction_type: str) -> dict[str, Any
     }
 
 
-def _check_types(data: Mapping[str, Any]) -> None:
-    for name, (least, most) in _NUMBERS.items():
-        value = data.get(name, least)
-        if not (type(value) in (int, float) and least <= value <= most):
-            raise UserError(
-                f"scheduler_config.json: {name} must be a number from {least} to {most:,}; got "
-                f"{value!r:.80}."
-            )
-    for name in _WORDS:
-        if not isinstance(data.get(name, ""), str):
-            raise UserError(f"scheduler_config.json: {name} must be text; got {data[name]!r:.80}.")
+def check_number(value: Any, field: str, what: str) -> None:
+    """Refuse a value that a field of `_NUMBERS` cannot have.
+
+    Args:   what: the field for the message, as its file calls it.
+    Raises: UserError.
+    """
+    least, most = _NUMBERS[field]
+    if not (type(value) in (int, float) and least <= value <= most):
+        raise UserError(f"{what} must be a number from {least} to {most:,}; got {value!r:.80}.")
 
 
 def _discrete_schedule(data: Mapping[str, Any]) -> ScheduleConfig:
@@ -212,7 +204,8 @@ def _sampling(kind: str, data: Mapping[str, Any], schedule: ScheduleConfig) -> S
         sampler = "dpmpp_2m_sde"
     if schedule.kind == "flow":
         return SamplingDefaults(sampler)
-    spacing = data.get("timestep_spacing", _DEFAULT_SPACING.get(kind, "leading"))
+    usual = "linspace" if kind.startswith(_LINSPACE) else "leading"
+    spacing = data.get("timestep_spacing", usual)
     for name in ("karras", "exponential"):
         spacing = name if data.get(f"use_{name}_sigmas") else spacing
     to_one = data.get("set_alpha_to_one", kind != "PNDMScheduler")

@@ -9,11 +9,6 @@ Stable Diffusion 1.x or 2.x when their shapes say so, and refused by name otherw
 wholly or not at all. Programs that open single files by their keys alone (A1111, ComfyUI) take
 every size from what Stable Diffusion is, so one part of another size makes a file unreadable there.
 
-Version 1 predicts eps as its published YAML does, unless the file, or a YAML beside it, says
-otherwise. Version 2 was published both ways with the same keys and shapes. At the last noise level
-x_T is all but pure noise ε, so a network that predicts eps gives back its input, and one that
-predicts v = α ε − σ x_0 ≈ −x_0 gives something unlike it: their correlation decides.
-
 Written files, .safetensors alone, have ModelSpec's fields in their metadata, which other programs
 show and some read, beside the configuration.
 """
@@ -24,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,43 +26,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentdiff.errors import UserError, printable
-from latentdiff.files import atomic_file, parse_json
-from latentdiff.formats.folder import Components, check_inputs, empty_unet, fill_unet
+from latentdiff.errors import UserError
+from latentdiff.files import parse_json, written_file
+from latentdiff.formats.folder import (
+    Components,
+    check_inputs,
+    configuration,
+    empty_unet,
+    fill_unet,
+)
 from latentdiff.formats.identify import CONFIGURATION, Identity, identify, refuse_unsupported
 from latentdiff.formats.key_map import (
     CLIP_PREFIX,
     PARTS,
-    Layout,
+    Keys,
     compvis_layout,
     ema_key,
-    give,
+    from_compvis,
     is_openclip,
     is_spare,
-    take,
+    to_compvis,
 )
-from latentdiff.formats.scheduler import (
-    generation_defaults,
-    read_scheduler,
-    with_generation,
-    write_scheduler,
-)
+from latentdiff.formats.scheduler import read_scheduler, with_generation
 from latentdiff.formats.sd_facts import (
-    EPS_STEPS,
     VERSIONS,
-    InferenceYaml,
+    has_zero_snr,
+    measured_prediction,
     sd_configuration,
-    sd_unet,
+    stated_prediction,
     yaml_beside,
 )
 from latentdiff.models import clip_text, vae
 from latentdiff.models.autoencoder import Autoencoder, empty_autoencoder, fill_autoencoder
 from latentdiff.models.clip_text import TextEncoder, empty_text_tower, fill_text_encoder
-from latentdiff.models.tokenizer import CLIP, describe_tokenizer, tokenizer_of
-from latentdiff.models.unet import UNet
-from latentdiff.models.unet_config import UNetConfig, config_from_dict, per_level
+from latentdiff.models.tokenizer import CLIP, tokenizer_of
+from latentdiff.models.unet_config import config_from_dict, per_level
 from latentdiff.weights import (
     TensorFile,
     read_tensor_file,
@@ -78,147 +72,10 @@ from latentdiff.weights import (
     stored_tensor,
 )
 
-#: ModelSpec's words → ours. Source: github.com/Stability-AI/ModelSpec.
-MODELSPEC_WORDS = {"epsilon": "eps", "v": "v"}
-#: Others that stand in their place: those of diffusers and of trainers.
-_OTHER_WORDS = {"eps": "eps", "v_prediction": "v", "v_pred": "v", "sample": "x0", "x0": "x0"}
-_ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"}
-#: Empty tensors whose names say something: an agreement among trainers.
-V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
-
-
-def stated_prediction(file: TensorFile, beside: InferenceYaml | None = None) -> str | None:
-    """What a file, or the YAML beside it, says its U-Net predicts; None: nothing.
-
-    A YAML file that says it counts first, since it was put there for that; one that does not, and
-    so means eps, counts last.
-    """
-    within = _within(file)
-    if beside is None:
-        return within
-    if within not in (None, beside.prediction) and beside.says_prediction:
-        warnings.warn(
-            f"{beside.path} says that the model predicts {beside.prediction}, the file itself says "
-            f"{within}; {beside.prediction} is taken.",
-            stacklevel=2,
-        )
-    return beside.prediction if beside.says_prediction or within is None else within
-
-
-def _within(file: TensorFile) -> str | None:
-    given = file.metadata.get("modelspec.prediction_type", "")
-    known = MODELSPEC_WORDS | _OTHER_WORDS
-    words = known.get(given.strip().lower().replace("-", "_"))
-    if given and words is None:
-        warnings.warn(
-            f"{file.path} says '{printable(given[:40])}' for what it predicts "
-            f"(modelspec.prediction_type), which is none of {', '.join(known)}; it is left out.",
-            stacklevel=3,
-        )
-    words = words or _ARCHITECTURES.get(file.metadata.get("modelspec.architecture", ""))
-    if words is None and V_MARK in file.tensors:
-        return "v"
-    if words is None and file.facts.get("global_step") in EPS_STEPS:
-        return "eps"
-    return words
-
-
-def has_zero_snr(file: TensorFile) -> bool:
-    """Whether the schedule in the file, or its mark, ends in pure noise."""
-    alpha_bar = file.tensors.get("alphas_cumprod")
-    if alpha_bar is None or not alpha_bar.numel() or not alpha_bar.is_floating_point():
-        return ZERO_SNR_MARK in file.tensors
-    return ZERO_SNR_MARK in file.tensors or float(alpha_bar.flatten()[-1]) < 1e-5
-
-
-@torch.no_grad()
-def measured_prediction(unet: UNet, text_encoder: TextEncoder, size: int = 16) -> str:
-    """eps or v, by whether the prediction for pure noise is that noise."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, unet.config.in_channels, size, size, generator=generator)
-    context = text_encoder.encode([""])
-    answer = unet(noise.to(unet.dtype), 999, context.to(unet.dtype)).float()
-    return "eps" if _correlation(noise, answer) > 0.5 else "v"
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
-
-
-#: What no weight depends on, and heads, which can be written in two ways and are compared apart.
-_FREE = {"sample_size", "upcast_attention", "dropout", "attention_head_dim"}
-#: Settings that may be one number for all levels.
-_PER_LEVEL = ("layers_per_block", "transformer_layers_per_block")
-
-
-def sd_version(components: Components) -> str | None:
-    """1 or 2 when every part is Stable Diffusion's, which other programs can open; else None."""
-    return None if sd_differences(components) else VERSIONS[_context(components)]
-
-
-def sd_differences(components: Components) -> dict[str, list[str]]:
-    """What is not as in Stable Diffusion, by part; empty when all is.
-
-    The version to compare with is the one whose text states are as wide, 1.x where none is.
-    """
-    version = VERSIONS.get(_context(components), "1")
-    sd, text = sd_configuration(version, "eps"), components.text_encoder
-    found = {
-        "U-Net": _differing(_unet_facts(components.unet.config), _unet_facts(sd_unet(version))),
-        "autoencoder": _differing(
-            _vae_facts(components.autoencoder.config_dict()), _vae_facts(sd["vae"])
-        ),
-        "text encoder": _differing(
-            _text_facts(text.config_dict()), _text_facts(sd["text_encoder"])
-        ),
-    }
-    if not found["text encoder"] and CLIP not in describe_tokenizer(text.tokenizer):
-        found["tokenizer"] = ["another vocabulary than CLIP's"]
-    return {part: texts for part, texts in found.items() if texts}
-
-
-def _context(components: Components) -> int:
-    return components.unet.config.cross_attention_dim
-
-
-def _differing(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} {_plain(own.get(name))} instead of {_plain(value)}"
-        for name, value in other.items()
-        if _plain(own.get(name)) != _plain(value)
-    ]
-
-
-def _plain(value: Any) -> Any:
-    """Lists of JSON and tuples of ours alike."""
-    return list(value) if isinstance(value, list | tuple) else value
-
-
-def _unet_facts(config: UNetConfig) -> dict[str, Any]:
-    kept = (field.name for field in dataclasses.fields(config) if field.name not in _FREE)
-    levels = len(config.block_out_channels)
-    # A number may also be written once for every level.
-    spread = {name: per_level(getattr(config, name), levels) for name in _PER_LEVEL}
-    return {name: getattr(config, name) for name in kept} | spread | {"heads": config.heads}
-
-
-def _vae_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    full = {**vae.DEFAULTS, "_class_name": "AutoencoderKL", "shift_factor": None, **config}
-    facts = {name: full[name] for name in ("_class_name", *vae.DEFAULTS)}
-    # Those programs multiply by Stable Diffusion's factor and shift nothing.
-    return facts | {"shift_factor": full["shift_factor"] or 0.0}
-
-
-def _text_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    full = {**clip_text.DEFAULTS, **config}
-    return {name: full[name] for name in clip_text.DEFAULTS}
-
-
-#: How names of single files end.
-ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+ENDING = ".safetensors"
 #: Keys that no part of a text-to-image model needs: buffers of the schedule, what training keeps
 #: beside the weights, projections next to CLIP's image tower, marks.
-_NEEDLESS = re.compile(
+_UNUSED = re.compile(
     r"(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|lvlb_weights|logvar|"
     r"scale_factor|posterior_(variance|log_variance_clipped|mean_coef[12])|v_pred|ztsnr|"
     r"model_ema\..*|first_stage_model\.loss\..*|"
@@ -228,7 +85,7 @@ _NEEDLESS = re.compile(
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _Parsed:
     """A file that is understood but not read yet."""
 
     file: TensorFile
@@ -238,13 +95,24 @@ class _Opened:
     """Whether it could be either of Stable Diffusion 2's two kinds, and its weights must tell."""
     networks: dict[str, Any]
     """Part → network without weights."""
-    layout: Layout
+    layout: dict[str, Keys]
     others: list[str]
     """Keys that no part has a use for."""
 
     def state(self, part: str) -> dict[str, Tensor]:
         """The weights of one part, under our names."""
-        return take(self.file.tensors, getattr(self.layout, part), _shapes(self.networks[part]))
+        return from_compvis(self.file.tensors, self.layout[part], self.networks[part].state_dict())
+
+    def autoencoder(self, dtype: torch.dtype | None) -> Autoencoder:
+        """The autoencoder. Raises: UserError: its weights do not fit."""
+        return fill_autoencoder(self.networks["vae"], self.state("vae"), self.file.path, dtype)
+
+    def text_encoder(self, dtype: torch.dtype | None) -> TextEncoder:
+        """The text encoder. Raises: UserError: its weights or its tokenizer do not fit."""
+        module, state = self.networks["text_encoder"], self.state("text_encoder")
+        positions = int(module.config["max_position_embeddings"])
+        tokenizer = tokenizer_of(self.config["tokenizer"], positions)
+        return fill_text_encoder(module, state, tokenizer, self.file.path, dtype)
 
 
 def load_single_file(
@@ -264,22 +132,22 @@ def load_single_file(
              unexpected or of another shape (listed).
     """
     found = read_tensor_file(Path(file).expanduser())
-    return _assemble(_understand(found, variant, prediction), dtype, prediction)
+    return _assemble(_parse(found, variant, prediction), dtype, prediction)
 
 
 def check_single_file(file: TensorFile) -> None:
     """Find out whether a file opens, without reading its weights. Raises: UserError: why not."""
-    _assemble(dataclasses.replace(_understand(file), is_measured=False), None, None)
+    _assemble(dataclasses.replace(_parse(file), is_measured=False), None, None)
 
 
 def autoencoder_of_file(file: Path) -> Autoencoder:
     """The autoencoder of a single file, in float32. Raises: UserError: see load_single_file."""
-    return _autoencoder(_understand(read_tensor_file(file)), torch.float32)
+    return _parse(read_tensor_file(file)).autoencoder(torch.float32)
 
 
 def text_encoder_of_file(file: Path) -> TextEncoder:
     """The text encoder of a single file, in float32. Raises: UserError: see load_single_file."""
-    return _text_encoder(_understand(read_tensor_file(file)), torch.float32)
+    return _parse(read_tensor_file(file)).text_encoder(torch.float32)
 
 
 def latent_size_of_file(file: Path) -> Any:
@@ -287,20 +155,19 @@ def latent_size_of_file(file: Path) -> Any:
 
     A version 2 that does not say what it predicts is read and asked, since its two kinds differ.
     """
-    opened = _understand(read_tensor_file(file))
+    opened = _parse(read_tensor_file(file))
     config = opened.config
     if opened.is_measured:
         unet = fill_unet(opened.networks["unet"], opened.state("unet"), file, torch.float32)
-        config = sd_configuration(
-            "2", measured_prediction(unet, _text_encoder(opened, torch.float32))
-        )
+        measured = measured_prediction(unet, opened.text_encoder(torch.float32))
+        config = sd_configuration("2", measured)
     return config["unet"].get("sample_size")
 
 
-def _assemble(opened: _Opened, dtype: torch.dtype | None, prediction: str | None) -> Components:
+def _assemble(opened: _Parsed, dtype: torch.dtype | None, prediction: str | None) -> Components:
     path, unet_state, config = opened.file.path, opened.state("unet"), opened.config
     unet = fill_unet(opened.networks["unet"], unet_state, path, dtype)
-    text = _text_encoder(opened, dtype)
+    text = opened.text_encoder(dtype)
     if opened.is_measured:
         found = measured_prediction(unet, text)
         config = sd_configuration("2", found, zero_snr=has_zero_snr(opened.file) and found == "v")
@@ -311,7 +178,7 @@ def _assemble(opened: _Opened, dtype: torch.dtype | None, prediction: str | None
     kept = [key for key in opened.others if is_openclip(tower) and is_spare(key, tower)]
     components = Components(
         unet=unet,
-        autoencoder=_autoencoder(opened, None if dtype is None else torch.float32),
+        autoencoder=opened.autoencoder(None if dtype is None else torch.float32),
         text_encoder=text,
         schedule=schedule,
         prediction=prediction or said,
@@ -324,11 +191,9 @@ def _assemble(opened: _Opened, dtype: torch.dtype | None, prediction: str | None
     return components
 
 
-def _understand(
-    found: TensorFile, variant: str | None = None, prediction: str | None = None
-) -> _Opened:
+def _parse(found: TensorFile, variant: str | None = None, prediction: str | None = None) -> _Parsed:
     """Understand a file and compare its keys with those that it must have."""
-    found, path = _with_usual_names(found), found.path
+    found, path = _normalized_names(found), found.path
     shapes = {k: tuple(t.shape) for k, t in found.tensors.items()}
     identity = identify(shapes, found.metadata)
     refuse_unsupported(identity, path)
@@ -340,11 +205,11 @@ def _understand(
         "vae": empty_autoencoder(config["vae"], path),
         "text_encoder": empty_text_tower(config["text_encoder"], path),
     }
-    names = {part: _shapes(networks[part]) for part in PARTS}
+    names = {part: network.state_dict() for part, network in networks.items()}
     layout = compvis_layout(unet_config, config["vae"], config["text_encoder"], names)
-    layout = _averaged(layout, found, variant)
+    layout = _with_ema(layout, found, variant)
     others = _check_keys(found, layout, networks["text_encoder"].config)
-    return _Opened(found, config, is_measured, networks, layout, others)
+    return _Parsed(found, config, is_measured, networks, layout, others)
 
 
 def _configuration(
@@ -370,57 +235,40 @@ def _configuration(
     return config, version == "2" and stated is None
 
 
-def _with_usual_names(file: TensorFile) -> TensorFile:
+def _normalized_names(file: TensorFile) -> TensorFile:
     """Put text_model into the names of files that some early trainers wrote without it."""
     plain = re.compile(re.escape(CLIP_PREFIX) + r"(?=embeddings\.|encoder\.|final_layer_norm\.)")
     named = {plain.sub(f"{CLIP_PREFIX}text_model.", k): t for k, t in file.tensors.items()}
     return TensorFile(file.path, named, file.metadata, file.facts)
 
 
-def _averaged(layout: Layout, file: TensorFile, variant: str | None) -> Layout:
+def _with_ema(layout: dict[str, Keys], file: TensorFile, variant: str | None) -> dict[str, Keys]:
     """Take the averaged weights of a U-Net, when the file has all of them and they are wanted."""
-    keys = {ema_key(key): names for key, names in layout.unet.items()}
+    keys = {ema_key(key): names for key, names in layout["unet"].items()}
     if variant not in (None, "ema", "non_ema"):
         raise UserError(f"variant must be ema or non_ema for a single file; got {variant!r}.")
     if variant != "non_ema" and all(key in file.tensors for key in keys):
-        return Layout(keys, layout.vae, layout.text_encoder)
+        return layout | {"unet": keys}
     if variant == "ema":
         raise UserError(f"{file.path} has no averaged weights (model_ema.…). Leave variant out.")
     return layout
 
 
-def _check_keys(file: TensorFile, layout: Layout, text: Mapping[str, Any]) -> list[str]:
-    """Compare the file's keys with the layout's. Returns: needless keys. Raises: UserError."""
-    wanted = layout.all()
+def _check_keys(file: TensorFile, layout: dict[str, Keys], text: Mapping[str, Any]) -> list[str]:
+    """Compare the file's keys with the layout's. Returns: unused keys. Raises: UserError."""
+    wanted = {key for keys in layout.values() for key in keys}
     others = [key for key in file.tensors if key not in wanted]
-    averaged = any(key.startswith("model_ema.") for key in layout.unet)
+    averaged = any(key.startswith("model_ema.") for key in layout["unet"])
 
-    def needless(key: str) -> bool:
+    def unused(key: str) -> bool:
         newest = averaged and key.startswith("model.diffusion_model.")
-        return newest or is_spare(key, text) or _NEEDLESS.fullmatch(key) is not None
+        return newest or is_spare(key, text) or _UNUSED.fullmatch(key) is not None
 
     missing = [key for key in wanted if key not in file.tensors]
-    refuse_misfit(missing, [key for key in others if not needless(key)], (), (), file.path)
+    refuse_misfit(missing, [key for key in others if not unused(key)], (), (), file.path)
     return others
 
 
-def _autoencoder(opened: _Opened, dtype: torch.dtype | None) -> Autoencoder:
-    return fill_autoencoder(opened.networks["vae"], opened.state("vae"), opened.file.path, dtype)
-
-
-def _text_encoder(opened: _Opened, dtype: torch.dtype | None) -> TextEncoder:
-    module, path = opened.networks["text_encoder"], opened.file.path
-    positions = int(module.config["max_position_embeddings"])
-    tokenizer = tokenizer_of(opened.config["tokenizer"], positions)
-    return fill_text_encoder(module, opened.state("text_encoder"), tokenizer, path, dtype)
-
-
-def _shapes(network: nn.Module) -> dict[str, Tensor]:
-    """Names and, on the meta device, shapes of a network's weights."""
-    return network.state_dict()
-
-
-ENDING = ".safetensors"
 #: Stands in the header while the tensors are written; their hash has as many characters.
 _NO_HASH = "0x" + "0" * 64
 _CODE = {
@@ -447,18 +295,24 @@ def save_single_file(
     components.check()
     target = Path(file).expanduser().absolute()
     check_target(target)
-    dtypes = components.part_dtypes(dtype)
-    states, layout = layout_of(components)
+    config, dtypes = configuration(components), components.part_dtypes(dtype)
+    vae, text = components.autoencoder.module, components.text_encoder.module
+    networks = {"unet": components.unet, "vae": vae, "text_encoder": text}
+    states = {part: network.state_dict() for part, network in networks.items()}
+    unet = components.unet.config
+    layout = compvis_layout(unet, config["vae"], config["text_encoder"], states)
     tensors: dict[str, Tensor] = {}
-    for part in PARTS:
-        stored = {name: stored_tensor(name, t, dtypes[part]) for name, t in states[part].items()}
-        tensors |= give(stored, getattr(layout, part), part)
-    spare = components.spare if is_openclip(components.text_encoder.config_dict()) else {}
-    text = dtypes["text_encoder"]
-    tensors |= {name: stored_tensor(name, tensor, text) for name, tensor in spare.items()}
+    for part, state in states.items():
+        stored = {name: stored_tensor(name, t, dtypes[part]) for name, t in state.items()}
+        tensors |= to_compvis(stored, layout[part], part)
+    if is_openclip(config["text_encoder"]):
+        kind = dtypes["text_encoder"]
+        tensors |= {name: stored_tensor(name, t, kind) for name, t in components.spare.items()}
     metadata = modelspec(components, title or target.stem)
-    metadata[CONFIGURATION] = json.dumps(configuration(components), ensure_ascii=False)
-    _write(tensors, target, metadata)
+    metadata[CONFIGURATION] = json.dumps(config, ensure_ascii=False)
+    with written_file(target) as new:
+        save_tensors(tensors, new, metadata)
+        _put_hash(new)
     return target
 
 
@@ -472,38 +326,12 @@ def check_target(target: Path) -> None:
         raise UserError(f"cannot write a file to {target}: it is a folder.")
 
 
-def layout_of(components: Components) -> tuple[dict[str, dict[str, Tensor]], Layout]:
-    """The weights of each part, and where they go."""
-    vae, text = components.autoencoder, components.text_encoder
-    states: dict[str, dict[str, Tensor]] = {
-        "unet": dict(components.unet.state_dict()),
-        "vae": dict(vae.module.state_dict()),
-        "text_encoder": dict(text.module.state_dict()),
-    }
-    config = components.unet.config
-    return states, compvis_layout(config, vae.config_dict(), text.config_dict(), states)
-
-
-def configuration(components: Components) -> dict[str, Any]:
-    """The model's configuration files, by the names of their folders."""
-    sampling = components.sampling
-    return {
-        "unet": components.unet.config_dict(),
-        "vae": components.autoencoder.config_dict(),
-        "text_encoder": components.text_encoder.config_dict(),
-        "scheduler": write_scheduler(components.schedule, components.prediction, sampling),
-        "tokenizer": describe_tokenizer(components.text_encoder.tokenizer),
-        "generation": generation_defaults(sampling),
-    }
-
-
 def modelspec(components: Components, title: str) -> dict[str, str]:
     """Metadata after github.com/Stability-AI/ModelSpec, version 1.0.0."""
-    version, words = sd_version(components), {ours: word for word, ours in MODELSPEC_WORDS.items()}
+    version, prediction = sd_version(components), components.prediction
     size = components.unet.config.sample_size or 64
     height, width = (size, size) if isinstance(size, int) else size
     scale = components.autoencoder.downscale
-    prediction = components.prediction
     names = {"1": "stable-diffusion-v1", "2": "stable-diffusion-v2-512"}
     if (version, prediction) == ("2", "v"):
         names["2"] = "stable-diffusion-v2-768-v"
@@ -514,19 +342,9 @@ def modelspec(components: Components, title: str) -> dict[str, str]:
         "modelspec.title": title,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": f"{width * scale}x{height * scale}",
-        "modelspec.prediction_type": words.get(prediction, prediction),
+        "modelspec.prediction_type": "epsilon" if prediction == "eps" else prediction,
         "modelspec.hash_sha256": _NO_HASH,
     }
-
-
-def _write(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as new:
-            save_tensors(tensors, new, metadata)
-            _put_hash(new)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
 
 
 def _put_hash(file: Path) -> None:
@@ -539,3 +357,72 @@ def _put_hash(file: Path) -> None:
             digest.update(chunk)
         opened.seek(8 + header.index(_NO_HASH.encode()))
         opened.write(f"0x{digest.hexdigest()}".encode())
+
+
+#: What no weight depends on, and heads, which can be written in two ways and are compared apart.
+_FREE = {"sample_size", "upcast_attention", "dropout", "attention_head_dim"}
+#: Settings that may be one number for all levels.
+_PER_LEVEL = ("layers_per_block", "transformer_layers_per_block")
+
+
+def sd_version(components: Components) -> str | None:
+    """1 or 2 when every part is Stable Diffusion's, which other programs can open; else None."""
+    return None if sd_differences(components) else VERSIONS[_context(components)]
+
+
+def sd_differences(components: Components) -> dict[str, list[str]]:
+    """What is not as in Stable Diffusion, by part; empty when all is.
+
+    The version to compare with is the one whose text states are as wide, 1.x where none is.
+    """
+    sd = sd_configuration(VERSIONS.get(_context(components), "1"), "eps")
+    own = configuration(components)
+    facts = {"U-Net": _unet_facts, "autoencoder": _vae_facts, "text encoder": _text_facts}
+    found = {
+        name: _differing(facts_of(own[part]), facts_of(sd[part]))
+        for (name, facts_of), part in zip(facts.items(), PARTS, strict=True)
+    }
+    if not found["text encoder"] and CLIP not in own["tokenizer"]:
+        found["tokenizer"] = ["another vocabulary than CLIP's"]
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def _context(components: Components) -> int:
+    return components.unet.config.cross_attention_dim
+
+
+def _differing(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {own[name]} instead of {value}"
+        for name, value in other.items()
+        if own[name] != value
+    ]
+
+
+def _unet_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    unet = config_from_dict(config)
+    facts = {name: value for name, value in vars(unet).items() if name not in _FREE}
+    # A number may also be written once for every level.
+    levels = len(unet.block_out_channels)
+    facts |= {name: per_level(facts[name], levels) for name in _PER_LEVEL} | {"heads": unet.heads}
+    return {name: _plain(value) for name, value in facts.items()}
+
+
+def _vae_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    # Those programs multiply by Stable Diffusion's factor and shift nothing.
+    usual = {"_class_name": "AutoencoderKL", **vae.DEFAULTS, "shift_factor": 0.0}
+    facts = _with_defaults(config, usual)
+    return facts | {"shift_factor": facts["shift_factor"] or 0.0}
+
+
+def _text_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_defaults(config, clip_text.DEFAULTS)
+
+
+def _with_defaults(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain(config.get(name, value)) for name, value in usual.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Lists of JSON and tuples of ours alike."""
+    return list(value) if isinstance(value, tuple) else value

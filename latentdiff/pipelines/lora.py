@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError, some
-from latentdiff.formats.key_map import placed, unet_places
+from latentdiff.formats.key_map import unet_names
 from latentdiff.formats.lora import BASES, LoraFile, places, read_lora
 from latentdiff.models.low_rank import Branch, Difference, LowRank, add_to, layers_of, norms_of
 
@@ -200,8 +200,9 @@ def match(
     Raises:  UserError: naming what matches nothing, or what has other shapes than the model.
     """
     layers: dict[str, dict[str, Any]]
+    unet: Any = parts["unet"]
     layers = {part: {**layers_of(module), **norms_of(module)} for part, module in parts.items()}
-    known = places(layers, _compvis_names(parts["unet"]))
+    known = places(layers, unet_names(unet.config))
     named = [*file.weights, *file.whole]
     lost = [name for name in dict.fromkeys(named) if name not in known]
     if lost:
@@ -246,11 +247,6 @@ def _unfit_whole(
                     f"{part}.{module}.{of} is {tuple(own.shape)} here and the file changes "
                     f"{tuple(change.shape)}"
                 )
-
-
-def _compvis_names(unet: Any) -> Callable[[str], str]:
-    theirs = unet_places(unet.config)
-    return lambda module: placed(module, theirs)
 
 
 def _guess(changes: Mapping[str, LowRank]) -> str:

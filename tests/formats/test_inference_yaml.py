@@ -145,8 +145,11 @@ def test_schedule_and_scale(opened: Any) -> None:
         (V1 | {"parameterization": "w"}, "parameterization .* must be one of eps, v, x0; got 'w'"),
         (V1 | {"parameterization": ["v"]}, "must be one of eps, v, x0"),
         (V1 | {"beta_schedule": "sqrt"}, "beta_schedule .* must be one of linear"),
-        (V1 | {"linear_start": "x"}, "beta_start must be a number"),
-        (V1 | {"timesteps": 10**12}, "num_train_timesteps must be a number"),
+        (
+            V1 | {"linear_start": "x"},
+            r"linear_start in .*sd\.yaml must be a number from 0 to 1; got 'x'",
+        ),
+        (V1 | {"timesteps": 10**12}, r"timesteps in .*sd\.yaml must be a number"),
         (V1 | {"image_size": -1}, "sample_size must be whole numbers"),
         ("model: [", "is not valid YAML"),
         ("[" * 100_000, "is not valid YAML: it is nested too deeply"),

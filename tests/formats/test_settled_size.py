@@ -20,12 +20,12 @@ def test_latent_size(
         is_measured=unstated,
         config={"unet": {"sample_size": 7}},
         networks={"unet": None},
+        text_encoder=lambda dtype: None,
         state=lambda part: {},
     )
     monkeypatch.setattr(single_file, "read_tensor_file", lambda file: None)
-    monkeypatch.setattr(single_file, "_understand", lambda file: opened)
+    monkeypatch.setattr(single_file, "_parse", lambda file: opened)
     monkeypatch.setattr(single_file, "fill_unet", lambda *_: None)
-    monkeypatch.setattr(single_file, "_text_encoder", lambda *_: None)
     monkeypatch.setattr(single_file, "measured_prediction", lambda *_: measured)
     found = single_file.latent_size_of_file(Path("x.safetensors"))
     assert found == (side if unstated else 7)

@@ -24,7 +24,7 @@ from latentdiff.errors import UserError
 from latentdiff.formats import single_file as single_file
 from latentdiff.formats.folder import load_components
 from latentdiff.formats.identify import CONFIGURATION
-from latentdiff.formats.key_map import PARTS, compvis_layout, ema_key, give
+from latentdiff.formats.key_map import PARTS, compvis_layout, ema_key, to_compvis
 from latentdiff.formats.model import load_model, open_autoencoder, open_text_encoder, save_model
 from latentdiff.formats.sd_facts import sd_configuration
 from latentdiff.formats.single_file import load_single_file, measured_prediction
@@ -320,7 +320,7 @@ def shapes_of(version: str) -> dict[str, torch.Size]:
     layout = compvis_layout(unet, config["vae"], config["text_encoder"], states)
     tensors: dict[str, Tensor] = {}
     for part in PARTS:
-        tensors |= give(states[part], getattr(layout, part), part)
+        tensors |= to_compvis(states[part], layout[part], part)
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
