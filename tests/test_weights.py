@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.data.latents import cache_key
+from latentdiff.data.encoder import cache_key
 from latentdiff.data.source import DataConfig
 from latentdiff.finetune.trainee import Trainee
 from latentdiff.weights import raw_bytes

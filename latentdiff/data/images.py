@@ -349,8 +349,3 @@ def latent_mask(
     grey = whole.convert("RGB")
     pixels = to_tensor(grey, size, crop, background=BLACK, generator=generator)[:1]  # (1, H, W), ±1
     return F.adaptive_avg_pool2d((pixels[None] + 1) / 2, latent)[0, 0].clamp(0, 1)
-
-
-def stack_masks(moments: Tensor, masks: Tensor) -> Tensor:
-    """Moments (B, 2C, h, w) with masks (B, h, w) as one more channel."""
-    return torch.cat([moments, masks[:, None].to(moments)], dim=1)

@@ -1,22 +1,27 @@
 """What a data set looks like to the rest of the code, and how a configuration opens one.
 
-A source is a map from an index to an RGB picture with its captions. Sources never resize and never
-touch tensors; `images` and `latents` do that.
+A source is a map from an index to an RGB image with its captions. Sources never resize and never
+touch tensors; `images` and `latents` do that. A new kind of source is a `FileSource` in a file of
+its own, a word in `DataConfig.kind` and two lines in `open_whole`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
 from latentdiff.config import FREE
-from latentdiff.data.images import UnreadableImage
-from latentdiff.errors import UserError, choice_error, printable
+from latentdiff.data.images import UnreadableImage, open_grey, open_image, open_with_alpha
+from latentdiff.errors import UserError, printable
 
+T = TypeVar("T")
 #: A picture that is left out, and why.
 Skipped = tuple[str, str]
 
@@ -165,12 +170,74 @@ class DataConfig:
         return problems
 
 
+def decode(
+    data: bytes,
+    captions: tuple[str, ...],
+    name: str,
+    config: DataConfig,
+    mask: bytes | None = None,
+) -> Example:
+    """Decode an image's file, and its mask's where there is one. Raises: UnreadableImage."""
+    if config.loss_mask == "alpha":
+        image, alpha = open_with_alpha(data, name, config.background)
+        return Example(image, captions, name, alpha)
+    image = open_image(data, name, config.background)
+    grey = None if mask is None else open_grey(mask, f"{name} (its mask)")
+    return Example(image, captions, name, grey)
+
+
+class FileSource(ABC):
+    """A source whose images are files, wherever they lie: folder, archive, shard or table.
+
+    Attributes: problems: (name, reason) of the entries that were left out when it was opened.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.problems: list[Skipped] = []
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of one image."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return a name that a person can find the image by."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash of which images there are; it reads none of them."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """Return the bytes of one image's file. Raises: UnreadableImage."""
+
+    @abstractmethod
+    def read_mask(self, index: int) -> bytes | None:
+        """Return those of its mask; None where there is none. Raises: UnreadableImage."""
+
+    def __getitem__(self, index: int) -> Example:
+        """Decode one image. Raises: UnreadableImage."""
+        captions, name = self.captions(index), self.name(index)
+        return decode(self.read(index), captions, name, self.config, self.read_mask(index))
+
+    def content_key(self, index: int) -> str:
+        """Hash the files' bytes and the background. Raises: UnreadableImage."""
+        digest = hashlib.blake2b(self.read(index), digest_size=16)
+        digest.update(bytes(self.config.background))
+        digest.update(self.read_mask(index) or b"")
+        return digest.hexdigest()
+
+
 def open_source(config: DataConfig) -> Source:
     """Open what a configuration names, without what data.quarantine lists. Raises: UserError."""
     source = open_whole(config)
     if config.quarantine is None:
         return source
-    from latentdiff.data.captions import Unquarantined, read_quarantine
+    from latentdiff.data.quarantine import Unquarantined, read_quarantine
 
     return Unquarantined(source, read_quarantine(config.quarantine), config.quarantine)
 
@@ -178,7 +245,7 @@ def open_source(config: DataConfig) -> Source:
 def open_whole(config: DataConfig) -> Source:
     """Open the data set that a configuration names; nothing is decoded yet.
 
-    Raises: UserError: nothing there, no pictures, no captions, or a column that does not exist.
+    Raises: UserError: nothing there, no images, no captions, or a column that does not exist.
     """
     problems = config.validate()
     if problems:
@@ -196,21 +263,13 @@ def open_whole(config: DataConfig) -> Source:
         from latentdiff.data.folder import FolderSource
 
         return FolderSource(config)
-    if config.kind == "parquet":
-        from latentdiff.data.table import open_parquet
-
-        return open_parquet(config)
-    if config.kind == "hub":
-        from latentdiff.data.table import open_hub
-
-        return open_hub(config)
     if config.kind == "webdataset":
         from latentdiff.data.webdataset import TarSource
 
         return TarSource(config)
-    raise choice_error(
-        "data.kind", config.kind, ("emoji", "folder", "parquet", "hub", "webdataset")
-    )
+    from latentdiff.data.table import open_hub, open_parquet
+
+    return open_parquet(config) if config.kind == "parquet" else open_hub(config)
 
 
 class Readable:
@@ -257,14 +316,41 @@ def split(source: Captioned, share: float, seed: int = 0) -> tuple[list[int], li
     train: list[int] = []
     held_out: list[int] = []
     for index in range(len(source)):
-        digest = hashlib.blake2b(_bytes(seed, group_of(source, index)), digest_size=8)
-        place = int.from_bytes(digest.digest(), "big") / 2**64
+        found = hashlib.blake2b(_encoded(f"{seed}\x1f{group_of(source, index)}"), digest_size=8)
+        place = int.from_bytes(found.digest(), "big") / 2**64
         (held_out if place < share else train).append(index)
     return (train, held_out) if train else (held_out, [])
 
 
-def _bytes(seed: int, group: str) -> bytes:
-    return f"{seed}\x1f{group}".encode("utf-8", "backslashreplace")
+def digest(*parts: str | bytes) -> str:
+    """32 hexadecimal digits that differ when any part does."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(_encoded(part) if isinstance(part, str) else part)
+        found.update(b"\x1f")
+    return found.hexdigest()
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
+
+
+def map_ahead(
+    call: Callable[[int], T], items: Iterable[int], threads: int, ahead: int
+) -> Iterator[T]:
+    """Yield call(item) in order while threads work on at most `ahead` items."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(call, item))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # after Ctrl-C what is still in the queue is not waited for
+                future.cancel()
 
 
 def report_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
@@ -281,3 +367,8 @@ def report_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
 def few(skipped: Sequence[Skipped], limit: int = 5) -> str:
     """The first of what is left out, on one line within an error; "" when nothing is."""
     return "; ".join(f"{printable(name)}: {printable(reason)}" for name, reason in skipped[:limit])
+
+
+def left_out(skipped: Sequence[Skipped]) -> str:
+    """ " Left out: …." for the end of an error; "" when nothing is."""
+    return f" Left out: {few(skipped)}." * bool(skipped)

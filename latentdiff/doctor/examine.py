@@ -12,22 +12,19 @@ import hashlib
 import io
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePosixPath
-from posixpath import splitext
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from latentdiff.data.captions import json_line, write_quarantine
-from latentdiff.data.folder import METADATA_NAMES, alike, open_tree
-from latentdiff.data.images import IMAGE_ENDINGS, RGB, UnreadableImage, display_name, open_image
-from latentdiff.data.source import DataConfig, Skipped, Source, open_source
+from latentdiff.data.folder import unused_files
+from latentdiff.data.images import RGB, UnreadableImage, open_image
+from latentdiff.data.quarantine import json_line, write_quarantine
+from latentdiff.data.source import DataConfig, Source, map_ahead, open_source
 from latentdiff.doctor.findings import (
     ANIMATED,
     KINDS,
@@ -66,24 +63,14 @@ def scan(
         except Exception as error:  # one picture must not end the examination of a million
             return {"flags": 0}, f"the examination failed ({type(error).__name__}: {error})"
 
-    bar = tqdm(total=len(source), desc="looking", unit="img", disable=not progress)
-    with warnings.catch_warnings(), bar, ThreadPoolExecutor(threads) as pool:
+    looked = map_ahead(look, range(len(source)), threads, 4 * threads)
+    with warnings.catch_warnings():
         # Pillow warns of large pictures and broken EXIF; the bar would be torn, the report says it.
         warnings.filterwarnings("ignore", module=r"PIL\b")
-        waiting: deque[tuple[int, Future[Any]]] = deque()
-        upcoming = iter(range(len(source)))
-        try:
-            while True:
-                for index in islice(upcoming, 4 * threads - len(waiting)):
-                    waiting.append((index, pool.submit(look, index)))
-                if not waiting:
-                    return records
-                index, future = waiting.popleft()
-                records.put(index, *future.result())
-                bar.update()
-        finally:
-            for _, future in waiting:  # after Ctrl-C: do not look at what is still in the queue
-                future.cancel()
+        bar = tqdm(looked, "looking", len(source), unit="img", disable=not progress)
+        for index, (facts, reason) in enumerate(bar):
+            records.put(index, facts, reason)
+    return records
 
 
 _ORIENTATION = 0x0112
@@ -216,7 +203,8 @@ def examine(order: Order, progress: bool = True) -> Result:
     source = open_source(order.data)
     make_output(order.output, order.data)
     records = scan(source, order.data.background, order.counter, order.threads, progress)
-    findings = Findings(source, records, order.counter, order.limits, unused_files(order.data))
+    ignored = unused_files(order.data) if order.data.kind == "folder" else []
+    findings = Findings(source, records, order.counter, order.limits, ignored)
     try:
         counts = write_findings(order.output / ALL, findings)
         listed = quarantined(findings, order.quarantine)
@@ -251,29 +239,6 @@ def make_output(folder: Path, data: DataConfig) -> None:
             f"--output={folder} is not empty (it holds {found.name}), and nothing is ever "
             "overwritten. Choose another folder."
         )
-
-
-def unused_files(data: DataConfig) -> list[Skipped]:
-    """Name the files of a folder that training never looks at, and why."""
-    if data.kind != "folder":
-        return []
-    names = open_tree(data.path or "", data.follow_links).names()
-    images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
-    tables = {name for name in names if name.rsplit("/", 1)[-1].lower() in METADATA_NAMES}
-    partners = {alike(name) for image in images for name in (image, splitext(image)[0])}
-    unused = []
-    for name in sorted(set(names).difference(images, tables)):
-        stem, ending = splitext(name)
-        if ending.lower() != ".txt":
-            reason = f"files ending in {ending or 'nothing'} are not looked for"
-        elif alike(stem) not in partners:
-            reason = "a text without a picture"
-        elif tables:
-            reason = "captions are taken from the metadata file, not from texts"
-        else:
-            continue
-        unused.append((display_name(name), reason))
-    return unused
 
 
 def write_findings(file: Path, findings: Iterable[Finding]) -> dict[str, int]:

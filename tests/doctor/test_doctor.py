@@ -16,8 +16,8 @@ from damaged import KINDS, encode, picture, snapshot, write_damaged, write_speci
 from PIL import Image
 
 from latentdiff.cli.doctor import main
-from latentdiff.data.captions import read_quarantine
 from latentdiff.data.images import UnreadableImage
+from latentdiff.data.quarantine import read_quarantine
 from latentdiff.data.source import DataConfig, open_source, problems_of
 from latentdiff.doctor.findings import KINDS as FINDINGS
 from latentdiff.doctor.findings import open_counter
