@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from latentdiff.errors import UserError, did_you_mean
+from latentdiff.errors import UserError, did_you_mean, whole_text
 
 #: Column names tried in this order when none is configured.
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "sentences", "title")
@@ -52,13 +52,8 @@ def choose_caption_column(columns: Sequence[str], wanted: str | None, where: str
 def clean_captions(value: object) -> tuple[str, ...]:
     """Turn a cell (text, list of texts, or nothing) into captions without empty ones or repeats."""
     values: Iterable[object] = value if isinstance(value, list | tuple) else [value]
-    texts = (_whole(str(v)).strip() for v in values if isinstance(v, str | int | float))
+    texts = (whole_text(str(v)).strip() for v in values if isinstance(v, str | int | float))
     return tuple(dict.fromkeys(text for text in texts if text))
-
-
-def _whole(text: str) -> str:
-    """Replace halves of surrogate pairs (emoji cut in two by an export), which UTF-8 refuses."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def decode_text(data: bytes) -> str:

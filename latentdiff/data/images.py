@@ -24,54 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import choice_error
-
-#: How a file begins → what it is, and what helps. Compared in small letters, without leading space.
-_BEGINNINGS = (
-    (b"version https://git-lfs", "a Git LFS pointer; fetch the picture itself with `git lfs pull`"),
-    (b"<!doctype html", "a web page, perhaps of a failed download; fetch the picture again"),
-    (b"<html", "a web page, perhaps of a failed download; fetch the picture again"),
-    (b"<svg", "an SVG drawing; export it as a PNG"),
-    (b"%pdf", "a PDF document; export its picture as a PNG"),
-    (b"pk\x03\x04", "a ZIP archive (or an office document); unpack it"),
-    (b"mz\x90", "a Windows program"),
-)
-#: Bytes 4 to 12 of a file from a phone.
-_HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
-_LOOKED_AT = 512
-
-
-def what_it_is(source: str | os.PathLike[str] | bytes) -> str:
-    """Name what a file is instead of a picture, e.g. "a text file"; "" where nobody can tell.
-
-    Args: source: a path, or the bytes of a file; only its beginning is looked at.
-    """
-    if isinstance(source, bytes):
-        head = source[:_LOOKED_AT]
-    else:
-        try:
-            with open(source, "rb") as file:
-                head = file.read(_LOOKED_AT)
-        except OSError:
-            return ""
-    if head[4:12] in _HEIC:
-        return "an HEIC picture, which Pillow cannot read; convert it to JPEG or PNG"
-    small = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for beginning, name in _BEGINNINGS:
-        if small.startswith(beginning):
-            return name
-    if small.startswith(b"<?xml") and b"<svg" in small:
-        return "an SVG drawing; export it as a PNG"
-    return f"a text file that begins with {shown!r}" if (shown := _as_text(head)) else ""
-
-
-def _as_text(head: bytes) -> str:
-    """The first line of a text, cut short; "" for what is no text."""
-    # The last character may be cut in two where the beginning ends.
-    text = head.decode("utf-8", "ignore" if len(head) == _LOOKED_AT else "replace")
-    lines = text.strip().splitlines()
-    whole = all(c.isprintable() or c.isspace() for c in text) and "\ufffd" not in text
-    return lines[0][:40] if lines and whole else ""
-
+from latentdiff.sniff import HEAD, sniff
 
 T = TypeVar("T")
 RGB = tuple[int, int, int]
@@ -153,7 +106,13 @@ def open_grey(source: str | os.PathLike[str] | bytes, name: str | None = None) -
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
-    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    """Opacity in grey; None where all is opaque."""
+    if not image.has_transparency_data:
+        return None
+    if image.mode.startswith("I"):  # one grey of 16 bits is transparent; Pillow compares 8
+        opaque = np.asarray(image) != image.info["transparency"]
+        return Image.fromarray(np.uint8(255) * opaque)
+    return image.convert("RGBA").getchannel("A")
 
 
 def _decode(
@@ -164,6 +123,7 @@ def _decode(
         raise UnreadableImage(label, "the file is empty")
     try:
         with _opened(source, label) as image:
+            _shorten_colour_key(image)
             image.load()
             return use(_upright(image))
     except Image.DecompressionBombError as error:
@@ -175,15 +135,27 @@ def _decode(
     except FileNotFoundError as error:
         raise UnreadableImage(label, "the file does not exist") from error
     except Image.UnidentifiedImageError as error:
-        found = what_it_is(source)
-        reason = f"not a picture but {found}" if found else "not a picture format that Pillow reads"
-        raise UnreadableImage(label, reason) from error
+        raise UnreadableImage(label, _what_else(source)) from error
     except UnreadableImage:
         raise
     except Exception as error:  # a decoder fed with broken data raises nearly anything
         raise UnreadableImage(
             label, f"cannot be decoded ({error or type(error).__name__})"
         ) from error
+
+
+def _what_else(source: str | os.PathLike[str] | bytes) -> str:
+    """Say what a file is instead of an image."""
+    head = b""
+    if isinstance(source, bytes):
+        head = source[:HEAD]
+    else:
+        with suppress(OSError), open(source, "rb") as file:
+            head = file.read(HEAD)
+    if not (head and (found := sniff(head))):
+        return "not a picture format that Pillow reads" if head else "the file is empty"
+    what, advice = found
+    return f"not a picture but {what}" + f"; {advice[:1].lower()}{advice[1:]}" * bool(advice)
 
 
 @contextmanager
@@ -201,11 +173,11 @@ def _opened(source: str | os.PathLike[str] | bytes, label: str) -> Iterator[Imag
 
 def to_rgb(image: Image.Image, background: RGB = WHITE) -> Image.Image:
     """Convert any Pillow mode to sRGB, compositing transparency over `background`."""
-    profile = image.info.get("icc_profile")
+    profile, opacity = image.info.get("icc_profile"), _alpha(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     colours = _in_srgb(image, profile) if profile else _colours(image, "RGB")
-    if (opacity := _alpha(image)) is None:
+    if opacity is None:
         return colours
     colours.putalpha(opacity)
     ground = Image.new("RGBA", colours.size, (*background, 255))
@@ -254,6 +226,13 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     for strip in strips:
         grey[strip] = np.clip(np.rint(finite(strip) * scale), 0, 255)
     return Image.fromarray(grey)
+
+
+def _shorten_colour_key(image: Image.Image) -> None:
+    """Of 16-bit colours Pillow keeps the upper 8 bits, but not of the one that is transparent."""
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and any("16" in str(tile.args) for tile in image.tile):
+        image.info["transparency"] = tuple(part >> 8 for part in key)
 
 
 def _upright(image: Image.Image) -> Image.Image:
