@@ -34,7 +34,7 @@ from typing import (
 
 import yaml
 
-from latentdiff.errors import UserError, did_you_mean, whole_text
+from latentdiff.errors import UserError, did_you_mean
 
 MISSING = dataclasses.MISSING
 
@@ -517,8 +517,13 @@ def _unusable(value: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from _unusable(item, _join(path, key))
     elif isinstance(value, float) and not math.isfinite(value):
         yield path, f"must be a finite number; got {value}."
-    elif isinstance(value, str) and value != whole_text(value):
+    elif isinstance(value, str) and value != _whole(value):
         yield path, f"holds half of a character (a lone surrogate); got {value!r:.200}."
+
+
+def _whole(text: str) -> str:
+    """Text as UTF-8 can write it, with ? for halves of surrogate pairs."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _build(cls: type[T], data: Any, problems: Problems) -> T | None:
@@ -526,7 +531,7 @@ def _build(cls: type[T], data: Any, problems: Problems) -> T | None:
 
     # Strict JSON mode: lists become tuples and whole numbers floats, but "1" is not 1 nor 1 true.
     try:
-        text = whole_text(json.dumps(data, ensure_ascii=False))
+        text = _whole(json.dumps(data, ensure_ascii=False))
         return TypeAdapter(cls).validate_json(text, strict=True)
     except ValidationError as error:
         found: dict[str, list[str]] = {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -23,8 +23,6 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-#: With their ends, which are not those of str.splitlines.
-_LINES = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 
 
 def choose_caption_column(columns: Sequence[str], wanted: str | None, where: str) -> str:
@@ -102,7 +100,7 @@ def read_table(data: bytes, name: str, column: str | None = None) -> list[dict[s
 
 
 def _read_csv(text: str, name: str, column: str | None) -> Iterator[dict[str, Any]]:
-    first = next((line for line in _lines(text) if line.strip()), "")
+    first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
     # Spreadsheets in many languages save "CSV" with semicolons; tabs are common too.
     delimiter = max(",;\t", key=first.count)
     spaced = f"{delimiter} " in first
@@ -127,7 +125,7 @@ def _records(text: str, name: str, **form: Any) -> Iterator[tuple[int, list[str]
     taken: list[str] = []
 
     def lines() -> Iterator[str]:
-        for line in _lines(text):
+        for line in io.StringIO(text, newline=""):
             taken.append(line)
             yield line
 
@@ -148,10 +146,6 @@ def _records(text: str, name: str, **form: Any) -> Iterator[tuple[int, list[str]
             return
         if cells:
             yield number, cells
-
-
-def _lines(text: str) -> Iterator[str]:
-    return (match[0] for match in _LINES.finditer(text))
 
 
 def _trimmed(cells: list[str], least: int = 0) -> list[str]:

@@ -231,7 +231,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def _shorten_colour_key(image: Image.Image) -> None:
     """Of 16-bit colours Pillow keeps the upper 8 bits, but not of the one that is transparent."""
     key = image.info.get("transparency")
-    if isinstance(key, tuple) and any("16" in str(tile.args) for tile in image.tile):
+    if isinstance(key, tuple) and any(
+        "16" in str(tile.args) for tile in getattr(image, "tile", ())
+    ):
         image.info["transparency"] = tuple(part >> 8 for part in key)
 
 

@@ -43,9 +43,9 @@ from latentdiff.data.source import (
     DataConfig,
     Skipped,
     Source,
+    View,
     digest,
     few,
-    group_of,
     map_ahead,
     problems_of,
 )
@@ -105,12 +105,11 @@ class Stored(NamedTuple):
     """(B, 1, h, w) float16 in [0, 1], what counts in the loss; None where all does."""
 
 
-class LatentCache:
+class LatentCache(View):
     """The usable images of a source as stored moments, with the captions the source has now.
 
     Attributes:
         skipped: (name, reason) of every image left out.
-        source_indices: which image of the source each entry is.
         buckets: number of each entry's shape, into `shapes`.
         shapes: (2C, h, w) of each bucket.
         shape: that of the fullest bucket; of all entries where there are no buckets.
@@ -119,11 +118,11 @@ class LatentCache:
     def __init__(
         self, source: Source, folder: LatentFolder, index: LatentIndex, skipped: list[Skipped]
     ) -> None:
+        usable = np.flatnonzero(index.buckets >= 0)
+        super().__init__(source, usable)
         self.skipped, self.shapes = skipped, folder.shapes
-        self.source_indices = np.flatnonzero(index.buckets >= 0)
-        self.buckets = index.buckets[self.source_indices]
-        keys = index.keys[self.source_indices]
-        self._source, self._stores, self._masked = source, folder.stores, folder.masked
+        self.buckets, keys = index.buckets[usable], index.keys[usable]
+        self._stores, self._masked = folder.stores, folder.masked
         self._rows = np.empty(len(keys), np.int64)
         for bucket, store in enumerate(folder.stores):
             here = self.buckets == bucket
@@ -132,9 +131,6 @@ class LatentCache:
         raw = keys.tobytes()
         words = "\n".join(raw[n : n + 16].hex() for n in range(0, len(raw), 16))
         self._fingerprint = digest(words, folder.path.name)
-
-    def __len__(self) -> int:
-        return len(self.source_indices)
 
     def read(self, indices: Sequence[int] | Tensor, seeds: Sequence[int] = ()) -> Stored:
         """Read entries of one shape, in the order asked for; nothing about them is random.
@@ -147,18 +143,6 @@ class LatentCache:
             raise ValueError("a batch of latents must come from one bucket")
         rows = self._stores[int(buckets[0])].read(self._rows[wanted])
         return Stored(rows[:, :-1], rows[:, -1:]) if self._masked else Stored(rows, None)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of one image."""
-        return self._source.captions(int(self.source_indices[index]))
-
-    def name(self, index: int) -> str:
-        """Return the name of one image."""
-        return self._source.name(int(self.source_indices[index]))
-
-    def group(self, index: int) -> str:
-        """Return the key that `split` keeps together."""
-        return group_of(self._source, int(self.source_indices[index]))
 
     def fingerprint(self) -> str:
         """Hash images, transform and autoencoder: equal means equal moments in equal order."""

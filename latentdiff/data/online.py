@@ -26,10 +26,10 @@ from latentdiff.data.source import (
     Example,
     Skipped,
     Source,
+    View,
     decode,
     digest,
     few,
-    group_of,
     problems_of,
 )
 from latentdiff.data.table import bytes_and_path, open_stream
@@ -75,7 +75,7 @@ class OnlineEncoder:
         return self._encode.prepare(example, seed=seed)
 
 
-class OnlineLatents:
+class OnlineLatents(View):
     """Reads like `LatentCache`; every read decodes and encodes.
 
     A picture that cannot be read is met with a mask of zeros: it changes nothing.
@@ -88,29 +88,15 @@ class OnlineLatents:
         config: DataConfig,
         device: str | torch.device = "cpu",
     ) -> None:
-        self._source, self._encode = source, OnlineEncoder(autoencoder, config, device)
+        super().__init__(source, range(len(source)))
+        self._encode = OnlineEncoder(autoencoder, config, device)
         self.shape = self._encode.shape
         self.skipped: list[Skipped] = problems_of(source)
         self._fingerprint = digest("online", source.fingerprint(), self._encode.key)
 
-    def __len__(self) -> int:
-        return len(self._source)
-
     def read(self, indices: Sequence[int], seeds: Sequence[int] = ()) -> Stored:
         """Encode many at once; seeds (all 0 by default) place random crops."""
         return self._encode([self._example(int(index)) for index in indices], seeds)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of one picture."""
-        return self._source.captions(index)
-
-    def name(self, index: int) -> str:
-        """Return the name of one picture."""
-        return self._source.name(index)
-
-    def group(self, index: int) -> str:
-        """Return the key that `split` keeps together."""
-        return group_of(self._source, index)
 
     def fingerprint(self) -> str:
         """Hash pictures, transform and autoencoder."""
@@ -118,7 +104,7 @@ class OnlineLatents:
 
     def _example(self, index: int) -> Example | None:
         try:
-            return self._source[index]
+            return self.source[index]
         except UnreadableImage:
             return None
 

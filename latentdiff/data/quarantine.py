@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.source import Example, Skipped, Source, group_of, problems_of
+from latentdiff.data.source import Example, Skipped, Source, View, problems_of
 from latentdiff.errors import UserError, printable
 
 
@@ -66,59 +66,39 @@ def read_quarantine(file: str | Path) -> dict[str, str]:
     return entries
 
 
-class Unquarantined:
-    """A source without the pictures on a quarantine list.
+class Unquarantined(View):
+    """A source without the images on a quarantine list.
 
-    What a source may have besides (group, content_key, read) is here too if it is there.
+    What a source may have besides (content_key, read) is here too if it is there.
 
-    Attributes: problems: those of the source; each picture left out by the list; names on the list
+    Attributes: problems: those of the source; each image left out by the list; names on the list
         that are not in the data.
     Raises: UserError: the list leaves nothing.
     """
 
     def __init__(self, source: Source, listed: dict[str, str], file: str) -> None:
-        self._source = source
-        self._kept: list[int] = []
-        self.problems: list[Skipped] = problems_of(source)
-        unknown = dict.fromkeys(listed)
-        for name, _ in self.problems:
-            unknown.pop(name, None)
-        for index in range(len(source)):
-            name = source.name(index)
-            if name in listed:
-                self.problems.append((name, f"quarantined: {listed[name]}"))
-                unknown.pop(name, None)
-            else:
-                self._kept.append(index)
-        self.problems += [(name, f"in {file}, but not in the data") for name in unknown]
-        if not self._kept:
+        names = [source.name(index) for index in range(len(source))]
+        super().__init__(source, [i for i, name in enumerate(names) if name not in listed])
+        before = problems_of(source)
+        unknown = listed.keys() - dict(before).keys() - set(names)
+        self.problems: list[Skipped] = [
+            *before,
+            *((name, f"quarantined: {listed[name]}") for name in names if name in listed),
+            *((name, f"in {file}, but not in the data") for name in listed if name in unknown),
+        ]
+        if not len(self):
             raise UserError(f"data.quarantine: {file} lists all {len(source)} pictures.")
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def __getitem__(self, index: int) -> Example:
-        return self._source[self._kept[index]]
+        return self.source[self.source_indices[index]]
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("content_key", "read", "mask", "look"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        method = getattr(self._source, name)
-        return lambda index: method(self._kept[index])
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of one picture."""
-        return self._source.captions(self._kept[index])
-
-    def name(self, index: int) -> str:
-        """Return the name of one picture, as it is without the list."""
-        return self._source.name(self._kept[index])
-
-    def group(self, index: int) -> str:
-        """Return the key that `split` keeps together."""
-        return group_of(self._source, self._kept[index])
+        method = getattr(self.source, name)
+        return lambda index: method(self.source_indices[index])
 
     def fingerprint(self) -> str:
-        """Hash the source's fingerprint and which of its pictures are kept."""
-        words = f"{self._source.fingerprint()} {self._kept}"
+        """Hash the source's fingerprint and which of its images are kept."""
+        words = f"{self.source.fingerprint()} {self.source_indices}"
         return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()

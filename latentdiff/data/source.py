@@ -8,13 +8,14 @@ its own, a word in `DataConfig.kind` and two lines in `open_whole`.
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 from PIL import Image
 
 from latentdiff.config import FREE
@@ -186,7 +187,7 @@ def decode(
     return Example(image, captions, name, grey)
 
 
-class FileSource(ABC):
+class FileSource(Source):
     """A source whose images are files, wherever they lie: folder, archive, shard or table.
 
     Attributes: problems: (name, reason) of the entries that were left out when it was opened.
@@ -195,21 +196,6 @@ class FileSource(ABC):
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self.problems: list[Skipped] = []
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of one image."""
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """Return a name that a person can find the image by."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Return a hash of which images there are; it reads none of them."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -270,6 +256,33 @@ def open_whole(config: DataConfig) -> Source:
     from latentdiff.data.table import open_hub, open_parquet
 
     return open_parquet(config) if config.kind == "parquet" else open_hub(config)
+
+
+class View:
+    """Some images of a source, with the captions, names and groups that they have there.
+
+    Attributes: source_indices: which image of the source each is.
+    """
+
+    def __init__(
+        self, source: Source, source_indices: Sequence[int] | np.ndarray[Any, Any]
+    ) -> None:
+        self.source, self.source_indices = source, source_indices
+
+    def __len__(self) -> int:
+        return len(self.source_indices)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of one image."""
+        return self.source.captions(int(self.source_indices[index]))
+
+    def name(self, index: int) -> str:
+        """Return the name of one image."""
+        return self.source.name(int(self.source_indices[index]))
+
+    def group(self, index: int) -> str:
+        """Return the key that `split` keeps together."""
+        return group_of(self.source, int(self.source_indices[index]))
 
 
 class Readable:
