@@ -91,18 +91,18 @@ class FolderSource(FileSource):
 
     def read(self, index: int) -> bytes:
         """Return the bytes of one image's file. Raises: UnreadableImage."""
-        return self._bytes(self._entries[index].file)
+        return self._bytes(index, self._entries[index].file)
 
     def read_mask(self, index: int) -> bytes | None:
         """Return those of the mask beside it. Raises: UnreadableImage."""
         mask = self._entries[index].mask
-        return None if mask is None else self._bytes(mask)
+        return None if mask is None else self._bytes(index, mask, f"its mask {display_name(mask)} ")
 
-    def _bytes(self, file: str) -> bytes:
+    def _bytes(self, index: int, file: str, what: str = "") -> bytes:
         try:
             return self._tree.read(file)
         except READ_ERRORS as error:
-            raise UnreadableImage(display_name(file), f"cannot be read ({error})") from error
+            raise UnreadableImage(self.name(index), f"{what}cannot be read ({error})") from error
 
     def _usable(
         self, images: list[str], captions: Captions, masks: dict[str, str]

@@ -183,8 +183,12 @@ def decode(
         image, alpha = open_with_alpha(data, name, config.background)
         return Example(image, captions, name, alpha)
     image = open_image(data, name, config.background)
-    grey = None if mask is None else open_grey(mask, f"{name} (its mask)")
-    return Example(image, captions, name, grey)
+    if mask is None:
+        return Example(image, captions, name)
+    try:
+        return Example(image, captions, name, open_grey(mask, name))
+    except UnreadableImage as error:
+        raise UnreadableImage(name, f"its mask: {error.reason}") from error
 
 
 class FileSource(Source):

@@ -16,6 +16,8 @@ import json
 import tarfile
 from array import array
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,9 +58,10 @@ class TarSource(FileSource):
         self._sizes = [shard.stat().st_size for shard in self._shards]
         self._places, self._masks = array("q"), array("q")  # shard, offset, size of each
         self._captions, self._names = Texts(), Texts()
-        for number in range(len(self._shards)):
-            for key, members in self._samples(number):
-                self._add(f"{self._shards[number].stem}/{display_name(key)}", members)
+        for number, shard in enumerate(self._shards):
+            for key, sample in groupby(self._members(number), key=itemgetter(0)):
+                members = {ending: place for _, ending, place in sample}
+                self._add(f"{shard.stem}/{display_name(key)}", members)
         if not len(self._names):
             raise UserError(
                 f"{config.path}: 0 usable pictures in {len(self._shards)} shards "
@@ -99,32 +102,23 @@ class TarSource(FileSource):
         """Return those of its mask. Raises: UnreadableImage."""
         return self._read(self._masks, index) if self._masks[3 * index] >= 0 else None
 
-    def _samples(self, number: int) -> Iterator[tuple[str, dict[str, _Place]]]:
-        """Sample name → {ending: place} of one shard."""
-        path, key, members = self._shards[number], "", dict[str, _Place]()
+    def _members(self, number: int) -> Iterator[tuple[str, str, _Place]]:
+        """Sample name, ending and place of each file of one shard."""
+        path = self._shards[number]
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     # tarfile remembers every header it has seen; a shard may hold a million.
                     tar.members = []  # type: ignore[attr-defined]
-                    if not member.isfile():
-                        continue
                     folder, _, file = member.name.rpartition("/")
                     stem, _, ending = file.partition(".")
-                    found = f"{folder}/{stem}" if folder else stem
-                    if found != key and members:
-                        yield key, members
-                        members = {}
-                    key = found
-                    if stem:  # .DS_Store and the like have none
-                        place = _Place(number, member.offset_data, member.size)
-                        members[ending.lower()] = place
+                    if member.isfile() and stem:  # .DS_Store and the like have none
+                        key = f"{folder}/{stem}" if folder else stem
+                        yield key, ending.lower(), _Place(number, member.offset_data, member.size)
                 if tar.offset + tarfile.BLOCKSIZE > self._sizes[number]:  # no end-of-archive block
                     self.problems.append((path.name, "cut off; what is whole is used"))
         except (tarfile.TarError, OSError, EOFError) as error:
             self.problems.append((path.name, f"cannot be read from some place on ({error})"))
-        if members:
-            yield key, members
 
     def _add(self, name: str, members: dict[str, _Place]) -> None:
         mask = members.pop(_MASK_ENDING, None)

@@ -68,7 +68,7 @@ def examine(order: Order, progress: bool = True) -> Result:
     began = time.monotonic()
     source = open_source(order.data)
     make_output(order.output, order.data)
-    records = scan(source, order.data.background, order.counter, order.threads, progress)
+    records = scan(source, order.counter, order.threads, progress)
     ignored = unused_files(order.data) if order.data.kind == "folder" else []
     findings = Findings(source, records, order.counter, order.limits, ignored)
     try:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentdiff.data.images import RGB, UnreadableImage, open_image
+from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import Source, map_ahead
 from latentdiff.doctor.likeness import outline_and_colours
 from latentdiff.embedded import named
@@ -136,9 +136,7 @@ def _positions(folder: Path) -> int | None:
         return None
 
 
-def scan(
-    source: Source, background: RGB, counter: TokenCounter, threads: int, progress: bool = True
-) -> Records:
+def scan(source: Source, counter: TokenCounter, threads: int, progress: bool = True) -> Records:
     """Look at every image of a source once.
 
     Args: threads: images looked at at a time.   progress: whether to draw a bar.
@@ -149,7 +147,7 @@ def scan(
 
     def look(index: int) -> tuple[dict[str, Any], str | None]:
         try:
-            return look_at(source, index, background, counter)
+            return look_at(source, index, counter)
         except Exception as error:  # one image must not end the examination of a million
             return {"flags": 0}, f"the examination failed ({type(error).__name__}: {error})"
 
@@ -163,9 +161,7 @@ def scan(
     return records
 
 
-def look_at(
-    source: Source, index: int, background: RGB, counter: TokenCounter
-) -> tuple[dict[str, Any], str | None]:
+def look_at(source: Source, index: int, counter: TokenCounter) -> tuple[dict[str, Any], str | None]:
     """Read, decode and measure one image exactly as training would.
 
     Returns: facts for `Records.put`, and why the image cannot be read (None when it can).
@@ -178,16 +174,12 @@ def look_at(
     }
     read = getattr(source, "read", None)
     try:
-        if callable(read):
-            data = read(index)
-            facts["digest"] = _digest(data)
-            image = open_image(data, source.name(index), background)
-            facts |= _header(data, source.name(index))
-        else:  # a source that draws its images, or keeps the files to itself
-            image = source[index].image
-            facts |= {"digest": _digest(image.tobytes()), "mode": image.mode, "format": "drawn"}
+        image = source[index].image
+        data = read(index) if read else image.tobytes()  # a source may draw its images
     except UnreadableImage as error:
         return facts | {"flags": 0}, error.reason
+    facts["digest"] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint8)
+    facts |= _header(data, source.name(index)) if read else {"mode": image.mode, "format": "drawn"}
     outline, colours, one_colour = outline_and_colours(image)
     flags = facts.get("flags", 0) | READABLE | ONE_COLOUR * one_colour
     size = {"width": image.width, "height": image.height}
@@ -235,7 +227,3 @@ def _safe(ask: Callable[[], Any]) -> bool:
         return bool(ask())
     except Exception:
         return False
-
-
-def _digest(data: bytes) -> Array:
-    return np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint8)

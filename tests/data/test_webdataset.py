@@ -81,6 +81,7 @@ def test_odd_samples(tmp_path: Path) -> None:
             ("6.png", png(6)),
             ("6.json", b"{"),
             ("7.PNG", png(7)),
+            (".DS_Store", b"between two files of one sample"),
             ("7.txt", "größer".encode()),
         ],
     )

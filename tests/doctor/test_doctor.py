@@ -214,6 +214,24 @@ def test_masks_that_training_does_not_use_are_called_masks(tmp_path: Path, capsy
     assert "0.mask.png" in [source.name(i) for i in range(len(source))]
 
 
+def test_a_broken_mask_makes_its_picture_unreadable_as_in_training(tmp_path: Path) -> None:
+    folder = write_good(tmp_path / "d", 3)
+    for n, data in enumerate((b"no picture", encode(picture(1).convert("L"), "PNG"), b"")):
+        (folder / f"{n}.mask.png").write_bytes(data)
+    options = ["data.loss_mask=file", "--similar", "-1"]
+    assert main([str(folder), "--output", str(tmp_path / "o"), *options]) == 0
+    listed = read_quarantine(tmp_path / "o" / "quarantine.jsonl")
+    assert list(listed) == ["0.png", "2.png"]
+    assert all(reason.startswith("its mask: ") for reason in listed.values())
+    source = open_source(DataConfig(kind="folder", path=str(folder), loss_mask="file"))
+    for i in (0, 2):
+        with pytest.raises(UnreadableImage, match=rf"{i}\.png: its mask: "):
+            source[i]
+    (folder / "1.mask.png").unlink()
+    with pytest.raises(UnreadableImage, match=r"^1\.png: its mask 1\.mask\.png cannot be read"):
+        source[1]
+
+
 def test_captions_are_measured_with_the_models_own_tokenizer(tmp_path: Path) -> None:
     folder = write_good(tmp_path / "d")
     (folder / "2.txt").write_text("short\n" + "a cat and " * 40)
