@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.config import FREE
+from latentdiff.data.captions import clean_captions
 from latentdiff.data.images import UnreadableImage, open_grey, open_image, open_with_alpha
 from latentdiff.errors import UserError, printable
 
@@ -213,6 +214,20 @@ class FileSource(Source):
         """Decode one image. Raises: UnreadableImage."""
         captions, name = self.captions(index), self.name(index)
         return decode(self.read(index), captions, name, self.config, self.read_mask(index))
+
+    def captions_or_skip(self, name: str, read: Callable[[], object]) -> tuple[str, ...]:
+        """Read and clean an image's captions; where there are none, list it as left out.
+
+        Args:    read: gives a text or a list of texts; what it raises is the reason.
+        """
+        reason = "no caption"
+        try:
+            if captions := clean_captions(read()):
+                return captions
+        except (OSError, ValueError, RecursionError) as error:
+            reason = f"its caption cannot be read ({error})"
+        self.problems.append((name, reason))
+        return ()
 
     def content_key(self, index: int) -> str:
         """Hash the files' bytes and the background. Raises: UnreadableImage."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.captions import choose_caption_column, clean_captions, decode_text
+from latentdiff.data.captions import choose_caption_column, decode_text
 from latentdiff.data.file_tree import MAX_TABLE_BYTES, find_files, is_inside, read_file
 from latentdiff.data.images import UnreadableImage, display_name
 from latentdiff.data.source import DataConfig, FileSource, few, left_out
@@ -109,15 +110,9 @@ class TableSource(FileSource):
         self._rows: list[int] = []
         self._captions: list[tuple[str, ...]] = []
         for row, cell in enumerate(_caption_cells(dataset, caption_column, label)):
-            try:
-                captions, reason = clean_captions(_decoded(cell)), "no caption"
-            except ValueError as error:
-                captions, reason = (), f"its caption cannot be read ({error})"
-            if captions:
+            if captions := self.captions_or_skip(f"row {row}", partial(_decoded, cell)):
                 self._rows.append(row)
                 self._captions.append(captions)
-            else:
-                self.problems.append((f"row {row}", reason))
         if not self._rows:
             raise UserError(
                 f"{label}: 0 usable images, none of {len(dataset)} rows has text in the column "

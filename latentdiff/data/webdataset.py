@@ -25,7 +25,6 @@ from latentdiff.data.captions import (
     MAX_CAPTION_BYTES,
     Texts,
     choose_caption_column,
-    clean_captions,
     decode_text,
 )
 from latentdiff.data.file_tree import MAX_PICTURE_BYTES, check_size, find_files
@@ -129,13 +128,8 @@ class TarSource(FileSource):
         if picture.offset + picture.size > self._sizes[picture.shard]:
             self.problems.append((name, "the shard ends before it does"))
             return
-        try:
-            captions = self._said(members, name)
-        except (OSError, ValueError, RecursionError) as error:
-            self.problems.append((name, f"its caption cannot be read ({error})"))
-            return
+        captions = self.captions_or_skip(name, lambda: self._read_captions(members, name))
         if not captions:
-            self.problems.append((name, "no caption"))
             return
         self._places.extend(picture)
         if mask is None or self.config.loss_mask != "file":
@@ -144,21 +138,19 @@ class TarSource(FileSource):
         self._captions.append(captions)
         self._names.append((name,))
 
-    def _said(self, members: dict[str, _Place], name: str) -> tuple[str, ...]:
+    def _read_captions(self, members: dict[str, _Place], name: str) -> object:
         """A sample's captions: lines of its .txt, or a column of its .json."""
         for ending in ("txt", "caption", "text"):
             if ending in members and self.config.caption_column is None:
                 text = self._bytes(members[ending], MAX_CAPTION_BYTES)
-                return clean_captions(decode_text(text).splitlines())
+                return decode_text(text).splitlines()
         if "json" not in members:
-            return ()
+            return None
         row = json.loads(decode_text(self._bytes(members["json"], MAX_CAPTION_BYTES)))
         if not isinstance(row, dict):
             raise ValueError("its .json is not an object")
         where = f"the .json of {name}"
-        return clean_captions(
-            row[choose_caption_column(list(row), self.config.caption_column, where)]
-        )
+        return row[choose_caption_column(list(row), self.config.caption_column, where)]
 
     def _read(self, places: array[int], index: int) -> bytes:
         try:
