@@ -14,7 +14,7 @@ from latentdiff.errors import UserError, did_you_mean, whole_text
 
 #: Column names tried in this order when none is configured.
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "sentences", "title")
-#: A text file beside a picture is a caption up to this size.
+#: A text file beside an image is a caption up to this size.
 MAX_CAPTION_BYTES = 2**20
 #: Byte order marks other than UTF-8's; that of UTF-32 begins with that of UTF-16.
 _MARKS = (

@@ -83,8 +83,8 @@ class Encoder:
         if not self.masked:
             return pixels, None
         # The same seed again: the mask is cut where the image was.
-        latent, picture = self.shapes[bucket][1:], example.image.size
-        return pixels, latent_mask(example.mask, picture, size, config.crop, latent, generator())
+        latent, image_size = self.shapes[bucket][1:], example.image.size
+        return pixels, latent_mask(example.mask, image_size, size, config.crop, latent, generator())
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Encode (B, 3, H, W) without gradients: moments (B, 2C, h, w) on the device."""

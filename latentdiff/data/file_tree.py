@@ -17,7 +17,7 @@ from latentdiff.data.images import display_name
 from latentdiff.data.source import Skipped
 from latentdiff.errors import UserError
 
-#: No picture that can be decoded needs more; a sparse file or a zip bomb claims more than fits.
+#: No image that can be decoded needs more; a sparse file or a zip bomb claims more than fits.
 MAX_PICTURE_BYTES = 512 * 2**20
 #: Captions of a whole set are held in memory, at several times this size.
 MAX_TABLE_BYTES = 2**30

@@ -1,9 +1,9 @@
-"""Any picture file becomes 8-bit RGB, upright and opaque, then the tensor the autoencoder sees.
+"""Any image file becomes 8-bit RGB, upright and opaque, then the tensor the autoencoder sees.
 
-Or an error with the picture's name, and what the file really holds. A mask says which parts of a
-picture count in the loss: white ones do, black ones do not, grey ones in part. It is a grey picture
-of the same size, from the picture's own transparency or from a file of its own. It is cut as the
-picture is and kept beside the moments, averaged over the pixels that one latent position stands
+Or an error with the image's name, and what the file really holds. A mask says which parts of an
+image count in the loss: white ones do, black ones do not, grey ones in part. It is a grey image
+of the same size, from the image's own transparency or from a file of its own. It is cut as the
+image is and kept beside the moments, averaged over the pixels that one latent position stands
 for.
 """
 
@@ -37,7 +37,7 @@ IMAGE_ENDINGS = (
 
 #: How usual profiles of sRGB call themselves: there is nothing to convert.
 SRGB_PROFILES = ("sRGB", "sRGB IEC61966-2.1", "sRGB IEC61966-2-1 black scaled", "sRGB built-in")
-#: Pictures with more pixels are decoded one at a time.
+#: Images with more pixels are decoded one at a time.
 LARGE_PIXELS = 25_000_000
 #: Pixels that are calculated with at a time, at 8 bytes each.
 _STRIP_PIXELS = 2**18
@@ -45,7 +45,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class UnreadableImage(Exception):  # noqa: N818  (a fact about the data, not a fault of the program)
-    """A picture that cannot be used: its name and the reason."""
+    """An image that cannot be used: its name and the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -71,16 +71,16 @@ def display_name(path: str | bytes | os.PathLike[str]) -> str:
 def open_image(
     source: str | os.PathLike[str] | bytes, name: str | None = None, background: RGB = WHITE
 ) -> Image.Image:
-    """Decode a picture to 8-bit RGB as a viewer would show it.
+    """Decode an image to 8-bit RGB as a viewer would show it.
 
     EXIF rotation is applied, colours are brought to sRGB from the embedded profile, transparency is
-    composited over `background`; grey, palette, CMYK and 16-bit pictures are converted; of an
+    composited over `background`; grey, palette, CMYK and 16-bit images are converted; of an
     animation or a multi-page file the first frame is taken.
 
     Args:
         source: a path, or the bytes of a file.
         name: how messages call it; the path by default.
-    Raises: UnreadableImage: missing, empty, truncated, corrupt, too large, or not a picture.
+    Raises: UnreadableImage: missing, empty, truncated, corrupt, too large, or not an image.
     """
     return _decode(source, name, lambda image: to_rgb(image, background))
 
@@ -88,12 +88,12 @@ def open_image(
 def open_with_alpha(
     source: str | os.PathLike[str] | bytes, name: str | None = None, background: RGB = WHITE
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Decode a picture as `open_image` does; also its opacity in grey, None if full."""
+    """Decode an image as `open_image` does; also its opacity in grey, None if full."""
     return _decode(source, name, lambda image: (to_rgb(image, background), _alpha(image)))
 
 
 def open_grey(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
-    """Decode a picture to 8-bit grey, upright; transparent pixels are black. See `open_image`.
+    """Decode an image to 8-bit grey, upright; transparent pixels are black. See `open_image`.
 
     Its values are weights and not colours, so a profile changes nothing.
     """
@@ -160,7 +160,7 @@ def _what_else(source: str | os.PathLike[str] | bytes) -> str:
 
 @contextmanager
 def _opened(source: str | os.PathLike[str] | bytes, label: str) -> Iterator[Image.Image]:
-    """Open a picture's header; large ones are let through one at a time, as each takes gigabytes.
+    """Open an image's header; large ones are let through one at a time, as each takes gigabytes.
 
     Raises: UnreadableImage: PostScript, which Pillow would have another program run.
     """
@@ -180,12 +180,12 @@ def to_rgb(image: Image.Image, background: RGB = WHITE) -> Image.Image:
     if opacity is None:
         return colours
     colours.putalpha(opacity)
-    ground = Image.new("RGBA", colours.size, (*background, 255))
-    return Image.alpha_composite(ground, colours).convert("RGB")
+    behind = Image.new("RGBA", colours.size, (*background, 255))
+    return Image.alpha_composite(behind, colours).convert("RGB")
 
 
 def _colours(image: Image.Image, mode: str) -> Image.Image:
-    """A picture without its opacity."""
+    """An image without its opacity."""
     # Of a palette with transparency not every entry goes to RGB directly.
     return (image.convert("RGBA") if image.has_transparency_data else image).convert(mode)
 
@@ -209,7 +209,7 @@ def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey (0…65535) to 8 bit; floats count as 0…1 when none exceeds 1.
 
-    Pillow's own conversion clips at 255 and turns nearly every 16-bit picture white.
+    Pillow's own conversion clips at 255 and turns nearly every 16-bit image white.
     """
     values = np.asarray(image)
     rows = max(1, _STRIP_PIXELS // max(1, image.width))
@@ -256,7 +256,7 @@ def fit(
     background: RGB = WHITE,
     generator: torch.Generator | None = None,
 ) -> Image.Image:
-    """Bring a picture to `size` pixels without distorting it, with an antialiased Lanczos filter.
+    """Bring an image to `size` pixels without distorting it, with an antialiased Lanczos filter.
 
     Args:
         size: side of a square, or (height, width).
@@ -285,7 +285,7 @@ def to_tensor(
     background: RGB = WHITE,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fit a picture and turn it into a tensor (see `fit` for the arguments).
+    """Fit an image and turn it into a tensor (see `fit` for the arguments).
 
     Returns: float32 (3, height, width), 0 → −1 and 255 → 1.
     """
@@ -308,7 +308,7 @@ BLACK = (0, 0, 0)
 
 def latent_mask(
     mask: Image.Image | None,
-    picture: tuple[int, int],
+    image_size: tuple[int, int],
     size: tuple[int, int],
     crop: Crop,
     latent: tuple[int, int],
@@ -317,16 +317,16 @@ def latent_mask(
     """A mask at latent resolution.
 
     Args:
-        mask: of any size (it is stretched to the picture's); None counts everything.
-        picture: (width, height) of the picture.
-        size: (height, width) that the picture is brought to; what padding adds does not count.
+        mask: of any size (it is stretched to the image's); None counts everything.
+        image_size: (width, height) of the image.
+        size: (height, width) that the image is brought to; what padding adds does not count.
         latent: (h, w) of the latents.
-        generator: source of the random position, in the state that the picture's had.
+        generator: source of the random position, in the state that the image's had.
     Returns: float32 (h, w) in [0, 1].
     """
-    whole = mask.convert("L") if mask is not None else Image.new("L", picture, 255)
-    if whole.size != picture:
-        whole = whole.resize(picture, Image.Resampling.BILINEAR)
+    whole = mask.convert("L") if mask is not None else Image.new("L", image_size, 255)
+    if whole.size != image_size:
+        whole = whole.resize(image_size, Image.Resampling.BILINEAR)
     grey = whole.convert("RGB")
     pixels = to_tensor(grey, size, crop, background=BLACK, generator=generator)[:1]  # (1, H, W), ±1
     return F.adaptive_avg_pool2d((pixels[None] + 1) / 2, latent)[0, 0].clamp(0, 1)

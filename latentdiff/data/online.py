@@ -1,8 +1,8 @@
-"""Pictures encoded at the step that needs them: no cache, for sets larger than the disk.
+"""Images encoded at the step that needs them: no cache, for sets larger than the disk.
 
 Slower than cached latents by the time of the encoder, and equal to them up to the 16 bits in which
-those are kept. A stream is read from beginning to end as it is needed, and the pictures are never
-kept either: the `datasets` library fetches a few rows ahead. Which picture
+those are kept. A stream is read from beginning to end as it is needed, and the images are never
+kept either: the `datasets` library fetches a few rows ahead. Which image
 comes when is decided by its shuffle buffer, not by the sample index, so such a run is not repeated
 bit for bit; noise and captions still follow the sample index.
 """
@@ -78,7 +78,7 @@ class OnlineEncoder:
 class OnlineLatents(View):
     """Reads like `LatentCache`; every read decodes and encodes.
 
-    A picture that cannot be read is met with a mask of zeros: it changes nothing.
+    An image that cannot be read is met with a mask of zeros: it changes nothing.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class OnlineLatents(View):
         return self._encode([self._example(int(index)) for index in indices], seeds)
 
     def fingerprint(self) -> str:
-        """Hash pictures, transform and autoencoder."""
+        """Hash images, transform and autoencoder."""
         return self._fingerprint
 
     def _example(self, index: int) -> Example | None:
@@ -109,14 +109,14 @@ class OnlineLatents(View):
             return None
 
 
-#: So many rows without a usable picture at the start mean that the columns are wrong.
+#: So many rows without a usable image at the start mean that the columns are wrong.
 MOST_SKIPPED = 1000
 
 
 class StreamLatents:
-    """Pictures in the order in which they come, encoded on the way.
+    """Images in the order in which they come, encoded on the way.
 
-    `take` fetches the next pictures, under the sample indices they are for; `read` and `captions`
+    `take` fetches the next images, under the sample indices they are for; `read` and `captions`
     then find them by those.
 
     Args:
@@ -151,21 +151,21 @@ class StreamLatents:
         return 0  # nobody knows
 
     def take(self, samples: Sequence[int], step: int) -> None:
-        """Fetch the next pictures; the first call (at `step`) decides how they are shuffled."""
+        """Fetch the next images; the first call (at `step`) decides how they are shuffled."""
         if self._rows is None:
             self._rows = self._endless(step)
         self._held = {sample: next(self._rows) for sample in samples}
 
     def read(self, indices: Sequence[int], seeds: Sequence[int] = ()) -> Stored:
-        """Encode pictures that were taken last."""
+        """Encode images that were taken last."""
         return self._encode([self._held[index] for index in indices], seeds)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of a picture that was taken last."""
+        """Return the captions of an image that was taken last."""
         return self._held[index].captions
 
     def fingerprint(self) -> str:
-        """Hash where the pictures come from, transform and autoencoder."""
+        """Hash where the images come from, transform and autoencoder."""
         return self._fingerprint
 
     def _endless(self, step: int) -> Iterator[Example]:

@@ -24,12 +24,12 @@ from latentdiff.data.images import UnreadableImage, open_grey, open_image, open_
 from latentdiff.errors import UserError, printable
 
 T = TypeVar("T")
-#: A picture that is left out, and why.
+#: An image that is left out, and why.
 Skipped = tuple[str, str]
 
 
 class Example(NamedTuple):
-    """One picture (RGB), everything that is said about it, and a name for messages."""
+    """One image (RGB), everything that is said about it, and a name for messages."""
 
     image: Image.Image
     captions: tuple[str, ...]
@@ -40,10 +40,10 @@ class Example(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """A map-style data set of captioned pictures.
+    """A map-style data set of captioned images.
 
-    Optional, looked up by name: `group(i) -> str`, pictures that must stay on one side of the
-    train/validation split; `content_key(i) -> str`, a hash that changes with the picture and is
+    Optional, looked up by name: `group(i) -> str`, images that must stay on one side of the
+    train/validation split; `content_key(i) -> str`, a hash that changes with the image and is
     cheaper than decoding it; `read(i) -> bytes`, its file, as `latentdiff doctor` looks at it;
     `problems: list[(name, reason)]`, entries left out when opening.
     """
@@ -51,19 +51,19 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Decode one picture. Raises: UnreadableImage: with its name and the reason."""
+        """Decode one image. Raises: UnreadableImage: with its name and the reason."""
         ...
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions without decoding the picture."""
+        """Return the captions without decoding the image."""
         ...
 
     def name(self, index: int) -> str:
-        """Return a name that a person can find the picture by."""
+        """Return a name that a person can find the image by."""
         ...
 
     def fingerprint(self) -> str:
-        """Return a cheap hash of which pictures there are; captions do not enter it."""
+        """Return a cheap hash of which images there are; captions do not enter it."""
         ...
 
 
@@ -73,25 +73,25 @@ class Captioned(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Return the name of one picture."""
+        """Return the name of one image."""
         ...
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from and how they become squares, or rectangles of some shapes."""
+    """Where the images come from and how they become squares, or rectangles of some shapes."""
 
     kind: Literal["emoji", "folder", "parquet", "hub", "webdataset"] = "emoji"
     """emoji: the embedded set; folder: images with metadata.jsonl/.csv or .txt files (or a .zip of
     that); parquet: a file or folder of files; hub: a `datasets` id or a `save_to_disk` folder;
-    webdataset: .tar shards of pictures and captions of the same names."""
+    webdataset: .tar shards of images and captions of the same names."""
     path: str | None = field(default=None, metadata=FREE)
     """Folder, file or data set id; not used by kind emoji."""
     follow_links: bool = field(default=False, metadata=FREE)
     """Also read what lies outside the data folder: where links in it lead, and where the paths of a
     table do. Otherwise that is left out and reported."""
     image_column: str = "image"
-    """Column of the pictures (parquet and hub)."""
+    """Column of the images (parquet and hub)."""
     caption_column: str | None = None
     """Column of the captions, text or a list of texts; null looks for text, caption, captions…"""
     split: str = "train"
@@ -106,7 +106,7 @@ class DataConfig:
     """center or random: cut a square out of the longer side; pad: keep all, fill with background.
     Cached latents are encoded once, so training on them takes center or pad."""
     buckets: bool = False
-    """Keep aspect ratios: bring each picture to the nearest of several shapes of about image_size²
+    """Keep aspect ratios: bring each image to the nearest of several shapes of about image_size²
     pixels, each batch of one shape, in place of squares (train_latent.py and cache_latents.py)."""
     bucket_step: int = 64
     """Sides of those shapes are multiples of this many pixels; it must suit autoencoder and U-Net
@@ -114,7 +114,7 @@ class DataConfig:
     bucket_max_ratio: float = 2.0
     """Longest of those shapes, long side over short side; at least 1."""
     loss_mask: Literal["none", "alpha", "file"] = "none"
-    """Which pixels count in the loss. alpha: a picture's opacity; file: a grey picture beside it
+    """Which pixels count in the loss. alpha: an image's opacity; file: a grey image beside it
     (cat.mask.png for cat.png; white counts), or the column mask_column of a table."""
     mask_column: str = "mask"
     """Column of the masks (parquet and hub)."""
@@ -122,15 +122,15 @@ class DataConfig:
     """Read a hub data set (or a local one of the same forms) as it is needed and keep nothing of
     it: for sets larger than the disk. Such a run cannot be repeated bit for bit."""
     shuffle_buffer: int = 1000
-    """How many pictures a stream is shuffled among."""
+    """How many images a stream is shuffled among."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour (red, green, blue: 0…255) shown through transparent pixels and used for padding."""
     validation_share: float = 0.05
-    """Share of the pictures (or groups of them) held out from training: 0 ≤ share < 1."""
+    """Share of the images (or groups of them) held out from training: 0 ≤ share < 1."""
     split_seed: int = 0
-    """Another seed holds out other pictures."""
+    """Another seed holds out other images."""
     quarantine: str | None = field(default=None, metadata=FREE)
-    """File of pictures to leave out, one {"name": …, "reason": …} a line, as `latentdiff doctor`
+    """File of images to leave out, one {"name": …, "reason": …} a line, as `latentdiff doctor`
     writes it."""
     emoji_variants: int = 12
     """Renderings (styles and backgrounds) per concept of the embedded set, 1…36."""
@@ -305,13 +305,13 @@ class View:
 
 
 class Readable:
-    """A source whose unreadable pictures are named once and replaced by the next readable one."""
+    """A source whose unreadable images are named once and replaced by the next readable one."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.skipped = source, set[str]()
 
     def __getitem__(self, index: int) -> Example:
-        """Decode one picture. Raises: UserError: none of the data set can be read."""
+        """Decode one image. Raises: UserError: none of the data set can be read."""
         for offset in range(len(self.source)):
             try:
                 return self.source[(index + offset) % len(self.source)]
@@ -336,8 +336,8 @@ def group_of(source: Captioned, index: int) -> str:
 def split(source: Captioned, share: float, seed: int = 0) -> tuple[list[int], list[int]]:
     """Divide a source into training and validation indices.
 
-    Each group is placed by a hash of (seed, group) alone, so that adding or removing pictures moves
-    no others. The validation share is therefore met on average, not exactly; a handful of pictures
+    Each group is placed by a hash of (seed, group) alone, so that adding or removing images moves
+    no others. The validation share is therefore met on average, not exactly; a handful of images
     may leave validation empty. Training is never left empty.
 
     Args:    share: expected share of validation groups, 0 ≤ share < 1.
@@ -386,7 +386,7 @@ def map_ahead(
 
 
 def report_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
-    """Say which pictures are left out and why, or "" when none is."""
+    """Say which images are left out and why, or "" when none is."""
     if not skipped:
         return ""
     lines = [f"  {printable(name)}: {printable(reason)}" for name, reason in skipped[:limit]]

@@ -1,8 +1,8 @@
 """Tar shards in WebDataset's layout, read in place: `0001.jpg` and `0001.txt` side by side.
 
-The headers are read once, so every picture has a known place in its file and can be met in any
+The headers are read once, so every image has a known place in its file and can be met in any
 order: training on shards is as repeatable as on a folder. In memory are some tens of bytes per
-picture and the captions.
+image and the captions.
 
 Source: the format is that of https://github.com/webdataset/webdataset: members of the same name up
         to the first dot after the last slash are one sample, and stand one after another.

@@ -1,4 +1,4 @@
-"""Pictures that look the same: a 128-bit outline of each, and the near ones without N² comparisons.
+"""Images that look the same: a 128-bit outline of each, and the near ones without N² comparisons.
 
 The outline is a difference hash: of the 9×9 cell averages, is a cell brighter than its left (64
 bits) and its upper neighbour (64 bits)? It survives scaling, recompression and a change of format,
@@ -26,9 +26,9 @@ REACH = 64
 
 
 def outline_and_colours(image: Image.Image) -> tuple[Array, Array, bool]:
-    """Reduce an RGB picture to what is compared.
+    """Reduce an RGB image to what is compared.
 
-    Returns: outline uint8 (16,), colours uint8 (48,), whether the picture is of one colour.
+    Returns: outline uint8 (16,), colours uint8 (48,), whether the image is of one colour.
     """
     cells = np.asarray(image.resize((9, 9), Image.Resampling.BOX), np.int16)
     grey = cells @ np.array([77, 150, 29], np.int32) >> 8  # (9, 9), weights of ITU-R BT.601

@@ -11,7 +11,7 @@ import numpy as np
 
 from latentdiff.doctor.records import Records, TokenCounter
 
-#: Aspect ratios (width : height) that pictures usually have.
+#: Aspect ratios (width : height) that images usually have.
 RATIOS = (
     (1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (4, 5), (1, 1),
     (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1),
@@ -27,11 +27,11 @@ class Row(NamedTuple):
 
 
 def bucket_table(records: Records, image_size: int, multiple: int = 8) -> list[Row]:
-    """Sort the readable pictures by the nearest aspect ratio (nearest in the logarithm).
+    """Sort the readable images by the nearest aspect ratio (nearest in the logarithm).
 
     Args:   multiple: sides of a bucket are rounded to multiples of this.
-    Returns: per ratio the pictures, the sides of a bucket with about image_size² pixels, and how
-        much of the picture a square crop would cut away.
+    Returns: per ratio the images, the sides of a bucket with about image_size² pixels, and how
+        much of the image a square crop would cut away.
     """
     table = records.table[records.readable]
     ratio = table["width"] / np.maximum(table["height"], 1)
@@ -81,14 +81,14 @@ def what_becomes_of(mode: str) -> str:
 
 
 def size_table(records: Records) -> list[Row]:
-    """Count the readable pictures by their shorter side, in powers of two."""
+    """Count the readable images by their shorter side, in powers of two."""
     table = records.table[records.readable]
     short = np.minimum(table["width"], table["height"])
     return _powers(short, lambda low, high: f"{low}…{high - 1} pixels")
 
 
 def caption_table(records: Records, counter: TokenCounter) -> list[Row]:
-    """Count the pictures by the tokens of their longest caption."""
+    """Count the images by the tokens of their longest caption."""
     rows = _powers(records.table["longest"], lambda low, high: f"{low}…{high - 1} tokens")
     over = int((records.table["too_long"] > 0).sum())
     return [*rows, Row(f"over {counter.limit} tokens", over, "cut off at the limit")]
