@@ -36,6 +36,11 @@ def _visible(sign: str) -> str:
     return sign.encode("unicode_escape").decode() if steers else sign
 
 
+def whole_text(text: str) -> str:
+    """Replace halves of surrogate pairs (an emoji cut in two), which UTF-8 refuses, by "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class UserError(ValueError):
     """Something the user can fix; entry scripts print its text without a traceback.
 

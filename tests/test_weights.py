@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.data.latents import cache_key
+from latentdiff.data.encoder import cache_key
 from latentdiff.data.source import DataConfig
 from latentdiff.finetune.method import Method
 from latentdiff.weights import raw_bytes

@@ -24,6 +24,7 @@ if importlib.util.find_spec("latentdiff") is None:
 import torch
 
 from latentdiff.cli.arguments import config_parser
+from latentdiff.data.encoder import Encoder
 from latentdiff.data.latents import Encoding, LatentFolder
 from latentdiff.data.source import open_source, problems_of, report_skipped
 from latentdiff.errors import UserError, command
@@ -63,12 +64,9 @@ def cache(given: Given, worker: Worker) -> None:
     """Do this process's share and say how far the whole is."""
     source = open_source(given.config.data)
     autoencoder, config = frozen_autoencoder(given)
-    autoencoder.to(worker.device)
     place = Path(config.latents.cache_dir or default_cache())
-    folder = LatentFolder(place, autoencoder, config.data, worker.device)
-    work = Encoding(
-        source, autoencoder, config.data, folder, worker.device, config.latents.batch_size
-    )
+    folder = LatentFolder(place, Encoder(autoencoder, config.data, worker.device))
+    work = Encoding(source, folder, config.latents.batch_size)
     name = f"process {worker.rank} of {worker.ranks}"
     if work.index() is not None:
         print(f"{name}: all {len(source)} pictures are in {folder.path}; nothing to do", flush=True)

@@ -22,16 +22,16 @@ from typing import Any
 
 from latentdiff.config import load_config, read_yaml, to_inline
 from latentdiff.data.source import DataConfig
-from latentdiff.doctor.examine import LIST, REPORT, Order, Result, examine
+from latentdiff.doctor.examine import LIST, NAMED, REPORT, Order, Result, examine
 from latentdiff.doctor.findings import (
     DEFAULT_QUARANTINE,
     KINDS,
     QUARANTINABLE,
     Limits,
     check_kinds,
-    open_counter,
 )
-from latentdiff.errors import UserError, command
+from latentdiff.doctor.records import open_counter
+from latentdiff.errors import UserError, command, printable
 from latentdiff.files import free_folder
 
 
@@ -118,8 +118,8 @@ def summary(order: Order, result: Result) -> str:
     ]
     for kind, count in result.counts.items():
         if count:
-            severity, words = KINDS[kind]
-            lines.append(f"{count:>9}  {words} ({severity})")
+            names = ", ".join(map(printable, result.names[kind])) + " …" * (count > NAMED)
+            lines.append(f"{count:>9}  {KINDS[kind].title} ({KINDS[kind].severity}): {names}")
     lines += [
         "",
         f"report      {order.output / REPORT}",

@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: a few picture shapes of about the same area, and which picture goes where.
+"""Aspect-ratio buckets: a few image shapes of about the same area, and which image goes where.
 
-A tall picture that is cut to a square loses its head and feet. With buckets it is cut to the
-nearest of some shapes instead; a batch holds pictures of one shape, so that tensors stay whole.
+A tall image that is cut to a square loses its head and feet. With buckets it is cut to the
+nearest of some shapes instead; a batch holds images of one shape, so that tensors stay whole.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def bucket_sizes(size: int, step: int, max_ratio: float) -> tuple[Size, ...]:
 
 
 def sizes_of(config: DataConfig) -> tuple[Size, ...]:
-    """The (height, width) that pictures of a configuration may be brought to."""
+    """The (height, width) that images of a configuration may be brought to."""
     if not config.buckets:
         return ((config.image_size, config.image_size),)
     return bucket_sizes(config.image_size, config.bucket_step, config.bucket_max_ratio)
 
 
 def nearest(sizes: Sequence[Size], width: int, height: int) -> int:
-    """Which of some (height, width) has the aspect ratio nearest to a picture's, on a log scale."""
+    """Which of some (height, width) has the aspect ratio nearest to an image's, on a log scale."""
     wanted = math.log(width / height)
     return min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i][1] / sizes[i][0]) - wanted))

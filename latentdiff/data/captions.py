@@ -1,31 +1,20 @@
-"""Reading captions: tables of them, which column holds them, and what counts as one.
-
-Pictures that training shall leave alone are listed by name in a file that a person can edit:
-
-    {"name": "images/0007.jpg", "reason": "the same file as images/0003.jpg"}
-
-`latentdiff doctor` writes such a list; `data.quarantine=FILE` makes every trainer honour it. The
-pictures themselves stay where they are.
-"""
+"""Reading captions: tables of them, which column holds them, and what counts as one."""
 
 from __future__ import annotations
 
 import codecs
 import csv
-import hashlib
+import io
 import json
-import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from latentdiff.data.source import Example, Skipped, Source, group_of, problems_of
-from latentdiff.errors import UserError, did_you_mean, printable
+from latentdiff.errors import UserError, did_you_mean, whole_text
 
 #: Column names tried in this order when none is configured.
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "sentences", "title")
-#: A text file beside a picture is a caption up to this size.
+#: A text file beside an image is a caption up to this size.
 MAX_CAPTION_BYTES = 2**20
 #: Byte order marks other than UTF-8's; that of UTF-32 begins with that of UTF-16.
 _MARKS = (
@@ -34,8 +23,6 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-#: With their ends, which are not those of str.splitlines.
-_LINES = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 
 
 def choose_caption_column(columns: Sequence[str], wanted: str | None, where: str) -> str:
@@ -63,13 +50,8 @@ def choose_caption_column(columns: Sequence[str], wanted: str | None, where: str
 def clean_captions(value: object) -> tuple[str, ...]:
     """Turn a cell (text, list of texts, or nothing) into captions without empty ones or repeats."""
     values: Iterable[object] = value if isinstance(value, list | tuple) else [value]
-    texts = (_whole(str(v)).strip() for v in values if isinstance(v, str | int | float))
+    texts = (whole_text(str(v)).strip() for v in values if isinstance(v, str | int | float))
     return tuple(dict.fromkeys(text for text in texts if text))
-
-
-def _whole(text: str) -> str:
-    """Replace halves of surrogate pairs (emoji cut in two by an export), which UTF-8 refuses."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def decode_text(data: bytes) -> str:
@@ -118,7 +100,7 @@ def read_table(data: bytes, name: str, column: str | None = None) -> list[dict[s
 
 
 def _read_csv(text: str, name: str, column: str | None) -> Iterator[dict[str, Any]]:
-    first = next((line for line in _lines(text) if line.strip()), "")
+    first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
     # Spreadsheets in many languages save "CSV" with semicolons; tabs are common too.
     delimiter = max(",;\t", key=first.count)
     spaced = f"{delimiter} " in first
@@ -143,7 +125,7 @@ def _records(text: str, name: str, **form: Any) -> Iterator[tuple[int, list[str]
     taken: list[str] = []
 
     def lines() -> Iterator[str]:
-        for line in _lines(text):
+        for line in io.StringIO(text, newline=""):
             taken.append(line)
             yield line
 
@@ -164,10 +146,6 @@ def _records(text: str, name: str, **form: Any) -> Iterator[tuple[int, list[str]
             return
         if cells:
             yield number, cells
-
-
-def _lines(text: str) -> Iterator[str]:
-    return (match[0] for match in _LINES.finditer(text))
 
 
 def _trimmed(cells: list[str], least: int = 0) -> list[str]:
@@ -204,109 +182,3 @@ class Texts:
         joined = _BETWEEN.join(text.replace(_BETWEEN, " ") for text in texts)
         self._bytes += joined.encode("utf-8", "surrogatepass")
         self._ends.append(len(self._bytes))
-
-
-def write_quarantine(file: Path, entries: Iterable[Skipped]) -> int:
-    """Write (name, reason) pairs as JSON lines; return how many."""
-    count = 0
-    with file.open("w", encoding="utf-8") as lines:
-        for name, reason in entries:
-            lines.write(json_line({"name": name, "reason": reason}))
-            count += 1
-    return count
-
-
-def json_line(entry: Mapping[str, str]) -> str:
-    """Write a line of JSON that stays readable and does not act on a terminal that shows it."""
-    text = json.dumps(entry, ensure_ascii=False)
-    signs = (sign if printable(sign) == sign else f"\\u{ord(sign):04x}" for sign in text)
-    return "".join(signs) + "\n"
-
-
-def read_quarantine(file: str | Path) -> dict[str, str]:
-    """Read name → reason; further keys of a line are ignored, a missing reason is "listed".
-
-    Raises: UserError: the file is not there, or a line (given by number) is not an entry.
-    """
-    try:
-        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.quarantine: {file} cannot be read ({error}). Give the quarantine.jsonl that "
-            "`latentdiff doctor` wrote, or null."
-        ) from error
-    entries: dict[str, str] = {}
-    # Not splitlines(): a file name may hold a character that Unicode counts as a line's end.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name = entry["name"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            name = None
-        if not isinstance(name, str):
-            raise UserError(
-                f'data.quarantine: {file}, line {number} must be like {{"name": "a.png", '
-                f'"reason": "…"}}; got {line.strip():.80}'
-            )
-        entries[name] = str(entry.get("reason") or "listed")
-    return entries
-
-
-class Unquarantined:
-    """A source without the pictures on a quarantine list.
-
-    What a source may have besides (group, content_key, read) is here too if it is there.
-
-    Attributes: problems: those of the source; each picture left out by the list; names on the list
-        that are not in the data.
-    Raises: UserError: the list leaves nothing.
-    """
-
-    def __init__(self, source: Source, listed: dict[str, str], file: str) -> None:
-        self._source = source
-        self._kept: list[int] = []
-        self.problems: list[Skipped] = problems_of(source)
-        unknown = dict.fromkeys(listed)
-        for name, _ in self.problems:
-            unknown.pop(name, None)
-        for index in range(len(source)):
-            name = source.name(index)
-            if name in listed:
-                self.problems.append((name, f"quarantined: {listed[name]}"))
-                unknown.pop(name, None)
-            else:
-                self._kept.append(index)
-        self.problems += [(name, f"in {file}, but not in the data") for name in unknown]
-        if not self._kept:
-            raise UserError(f"data.quarantine: {file} lists all {len(source)} pictures.")
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._source[self._kept[index]]
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("content_key", "read", "mask", "look"):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        method = getattr(self._source, name)
-        return lambda index: method(self._kept[index])
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of one picture."""
-        return self._source.captions(self._kept[index])
-
-    def name(self, index: int) -> str:
-        """Return the name of one picture, as it is without the list."""
-        return self._source.name(self._kept[index])
-
-    def group(self, index: int) -> str:
-        """Return the key that `split` keeps together."""
-        return group_of(self._source, self._kept[index])
-
-    def fingerprint(self) -> str:
-        """Hash the source's fingerprint and which of its pictures are kept."""
-        words = f"{self._source.fingerprint()} {self._kept}"
-        return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()

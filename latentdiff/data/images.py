@@ -1,9 +1,9 @@
-"""Any picture file becomes 8-bit RGB, upright and opaque, then the tensor the autoencoder sees.
+"""Any image file becomes 8-bit RGB, upright and opaque, then the tensor the autoencoder sees.
 
-Or an error with the picture's name, and what the file really holds. A mask says which parts of a
-picture count in the loss: white ones do, black ones do not, grey ones in part. It is a grey picture
-of the same size, from the picture's own transparency or from a file of its own. It is cut as the
-picture is and kept beside the moments, averaged over the pixels that one latent position stands
+Or an error with the image's name, and what the file really holds. A mask says which parts of an
+image count in the loss: white ones do, black ones do not, grey ones in part. It is a grey image
+of the same size, from the image's own transparency or from a file of its own. It is cut as the
+image is and kept beside the moments, averaged over the pixels that one latent position stands
 for.
 """
 
@@ -24,54 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import choice_error
-
-#: How a file begins → what it is, and what helps. Compared in small letters, without leading space.
-_BEGINNINGS = (
-    (b"version https://git-lfs", "a Git LFS pointer; fetch the picture itself with `git lfs pull`"),
-    (b"<!doctype html", "a web page, perhaps of a failed download; fetch the picture again"),
-    (b"<html", "a web page, perhaps of a failed download; fetch the picture again"),
-    (b"<svg", "an SVG drawing; export it as a PNG"),
-    (b"%pdf", "a PDF document; export its picture as a PNG"),
-    (b"pk\x03\x04", "a ZIP archive (or an office document); unpack it"),
-    (b"mz\x90", "a Windows program"),
-)
-#: Bytes 4 to 12 of a file from a phone.
-_HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
-_LOOKED_AT = 512
-
-
-def what_it_is(source: str | os.PathLike[str] | bytes) -> str:
-    """Name what a file is instead of a picture, e.g. "a text file"; "" where nobody can tell.
-
-    Args: source: a path, or the bytes of a file; only its beginning is looked at.
-    """
-    if isinstance(source, bytes):
-        head = source[:_LOOKED_AT]
-    else:
-        try:
-            with open(source, "rb") as file:
-                head = file.read(_LOOKED_AT)
-        except OSError:
-            return ""
-    if head[4:12] in _HEIC:
-        return "an HEIC picture, which Pillow cannot read; convert it to JPEG or PNG"
-    small = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for beginning, name in _BEGINNINGS:
-        if small.startswith(beginning):
-            return name
-    if small.startswith(b"<?xml") and b"<svg" in small:
-        return "an SVG drawing; export it as a PNG"
-    return f"a text file that begins with {shown!r}" if (shown := _as_text(head)) else ""
-
-
-def _as_text(head: bytes) -> str:
-    """The first line of a text, cut short; "" for what is no text."""
-    # The last character may be cut in two where the beginning ends.
-    text = head.decode("utf-8", "ignore" if len(head) == _LOOKED_AT else "replace")
-    lines = text.strip().splitlines()
-    whole = all(c.isprintable() or c.isspace() for c in text) and "\ufffd" not in text
-    return lines[0][:40] if lines and whole else ""
-
+from latentdiff.sniff import HEAD, sniff
 
 T = TypeVar("T")
 RGB = tuple[int, int, int]
@@ -84,7 +37,7 @@ IMAGE_ENDINGS = (
 
 #: How usual profiles of sRGB call themselves: there is nothing to convert.
 SRGB_PROFILES = ("sRGB", "sRGB IEC61966-2.1", "sRGB IEC61966-2-1 black scaled", "sRGB built-in")
-#: Pictures with more pixels are decoded one at a time.
+#: Images with more pixels are decoded one at a time.
 LARGE_PIXELS = 25_000_000
 #: Pixels that are calculated with at a time, at 8 bytes each.
 _STRIP_PIXELS = 2**18
@@ -92,7 +45,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class UnreadableImage(Exception):  # noqa: N818  (a fact about the data, not a fault of the program)
-    """A picture that cannot be used: its name and the reason."""
+    """An image that cannot be used: its name and the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -118,16 +71,16 @@ def display_name(path: str | bytes | os.PathLike[str]) -> str:
 def open_image(
     source: str | os.PathLike[str] | bytes, name: str | None = None, background: RGB = WHITE
 ) -> Image.Image:
-    """Decode a picture to 8-bit RGB as a viewer would show it.
+    """Decode an image to 8-bit RGB as a viewer would show it.
 
     EXIF rotation is applied, colours are brought to sRGB from the embedded profile, transparency is
-    composited over `background`; grey, palette, CMYK and 16-bit pictures are converted; of an
+    composited over `background`; grey, palette, CMYK and 16-bit images are converted; of an
     animation or a multi-page file the first frame is taken.
 
     Args:
         source: a path, or the bytes of a file.
         name: how messages call it; the path by default.
-    Raises: UnreadableImage: missing, empty, truncated, corrupt, too large, or not a picture.
+    Raises: UnreadableImage: missing, empty, truncated, corrupt, too large, or not an image.
     """
     return _decode(source, name, lambda image: to_rgb(image, background))
 
@@ -135,12 +88,12 @@ def open_image(
 def open_with_alpha(
     source: str | os.PathLike[str] | bytes, name: str | None = None, background: RGB = WHITE
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Decode a picture as `open_image` does; also its opacity in grey, None if full."""
+    """Decode an image as `open_image` does; also its opacity in grey, None if full."""
     return _decode(source, name, lambda image: (to_rgb(image, background), _alpha(image)))
 
 
 def open_grey(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
-    """Decode a picture to 8-bit grey, upright; transparent pixels are black. See `open_image`.
+    """Decode an image to 8-bit grey, upright; transparent pixels are black. See `open_image`.
 
     Its values are weights and not colours, so a profile changes nothing.
     """
@@ -153,7 +106,13 @@ def open_grey(source: str | os.PathLike[str] | bytes, name: str | None = None) -
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
-    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    """Opacity in grey; None where all is opaque."""
+    if not image.has_transparency_data:
+        return None
+    if image.mode.startswith("I"):  # one grey of 16 bits is transparent; Pillow compares 8
+        opaque = np.asarray(image) != image.info["transparency"]
+        return Image.fromarray(np.uint8(255) * opaque)
+    return image.convert("RGBA").getchannel("A")
 
 
 def _decode(
@@ -164,6 +123,7 @@ def _decode(
         raise UnreadableImage(label, "the file is empty")
     try:
         with _opened(source, label) as image:
+            _shorten_colour_key(image)
             image.load()
             return use(_upright(image))
     except Image.DecompressionBombError as error:
@@ -175,9 +135,7 @@ def _decode(
     except FileNotFoundError as error:
         raise UnreadableImage(label, "the file does not exist") from error
     except Image.UnidentifiedImageError as error:
-        found = what_it_is(source)
-        reason = f"not a picture but {found}" if found else "not a picture format that Pillow reads"
-        raise UnreadableImage(label, reason) from error
+        raise UnreadableImage(label, _what_else(source)) from error
     except UnreadableImage:
         raise
     except Exception as error:  # a decoder fed with broken data raises nearly anything
@@ -186,9 +144,23 @@ def _decode(
         ) from error
 
 
+def _what_else(source: str | os.PathLike[str] | bytes) -> str:
+    """Say what a file is instead of an image."""
+    head = b""
+    if isinstance(source, bytes):
+        head = source[:HEAD]
+    else:
+        with suppress(OSError), open(source, "rb") as file:
+            head = file.read(HEAD)
+    if not (head and (found := sniff(head))):
+        return "not a picture format that Pillow reads" if head else "the file is empty"
+    what, advice = found
+    return f"not a picture but {what}" + f"; {advice[:1].lower()}{advice[1:]}" * bool(advice)
+
+
 @contextmanager
 def _opened(source: str | os.PathLike[str] | bytes, label: str) -> Iterator[Image.Image]:
-    """Open a picture's header; large ones are let through one at a time, as each takes gigabytes.
+    """Open an image's header; large ones are let through one at a time, as each takes gigabytes.
 
     Raises: UnreadableImage: PostScript, which Pillow would have another program run.
     """
@@ -201,19 +173,19 @@ def _opened(source: str | os.PathLike[str] | bytes, label: str) -> Iterator[Imag
 
 def to_rgb(image: Image.Image, background: RGB = WHITE) -> Image.Image:
     """Convert any Pillow mode to sRGB, compositing transparency over `background`."""
-    profile = image.info.get("icc_profile")
+    profile, opacity = image.info.get("icc_profile"), _alpha(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     colours = _in_srgb(image, profile) if profile else _colours(image, "RGB")
-    if (opacity := _alpha(image)) is None:
+    if opacity is None:
         return colours
     colours.putalpha(opacity)
-    ground = Image.new("RGBA", colours.size, (*background, 255))
-    return Image.alpha_composite(ground, colours).convert("RGB")
+    behind = Image.new("RGBA", colours.size, (*background, 255))
+    return Image.alpha_composite(behind, colours).convert("RGB")
 
 
 def _colours(image: Image.Image, mode: str) -> Image.Image:
-    """A picture without its opacity."""
+    """An image without its opacity."""
     # Of a palette with transparency not every entry goes to RGB directly.
     return (image.convert("RGBA") if image.has_transparency_data else image).convert(mode)
 
@@ -237,7 +209,7 @@ def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey (0…65535) to 8 bit; floats count as 0…1 when none exceeds 1.
 
-    Pillow's own conversion clips at 255 and turns nearly every 16-bit picture white.
+    Pillow's own conversion clips at 255 and turns nearly every 16-bit image white.
     """
     values = np.asarray(image)
     rows = max(1, _STRIP_PIXELS // max(1, image.width))
@@ -254,6 +226,15 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     for strip in strips:
         grey[strip] = np.clip(np.rint(finite(strip) * scale), 0, 255)
     return Image.fromarray(grey)
+
+
+def _shorten_colour_key(image: Image.Image) -> None:
+    """Of 16-bit colours Pillow keeps the upper 8 bits, but not of the one that is transparent."""
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and any(
+        "16" in str(tile.args) for tile in getattr(image, "tile", ())
+    ):
+        image.info["transparency"] = tuple(part >> 8 for part in key)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -275,7 +256,7 @@ def fit(
     background: RGB = WHITE,
     generator: torch.Generator | None = None,
 ) -> Image.Image:
-    """Bring a picture to `size` pixels without distorting it, with an antialiased Lanczos filter.
+    """Bring an image to `size` pixels without distorting it, with an antialiased Lanczos filter.
 
     Args:
         size: side of a square, or (height, width).
@@ -304,7 +285,7 @@ def to_tensor(
     background: RGB = WHITE,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fit a picture and turn it into a tensor (see `fit` for the arguments).
+    """Fit an image and turn it into a tensor (see `fit` for the arguments).
 
     Returns: float32 (3, height, width), 0 → −1 and 255 → 1.
     """
@@ -327,7 +308,7 @@ BLACK = (0, 0, 0)
 
 def latent_mask(
     mask: Image.Image | None,
-    picture: tuple[int, int],
+    image_size: tuple[int, int],
     size: tuple[int, int],
     crop: Crop,
     latent: tuple[int, int],
@@ -336,21 +317,16 @@ def latent_mask(
     """A mask at latent resolution.
 
     Args:
-        mask: of any size (it is stretched to the picture's); None counts everything.
-        picture: (width, height) of the picture.
-        size: (height, width) that the picture is brought to; what padding adds does not count.
+        mask: of any size (it is stretched to the image's); None counts everything.
+        image_size: (width, height) of the image.
+        size: (height, width) that the image is brought to; what padding adds does not count.
         latent: (h, w) of the latents.
-        generator: source of the random position, in the state that the picture's had.
+        generator: source of the random position, in the state that the image's had.
     Returns: float32 (h, w) in [0, 1].
     """
-    whole = mask.convert("L") if mask is not None else Image.new("L", picture, 255)
-    if whole.size != picture:
-        whole = whole.resize(picture, Image.Resampling.BILINEAR)
+    whole = mask.convert("L") if mask is not None else Image.new("L", image_size, 255)
+    if whole.size != image_size:
+        whole = whole.resize(image_size, Image.Resampling.BILINEAR)
     grey = whole.convert("RGB")
     pixels = to_tensor(grey, size, crop, background=BLACK, generator=generator)[:1]  # (1, H, W), ±1
     return F.adaptive_avg_pool2d((pixels[None] + 1) / 2, latent)[0, 0].clamp(0, 1)
-
-
-def stack_masks(moments: Tensor, masks: Tensor) -> Tensor:
-    """Moments (B, 2C, h, w) with masks (B, h, w) as one more channel."""
-    return torch.cat([moments, masks[:, None].to(moments)], dim=1)

@@ -8,7 +8,8 @@
 
 The autoencoder is frozen while the U-Net trains, so its moments (mean and log-variance of q(z|x))
 of an image never change. A row's key is a hash of the image: a second run encodes nothing, one
-changed image is one new row, and new captions cost nothing.
+changed image is one new row, and new captions cost nothing. With loss masks, a row's last channel
+is the mask.
 
 Work is cut into blocks of images. Process r of R encodes the unfinished blocks r, r + R, … and
 writes an index file for each; it talks to no other process, and whoever finds all blocks complete
@@ -18,7 +19,6 @@ Rows are read with plain file reads: pages of a memory map would count as the pr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -26,9 +26,7 @@ import os
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -38,22 +36,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.buckets import nearest, sizes_of
-from latentdiff.data.images import (
-    TRANSFORM_VERSION,
-    UnreadableImage,
-    latent_mask,
-    stack_masks,
-    to_tensor,
+from latentdiff.data.buckets import nearest
+from latentdiff.data.encoder import Encoder, Shape
+from latentdiff.data.images import UnreadableImage
+from latentdiff.data.source import (
+    DataConfig,
+    Skipped,
+    Source,
+    View,
+    digest,
+    few,
+    map_ahead,
+    problems_of,
 )
-from latentdiff.data.source import DataConfig, Skipped, Source, group_of, problems_of
 from latentdiff.errors import UserError
 from latentdiff.files import atomic_file
-from latentdiff.weights import raw_bytes
 
 _log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
-Shape = tuple[int, int, int]
 #: A shard is closed at this size; what a killed process loses is at most this much work.
 SHARD_BYTES = 64 * 2**20
 #: How many shards may be open at a time; systems allow 1024 files and often fewer.
@@ -62,23 +62,383 @@ OPEN_FILES = 128
 SMALLEST_BLOCK, LARGEST_BLOCK, BLOCKS = 256, 8192, 64
 
 
-def digest(*parts: str | bytes) -> str:
-    """32 hexadecimal digits that differ when any part does."""
-    found = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        found.update(part if isinstance(part, bytes) else part.encode("utf-8", "backslashreplace"))
-        found.update(b"\x1f")
-    return found.hexdigest()
+def build_latent_cache(
+    source: Source,
+    autoencoder: Any,
+    config: DataConfig,
+    cache_dir: str | Path,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    threads: int = 4,
+) -> LatentCache:
+    """Encode what is not stored yet and return all of it.
+
+    Args:
+        source: the images; unreadable ones are skipped and listed in `.skipped`.
+        autoencoder, config, device: see `Encoder`.
+        threads: how many images are decoded at a time.
+    Raises: UserError: crop "random", unwritable folder, moments that are not finite, no usable
+        image.
+    """
+    folder = LatentFolder(cache_dir, Encoder(autoencoder, config, device))
+    work = Encoding(source, folder, batch_size, threads)
+    work.run(progress=progress)
+    index = work.index()
+    if index is None:
+        raise UserError(
+            f"the latents just written to {folder.path} cannot be read back. Is the disk full, or "
+            "does another process delete them?"
+        )
+    skipped = [*problems_of(source), *index.skipped]
+    if not bool((index.buckets >= 0).any()):
+        raise UserError(f"0 usable images: none of {len(source)} could be read ({few(skipped)}).")
+    return LatentCache(source, folder, index, skipped)
 
 
-def key_array(keys: Iterable[str]) -> Array:
-    """Keys (32 hexadecimal digits each) as an array of 16-byte strings."""
-    return np.array([bytes.fromhex(key) for key in keys], dtype="S16")
+class Stored(NamedTuple):
+    """Some images of one shape as they are kept."""
+
+    moments: Tensor
+    """(B, 2C, h, w) float16."""
+    mask: Tensor | None
+    """(B, 1, h, w) float16 in [0, 1], what counts in the loss; None where all does."""
 
 
-def key_rows(keys: Array) -> Array:
-    """16-byte strings as rows of bytes, (N, 16) uint8."""
-    return np.ascontiguousarray(keys).view(np.uint8).reshape(-1, 16)
+class LatentCache(View):
+    """The usable images of a source as stored moments, with the captions the source has now.
+
+    Attributes:
+        skipped: (name, reason) of every image left out.
+        buckets: number of each entry's shape, into `shapes`.
+        shapes: (2C, h, w) of each bucket.
+        shape: that of the fullest bucket; of all entries where there are no buckets.
+    """
+
+    def __init__(
+        self, source: Source, folder: LatentFolder, index: LatentIndex, skipped: list[Skipped]
+    ) -> None:
+        usable = np.flatnonzero(index.buckets >= 0)
+        super().__init__(source, usable)
+        self.skipped, self.shapes = skipped, folder.shapes
+        self.buckets, keys = index.buckets[usable], index.keys[usable]
+        self._stores, self._masked = folder.stores, folder.masked
+        self._rows = np.empty(len(keys), np.int64)
+        for bucket, store in enumerate(folder.stores):
+            here = self.buckets == bucket
+            self._rows[here] = store.rows(keys[here])
+        self.shape = self.shapes[int(np.bincount(self.buckets).argmax())]
+        raw = keys.tobytes()
+        words = "\n".join(raw[n : n + 16].hex() for n in range(0, len(raw), 16))
+        self._fingerprint = digest(words, folder.path.name)
+
+    def read(self, indices: Sequence[int] | Tensor, seeds: Sequence[int] = ()) -> Stored:
+        """Read entries of one shape, in the order asked for; nothing about them is random.
+
+        Raises: ValueError: entries of several shapes.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        buckets = self.buckets[wanted]
+        if (buckets != buckets[0]).any():
+            raise ValueError("a batch of latents must come from one bucket")
+        rows = self._stores[int(buckets[0])].read(self._rows[wanted])
+        return Stored(rows[:, :-1], rows[:, -1:]) if self._masked else Stored(rows, None)
+
+    def fingerprint(self) -> str:
+        """Hash images, transform and autoencoder: equal means equal moments in equal order."""
+        return self._fingerprint
+
+
+class Done(NamedTuple):
+    """What one process did."""
+
+    blocks: int
+    """Blocks that it committed."""
+    encoded: int
+    """Images that it encoded (equal and already stored ones are not)."""
+
+
+class Encoding:
+    """Fills a folder with the latents of a source: decodes in threads, encodes in batches.
+
+    Args:
+        batch_size: images encoded at a time.
+        threads: images decoded at a time.
+    Attributes: blocks: which images each block has; the same for any number of processes.
+    """
+
+    def __init__(
+        self, source: Source, folder: LatentFolder, batch_size: int = 32, threads: int = 4
+    ) -> None:
+        self._source, self._folder = source, folder
+        self._batch_size, self._threads = batch_size, threads
+        self._name, count = f"index-{digest(source.fingerprint())}", len(source)
+        size = min(max(count // BLOCKS, SMALLEST_BLOCK), LARGEST_BLOCK)
+        self.blocks = [range(n, min(n + size, count)) for n in range(0, count, size)]
+
+    def index(self) -> LatentIndex | None:
+        """Read the whole index, or make it from its blocks; None while a block is missing.
+
+        Several processes may do so at once: they write the same bytes.
+        """
+        self._folder.refresh()
+        if (whole := self._whole()) is not None:
+            return whole
+        blocks = [b for n in range(len(self.blocks)) if (b := self._read_block(n)) is not None]
+        if len(blocks) < len(self.blocks):
+            return self._whole()  # another process has joined, and deleted, them
+        index = LatentIndex(
+            np.concatenate([block.buckets for block in blocks]),
+            np.concatenate([block.keys for block in blocks]),
+            [skipped for block in blocks for skipped in block.skipped],
+        )
+        self._folder.write_index(self._name, index)
+        for number in range(len(self.blocks)):
+            (self._folder.path / f"{self._block_name(number)}.safetensors").unlink(missing_ok=True)
+        return index
+
+    def missing(self) -> int:
+        """How many blocks are not complete."""
+        return sum(self._read_block(number) is None for number in range(len(self.blocks)))
+
+    def run(self, rank: int = 0, ranks: int = 1, progress: bool = True) -> Done:
+        """Encode this process's unfinished blocks. Raises: UserError: nothing can be written."""
+        from tqdm import tqdm
+
+        if self._whole() is not None:
+            return Done(0, 0)
+        mine = range(rank, len(self.blocks), ranks)
+        todo = [n for n in mine if self._read_block(n) is None]
+        total, encoded = sum(len(self.blocks[n]) for n in todo), 0
+        _remove_stale(self._folder.path)
+        with tqdm(total=total, desc="encoding latents", disable=not progress, unit="img") as bar:
+            for number in todo:
+                block, count = self._encode_block(self.blocks[number], bar.update)
+                self._folder.refresh()  # what this block stored is not encoded again in the next
+                self._folder.write_index(self._block_name(number), block)
+                encoded += count
+        return Done(len(todo), encoded)
+
+    def _whole(self) -> LatentIndex | None:
+        return self._folder.read_index(self._name, len(self._source))
+
+    def _block_name(self, number: int) -> str:
+        return f"{self._name}-block-{number}"
+
+    def _read_block(self, number: int) -> LatentIndex | None:
+        return self._folder.read_index(self._block_name(number), len(self.blocks[number]))
+
+    def _encode_block(self, images: range, tick: Callable[[int], Any]) -> tuple[LatentIndex, int]:
+        """Returns: the block's index, and how many images were encoded."""
+        index = LatentIndex(np.full(len(images), -1, np.int16), np.zeros(len(images), "S16"), [])
+        rows = [_Rows(self._folder, n, self._batch_size) for n in range(len(self._folder.sizes))]
+        ahead = 2 * self._batch_size + self._threads
+        try:
+            for at, job in enumerate(map_ahead(self._load, images, self._threads, ahead)):
+                tick(1)
+                if job.problem is not None:
+                    index.skipped.append(job.problem)
+                    continue
+                index.buckets[at], index.keys[at] = job.bucket, bytes.fromhex(job.key)
+                if job.pixels is not None:
+                    rows[job.bucket].add(job)
+            for part in rows:
+                part.encode()
+        finally:  # rows stand on their own, so what was encoded before an error is kept
+            for part in rows:
+                part.flush()
+        return index, sum(part.encoded for part in rows)
+
+    def _load(self, number: int) -> _Job:
+        """Decode an image, unless its file already says that it is stored."""
+        content_key = getattr(self._source, "content_key", None)
+        try:
+            key = content_key(number) if content_key else None
+            if key is not None and (bucket := self._folder.bucket_of(key)) is not None:
+                return _Job(key, bucket)
+            example = self._source[number]
+        except UnreadableImage as error:
+            return _Job(problem=(error.name, error.reason))
+        image, mask = example.image, example.mask
+        if key is None:
+            masks = [mask.tobytes()] if mask is not None else []
+            key = digest(image.tobytes(), repr(image.size), *masks)
+            if (bucket := self._folder.bucket_of(key)) is not None:
+                return _Job(key, bucket)
+        bucket = nearest(self._folder.sizes, *image.size)
+        return _Job(key, bucket, *self._folder.encoder.prepare(example, bucket))
+
+
+class _Job(NamedTuple):
+    key: str = ""
+    bucket: int = -1
+    pixels: Tensor | None = None
+    mask: Tensor | None = None
+    problem: Skipped | None = None
+
+
+class _Rows:
+    """Images of one bucket that wait to fill a batch, and rows that wait to fill a shard.
+
+    Attributes: encoded: how many images were encoded.
+    """
+
+    def __init__(self, folder: LatentFolder, bucket: int, batch_size: int) -> None:
+        self._place, self._encoder = folder.bucket_path(bucket), folder.encoder
+        self._batch_size, self._seen, self.encoded = batch_size, set[str](), 0
+        self._queue, self._keys, self._moments = list[_Job](), list[str](), list[Tensor]()
+
+    def add(self, job: _Job) -> None:
+        """Queue an image, if the same was not already; encode once they fill a batch."""
+        if job.key in self._seen:
+            return
+        self._seen.add(job.key)
+        self._queue.append(job)
+        if len(self._queue) == self._batch_size:
+            self.encode()
+
+    def encode(self) -> None:
+        """Encode what is queued. Raises: UserError: moments are not finite."""
+        queue, self._queue = self._queue, []
+        if not queue:
+            return
+        moments = self._encoder(torch.stack([j.pixels for j in queue if j.pixels is not None]))
+        stored = moments.to("cpu", torch.float16)
+        if not bool(torch.isfinite(stored).all()):
+            raise UserError(
+                "the autoencoder gave moments that are not finite numbers in 16 bit "
+                f"(it runs in {moments.dtype}). Load it in float32; if that is so, it is broken."
+            )
+        if masks := [job.mask for job in queue if job.mask is not None]:
+            stored = torch.cat([stored, torch.stack(masks)[:, None].to(stored)], dim=1)
+        self._keys += [job.key for job in queue]
+        self._moments.append(stored)
+        self.encoded += len(queue)
+        if sum(part.nbytes for part in self._moments) >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is encoded. Raises: UserError: the folder cannot be written."""
+        if self._keys:
+            write_shard(self._place, self._keys, torch.cat(self._moments))
+        self._keys, self._moments = [], []
+
+
+def _remove_stale(folder: Path) -> None:
+    """Delete what killed runs left; younger files may belong to a run that is still going."""
+    for path in folder.rglob(".tmp-*"):
+        try:
+            if time.time() - path.stat().st_mtime > 24 * 3600:
+                path.unlink()
+        except OSError:
+            continue
+
+
+class LatentIndex(NamedTuple):
+    """One entry per image of a source, or of one block of it."""
+
+    buckets: Array
+    """(N,) int16: the bucket, or −1 for an image that cannot be read."""
+    keys: Array
+    """(N,) 16-byte strings: the key in that bucket's shards."""
+    skipped: list[Skipped]
+    """(name, reason) of the unreadable ones, in order."""
+
+
+class LatentFolder:
+    """What was encoded with the same weights and transform: shards per bucket, an index per source.
+
+    Args:
+        cache_dir: of all latent caches.
+    Attributes:
+        sizes: (height, width) in pixels per bucket; one where there are no buckets.
+        shapes: (2C, h, w) of the moments per bucket.
+        masked: whether rows have a mask as their last channel.
+        stores: one per bucket.
+    Raises: UserError: crop random, one bucket only, an unwritable folder.
+    """
+
+    def __init__(self, cache_dir: str | Path, encoder: Encoder) -> None:
+        self.encoder, self.sizes, self.masked = encoder, encoder.sizes, encoder.masked
+        config = encoder.config
+        if config.crop == "random":
+            raise UserError(
+                "data.crop=random cannot be cached: latents are encoded once. Use center or pad, "
+                "or latents.online=true, which encodes at every step."
+            )
+        if config.buckets and len(self.sizes) == 1:
+            raise UserError(
+                f"data.buckets=true gives one shape only, {self.sizes[0]}: lower data.bucket_step="
+                f"{config.bucket_step} or raise data.bucket_max_ratio={config.bucket_max_ratio}."
+            )
+        self.path = Path(cache_dir) / f"latents-{encoder.key}"
+        self.shapes = self._prepare(encoder)
+        self.stores = [
+            Shards(self.bucket_path(i), (c + self.masked, h, w))
+            for i, (c, h, w) in enumerate(self.shapes)
+        ]
+
+    def _prepare(self, encoder: Encoder) -> list[Shape]:
+        """Make the folders; find the moments' shapes (remembered in about.json)."""
+        about = self.path / "about.json"
+        try:
+            for number in range(len(self.sizes)):
+                self.bucket_path(number).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        if about.is_file():
+            encoder.shapes = encoder.shapes_like(json.loads(about.read_text())["moments_shape"])
+        else:
+            facts = {
+                "moments_shape": encoder.shapes[0],
+                "image_size": encoder.config.image_size,
+                "crop": encoder.config.crop,
+                "buckets": self.sizes,
+            }
+            _write(about, json.dumps(facts).encode())
+        return encoder.shapes
+
+    def bucket_path(self, number: int) -> Path:
+        """Where one bucket's latents are."""
+        height, width = self.sizes[number]
+        return self.path / f"{height}x{width}" if len(self.sizes) > 1 else self.path
+
+    def refresh(self) -> None:
+        """Look for what other processes have written."""
+        for store in self.stores:
+            store.refresh()
+
+    def bucket_of(self, key: str) -> int | None:
+        """Which bucket holds an image, or None."""
+        return next((i for i, store in enumerate(self.stores) if key in store), None)
+
+    def read_index(self, name: str, count: int) -> LatentIndex | None:
+        """Read an index of `count` images; None if it is missing or names a missing latent."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            tensors = load((self.path / f"{name}.safetensors").read_bytes())
+            buckets, keys = tensors["buckets"], tensors["keys"].reshape(-1).view("S16")
+            skipped = [(name, why) for name, why in json.loads(bytes(tensors["skipped"]))]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+        if not len(buckets) == len(keys) == count or buckets.max(initial=-1) >= len(self.stores):
+            return None
+        stored = (store.has(keys[buckets == i]).all() for i, store in enumerate(self.stores))
+        return LatentIndex(buckets, keys, skipped) if all(stored) else None
+
+    def write_index(self, name: str, index: LatentIndex) -> None:
+        """Commit an index. Raises: UserError: the folder cannot be written."""
+        from safetensors.numpy import save
+
+        text = json.dumps(index.skipped).encode()
+        tensors: dict[str, Any] = {
+            "buckets": index.buckets.astype(np.int16),
+            "keys": _key_rows(index.keys),
+            "skipped": np.frombuffer(text, np.uint8),
+        }
+        _write(self.path / f"{name}.safetensors", save(tensors))
 
 
 class Shards:
@@ -186,8 +546,19 @@ def write_shard(folder: Path, keys: Sequence[str], moments: Tensor) -> None:
     """
     from safetensors.torch import save
 
-    tensors = {"keys": torch.from_numpy(key_rows(key_array(keys))), "moments": moments.contiguous()}
+    rows = torch.from_numpy(_key_rows(key_array(keys)))
+    tensors = {"keys": rows, "moments": moments.contiguous()}
     _write(folder / f"shard-{uuid.uuid4().hex[:16]}.safetensors", save(tensors))
+
+
+def key_array(keys: Iterable[str]) -> Array:
+    """Keys (32 hexadecimal digits each) as an array of 16-byte strings."""
+    return np.array([bytes.fromhex(key) for key in keys], dtype="S16")
+
+
+def _key_rows(keys: Array) -> Array:
+    """16-byte strings as rows of bytes, (N, 16) uint8."""
+    return np.ascontiguousarray(keys).view(np.uint8).reshape(-1, 16)
 
 
 def _write(file: Path, data: bytes) -> None:
@@ -205,474 +576,3 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
         f"the latent cache cannot be written to {folder} ({error}). Choose another folder "
         "(latents.cache_dir) or free the disk; what was encoded so far is kept."
     )
-
-
-class LatentIndex(NamedTuple):
-    """One entry per image of a source, or of one block of it."""
-
-    buckets: Array
-    """(N,) int16: the bucket, or −1 for an image that cannot be read."""
-    keys: Array
-    """(N,) 16-byte strings: the key in that bucket's shards."""
-    skipped: list[Skipped]
-    """(name, reason) of the unreadable ones, in order."""
-
-
-class LatentFolder:
-    """What was encoded with the same weights and transform: shards per bucket, an index per source.
-
-    Args:
-        cache_dir: of all latent caches.
-        autoencoder: what encodes; see `build_latent_cache`.
-    Attributes:
-        sizes: (height, width) in pixels per bucket; one where there are no buckets.
-        shapes: (2C, h, w) of the moments per bucket.
-        masked: whether rows have a mask as their last channel.
-        stores: one per bucket.
-    Raises: UserError: crop random, a size the autoencoder cannot take, an unwritable folder.
-    """
-
-    def __init__(
-        self, cache_dir: str | Path, autoencoder: Any, config: DataConfig, device: Any = "cpu"
-    ) -> None:
-        if config.crop == "random":
-            raise UserError(
-                "data.crop=random cannot be cached: latents are encoded once. Use center or pad, "
-                "or latents.online=true, which encodes at every step."
-            )
-        self.sizes = sizes_of(config)
-        if config.buckets and len(self.sizes) == 1:
-            raise UserError(
-                f"data.buckets=true gives one shape only, {self.sizes[0]}: lower data.bucket_step="
-                f"{config.bucket_step} or raise data.bucket_max_ratio={config.bucket_max_ratio}."
-            )
-        check_sizes(autoencoder, self.sizes)
-        self.masked = config.loss_mask != "none"
-        self.path = Path(cache_dir) / f"latents-{cache_key(autoencoder, config)}"
-        self.shapes = self._prepare(autoencoder, config, device)
-        self.stores = [
-            Shards(self.bucket_path(i), (c + self.masked, h, w))
-            for i, (c, h, w) in enumerate(self.shapes)
-        ]
-
-    def bucket_path(self, number: int) -> Path:
-        """Where one bucket's latents are."""
-        height, width = self.sizes[number]
-        return self.path / f"{height}x{width}" if len(self.sizes) > 1 else self.path
-
-    def refresh(self) -> None:
-        """Look for what other processes have written."""
-        for store in self.stores:
-            store.refresh()
-
-    def bucket_of(self, key: str) -> int | None:
-        """Which bucket holds an image, or None."""
-        return next((i for i, store in enumerate(self.stores) if key in store), None)
-
-    def read_index(self, name: str, count: int) -> LatentIndex | None:
-        """Read an index of `count` images; None if it is missing or names a missing latent."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
-        try:
-            tensors = load((self.path / f"{name}.safetensors").read_bytes())
-            buckets, keys = tensors["buckets"], tensors["keys"].reshape(-1).view("S16")
-            skipped = [(name, why) for name, why in json.loads(bytes(tensors["skipped"]))]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return None
-        if not len(buckets) == len(keys) == count or buckets.max(initial=-1) >= len(self.stores):
-            return None
-        stored = (store.has(keys[buckets == i]).all() for i, store in enumerate(self.stores))
-        return LatentIndex(buckets, keys, skipped) if all(stored) else None
-
-    def write_index(self, name: str, index: LatentIndex) -> None:
-        """Commit an index. Raises: UserError: the folder cannot be written."""
-        from safetensors.numpy import save
-
-        text = json.dumps([list(item) for item in index.skipped]).encode()
-        tensors: dict[str, Any] = {
-            "buckets": index.buckets.astype(np.int16),
-            "keys": key_rows(index.keys),
-            "skipped": np.frombuffer(text, np.uint8),
-        }
-        _write(self.path / f"{name}.safetensors", save(tensors))
-
-    def _prepare(self, autoencoder: Any, config: DataConfig, device: Any) -> list[Shape]:
-        """Make the folders; find the moments' shapes (remembered in about.json)."""
-        about = self.path / "about.json"
-        try:
-            for number in range(len(self.sizes)):
-                self.bucket_path(number).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
-        if about.is_file():
-            channels, height, width = json.loads(about.read_text())["moments_shape"]
-        else:
-            blank = torch.zeros(1, 3, *self.sizes[0], device=device, dtype=float_type(autoencoder))
-            _, channels, height, width = encode_moments(autoencoder, blank).shape
-            facts = {
-                "moments_shape": [channels, height, width],
-                "image_size": config.image_size,
-                "crop": config.crop,
-                "buckets": [list(size) for size in self.sizes],
-            }
-            _write(about, json.dumps(facts).encode())
-        down, across = self.sizes[0][0] // height, self.sizes[0][1] // width
-        return [(channels, h // down, w // across) for h, w in self.sizes]
-
-
-def cache_key(autoencoder: Any, config: DataConfig) -> str:
-    """Hash everything but the image that decides the moments: weights and transform."""
-    transform: tuple[Any, ...] = (
-        TRANSFORM_VERSION,
-        config.image_size,
-        config.crop,
-        tuple(config.background),
-    )
-    if config.buckets:
-        transform += ("buckets", sizes_of(config))
-    if config.loss_mask != "none":
-        transform += ("mask", config.loss_mask)
-    found = hashlib.blake2b(repr(transform).encode(), digest_size=8)
-    for name, tensor in sorted(autoencoder.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(raw_bytes(tensor))
-    return found.hexdigest()
-
-
-def check_sizes(autoencoder: Any, sizes: tuple[tuple[int, int], ...]) -> None:
-    """Refuse sizes that the autoencoder cannot take. Raises: UserError."""
-    if hasattr(autoencoder, "check_image_size"):
-        for size in sizes:
-            autoencoder.check_image_size(size)
-
-
-def encode_moments(autoencoder: Any, images: Tensor) -> Tensor:
-    """Moments (B, 2C, h, w) of images, without gradients."""
-    with torch.no_grad():
-        return autoencoder.encode_moments(images)
-
-
-def float_type(autoencoder: Any) -> torch.dtype:
-    """The number format of an autoencoder's weights."""
-    floats = (t.dtype for t in autoencoder.state_dict().values() if t.is_floating_point())
-    return next(floats, torch.float32)
-
-
-class Done(NamedTuple):
-    """What one process did."""
-
-    blocks: int
-    """Blocks that it committed."""
-    encoded: int
-    """Images that it encoded (equal and already stored ones are not)."""
-
-
-class _Job(NamedTuple):
-    number: int
-    key: str = ""
-    bucket: int = -1
-    image: Tensor | None = None
-    mask: Tensor | None = None
-    problem: Skipped | None = None
-
-
-class _Rows:
-    """Encoded rows of one bucket that wait to fill a shard."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._keys, self._moments = list[str](), list[Tensor]()
-
-    def append(self, keys: Iterable[str], moments: Tensor) -> None:
-        self._keys += keys
-        self._moments.append(moments)
-        if sum(part.nbytes for part in self._moments) >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._keys:
-            write_shard(self._folder, self._keys, torch.cat(self._moments))
-        self._keys, self._moments = [], []
-
-
-class Encoding:
-    """Fills a folder with the latents of a source: decodes in threads, encodes in batches.
-
-    Args:
-        batch_size: images encoded at a time.
-        threads: images decoded at a time.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        autoencoder: Any,
-        config: DataConfig,
-        folder: LatentFolder,
-        device: torch.device,
-        batch_size: int = 32,
-        threads: int = 4,
-    ) -> None:
-        self._source, self._autoencoder, self._config = source, autoencoder, config
-        self._folder, self._device, self._dtype = folder, device, float_type(autoencoder)
-        self._batch_size, self._threads = batch_size, threads
-        self._content_key = getattr(source, "content_key", None)
-        self._name, count, self._encoded = f"index-{digest(source.fingerprint())}", len(source), 0
-        # The number of processes may differ from run to run, so it does not enter.
-        size = min(max(count // BLOCKS, SMALLEST_BLOCK), LARGEST_BLOCK)
-        self.blocks = [range(n, min(n + size, count)) for n in range(0, count, size)]
-
-    def index(self) -> LatentIndex | None:
-        """Read the whole index, or make it from its blocks; None while a block is missing.
-
-        Several processes may do so at once: they write the same bytes.
-        """
-        self._folder.refresh()
-        if (whole := self._whole()) is not None:
-            return whole
-        blocks = [b for n in range(len(self.blocks)) if (b := self._read_block(n)) is not None]
-        if len(blocks) < len(self.blocks):
-            return self._whole()  # another process has joined, and deleted, them
-        index = LatentIndex(
-            np.concatenate([block.buckets for block in blocks]),
-            np.concatenate([block.keys for block in blocks]),
-            [skipped for block in blocks for skipped in block.skipped],
-        )
-        self._folder.write_index(self._name, index)
-        for number in range(len(self.blocks)):
-            (self._folder.path / f"{self._block_name(number)}.safetensors").unlink(missing_ok=True)
-        return index
-
-    def missing(self) -> int:
-        """How many blocks are not complete."""
-        return sum(self._read_block(number) is None for number in range(len(self.blocks)))
-
-    def run(self, rank: int = 0, ranks: int = 1, progress: bool = True) -> Done:
-        """Encode this process's unfinished blocks. Raises: UserError: nothing can be written."""
-        from tqdm import tqdm
-
-        if self._whole() is not None:
-            return Done(0, 0)
-        mine = range(rank, len(self.blocks), ranks)
-        todo = [n for n in mine if self._read_block(n) is None]
-        total, self._encoded = sum(len(self.blocks[n]) for n in todo), 0
-        _remove_stale(self._folder.path)
-        bar = tqdm(total=total, desc="encoding latents", disable=not progress, unit="img")
-        with bar, ThreadPoolExecutor(self._threads) as pool:
-            for number in todo:
-                block = self._encode_block(self.blocks[number], pool, bar.update)
-                self._folder.refresh()  # what this block stored is not encoded again in the next
-                self._folder.write_index(self._block_name(number), block)
-        return Done(len(todo), self._encoded)
-
-    def _whole(self) -> LatentIndex | None:
-        return self._folder.read_index(self._name, len(self._source))
-
-    def _block_name(self, number: int) -> str:
-        return f"{self._name}-block-{number}"
-
-    def _read_block(self, number: int) -> LatentIndex | None:
-        return self._folder.read_index(self._block_name(number), len(self.blocks[number]))
-
-    def _encode_block(
-        self, images: range, pool: ThreadPoolExecutor, tick: Callable[[int], Any]
-    ) -> LatentIndex:
-        buckets, keys = np.full(len(images), -1, np.int16), np.zeros(len(images), "S16")
-        skipped, encoded = list[Skipped](), set[str]()
-        queues: dict[int, dict[str, _Job]] = {}
-        rows = [_Rows(self._folder.bucket_path(n)) for n in range(len(self._folder.sizes))]
-        try:
-            ahead = 2 * self._batch_size + self._threads
-            for job in _prefetch(pool, self._load, images, ahead):
-                tick(1)
-                if job.problem is not None:
-                    skipped.append(job.problem)
-                    continue
-                at = job.number - images.start
-                buckets[at], keys[at] = job.bucket, bytes.fromhex(job.key)
-                if job.image is None or job.key in encoded:
-                    continue
-                queue = queues.setdefault(job.bucket, {})
-                queue[job.key] = job
-                if len(queue) == self._batch_size:
-                    encoded |= self._encode(queues.pop(job.bucket), rows[job.bucket])
-            for bucket, queue in queues.items():
-                self._encode(queue, rows[bucket])
-        finally:  # rows stand on their own, so what was encoded before an error is kept
-            for part in rows:
-                part.flush()
-        return LatentIndex(buckets, keys, skipped)
-
-    def _load(self, index: int) -> _Job:
-        try:
-            key = self._content_key(index) if self._content_key else None
-            if key is not None and (bucket := self._folder.bucket_of(key)) is not None:
-                return _Job(index, key, bucket)
-            example = self._source[index]
-        except UnreadableImage as error:
-            return _Job(index, problem=(error.name, error.reason))
-        image, mask, config = example.image, example.mask, self._config
-        if key is None:
-            masks = [mask.tobytes()] if mask is not None else []
-            key = digest(image.tobytes(), repr(image.size), *masks)
-            if (bucket := self._folder.bucket_of(key)) is not None:
-                return _Job(index, key, bucket)
-        bucket = nearest(self._folder.sizes, *image.size)
-        size = self._folder.sizes[bucket]
-        tensor = to_tensor(image, size, config.crop, background=config.background)
-        if not self._folder.masked:
-            return _Job(index, key, bucket, tensor)
-        latent = self._folder.shapes[bucket][1:]
-        small = latent_mask(mask, image.size, size, config.crop, latent)
-        return _Job(index, key, bucket, tensor, small)
-
-    def _encode(self, queue: dict[str, _Job], rows: _Rows) -> set[str]:
-        """Encode a batch. Returns: its keys. Raises: UserError: moments are not finite."""
-        images = torch.stack([job.image for job in queue.values() if job.image is not None])
-        moments = encode_moments(self._autoencoder, images.to(self._device, self._dtype))
-        stored = moments.to("cpu", torch.float16)
-        if not bool(torch.isfinite(stored).all()):
-            raise UserError(
-                "the autoencoder gave moments that are not finite numbers in 16 bit "
-                f"(it runs in {moments.dtype}). Load it in float32; if that is so, it is broken."
-            )
-        masks = [job.mask for job in queue.values() if job.mask is not None]
-        rows.append(queue, stack_masks(stored, torch.stack(masks)) if masks else stored)
-        self._encoded += len(queue)
-        return set(queue)
-
-
-def _prefetch(
-    pool: ThreadPoolExecutor, call: Callable[[int], _Job], items: Iterable[int], ahead: int
-) -> Iterator[_Job]:
-    """Yield call(item) in order while the pool works on at most `ahead` items."""
-    waiting: deque[Future[_Job]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(call, item))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:  # after Ctrl-C what is still in the queue is not waited for
-            future.cancel()
-
-
-def _remove_stale(folder: Path) -> None:
-    """Delete what killed runs left; younger files may belong to a run that is still going."""
-    for path in folder.rglob(".tmp-*"):
-        try:
-            if time.time() - path.stat().st_mtime > 24 * 3600:
-                path.unlink()
-        except OSError:
-            continue
-
-
-class Stored(NamedTuple):
-    """Some images of one shape as they are kept."""
-
-    moments: Tensor
-    """(B, 2C, h, w) float16."""
-    mask: Tensor | None
-    """(B, 1, h, w) float16 in [0, 1], what counts in the loss; None where all does."""
-
-
-class LatentCache:
-    """The usable images of a source as stored moments, with the captions the source has now.
-
-    Attributes:
-        skipped: (name, reason) of every image left out.
-        source_indices: which image of the source each entry is.
-        buckets: number of each entry's shape, into `shapes`.
-        shapes: (2C, h, w) of each bucket.
-        shape: that of the fullest bucket; of all entries where there are no buckets.
-    """
-
-    def __init__(
-        self, source: Source, folder: LatentFolder, index: LatentIndex, skipped: list[Skipped]
-    ) -> None:
-        self.skipped, self.shapes = skipped, folder.shapes
-        self.source_indices = np.flatnonzero(index.buckets >= 0)
-        self.buckets = index.buckets[self.source_indices]
-        keys = index.keys[self.source_indices]
-        self._source, self._stores, self._masked = source, folder.stores, folder.masked
-        self._rows = np.empty(len(keys), np.int64)
-        for bucket, store in enumerate(folder.stores):
-            here = self.buckets == bucket
-            self._rows[here] = store.rows(keys[here])
-        self.shape = self.shapes[int(np.bincount(self.buckets).argmax())]
-        raw = keys.tobytes()
-        words = "\n".join(raw[n : n + 16].hex() for n in range(0, len(raw), 16))
-        self._fingerprint = digest(words, folder.path.name)
-
-    def __len__(self) -> int:
-        return len(self.source_indices)
-
-    def read(self, indices: Sequence[int] | Tensor, seeds: Sequence[int] = ()) -> Stored:
-        """Read entries of one shape, in the order asked for; nothing about them is random.
-
-        Raises: ValueError: entries of several shapes.
-        """
-        wanted = np.asarray(indices, dtype=np.int64)
-        buckets = self.buckets[wanted]
-        if (buckets != buckets[0]).any():
-            raise ValueError("a batch of latents must come from one bucket")
-        rows = self._stores[int(buckets[0])].read(self._rows[wanted])
-        return Stored(rows[:, :-1], rows[:, -1:]) if self._masked else Stored(rows, None)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of one image."""
-        return self._source.captions(int(self.source_indices[index]))
-
-    def name(self, index: int) -> str:
-        """Return the name of one image."""
-        return self._source.name(int(self.source_indices[index]))
-
-    def group(self, index: int) -> str:
-        """Return the key that `split` keeps together."""
-        return group_of(self._source, int(self.source_indices[index]))
-
-    def fingerprint(self) -> str:
-        """Hash images, transform and autoencoder: equal means equal moments in equal order."""
-        return self._fingerprint
-
-
-def build_latent_cache(
-    source: Source,
-    autoencoder: Any,
-    config: DataConfig,
-    cache_dir: str | Path,
-    batch_size: int = 32,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-    threads: int = 4,
-) -> LatentCache:
-    """Encode what is not stored yet and return all of it.
-
-    Args:
-        source: the images; unreadable ones are skipped and listed in `.skipped`.
-        autoencoder: has encode_moments(images (B, 3, H, W) in [-1, 1]) -> (B, 2C, h, w) and
-            state_dict(); it is moved to `device`.
-        config: image_size, buckets, crop, background and loss_mask are used.
-        threads: how many images are decoded at a time.
-    Raises: UserError: crop "random", unwritable folder, moments that are not finite, no usable
-        image.
-    """
-    autoencoder.to(device)
-    folder = LatentFolder(cache_dir, autoencoder, config, device)
-    where = torch.device(device)
-    work = Encoding(source, autoencoder, config, folder, where, batch_size, threads)
-    work.run(progress=progress)
-    index = work.index()
-    if index is None:
-        raise UserError(
-            f"the latents just written to {folder.path} cannot be read back. Is the disk full, or "
-            "does another process delete them?"
-        )
-    skipped = [*problems_of(source), *index.skipped]
-    if not bool((index.buckets >= 0).any()):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
-        raise UserError(f"0 usable images: none of {len(source)} could be read ({reasons}).")
-    return LatentCache(source, folder, index, skipped)

@@ -1,28 +1,35 @@
 """What a data set looks like to the rest of the code, and how a configuration opens one.
 
-A source is a map from an index to an RGB picture with its captions. Sources never resize and never
-touch tensors; `images` and `latents` do that.
+A source is a map from an index to an RGB image with its captions. Sources never resize and never
+touch tensors; `images` and `latents` do that. A new kind of source is a `FileSource` in a file of
+its own, a word in `DataConfig.kind` and two lines in `open_whole`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 from PIL import Image
 
 from latentdiff.config import FREE
-from latentdiff.data.images import UnreadableImage
-from latentdiff.errors import UserError, choice_error, printable
+from latentdiff.data.captions import clean_captions
+from latentdiff.data.images import UnreadableImage, open_grey, open_image, open_with_alpha
+from latentdiff.errors import UserError, printable
 
-#: A picture that is left out, and why.
+T = TypeVar("T")
+#: An image that is left out, and why.
 Skipped = tuple[str, str]
 
 
 class Example(NamedTuple):
-    """One picture (RGB), everything that is said about it, and a name for messages."""
+    """One image (RGB), everything that is said about it, and a name for messages."""
 
     image: Image.Image
     captions: tuple[str, ...]
@@ -33,10 +40,10 @@ class Example(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """A map-style data set of captioned pictures.
+    """A map-style data set of captioned images.
 
-    Optional, looked up by name: `group(i) -> str`, pictures that must stay on one side of the
-    train/validation split; `content_key(i) -> str`, a hash that changes with the picture and is
+    Optional, looked up by name: `group(i) -> str`, images that must stay on one side of the
+    train/validation split; `content_key(i) -> str`, a hash that changes with the image and is
     cheaper than decoding it; `read(i) -> bytes`, its file, as `latentdiff doctor` looks at it;
     `problems: list[(name, reason)]`, entries left out when opening.
     """
@@ -44,19 +51,19 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Decode one picture. Raises: UnreadableImage: with its name and the reason."""
+        """Decode one image. Raises: UnreadableImage: with its name and the reason."""
         ...
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions without decoding the picture."""
+        """Return the captions without decoding the image."""
         ...
 
     def name(self, index: int) -> str:
-        """Return a name that a person can find the picture by."""
+        """Return a name that a person can find the image by."""
         ...
 
     def fingerprint(self) -> str:
-        """Return a cheap hash of which pictures there are; captions do not enter it."""
+        """Return a cheap hash of which images there are; captions do not enter it."""
         ...
 
 
@@ -66,25 +73,25 @@ class Captioned(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Return the name of one picture."""
+        """Return the name of one image."""
         ...
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from and how they become squares, or rectangles of some shapes."""
+    """Where the images come from and how they become squares, or rectangles of some shapes."""
 
     kind: Literal["emoji", "folder", "parquet", "hub", "webdataset"] = "emoji"
     """emoji: the embedded set; folder: images with metadata.jsonl/.csv or .txt files (or a .zip of
     that); parquet: a file or folder of files; hub: a `datasets` id or a `save_to_disk` folder;
-    webdataset: .tar shards of pictures and captions of the same names."""
+    webdataset: .tar shards of images and captions of the same names."""
     path: str | None = field(default=None, metadata=FREE)
     """Folder, file or data set id; not used by kind emoji."""
     follow_links: bool = field(default=False, metadata=FREE)
     """Also read what lies outside the data folder: where links in it lead, and where the paths of a
     table do. Otherwise that is left out and reported."""
     image_column: str = "image"
-    """Column of the pictures (parquet and hub)."""
+    """Column of the images (parquet and hub)."""
     caption_column: str | None = None
     """Column of the captions, text or a list of texts; null looks for text, caption, captions…"""
     split: str = "train"
@@ -99,7 +106,7 @@ class DataConfig:
     """center or random: cut a square out of the longer side; pad: keep all, fill with background.
     Cached latents are encoded once, so training on them takes center or pad."""
     buckets: bool = False
-    """Keep aspect ratios: bring each picture to the nearest of several shapes of about image_size²
+    """Keep aspect ratios: bring each image to the nearest of several shapes of about image_size²
     pixels, each batch of one shape, in place of squares (train_latent.py and cache_latents.py)."""
     bucket_step: int = 64
     """Sides of those shapes are multiples of this many pixels; it must suit autoencoder and U-Net
@@ -107,7 +114,7 @@ class DataConfig:
     bucket_max_ratio: float = 2.0
     """Longest of those shapes, long side over short side; at least 1."""
     loss_mask: Literal["none", "alpha", "file"] = "none"
-    """Which pixels count in the loss. alpha: a picture's opacity; file: a grey picture beside it
+    """Which pixels count in the loss. alpha: an image's opacity; file: a grey image beside it
     (cat.mask.png for cat.png; white counts), or the column mask_column of a table."""
     mask_column: str = "mask"
     """Column of the masks (parquet and hub)."""
@@ -115,15 +122,15 @@ class DataConfig:
     """Read a hub data set (or a local one of the same forms) as it is needed and keep nothing of
     it: for sets larger than the disk. Such a run cannot be repeated bit for bit."""
     shuffle_buffer: int = 1000
-    """How many pictures a stream is shuffled among."""
+    """How many images a stream is shuffled among."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour (red, green, blue: 0…255) shown through transparent pixels and used for padding."""
     validation_share: float = 0.05
-    """Share of the pictures (or groups of them) held out from training: 0 ≤ share < 1."""
+    """Share of the images (or groups of them) held out from training: 0 ≤ share < 1."""
     split_seed: int = 0
-    """Another seed holds out other pictures."""
+    """Another seed holds out other images."""
     quarantine: str | None = field(default=None, metadata=FREE)
-    """File of pictures to leave out, one {"name": …, "reason": …} a line, as `latentdiff doctor`
+    """File of images to leave out, one {"name": …, "reason": …} a line, as `latentdiff doctor`
     writes it."""
     emoji_variants: int = 12
     """Renderings (styles and backgrounds) per concept of the embedded set, 1…36."""
@@ -165,12 +172,77 @@ class DataConfig:
         return problems
 
 
+def decode(
+    data: bytes,
+    captions: tuple[str, ...],
+    name: str,
+    config: DataConfig,
+    mask: bytes | None = None,
+) -> Example:
+    """Decode an image's file, and its mask's where there is one. Raises: UnreadableImage."""
+    if config.loss_mask == "alpha":
+        image, alpha = open_with_alpha(data, name, config.background)
+        return Example(image, captions, name, alpha)
+    image = open_image(data, name, config.background)
+    if mask is None:
+        return Example(image, captions, name)
+    try:
+        return Example(image, captions, name, open_grey(mask, name))
+    except UnreadableImage as error:
+        raise UnreadableImage(name, f"its mask: {error.reason}") from error
+
+
+class FileSource(Source):
+    """A source whose images are files, wherever they lie: folder, archive, shard or table.
+
+    Attributes: problems: (name, reason) of the entries that were left out when it was opened.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.problems: list[Skipped] = []
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """Return the bytes of one image's file. Raises: UnreadableImage."""
+
+    @abstractmethod
+    def read_mask(self, index: int) -> bytes | None:
+        """Return those of its mask; None where there is none. Raises: UnreadableImage."""
+
+    def __getitem__(self, index: int) -> Example:
+        """Decode one image. Raises: UnreadableImage."""
+        captions, name = self.captions(index), self.name(index)
+        return decode(self.read(index), captions, name, self.config, self.read_mask(index))
+
+    def captions_or_skip(self, name: str, read: Callable[[], object]) -> tuple[str, ...]:
+        """Read and clean an image's captions; where there are none, list it as left out.
+
+        Args:    read: gives a text or a list of texts; what it raises is the reason.
+        """
+        reason = "no caption"
+        try:
+            if captions := clean_captions(read()):
+                return captions
+        except (OSError, ValueError, RecursionError) as error:
+            reason = f"its caption cannot be read ({error})"
+        self.problems.append((name, reason))
+        return ()
+
+    def content_key(self, index: int) -> str:
+        """Hash the files' bytes and the background. Raises: UnreadableImage."""
+        digest = hashlib.blake2b(self.read(index), digest_size=16)
+        digest.update(bytes(self.config.background))
+        digest.update(self.read_mask(index) or b"")
+        return digest.hexdigest()
+
+
 def open_source(config: DataConfig) -> Source:
     """Open what a configuration names, without what data.quarantine lists. Raises: UserError."""
     source = open_whole(config)
     if config.quarantine is None:
         return source
-    from latentdiff.data.captions import Unquarantined, read_quarantine
+    from latentdiff.data.quarantine import Unquarantined, read_quarantine
 
     return Unquarantined(source, read_quarantine(config.quarantine), config.quarantine)
 
@@ -178,7 +250,7 @@ def open_source(config: DataConfig) -> Source:
 def open_whole(config: DataConfig) -> Source:
     """Open the data set that a configuration names; nothing is decoded yet.
 
-    Raises: UserError: nothing there, no pictures, no captions, or a column that does not exist.
+    Raises: UserError: nothing there, no images, no captions, or a column that does not exist.
     """
     problems = config.validate()
     if problems:
@@ -196,31 +268,50 @@ def open_whole(config: DataConfig) -> Source:
         from latentdiff.data.folder import FolderSource
 
         return FolderSource(config)
-    if config.kind == "parquet":
-        from latentdiff.data.table import open_parquet
-
-        return open_parquet(config)
-    if config.kind == "hub":
-        from latentdiff.data.table import open_hub
-
-        return open_hub(config)
     if config.kind == "webdataset":
         from latentdiff.data.webdataset import TarSource
 
         return TarSource(config)
-    raise choice_error(
-        "data.kind", config.kind, ("emoji", "folder", "parquet", "hub", "webdataset")
-    )
+    from latentdiff.data.table import open_hub, open_parquet
+
+    return open_parquet(config) if config.kind == "parquet" else open_hub(config)
+
+
+class View:
+    """Some images of a source, with the captions, names and groups that they have there.
+
+    Attributes: source_indices: which image of the source each is.
+    """
+
+    def __init__(
+        self, source: Source, source_indices: Sequence[int] | np.ndarray[Any, Any]
+    ) -> None:
+        self.source, self.source_indices = source, source_indices
+
+    def __len__(self) -> int:
+        return len(self.source_indices)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of one image."""
+        return self.source.captions(int(self.source_indices[index]))
+
+    def name(self, index: int) -> str:
+        """Return the name of one image."""
+        return self.source.name(int(self.source_indices[index]))
+
+    def group(self, index: int) -> str:
+        """Return the key that `split` keeps together."""
+        return group_of(self.source, int(self.source_indices[index]))
 
 
 class Readable:
-    """A source whose unreadable pictures are named once and replaced by the next readable one."""
+    """A source whose unreadable images are named once and replaced by the next readable one."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.skipped = source, set[str]()
 
     def __getitem__(self, index: int) -> Example:
-        """Decode one picture. Raises: UserError: none of the data set can be read."""
+        """Decode one image. Raises: UserError: none of the data set can be read."""
         for offset in range(len(self.source)):
             try:
                 return self.source[(index + offset) % len(self.source)]
@@ -245,8 +336,8 @@ def group_of(source: Captioned, index: int) -> str:
 def split(source: Captioned, share: float, seed: int = 0) -> tuple[list[int], list[int]]:
     """Divide a source into training and validation indices.
 
-    Each group is placed by a hash of (seed, group) alone, so that adding or removing pictures moves
-    no others. The validation share is therefore met on average, not exactly; a handful of pictures
+    Each group is placed by a hash of (seed, group) alone, so that adding or removing images moves
+    no others. The validation share is therefore met on average, not exactly; a handful of images
     may leave validation empty. Training is never left empty.
 
     Args:    share: expected share of validation groups, 0 ≤ share < 1.
@@ -257,18 +348,45 @@ def split(source: Captioned, share: float, seed: int = 0) -> tuple[list[int], li
     train: list[int] = []
     held_out: list[int] = []
     for index in range(len(source)):
-        digest = hashlib.blake2b(_bytes(seed, group_of(source, index)), digest_size=8)
-        place = int.from_bytes(digest.digest(), "big") / 2**64
+        found = hashlib.blake2b(_encoded(f"{seed}\x1f{group_of(source, index)}"), digest_size=8)
+        place = int.from_bytes(found.digest(), "big") / 2**64
         (held_out if place < share else train).append(index)
     return (train, held_out) if train else (held_out, [])
 
 
-def _bytes(seed: int, group: str) -> bytes:
-    return f"{seed}\x1f{group}".encode("utf-8", "backslashreplace")
+def digest(*parts: str | bytes) -> str:
+    """32 hexadecimal digits that differ when any part does."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(_encoded(part) if isinstance(part, str) else part)
+        found.update(b"\x1f")
+    return found.hexdigest()
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
+
+
+def map_ahead(
+    call: Callable[[int], T], items: Iterable[int], threads: int, ahead: int
+) -> Iterator[T]:
+    """Yield call(item) in order while threads work on at most `ahead` items."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(call, item))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # after Ctrl-C what is still in the queue is not waited for
+                future.cancel()
 
 
 def report_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
-    """Say which pictures are left out and why, or "" when none is."""
+    """Say which images are left out and why, or "" when none is."""
     if not skipped:
         return ""
     lines = [f"  {printable(name)}: {printable(reason)}" for name, reason in skipped[:limit]]
@@ -281,3 +399,8 @@ def report_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
 def few(skipped: Sequence[Skipped], limit: int = 5) -> str:
     """The first of what is left out, on one line within an error; "" when nothing is."""
     return "; ".join(f"{printable(name)}: {printable(reason)}" for name, reason in skipped[:limit])
+
+
+def left_out(skipped: Sequence[Skipped]) -> str:
+    """ " Left out: …." for the end of an error; "" when nothing is."""
+    return f" Left out: {few(skipped)}." * bool(skipped)

@@ -1,87 +1,127 @@
-"""A table with a picture column and a caption column, held by the `datasets` library.
+"""A table with an image column and a caption column, held by the `datasets` library.
 
-From Parquet files, a hub id, a `save_to_disk` folder, or a local folder of that library's forms.
+From Parquet files, a hub id, a `save_to_disk` folder, or a local folder of that library's forms;
+whole, as a source, or as a stream of rows. The library stores, maps and downloads; what a cell
+holds is read and decoded here, so that errors, limits and links are as in a folder.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.captions import choose_caption_column, clean_captions, decode_text
-from latentdiff.data.folder import MAX_TABLE_BYTES, find_files, is_inside, read_file
-from latentdiff.data.images import (
-    UnreadableImage,
-    display_name,
-    open_grey,
-    open_image,
-    open_with_alpha,
-)
-from latentdiff.data.source import DataConfig, Example, Skipped, few
+from latentdiff.data.captions import choose_caption_column, decode_text
+from latentdiff.data.file_tree import MAX_TABLE_BYTES, find_files, is_inside, read_file
+from latentdiff.data.images import UnreadableImage, display_name
+from latentdiff.data.source import DataConfig, FileSource, few, left_out
 from latentdiff.errors import UserError, did_you_mean
 
 
-class TableSource:
-    """Rows of a `datasets.Dataset` that have a caption; pictures are decoded here, one at a time.
+def open_parquet(config: DataConfig) -> TableSource:
+    """Open one .parquet file or all below a folder, in the order of their names.
+
+    `datasets` converts them once to memory-mapped Arrow in its own cache; rows are read as needed.
+    Raises: UserError: nothing there, unreadable files, differing columns, or see TableSource.
+    """
+    place = Path(config.path or "").expanduser()
+    if not place.exists():
+        raise UserError(
+            f"data.path: {config.path} does not exist. Give a .parquet file or a folder."
+        )
+    folder = place.is_dir()
+    found = find_files(place, ("*.parquet",), config.follow_links) if folder else ([place], [])
+    files, problems = found
+    if not files:
+        raise UserError(f"data.path: no .parquet files in {place} or below it.{left_out(problems)}")
+    from datasets import Dataset
+
+    try:
+        _check_sizes(files, config, str(place))
+        dataset = Dataset.from_parquet([str(file) for file in files])
+    except UserError:
+        raise
+    except Exception as error:  # the library wraps what went wrong in many ways
+        cause = error.__cause__ or error
+        raise UserError(
+            f"the parquet data in {place} cannot be read ({cause}). All files must be complete and "
+            "have the same columns."
+        ) from error
+    source = TableSource(dataset, config, str(place), place if folder else place.parent)
+    source.problems += problems
+    return source
+
+
+def open_hub(config: DataConfig) -> TableSource:
+    """Open a data set by id or folder; a folder never touches the network.
+
+    Raises: UserError: cannot be found or loaded, no such split or subset, or see TableSource.
+    """
+    path = config.path or ""
+    return TableSource(_load(config), config, path, Path(path).expanduser(), _caches())
+
+
+def open_stream(config: DataConfig) -> tuple[Any, str]:
+    """Open a data set as rows in one order, images as they are in their files.
+
+    Returns: iterable of rows with the column data.image_column, and its caption column.
+    Raises:  UserError: as `open_hub`.
+    """
+    label, dataset = str(config.path), _load(config, streaming=True)
+    # Some formats only say which columns they have when they are read.
+    names = dataset.column_names or list(next(iter(dataset)))
+    _check_column(names, dataset.features, config.image_column, label)
+    caption_column = choose_caption_column(names, config.caption_column, label)
+    return _undecoded(dataset, [config.image_column]), caption_column
+
+
+class TableSource(FileSource):
+    """Rows of a `datasets.Dataset` that have a caption; images are decoded here, one at a time.
 
     Args:
-        dataset: memory-mapped table. The picture column holds `Image` features, file bytes,
+        dataset: memory-mapped table. The image column holds `Image` features, file bytes,
             {bytes, path} structs or paths; the caption column texts, lists of them or class labels.
         label: what messages call the table.
-        root: folder that relative picture paths start from.
-        homes: more folders where pictures may lie; elsewhere only with data.follow_links.
-    Attributes: problems: (row, reason) of rows without a caption; they are left out.
+        root: folder that relative image paths start from.
+        homes: more folders where images may lie; elsewhere only with data.follow_links.
     Raises: UserError: a column is not there or holds something else; no rows with captions; no
         row with a mask, where masks are asked for.
     """
 
     def __init__(
-        self, dataset: Any, config: DataConfig, label: str, root: Path, homes: tuple[str, ...] = ()
+        self, dataset: Any, config: DataConfig, label: str, root: Path, homes: Sequence[str] = ()
     ) -> None:
-        self._root, self._background = root, config.background
+        super().__init__(config)
+        self._root = root
         self._homes = None if config.follow_links else (str(root), *homes)
-        self._column = _picture_column(dataset, config.image_column, label)
-        caption_column = choose_caption_column(dataset.column_names, config.caption_column, label)
-        self._loss_mask, self._mask_column = config.loss_mask, config.mask_column
+        names, features, columns = dataset.column_names, dataset.features, [config.image_column]
+        _check_column(names, features, config.image_column, label)
+        caption_column = choose_caption_column(names, config.caption_column, label)
         if config.loss_mask == "file":
-            _picture_column(dataset, config.mask_column, label, "mask_column")
+            columns.append(config.mask_column)
+            _check_column(names, features, config.mask_column, label, "mask_column")
             if dataset.data.column(config.mask_column).null_count == len(dataset):
                 raise UserError(
                     f"data.loss_mask=file: no row of {label} has a mask in '{config.mask_column}'."
                 )
-        columns = [self._column] + [config.mask_column] * (config.loss_mask == "file")
-        self._pictures = _without_decoding(dataset, columns)
-        self.problems: list[Skipped] = []
+        self._images = _undecoded(dataset.with_format(None).select_columns(columns), columns)
         self._rows: list[int] = []
         self._captions: list[tuple[str, ...]] = []
         for row, cell in enumerate(_caption_cells(dataset, caption_column, label)):
-            try:
-                captions, reason = clean_captions(_decoded(cell)), "no caption"
-            except ValueError as error:
-                captions, reason = (), f"its caption cannot be read ({error})"
-            if captions:
+            if captions := self.captions_or_skip(f"row {row}", partial(_decoded, cell)):
                 self._rows.append(row)
                 self._captions.append(captions)
-            else:
-                self.problems.append((f"row {row}", reason))
         if not self._rows:
             raise UserError(
                 f"{label}: 0 usable images, none of {len(dataset)} rows has text in the column "
                 f"'{caption_column}'. Choose another: data.caption_column=NAME (columns: "
-                f"{', '.join(dataset.column_names)})."
+                f"{', '.join(names)})."
             )
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    def __getitem__(self, index: int) -> Example:
-        name, data, captions = self.name(index), self.read(index), self.captions(index)
-        if self._loss_mask == "alpha":
-            image, alpha = open_with_alpha(data, name, self._background)
-            return Example(image, captions, name, alpha)
-        image, mask = open_image(data, name, self._background), self._mask(index)
-        return Example(image, captions, name, open_grey(mask, name) if mask else None)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of one row."""
@@ -91,41 +131,29 @@ class TableSource:
         """Return the row's number in the table."""
         return f"row {self._rows[index]}"
 
-    def content_key(self, index: int) -> str:
-        """Hash the file's bytes and the background. Raises: UnreadableImage."""
-        digest = hashlib.blake2b(self._bytes(index), digest_size=16)
-        digest.update(bytes(self._background))
-        digest.update(self._mask(index) or b"")
-        return digest.hexdigest()
-
     def fingerprint(self) -> str:
         """Hash the table's own fingerprint and which rows are used."""
-        words = (self._pictures._fingerprint, self._column, self._background, self._rows)
+        config = self.config
+        words = (self._images._fingerprint, config.image_column, config.background, self._rows)
         return hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
 
-    def _mask(self, index: int) -> bytes | None:
-        """The mask's file; None where there is none, and everything counts."""
-        if self._loss_mask != "file":
-            return None
-        if self._pictures[self._rows[index]][self._mask_column] is None:
-            return None
-        return self._bytes(index, self._mask_column)
-
     def read(self, index: int) -> bytes:
-        """Return the bytes of one row's picture file. Raises: UnreadableImage."""
-        return self._bytes(index)
+        """Return the bytes of one row's image file. Raises: UnreadableImage."""
+        return self._bytes(index, self._images[self._rows[index]][self.config.image_column])
 
-    def _bytes(self, index: int, column: str | None = None) -> bytes:
-        name, cell = self.name(index), self._pictures[self._rows[index]][column or self._column]
-        data, path = (
-            (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-        )
-        if isinstance(data, str):
-            data, path = None, data
+    def read_mask(self, index: int) -> bytes | None:
+        """Return those of the row's mask. Raises: UnreadableImage."""
+        if self.config.loss_mask != "file":
+            return None
+        cell = self._images[self._rows[index]][self.config.mask_column]
+        return None if cell is None else self._bytes(index, cell)
+
+    def _bytes(self, index: int, cell: Any) -> bytes:
+        data, path = bytes_and_path(cell)
         if data is not None:
-            return bytes(data)
+            return data
         if not path:
-            raise UnreadableImage(name, "the row has no picture")
+            raise UnreadableImage(self.name(index), "the row has no picture")
         try:
             if self._homes is not None and not is_inside(self._root / path, *self._homes):
                 raise OSError(
@@ -134,49 +162,55 @@ class TableSource:
             return read_file(self._root / path)
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             raise UnreadableImage(
-                f"{name} ({display_name(path)})", f"cannot be read ({error})"
+                f"{self.name(index)} ({display_name(path)})", f"cannot be read ({error})"
             ) from error
 
 
-def _picture_column(dataset: Any, wanted: str, label: str, key: str = "image_column") -> str:
-    """Check that a column holds pictures."""
+def bytes_and_path(cell: Any) -> tuple[bytes | None, str | None]:
+    """What a cell of an image column holds: the file, or where it is."""
+    if isinstance(cell, dict):
+        data, path = cell.get("bytes"), cell.get("path")
+    else:
+        data, path = cell, None
+    return (None, data) if isinstance(data, str) else (data and bytes(data), path)
+
+
+def _check_column(
+    names: Sequence[str], features: Any, wanted: str, label: str, key: str = "image_column"
+) -> None:
+    """Check that a column holds images, as far as it says what it holds. Raises: UserError."""
     from datasets import Image
 
-    features = dataset.features
-    likely = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if wanted not in features:
-        hint = did_you_mean(wanted, features) or (
+    likely = [name for name, feature in (features or {}).items() if isinstance(feature, Image)]
+    if wanted not in names:
+        hint = did_you_mean(wanted, names) or (
             f" Pictures are in: {', '.join(likely)}." * bool(likely)
         )
         raise UserError(
             f"data.{key}: {label} has no column '{wanted}'; its columns are "
-            f"{', '.join(features)}.{hint}"
+            f"{', '.join(names)}.{hint}"
         )
+    if features is None:
+        return
     feature = features[wanted]
     is_struct = isinstance(feature, dict) and {"bytes", "path"} & set(feature)
-    is_plain = getattr(feature, "dtype", None) in (
-        "binary",
-        "large_binary",
-        "string",
-        "large_string",
-    )
-    if not (isinstance(feature, Image) or is_struct or is_plain):
-        hint = f" Try: {', '.join(likely)}." if likely else ""
+    plain = ("binary", "large_binary", "string", "large_string")
+    if not (isinstance(feature, Image) or is_struct or getattr(feature, "dtype", None) in plain):
+        hint = f" Try: {', '.join(likely)}." * bool(likely)
         raise UserError(
             f"data.{key}: the column '{wanted}' of {label} holds {feature}, not pictures "
             f"(file bytes, {{bytes, path}} or a path).{hint}"
         )
-    return wanted
 
 
-def _without_decoding(dataset: Any, columns: list[str]) -> Any:
+def _undecoded(dataset: Any, columns: Sequence[str]) -> Any:
+    """Leave images as file bytes, which our own decoder takes."""
     from datasets import Image
 
-    pictures = dataset.with_format(None).select_columns(columns)
     for column in columns:
-        if isinstance(dataset.features[column], Image):
-            pictures = pictures.cast_column(column, Image(decode=False))
-    return pictures
+        if isinstance((dataset.features or {}).get(column), Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset
 
 
 def _caption_cells(dataset: Any, column: str, label: str) -> list[Any]:
@@ -185,7 +219,7 @@ def _caption_cells(dataset: Any, column: str, label: str) -> list[Any]:
     from datasets import ClassLabel
 
     texts = dataset.with_format(None).select_columns([column])
-    check_captions(texts.data.nbytes, column, label)
+    _check_size(texts.data.nbytes, column, label)
     feature = dataset.features[column]
     try:
         cells = texts[:][column]
@@ -206,51 +240,6 @@ def _decoded(cell: Any) -> Any:
     return decode_text(cell) if isinstance(cell, bytes) else cell
 
 
-def check_captions(size: int, column: str, label: str) -> None:
-    """Refuse captions that would not fit in memory. Raises: UserError."""
-    if size > MAX_TABLE_BYTES:
-        raise UserError(
-            f"the column '{column}' of {label} holds {size / 2**20:.0f} MB, more than the "
-            f"{MAX_TABLE_BYTES / 2**20:.0f} MB allowed. Name another: data.caption_column=NAME, or "
-            "read the set as tar shards (data.kind=webdataset)."
-        )
-
-
-def open_parquet(config: DataConfig) -> TableSource:
-    """Open one .parquet file or all below a folder, in the order of their names.
-
-    `datasets` converts them once to memory-mapped Arrow in its own cache; rows are read as needed.
-    Raises: UserError: nothing there, unreadable files, differing columns, or see TableSource.
-    """
-    place = Path(config.path or "").expanduser()
-    if not place.exists():
-        raise UserError(
-            f"data.path: {config.path} does not exist. Give a .parquet file or a folder."
-        )
-    folder = place.is_dir()
-    found = find_files(place, ("*.parquet",), config.follow_links) if folder else ([place], [])
-    files, problems = found
-    if not files:
-        left_out = f" Left out: {few(problems)}." * bool(problems)
-        raise UserError(f"data.path: no .parquet files in {place} or below it.{left_out}")
-    from datasets import Dataset
-
-    try:
-        _check_sizes(files, config, str(place))
-        dataset = Dataset.from_parquet([str(file) for file in files])
-    except UserError:
-        raise
-    except Exception as error:  # the library wraps what went wrong in many ways
-        cause = error.__cause__ or error
-        raise UserError(
-            f"the parquet data in {place} cannot be read ({cause}). All files must be complete and "
-            "have the same columns."
-        ) from error
-    source = TableSource(dataset, config, str(place), place if folder else place.parent)
-    source.problems += problems
-    return source
-
-
 def _check_sizes(files: list[Path], config: DataConfig, label: str) -> None:
     """Refuse captions that are too large once each repeat, which is stored once, is written out."""
     from pyarrow.parquet import ParquetFile
@@ -263,7 +252,7 @@ def _check_sizes(files: list[Path], config: DataConfig, label: str) -> None:
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         for batch in ParquetFile(file, read_dictionary=texts).iter_batches(columns=[column]):
             total += _size(batch.column(0))
-            check_captions(total, column, label)
+            _check_size(total, column, label)
 
 
 def _size(texts: Any) -> int:
@@ -278,48 +267,55 @@ def _size(texts: Any) -> int:
     return pc.sum(pc.take(pc.binary_length(texts.dictionary), texts.indices)).as_py() or 0
 
 
-def open_hub(config: DataConfig) -> TableSource:
-    """Open a data set by id or folder; a folder never touches the network.
+def _check_size(size: int, column: str, label: str) -> None:
+    """Refuse captions that would not fit in memory. Raises: UserError."""
+    if size > MAX_TABLE_BYTES:
+        raise UserError(
+            f"the column '{column}' of {label} holds {size / 2**20:.0f} MB, more than the "
+            f"{MAX_TABLE_BYTES / 2**20:.0f} MB allowed. Name another: data.caption_column=NAME, or "
+            "read the set as tar shards (data.kind=webdataset)."
+        )
 
-    Raises: UserError: cannot be found or loaded, no such split or subset, or see TableSource.
-    """
+
+def _load(config: DataConfig, streaming: bool = False) -> Any:
+    """Load one split by id or folder; a local path never touches the network. Raises: UserError."""
+    import datasets
+
     path = config.path or ""
     place = Path(path).expanduser()
-    if not place.exists() and path.startswith((".", "/", "~")):
+    local = place.exists()
+    if not local and path.startswith((".", "/", "~")):
         raise UserError(f"data.path: the folder {path} does not exist.")
+    _check_links(place, config)
+    saved = any((place / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
-        check_links(place, config)
-        loaded = _load(place, config) if place.exists() else _download(config)
-    except UserError:
-        raise
+        if saved and not streaming:
+            loaded = datasets.load_from_disk(str(place))
+        elif local:
+            # Even for a local folder the library reports its use over the network.
+            datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+            loaded = datasets.load_dataset(str(place), name=config.subset, streaming=streaming)
+        else:
+            loaded = datasets.load_dataset(
+                path, name=config.subset, revision=config.revision, streaming=streaming
+            )
     except Exception as error:  # network, permissions, missing repository, broken files …
-        where = (
-            "in the folder" if place.exists() else "on the Hugging Face hub (no such folder here)"
-        )
+        done = "streamed" if streaming else "loaded"
+        where = "in the folder" if local else "on the Hugging Face hub (no such folder here)"
         raise UserError(
-            f"the data set {path} cannot be loaded {where}: {type(error).__name__}: {error}"
+            f"the data set {path} cannot be {done} {where}: {type(error).__name__}: {error}"
         ) from error
-    return TableSource(_choose_split(loaded, config, path), config, path, place, _caches())
+    if not isinstance(loaded, dict):
+        return loaded
+    if config.split not in loaded:
+        raise UserError(
+            f"data.split: {path} has no split '{config.split}'; it has {', '.join(loaded)}."
+            f"{did_you_mean(config.split, loaded)}"
+        )
+    return loaded[config.split]
 
 
-def _load(place: Path, config: DataConfig) -> Any:
-    import datasets
-    from datasets import load_dataset, load_from_disk
-
-    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
-        return load_from_disk(str(place))
-    # Even for a local folder the library reports its use over the network.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    return load_dataset(str(place), name=config.subset)
-
-
-def _download(config: DataConfig) -> Any:
-    from datasets import load_dataset
-
-    return load_dataset(config.path or "", name=config.subset, revision=config.revision)
-
-
-def check_links(place: Path, config: DataConfig) -> None:
+def _check_links(place: Path, config: DataConfig) -> None:
     """Refuse a local folder with links that leave it: the library would follow them.
 
     Raises: UserError: naming them.
@@ -338,16 +334,3 @@ def _caches() -> tuple[str, ...]:
 
     caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
     return (*map(str, caches), huggingface_hub.constants.HF_HUB_CACHE)
-
-
-def _choose_split(loaded: Any, config: DataConfig, path: str) -> Any:
-    from datasets import DatasetDict
-
-    if not isinstance(loaded, DatasetDict):
-        return loaded
-    if config.split not in loaded:
-        raise UserError(
-            f"data.split: {path} has no split '{config.split}'; it has {', '.join(loaded)}."
-            f"{did_you_mean(config.split, loaded)}"
-        )
-    return loaded[config.split]

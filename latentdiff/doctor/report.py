@@ -1,22 +1,24 @@
-"""The examination as one HTML file without outside references: tables, then pictures by finding."""
+"""The examination as one HTML file without outside references: tables, then images by finding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from latentdiff.data.images import WHITE
 from latentdiff.data.source import Source
 from latentdiff.doctor.findings import KINDS, Finding, Findings
-from latentdiff.doctor.tables import Row
+from latentdiff.doctor.tables import bucket_table, caption_table, mode_table, size_table
 from latentdiff.html_report import data_url, write_html
 
-#: Longer side of the small pictures.
+if TYPE_CHECKING:
+    from latentdiff.doctor.examine import Order, Result
+
+#: Longer side of the small images.
 THUMBNAIL = 112
 _AFTER = {
     "left out": "Training leaves these out by itself.",
@@ -26,49 +28,51 @@ _AFTER = {
 }
 
 
-@dataclass(frozen=True)
-class Page:
-    """What the report shows."""
-
-    title: str
-    """The data set."""
-    facts: Sequence[tuple[str, str]]
-    """Name and value lines at the top."""
-    counts: dict[str, int]
-    """Findings by kind."""
-    tables: Sequence[tuple[str, Sequence[Row]]]
-    """Heading and rows."""
-    in_quarantine: Sequence[str]
-    """Kinds that went on the quarantine list."""
-
-
-def write_report(file: Path, page: Page, findings: Findings, shown: int) -> None:
-    """Write the report piece by piece, so that it is never in memory as a whole.
-
-    Args: shown: how many pictures are shown of each kind; all are in findings.jsonl.
-    """
+def write_report(file: Path, order: Order, result: Result, findings: Findings) -> None:
+    """Write the report piece by piece, so that it is never in memory as a whole."""
+    records, counter, size = findings.records, findings.counter, order.limits.image_size
     sections = [
         {
             "kind": kind,
-            "severity": KINDS[kind][0],
-            "heading": KINDS[kind][1],
-            "consequence": _AFTER[KINDS[kind][0]],
+            "severity": KINDS[kind].severity,
+            "heading": KINDS[kind].title,
+            "consequence": _AFTER[KINDS[kind].severity],
             "count": count,
-            "figures": _figures(findings, kind, shown),
+            "figures": _figures(findings, kind, order.shown),
         }
-        for kind, count in page.counts.items()
+        for kind, count in result.counts.items()
         if count
     ]
     write_html(
         file,
         "doctor.html",
-        title=page.title,
-        facts=page.facts,
-        tables=page.tables,
+        title=f"Data set {order.data.path or order.data.kind}",
+        facts=_facts(order, result, findings),
+        tables=(
+            ("Aspect ratios", bucket_table(records, size)),
+            ("Formats and colour modes", mode_table(records)),
+            ("Shorter side", size_table(records)),
+            ("Longest caption of a picture", caption_table(records, counter)),
+        ),
         sections=sections,
-        in_quarantine=page.in_quarantine,
-        shown=shown,
+        in_quarantine=order.quarantine,
+        shown=order.shown,
     )
+
+
+def _facts(order: Order, result: Result, findings: Findings) -> list[tuple[str, str]]:
+    """Name and value lines at the top."""
+    counter = findings.counter
+    facts = [
+        ("pictures with captions", f"{result.pictures}, of which {result.readable} can be read"),
+        ("quarantine list", f"{result.quarantined} pictures: {', '.join(order.quarantine) or '—'}"),
+        ("training square", f"{order.limits.image_size} pixels, crop {order.data.crop}"),
+        ("tokens", f"{counter.words}; the text encoder takes {counter.limit}"),
+        ("looked at in", f"{result.seconds:.1f} s by {order.threads} threads"),
+    ]
+    if not findings.likeness_complete:
+        facts.append(("look-alikes", "too many to compare every pair; some may be missing"))
+    return facts
 
 
 def _figures(findings: Findings, kind: str, shown: int) -> Iterator[dict[str, Any]]:
@@ -92,9 +96,9 @@ def _caption(source: Source, finding: Finding) -> str:
 
 def _thumbnail(source: Source, index: int) -> str | None:
     try:
-        image: Any = source[index].image
+        image = source[index].image
         image.thumbnail((THUMBNAIL, THUMBNAIL))
-    except Exception:  # an unreadable picture, or one that has changed since it was looked at
+    except Exception:  # an unreadable image, or one that has changed since it was looked at
         return None
     canvas = Image.new("RGB", image.size, WHITE)
     canvas.paste(image)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentdiff.doctor.findings import MODES, READABLE, Records, TokenCounter
+from latentdiff.doctor.records import Records, TokenCounter
 
-#: Aspect ratios (width : height) that pictures usually have.
+#: Aspect ratios (width : height) that images usually have.
 RATIOS = (
     (1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (4, 5), (1, 1),
     (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1),
@@ -26,13 +27,13 @@ class Row(NamedTuple):
 
 
 def bucket_table(records: Records, image_size: int, multiple: int = 8) -> list[Row]:
-    """Sort the readable pictures by the nearest aspect ratio (nearest in the logarithm).
+    """Sort the readable images by the nearest aspect ratio (nearest in the logarithm).
 
     Args:   multiple: sides of a bucket are rounded to multiples of this.
-    Returns: per ratio the pictures, the sides of a bucket with about image_size² pixels, and how
-        much of the picture a square crop would cut away.
+    Returns: per ratio the images, the sides of a bucket with about image_size² pixels, and how
+        much of the image a square crop would cut away.
     """
-    table = records.table[records.table["flags"] & READABLE > 0]
+    table = records.table[records.readable]
     ratio = table["width"] / np.maximum(table["height"], 1)
     centres = np.log([w / h for w, h in RATIOS])
     nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, np.log(ratio))
@@ -58,42 +59,36 @@ def bucket_sides(ratio: float, image_size: int, multiple: int = 8) -> tuple[int,
 
 def mode_table(records: Records) -> list[Row]:
     """Count file formats and colour modes, most frequent first."""
-    table = records.table[records.table["flags"] & READABLE > 0]
-    pairs = table["format"].astype(np.int64) * len(MODES) + table["mode"]
-    values, counts = np.unique(pairs, return_counts=True)
-    rows = []
-    for value, count in sorted(zip(values, counts, strict=True), key=lambda pair: -pair[1]):
-        kind, mode = records.formats[value // len(MODES)], MODES[value % len(MODES)]
-        rows.append(Row(f"{kind} {mode}", int(count), what_becomes_of(mode)))
-    return rows
+    table = records.table[records.readable]
+    pairs = Counter(zip(table["format"].tolist(), table["mode"].tolist(), strict=True))
+    words = records.words
+    return [
+        Row(f"{words[kind]} {words[mode]}", count, what_becomes_of(words[mode]))
+        for (kind, mode), count in pairs.most_common()
+    ]
 
 
 def what_becomes_of(mode: str) -> str:
     """What training sees of a colour mode."""
-    special = {
-        "RGB": "as it is",
-        "CMYK": "converted to RGB; colour profiles are ignored",
-        "P": "palette looked up",
-        "?": "converted to RGB",
-    }
-    if mode in special:
-        return special[mode]
     if mode.startswith("I") or mode == "F":
         return "scaled to 8 bit, grey"
-    if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        return "laid over data.background"
-    return "grey" if mode in ("L", "1") else "converted to RGB"
+    return {
+        "RGB": "as it is",
+        "P": "palette looked up",
+        **dict.fromkeys(("L", "1"), "grey"),
+        **dict.fromkeys(("RGBA", "LA", "PA", "La", "RGBa"), "laid over data.background"),
+    }.get(mode, "converted to RGB")
 
 
 def size_table(records: Records) -> list[Row]:
-    """Count the readable pictures by their shorter side, in powers of two."""
-    table = records.table[records.table["flags"] & READABLE > 0]
+    """Count the readable images by their shorter side, in powers of two."""
+    table = records.table[records.readable]
     short = np.minimum(table["width"], table["height"])
     return _powers(short, lambda low, high: f"{low}…{high - 1} pixels")
 
 
 def caption_table(records: Records, counter: TokenCounter) -> list[Row]:
-    """Count the pictures by the tokens of their longest caption."""
+    """Count the images by the tokens of their longest caption."""
     rows = _powers(records.table["longest"], lambda low, high: f"{low}…{high - 1} tokens")
     over = int((records.table["too_long"] > 0).sum())
     return [*rows, Row(f"over {counter.limit} tokens", over, "cut off at the limit")]

@@ -31,7 +31,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, whole_text
 from latentdiff.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -203,9 +203,7 @@ class ClipTokenizer:
         return self.padded(ids)
 
     def _encode(self, text: str) -> Any:
-        # Halves of surrogate pairs, which the library refuses.
-        whole = text.encode("utf-8", "replace").decode("utf-8")
-        return self.backend.encode(whole, add_special_tokens=False)
+        return self.backend.encode(whole_text(text), add_special_tokens=False)
 
     def _fit(self, text: str) -> tuple[list[int], str]:
         """The ids that have room between the marks, and the words that have not."""

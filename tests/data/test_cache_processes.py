@@ -16,6 +16,7 @@ from data_helpers import png, write_folder
 from test_latent_cache import StubAutoencoder, config_of
 
 from latentdiff.data import latents
+from latentdiff.data.encoder import Encoder
 from latentdiff.data.latents import (
     Done,
     Encoding,
@@ -43,9 +44,8 @@ def work(
 ) -> tuple[Done, bool]:
     """What one process does, and whether the cache is complete afterwards."""
     model = model or StubAutoencoder()
-    folder = LatentFolder(cache, model, config)
-    source = open_source(config)
-    encoding = Encoding(source, model, config, folder, torch.device("cpu"), 4)
+    folder = LatentFolder(cache, Encoder(model, config))
+    encoding = Encoding(open_source(config), folder, 4)
     done = encoding.run(rank, ranks, progress=False)
     return done, encoding.index() is not None
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from data_helpers import picture, png, write_folder
 
-from latentdiff.data import folder as file_tree
+from latentdiff.data import file_tree
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import DataConfig, Source, open_source, report_skipped, split
 from latentdiff.errors import UserError
@@ -386,7 +386,7 @@ def test_damaged_zip_member_is_unreadable_by_name(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_is_no_data_set(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "data.zip")
-    code = "import sys; from latentdiff.data.folder import open_tree; open_tree(sys.argv[1])"
+    code = "import sys; from latentdiff.data.file_tree import open_tree; open_tree(sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path / "data.zip")]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "must be a folder or a .zip file" in found.stderr

@@ -8,6 +8,7 @@ import os
 import struct
 import threading
 import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from latentdiff.data.images import UnreadableImage, display_name, open_grey, open_image
+from latentdiff.data.images import (
+    UnreadableImage,
+    display_name,
+    open_grey,
+    open_image,
+    open_with_alpha,
+)
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -175,6 +182,46 @@ def test_32_bit_integer_and_float_grey() -> None:
     assert np.asarray(open_image(encode(unit, "TIFF")))[0, :, 0].tolist() == [0, 128, 255, 0]
     byte = Image.fromarray(np.array([[0.0, 77.0, 255.0]], dtype=np.float32))
     assert np.asarray(open_image(encode(byte, "TIFF")))[0, :, 0].tolist() == [0, 77, 255]
+
+
+def png_with_key(pixels: list[list[int]], key: list[int], depth: int) -> bytes:
+    """One row of grey or RGB pixels, of which one value is transparent."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + check
+
+    values = [value for pixel in pixels for value in pixel]
+    row = struct.pack(f">{len(values)}{'H' if depth == 16 else 'B'}", *values)
+    header = struct.pack(">IIBBBBB", len(pixels), 1, depth, 2 if len(key) == 3 else 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    body += chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(
+    ("pixels", "depth"),
+    [
+        ([[100], [255], [0]], 8),
+        ([[25700], [25701], [65535]], 16),  # in 8 bits the first two are one grey
+        ([[0], [1], [65535]], 16),
+        ([[18, 0, 255], [18, 1, 255], [255, 0, 0]], 8),
+        ([[0x1234, 0x5678, 0x9ABC], [0x1234, 0x5778, 0x9ABC], [65535, 0, 0]], 16),
+        ([[0, 200, 0], [0, 51400, 0], [0, 0, 0x200]], 16),  # 200 of 65535 is black
+    ],
+)
+def test_the_transparent_colour_of_a_png_shows_the_background(
+    pixels: list[list[int]], depth: int
+) -> None:
+    data = png_with_key(pixels, pixels[0], depth)
+    for ground in ((255, 255, 255), (9, 99, 199)):
+        assert pixel(data, (0, 0), background=ground) == ground
+        for x in (1, 2):
+            shown = [round(v * 255 / (2**depth - 1)) for v in pixels[x]] * (4 - len(pixels[x]))
+            found = np.array(pixel(data, (x, 0), background=ground))
+            assert np.abs(found - shown[:3]).max() <= 1
+    alpha = open_with_alpha(data)[1]
+    assert alpha is not None and list(np.asarray(alpha)[0]) == [0, 255, 255]
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from data_helpers import write_folder
 
-from latentdiff.data.captions import read_quarantine, write_quarantine
+from latentdiff.data.quarantine import read_quarantine, write_quarantine
 from latentdiff.data.source import DataConfig, Source, open_source, problems_of, split
 from latentdiff.errors import UserError, printable
 

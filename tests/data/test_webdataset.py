@@ -81,6 +81,7 @@ def test_odd_samples(tmp_path: Path) -> None:
             ("6.png", png(6)),
             ("6.json", b"{"),
             ("7.PNG", png(7)),
+            (".DS_Store", b"between two files of one sample"),
             ("7.txt", "größer".encode()),
         ],
     )
@@ -184,6 +185,12 @@ def test_shards_behind_links(tmp_path: Path) -> None:
 def test_masks_in_shards(tmp_path: Path) -> None:
     members = [*samples(range(1)), ("0000.mask.png", png(9))]
     source = open_source(config(shard(tmp_path / "a.tar", members), loss_mask="file"))
+    plain = open_source(config(tmp_path / "a.tar"))
+    # In the order of their names the mask comes first: it is not taken for the picture.
+    sorted_members = sorted(members)
+    assert sorted_members[0][0] == "0000.mask.png"
+    again = open_source(config(shard(tmp_path / "c.tar", sorted_members)))
+    assert again[0].image.tobytes() == plain[0].image.tobytes() == source[0].image.tobytes()
     mask = source[0].mask
     assert mask is not None and mask.mode == "L" and mask.size == (20, 16)
     assert open_source(config(tmp_path / "a.tar"))[0].mask is None

@@ -16,11 +16,11 @@ from damaged import KINDS, encode, picture, snapshot, write_damaged, write_speci
 from PIL import Image
 
 from latentdiff.cli.doctor import main
-from latentdiff.data.captions import read_quarantine
 from latentdiff.data.images import UnreadableImage
+from latentdiff.data.quarantine import read_quarantine
 from latentdiff.data.source import DataConfig, open_source, problems_of
 from latentdiff.doctor.findings import KINDS as FINDINGS
-from latentdiff.doctor.findings import open_counter
+from latentdiff.doctor.records import open_counter
 
 
 def kinds_by_name(output: Path) -> dict[str, set[str]]:
@@ -199,6 +199,39 @@ def test_links_masks_and_encodings_are_reported_as_training_reports_them(tmp_pat
     assert kinds_by_name(tmp_path / "o2") == expected | again
 
 
+def test_masks_that_training_does_not_use_are_called_masks(tmp_path: Path, capsys) -> None:
+    folder = write_good(tmp_path / "d", 5)
+    for n in range(5):
+        (folder / f"{n}.mask.png").write_bytes(encode(picture(n).convert("L"), "PNG"))
+    assert main([str(folder), "--output", str(tmp_path / "o"), "--similar", "-1"]) == 0
+    assert kinds_by_name(tmp_path / "o") == {f"{n}.mask.png": {"other"} for n in range(5)}
+    lines = (tmp_path / "o" / "findings.jsonl").read_text("utf-8").splitlines()
+    assert all("data.loss_mask=file uses" in json.loads(line)["reason"] for line in lines)
+    words = "5  Other entries left out (left out): 0.mask.png, 1.mask.png, 2.mask.png …"
+    assert words in capsys.readouterr().out  # the summary names some
+    (folder / "0.mask.txt").write_text("a mask that is trained on")
+    source = open_source(DataConfig(kind="folder", path=str(folder)))
+    assert "0.mask.png" in [source.name(i) for i in range(len(source))]
+
+
+def test_a_broken_mask_makes_its_picture_unreadable_as_in_training(tmp_path: Path) -> None:
+    folder = write_good(tmp_path / "d", 3)
+    for n, data in enumerate((b"no picture", encode(picture(1).convert("L"), "PNG"), b"")):
+        (folder / f"{n}.mask.png").write_bytes(data)
+    options = ["data.loss_mask=file", "--similar", "-1"]
+    assert main([str(folder), "--output", str(tmp_path / "o"), *options]) == 0
+    listed = read_quarantine(tmp_path / "o" / "quarantine.jsonl")
+    assert list(listed) == ["0.png", "2.png"]
+    assert all(reason.startswith("its mask: ") for reason in listed.values())
+    source = open_source(DataConfig(kind="folder", path=str(folder), loss_mask="file"))
+    for i in (0, 2):
+        with pytest.raises(UnreadableImage, match=rf"{i}\.png: its mask: "):
+            source[i]
+    (folder / "1.mask.png").unlink()
+    with pytest.raises(UnreadableImage, match=r"^1\.png: its mask 1\.mask\.png cannot be read"):
+        source[1]
+
+
 def test_captions_are_measured_with_the_models_own_tokenizer(tmp_path: Path) -> None:
     folder = write_good(tmp_path / "d")
     (folder / "2.txt").write_text("short\n" + "a cat and " * 40)
@@ -319,7 +352,7 @@ def test_a_fault_in_one_picture_does_not_end_the_examination(tmp_path: Path, mon
         raise MemoryError("no room")
 
     folder = write_good(tmp_path / "d", 2)
-    monkeypatch.setattr("latentdiff.doctor.examine.outline_and_colours", fail)
+    monkeypatch.setattr("latentdiff.doctor.records.outline_and_colours", fail)
     assert main([str(folder), "--output", str(tmp_path / "o")]) == 0
     assert "no room" in (tmp_path / "o" / "quarantine.jsonl").read_text()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentdiff.doctor.findings import READABLE, RECORD, Records, open_counter
+from latentdiff.doctor.records import READABLE, RECORD, Records, open_counter
 from latentdiff.doctor.tables import (
     RATIOS,
     bucket_sides,

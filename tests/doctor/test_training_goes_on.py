@@ -11,8 +11,8 @@ from damaged import snapshot, write_damaged, write_special
 from test_doctor import check_damaged
 from torch import Tensor, nn
 
-from latentdiff.data.captions import read_quarantine, write_quarantine
 from latentdiff.data.latents import LatentCache, build_latent_cache
+from latentdiff.data.quarantine import read_quarantine, write_quarantine
 from latentdiff.data.source import DataConfig, open_source, report_skipped
 
 ROOT = Path(__file__).resolve().parents[2]

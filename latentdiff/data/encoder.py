@@ -1,0 +1,111 @@
+"""An image and its loss mask become what the diffusion model trains on: q(z|x) and weights.
+
+    image, mask ─crop, resize─> pixels (3, H, W), weights (h, w)      `prepare`, in threads
+    pixels ─autoencoder─> mean and log-variance of q(z|x), (2C, h, w)  `__call__`, in batches
+
+Cached and online latents both go through here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.data.buckets import sizes_of
+from latentdiff.data.images import TRANSFORM_VERSION, latent_mask, to_tensor
+from latentdiff.data.source import DataConfig, Example
+from latentdiff.weights import raw_bytes
+
+Shape = tuple[int, int, int]
+
+
+class Encoder:
+    """An autoencoder with the transform before it.
+
+    Args:
+        autoencoder: has encode_moments(images (B, 3, H, W) in [-1, 1]) -> (B, 2C, h, w) and
+            state_dict(); it is moved to `device`.
+        config: image_size, buckets, crop, background and loss_mask are used.
+    Attributes:
+        sizes: (height, width) in pixels of each bucket; one where there are no buckets.
+        masked: whether examples have loss masks.
+    Raises: UserError: a size that the autoencoder cannot take.
+    """
+
+    def __init__(
+        self, autoencoder: Any, config: DataConfig, device: str | torch.device = "cpu"
+    ) -> None:
+        self.config, self.sizes, self.masked = config, sizes_of(config), config.loss_mask != "none"
+        if hasattr(autoencoder, "check_image_size"):
+            for size in self.sizes:
+                autoencoder.check_image_size(size)
+        self._autoencoder, self._device = autoencoder.to(device), device
+        floats = (t.dtype for t in autoencoder.state_dict().values() if t.is_floating_point())
+        self._dtype = next(floats, torch.float32)
+
+    @cached_property
+    def shapes(self) -> list[Shape]:
+        """(2C, h, w) of the moments in each bucket, found by encoding one blank image."""
+        channels, height, width = self(torch.zeros(1, 3, *self.sizes[0])).shape[1:]
+        return self.shapes_like((channels, height, width))
+
+    def shapes_like(self, first: Shape) -> list[Shape]:
+        """The shapes of all buckets from that of the first."""
+        channels, height, width = first
+        down, across = self.sizes[0][0] // height, self.sizes[0][1] // width
+        return [(channels, h // down, w // across) for h, w in self.sizes]
+
+    @cached_property
+    def key(self) -> str:
+        """See `cache_key`."""
+        return cache_key(self._autoencoder, self.config)
+
+    def prepare(
+        self, example: Example, bucket: int = 0, seed: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Bring an image and its mask to the sizes of a bucket.
+
+        Args:    seed: places random crops.
+        Returns: float32 (3, H, W) in [-1, 1], and (h, w) in [0, 1]; None where all counts.
+        """
+        size, config = self.sizes[bucket], self.config
+
+        def generator() -> torch.Generator | None:
+            return None if seed is None else torch.Generator().manual_seed(seed)
+
+        pixels = to_tensor(
+            example.image, size, config.crop, background=config.background, generator=generator()
+        )
+        if not self.masked:
+            return pixels, None
+        # The same seed again: the mask is cut where the image was.
+        latent, image_size = self.shapes[bucket][1:], example.image.size
+        return pixels, latent_mask(example.mask, image_size, size, config.crop, latent, generator())
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Encode (B, 3, H, W) without gradients: moments (B, 2C, h, w) on the device."""
+        with torch.no_grad():
+            return self._autoencoder.encode_moments(pixels.to(self._device, self._dtype))
+
+
+def cache_key(autoencoder: Any, config: DataConfig) -> str:
+    """Hash everything but the image that decides the moments: weights and transform."""
+    transform: tuple[Any, ...] = (
+        TRANSFORM_VERSION,
+        config.image_size,
+        config.crop,
+        tuple(config.background),
+    )
+    if config.buckets:
+        transform += ("buckets", sizes_of(config))
+    if config.loss_mask != "none":
+        transform += ("mask", config.loss_mask)
+    found = hashlib.blake2b(repr(transform).encode(), digest_size=8)
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(raw_bytes(tensor))
+    return found.hexdigest()
