@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -44,12 +44,12 @@ from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
     add_word,
-    check_syntax,
     encode_prompts,
     read_prompt,
     warn_of_unknown_words,
 )
 from latentdiff.pipelines.inputs import (
+    OutputType,
     check_counts,
     check_latents,
     check_output_type,
@@ -66,7 +66,6 @@ from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.sampling import Network, SamplingPlan, build_denoiser, sample_latents
 
-OutputType = Literal["pil", "np", "pt", "latent"]
 #: Guidance scale when neither the caller nor the model's folder gives one.
 DEFAULT_GUIDANCE = 5.0
 
@@ -214,7 +213,7 @@ class LatentDiffusionPipeline:
         interval = guidance_interval_of(guidance_interval)
         check_share("guidance_rescale", guidance_rescale)
         check_output_type(output_type)
-        check_syntax(prompt_syntax)
+        read = {text: self.read_prompt(text, prompt_syntax) for text in [*prompts, *negatives]}
         check_counts(
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
@@ -236,12 +235,10 @@ class LatentDiffusionPipeline:
             warn_of_late_start(self.schedule, plan.timesteps)
         x_T = batch_noise(seeds, shape) if latents is None else latents
         check_latents(x_T, (len(seeds), *shape))
-        # A1111's syntax refuses networks, and says so itself.
-        tokenizer, weighted = self.text_encoder.tokenizer, prompt_syntax == "a1111"
-        warn_of_unknown_words(tokenizer, [*prompts, *negatives], weighted)
+        warn_of_unknown_words(self.text_encoder.tokenizer, read, prompt_syntax == "a1111")
 
-        read = [self.read_prompt(text, prompt_syntax) for text in prompts]
-        jobs = self._jobs(prompts, negatives, scales, prompt_syntax, seeds, x_T)
+        context = dict(zip(read, self._encode(list(read.values())), strict=True))
+        jobs = _jobs(prompts, negatives, scales, context, seeds, x_T)
         rounds = passes(jobs, batch_size)
         found: dict[int, Tensor] = {}
         total = len(plan.timesteps) * len(rounds)
@@ -254,7 +251,7 @@ class LatentDiffusionPipeline:
                 images = x_0 if output_type == "latent" else self.autoencoder.decode(x_0)
                 found |= zip(own, images, strict=True)
         images = torch.stack([found[k] for k in range(len(jobs))])
-        return PipelineOutput(to_output(images, output_type), seeds, read)
+        return PipelineOutput(to_output(images, output_type), seeds, [read[p] for p in prompts])
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.
@@ -391,31 +388,11 @@ class LatentDiffusionPipeline:
         """The U-Net as sampling uses it."""
         return Network(self.unet, self.schedule, self.prediction)
 
-    def _jobs(
-        self,
-        prompts: Sequence[str],
-        negatives: Sequence[str],
-        scales: Sequence[float],
-        syntax: str,
-        seeds: Sequence[int],
-        x_T: Tensor,
-    ) -> list[_Job]:
-        """The images to make, those of one prompt next to each other; each text is encoded once.
-
-        Args:    prompts, negatives, scales: one each per prompt.  seeds, x_T: one per image.
-        Raises:  NotFiniteError: what the text encoder makes of a text.
-        """
-        encoder, room = self.text_encoder, self.components.sampling.chunk_tokens
-        texts = list(dict.fromkeys([*prompts, *negatives]))
-        states = encode_prompts(encoder, texts, syntax, room)
+    def _encode(self, prompts: Sequence[ReadPrompt]) -> list[Tensor]:
+        encoder = self.text_encoder
+        states = encode_prompts(encoder, prompts)
         check_finite(torch.cat(states), "its states", "the text encoder", encoder.module)
-        of, guided = dict(zip(texts, states, strict=True)), needs_unconditional(scales)
-        jobs = []
-        for k, (seed, noise) in enumerate(zip(seeds, x_T, strict=True)):
-            row = k * len(prompts) // len(seeds)
-            negative = of[negatives[row]] if guided else None
-            jobs.append(_Job(of[prompts[row]], negative, scales[row], seed, noise))
-        return jobs
+        return states
 
     def _denoiser(
         self, jobs: Sequence[_Job], rescale: float, interval: tuple[float, float] | None
@@ -434,6 +411,27 @@ class LatentDiffusionPipeline:
         down = self.autoencoder.downscale
         height, width = self.image_size(height, width)
         return self.autoencoder.latent_channels, height // down, width // down
+
+
+def _jobs(
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    scales: Sequence[float],
+    context: Mapping[str, Tensor],
+    seeds: Sequence[int],
+    x_T: Tensor,
+) -> list[_Job]:
+    """The images to make, those of one prompt next to each other.
+
+    Args:    prompts, negatives, scales: one each per prompt.  context: of each text.
+             seeds, x_T: one per image.
+    """
+    guided, each = needs_unconditional(scales), len(seeds) // len(prompts)
+    rows = [row for row in range(len(prompts)) for _ in range(each)]
+    return [
+        _Job(context[prompts[row]], context[negatives[row]] if guided else None, scales[row], *own)
+        for row, *own in zip(rows, seeds, x_T, strict=True)
+    ]
 
 
 def passes(jobs: Sequence[_Job], batch_size: int) -> list[list[int]]:

@@ -9,19 +9,19 @@ W' = W + Σ s_k ΔW_k, so the order does not matter and fused equals attached.
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from latentdiff.errors import UserError, some
+from latentdiff.errors import UserError, some, warn
 from latentdiff.formats.key_map import placed, unet_places
 from latentdiff.formats.lora import BASES, LoraFile, places, read_lora
-from latentdiff.models.low_rank import Branch, Difference, LowRank, add_to, layers_of, norms_of
+from latentdiff.models.low_rank import Difference, LowRank, add_to, beside, layers_of, norms_of
+from latentdiff.pipelines.inputs import FINITE, is_number
 
 if TYPE_CHECKING:
     from latentdiff.formats.folder import Components
@@ -77,11 +77,7 @@ class Loras:
         Returns: its name. Warns of learned words in the file, which are left out.
         Raises:  UserError: the file is not for this model, or the name is taken; nothing changes.
         """
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or not math.isfinite(weight)
-        ):
+        if not is_number(weight, most=FINITE):
             raise UserError(f"the weight of a LoRA must be a finite number; got {weight!r}.")
         file = read_lora(path)
         if name is None:  # most files are called pytorch_lora_weights
@@ -96,10 +92,9 @@ class Loras:
             )
         one = _Loaded(*match(file, self._parts), float(weight))
         if file.bundled:
-            warnings.warn(
+            warn(
                 f"{file.path} holds learned words besides its LoRA, which are not loaded: "
-                f"{some(file.bundled)}. Words are loaded from files of their own.",
-                stacklevel=3,
+                f"{some(file.bundled)}. Words are loaded from files of their own."
             )
         self._attach(one)
         self._loaded[name] = one
@@ -109,11 +104,11 @@ class Loras:
         for place, change in one.changes.items():
             layer = self._layer(place)
             own = self._before.get((place, "weight"), layer.weight)
-            branch = Branch(change, layer, own, one.strength)
-            one.hooks.append(layer.register_forward_hook(branch))
+            hook = beside(change, layer, own, one.strength)
+            one.hooks.append(layer.register_forward_hook(hook))
         for place, changes in one.whole.items():
-            hook = Difference(changes, one.strength)
-            one.hooks.append(self._layer(place).register_forward_hook(hook))
+            difference = Difference(changes, one.strength)
+            one.hooks.append(self._layer(place).register_forward_hook(difference))
 
     def fuse(self) -> None:
         """Add all attached files to the weights."""
@@ -201,7 +196,9 @@ def match(
     """
     layers: dict[str, dict[str, Any]]
     layers = {part: {**layers_of(module), **norms_of(module)} for part, module in parts.items()}
-    known = places(layers, _compvis_names(parts["unet"]))
+    unet: Any = parts["unet"]
+    compvis = partial(placed, places=unet_places(unet.config))
+    known = places(layers, compvis)
     named = [*file.weights, *file.whole]
     lost = [name for name in dict.fromkeys(named) if name not in known]
     if lost:
@@ -246,11 +243,6 @@ def _unfit_whole(
                     f"{part}.{module}.{of} is {tuple(own.shape)} here and the file changes "
                     f"{tuple(change.shape)}"
                 )
-
-
-def _compvis_names(unet: Any) -> Callable[[str], str]:
-    theirs = unet_places(unet.config)
-    return lambda module: placed(module, theirs)
 
 
 def _guess(changes: Mapping[str, LowRank]) -> str:
