@@ -21,11 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.diffusion.guidance import needs_unconditional
 from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.samplers import (
     SAMPLERS,
-    Denoiser,
     check_options,
     custom_grid,
     split_name,
@@ -81,20 +79,6 @@ class PipelineOutput:
     """The seed of each image: give it as `seed` to get that image again."""
     prompts: list[ReadPrompt] = field(default_factory=list)
     """How each prompt was read: its tokens, its chunks, words that did not fit."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What one image is made from."""
-
-    context: Tensor
-    """(tokens, width) of its prompt."""
-    negative: Tensor | None
-    """The same of its negative prompt; None: no image of the call is guided."""
-    scale: float
-    seed: int
-    noise: Tensor
-    """x_T, (C, h, w)."""
 
 
 class LatentDiffusionPipeline:
@@ -238,19 +222,29 @@ class LatentDiffusionPipeline:
         warn_of_unknown_words(self.text_encoder.tokenizer, read, prompt_syntax == "a1111")
 
         context = dict(zip(read, self._encode(list(read.values())), strict=True))
-        jobs = _jobs(prompts, negatives, scales, context, seeds, x_T)
-        rounds = passes(jobs, batch_size)
+        rows = [row for row in range(len(prompts)) for _ in range(num_images_per_prompt)]
+        pairs = [(context[prompts[row]], context[negatives[row]]) for row in rows]
+        rounds = passes([(len(c), len(negative)) for c, negative in pairs], batch_size)
         found: dict[int, Tensor] = {}
         total = len(plan.timesteps) * len(rounds)
         with tqdm(total=total, unit="step", leave=False, disable=not progress) as bar:
-            for own in rounds:
-                batch = [jobs[k] for k in own]
-                denoiser = self._denoiser(batch, guidance_rescale, interval)
-                noise, own_seeds = torch.stack([j.noise for j in batch]), [j.seed for j in batch]
-                x_0 = sample_latents(self.network, denoiser, noise, own_seeds, plan, bar.update)
+            for batch in rounds:
+                own, negative = zip(*(pairs[k] for k in batch), strict=True)
+                denoiser = build_denoiser(
+                    self.network,
+                    torch.stack(own),
+                    torch.stack(negative),
+                    [scales[rows[k]] for k in batch],
+                    rescale=guidance_rescale,
+                    interval=interval,
+                )
+                own_seeds = [seeds[k] for k in batch]
+                x_0 = sample_latents(
+                    self.network, denoiser, x_T[batch], own_seeds, plan, bar.update
+                )
                 images = x_0 if output_type == "latent" else self.autoencoder.decode(x_0)
-                found |= zip(own, images, strict=True)
-        images = torch.stack([found[k] for k in range(len(jobs))])
+                found |= zip(batch, images, strict=True)
+        images = torch.stack([found[k] for k in range(count)])
         return PipelineOutput(to_output(images, output_type), seeds, [read[p] for p in prompts])
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
@@ -394,52 +388,17 @@ class LatentDiffusionPipeline:
         check_finite(torch.cat(states), "its states", "the text encoder", encoder.module)
         return states
 
-    def _denoiser(
-        self, jobs: Sequence[_Job], rescale: float, interval: tuple[float, float] | None
-    ) -> Denoiser:
-        negatives = [job.negative for job in jobs if job.negative is not None]
-        return build_denoiser(
-            self.network,
-            torch.stack([job.context for job in jobs]),
-            torch.stack(negatives) if negatives else None,
-            [job.scale for job in jobs],
-            rescale=rescale,
-            interval=interval,
-        )
-
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         down = self.autoencoder.downscale
         height, width = self.image_size(height, width)
         return self.autoencoder.latent_channels, height // down, width // down
 
 
-def _jobs(
-    prompts: Sequence[str],
-    negatives: Sequence[str],
-    scales: Sequence[float],
-    context: Mapping[str, Tensor],
-    seeds: Sequence[int],
-    x_T: Tensor,
-) -> list[_Job]:
-    """The images to make, those of one prompt next to each other.
-
-    Args:    prompts, negatives, scales: one each per prompt.  context: of each text.
-             seeds, x_T: one per image.
-    """
-    guided, each = needs_unconditional(scales), len(seeds) // len(prompts)
-    rows = [row for row in range(len(prompts)) for _ in range(each)]
-    return [
-        _Job(context[prompts[row]], context[negatives[row]] if guided else None, scales[row], *own)
-        for row, *own in zip(rows, seeds, x_T, strict=True)
-    ]
-
-
-def passes(jobs: Sequence[_Job], batch_size: int) -> list[list[int]]:
+def passes(lengths: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
     """Which images are sampled together: at most batch_size, with contexts of the same lengths."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, job in enumerate(jobs):
-        lengths = (len(job.context), 0 if job.negative is None else len(job.negative))
-        groups.setdefault(lengths, []).append(index)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, own in enumerate(lengths):
+        groups.setdefault(own, []).append(index)
     return [
         group[start : start + batch_size]
         for group in groups.values()

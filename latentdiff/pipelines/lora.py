@@ -9,9 +9,8 @@ W' = W + Σ s_k ΔW_k, so the order does not matter and fused equals attached.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,9 +195,7 @@ def match(
     """
     layers: dict[str, dict[str, Any]]
     layers = {part: {**layers_of(module), **norms_of(module)} for part, module in parts.items()}
-    unet: Any = parts["unet"]
-    compvis = partial(placed, places=unet_places(unet.config))
-    known = places(layers, compvis)
+    known = places(layers, _compvis_names(parts["unet"]))
     named = [*file.weights, *file.whole]
     lost = [name for name in dict.fromkeys(named) if name not in known]
     if lost:
@@ -243,6 +240,11 @@ def _unfit_whole(
                     f"{part}.{module}.{of} is {tuple(own.shape)} here and the file changes "
                     f"{tuple(change.shape)}"
                 )
+
+
+def _compvis_names(unet: Any) -> Callable[[str], str]:
+    theirs = unet_places(unet.config)
+    return lambda module: placed(module, theirs)
 
 
 def _guess(changes: Mapping[str, LowRank]) -> str:
