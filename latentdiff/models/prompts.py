@@ -429,7 +429,7 @@ def add_word(encoder: TextEncoder, word: str, vectors: Tensor) -> list[int]:
 
 def _check_word(tokenizer: ClipTokenizer, word: str) -> None:
     """Refuse a word that could not be told from other text. Raises: UserError."""
-    if not word.strip() or word.split() != [word]:
+    if word.split() != [word]:
         raise UserError(
             f"the name of a learned word must be without spaces, such as <my-cat>; got {word!r}. "
             "Choose another with token=…"

@@ -24,11 +24,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "time_embedding_type": ("positional", "fourier"),
 }
 _PER_LEVEL = (
-    "down_block_types",
-    "up_block_types",
-    "layers_per_block",
-    "transformer_layers_per_block",
-    "attention_head_dim",
+    *("down_block_types", "up_block_types", "layers_per_block"),
+    *("transformer_layers_per_block", "attention_head_dim"),
 )
 
 #: Fields of UNet2DConditionModel that are supported at this value only.
@@ -62,8 +59,9 @@ FIXED_FIELDS: dict[str, Any] = {
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
 }
-#: Fields without effect on what we compute, accepted at any value.
-_IGNORED_WITH = {"addition_embed_type_num_heads", "addition_time_embed_dim"}
+#: Those without effect on what we compute, accepted at any value, and others that mean the same.
+_IGNORED = ("addition_embed_type_num_heads", "addition_time_embed_dim")
+_SYNONYMS = {"act_fn": ("silu", "swish"), "mid_block_only_cross_attention": (None, False)}
 
 
 @dataclass(frozen=True)
@@ -127,10 +125,8 @@ class UNetConfig:
                 if word not in allowed:
                     raise choice_error(name, word, map(str, allowed))
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            for name, divisor in (
-                ("norm_num_groups", self.norm_num_groups),
-                ("attention_head_dim", heads),
-            ):
+            divisors = {"norm_num_groups": self.norm_num_groups, "attention_head_dim": heads}
+            for name, divisor in divisors.items():
                 if channels % divisor:
                     raise UserError(
                         f"every one of block_out_channels must be a multiple of {name} "
@@ -203,8 +199,6 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    synonyms = {"act_fn": ("silu", "swish"), "mid_block_only_cross_attention": (None, False)}
-    neutral = synonyms.get(name, (FIXED_FIELDS[name],))
-    if isinstance(value, list) and name == "only_cross_attention":
+    if name == "only_cross_attention" and isinstance(value, list):
         return not any(value)
-    return name in _IGNORED_WITH or value in neutral
+    return name in _IGNORED or value in _SYNONYMS.get(name, (FIXED_FIELDS[name],))

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -79,6 +79,17 @@ class PipelineOutput:
     """The seed of each image: give it as `seed` to get that image again."""
     prompts: list[ReadPrompt] = field(default_factory=list)
     """How each prompt was read: its tokens, its chunks, words that did not fit."""
+
+
+class Condition(NamedTuple):
+    """What the denoiser of one image is given."""
+
+    context: Tensor
+    """(tokens, width) of its prompt."""
+    negative: Tensor
+    """The same of its negative prompt."""
+    scale: float
+    """Of guidance."""
 
 
 class LatentDiffusionPipeline:
@@ -222,29 +233,22 @@ class LatentDiffusionPipeline:
         warn_of_unknown_words(self.text_encoder.tokenizer, read, prompt_syntax == "a1111")
 
         context = dict(zip(read, self._encode(list(read.values())), strict=True))
-        rows = [row for row in range(len(prompts)) for _ in range(num_images_per_prompt)]
-        pairs = [(context[prompts[row]], context[negatives[row]]) for row in rows]
-        rounds = passes([(len(c), len(negative)) for c, negative in pairs], batch_size)
-        found: dict[int, Tensor] = {}
-        total = len(plan.timesteps) * len(rounds)
-        with tqdm(total=total, unit="step", leave=False, disable=not progress) as bar:
-            for batch in rounds:
-                own, negative = zip(*(pairs[k] for k in batch), strict=True)
-                denoiser = build_denoiser(
-                    self.network,
-                    torch.stack(own),
-                    torch.stack(negative),
-                    [scales[rows[k]] for k in batch],
-                    rescale=guidance_rescale,
-                    interval=interval,
-                )
-                own_seeds = [seeds[k] for k in batch]
-                x_0 = sample_latents(
-                    self.network, denoiser, x_T[batch], own_seeds, plan, bar.update
-                )
-                images = x_0 if output_type == "latent" else self.autoencoder.decode(x_0)
-                found |= zip(batch, images, strict=True)
-        images = torch.stack([found[k] for k in range(count)])
+        conditions = [
+            Condition(context[own], context[negative], scale)
+            for own, negative, scale in zip(prompts, negatives, scales, strict=True)
+            for _ in range(num_images_per_prompt)
+        ]
+        images = self._sample(
+            conditions,
+            x_T,
+            seeds,
+            plan,
+            rescale=guidance_rescale,
+            interval=interval,
+            batch_size=batch_size,
+            decode=output_type != "latent",
+            progress=progress,
+        )
         return PipelineOutput(to_output(images, output_type), seeds, [read[p] for p in prompts])
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
@@ -388,17 +392,49 @@ class LatentDiffusionPipeline:
         check_finite(torch.cat(states), "its states", "the text encoder", encoder.module)
         return states
 
+    def _sample(
+        self,
+        conditions: Sequence[Condition],
+        x_T: Tensor,
+        seeds: Sequence[int],
+        plan: SamplingPlan,
+        *,
+        rescale: float,
+        interval: tuple[float, float] | None,
+        batch_size: int,
+        decode: bool,
+        progress: bool,
+    ) -> Tensor:
+        """Images in [−1, 1], or latents, of the noise x_T; of all that comes in lists one each."""
+        rounds, found = passes(conditions, batch_size), dict[int, Tensor]()
+        total = len(plan.timesteps) * len(rounds)
+        with tqdm(total=total, unit="step", leave=False, disable=not progress) as bar:
+            for batch in rounds:
+                contexts, negatives, scales = zip(*(conditions[k] for k in batch), strict=True)
+                denoiser = build_denoiser(
+                    self.network,
+                    torch.stack(contexts),
+                    torch.stack(negatives),
+                    scales,
+                    rescale=rescale,
+                    interval=interval,
+                )
+                noise, own_seeds = x_T[batch], [seeds[k] for k in batch]
+                x_0 = sample_latents(self.network, denoiser, noise, own_seeds, plan, bar.update)
+                found |= zip(batch, self.autoencoder.decode(x_0) if decode else x_0, strict=True)
+        return torch.stack([found[k] for k in range(len(conditions))])
+
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         down = self.autoencoder.downscale
         height, width = self.image_size(height, width)
         return self.autoencoder.latent_channels, height // down, width // down
 
 
-def passes(lengths: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+def passes(conditions: Sequence[Condition], batch_size: int) -> list[list[int]]:
     """Which images are sampled together: at most batch_size, with contexts of the same lengths."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for index, own in enumerate(lengths):
-        groups.setdefault(own, []).append(index)
+    for index, one in enumerate(conditions):
+        groups.setdefault((len(one.context), len(one.negative)), []).append(index)
     return [
         group[start : start + batch_size]
         for group in groups.values()
