@@ -119,9 +119,9 @@ class Autoencoder(nn.Module):
             raw = raw + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * eps
         return (raw - self.shift) * self.scale
 
-    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
-        """Scaled latents of images; see `encode_moments` and `latents_from_moments`."""
-        return self.latents_from_moments(self.encode_moments(images), eps)
+    def encode(self, images: Tensor) -> Tensor:
+        """Scaled latents of images, the mean of the posterior; images as in `encode_moments`."""
+        return self.latents_from_moments(self.encode_moments(images))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of scaled latents.

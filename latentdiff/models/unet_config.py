@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from latentdiff.config import options, type_name
 from latentdiff.errors import UserError, choice_error, did_you_mean
 from latentdiff.models.sizes import check_numbers
 
@@ -59,7 +59,7 @@ FIXED_FIELDS: dict[str, Any] = {
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
 }
-#: Those without effect on what we compute, accepted at any value, and others that mean the same.
+#: Those without effect on what we compute, accepted at any value, and values that mean the same.
 _IGNORED = ("addition_embed_type_num_heads", "addition_time_embed_dim")
 _SYNONYMS = {"act_fn": ("silu", "swish"), "mid_block_only_cross_attention": (None, False)}
 
@@ -165,7 +165,7 @@ def config_from_dict(data: Mapping[str, Any]) -> UNetConfig:
         if name in names:
             known[name] = tuple(value) if isinstance(value, list) else value
             if not _has_type(known[name], names[name]):
-                problems.append(f"{name} must be {type_name(names[name])}; got {value!r:.80}")
+                problems.append(f"{name} must be {_type_words(names[name])}; got {value!r:.80}")
         elif name in FIXED_FIELDS:
             if not _is_neutral(name, value):
                 problems.append(f"{name} must be {FIXED_FIELDS[name]!r}; got {value!r:.80}")
@@ -186,16 +186,30 @@ def config_to_dict(config: UNetConfig) -> dict[str, Any]:
     return head | dict(sorted((fields | FIXED_FIELDS).items()))
 
 
+#: Types of fields in words, for messages.
+_WORDS = {int: "whole number", float: "number", bool: "true|false", str: "text", NoneType: "null"}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is UnionType else (hint,)
+
+
 def _has_type(value: Any, hint: Any) -> bool:
-    for option in options(hint):
+    for option in _options(hint):
         inner = get_args(option)
-        if get_origin(option) is tuple and isinstance(value, tuple):
+        if inner and isinstance(value, tuple):
             fits = inner[-1] is Ellipsis or len(inner) == len(value)
             if fits and all(type(one) is inner[0] for one in value):
                 return True
         elif type(value) is option or (option is float and type(value) is int):
             return True
     return False
+
+
+def _type_words(hint: Any) -> str:
+    lists = {option: get_args(option) for option in _options(hint)}
+    words = [f"list of {_WORDS[i[0]]}" if i else _WORDS[option] for option, i in lists.items()]
+    return " or ".join(words)
 
 
 def _is_neutral(name: str, value: Any) -> bool:
