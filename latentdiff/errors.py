@@ -152,6 +152,16 @@ def _say(text: str, code: int) -> None:
     sys.stderr.flush()
 
 
+def warn(message: str) -> None:
+    """Warn at the user's own line, whatever functions of this package or of PyTorch lie between."""
+    frame, level = sys._getframe(), 1
+    while frame.f_globals.get("__name__", "").startswith(("latentdiff.", "torch.")):
+        if frame.f_back is None:
+            break
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def some(names: Iterable[str], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     names = list(names)

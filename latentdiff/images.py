@@ -9,12 +9,11 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, warn
 from latentdiff.files import atomic_file
 
 if TYPE_CHECKING:
@@ -123,9 +122,8 @@ def save_image(image: Image, file: Path) -> Path:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{file} cannot be written ({reason}).") from error
         png = file.with_suffix(".png")
-        warnings.warn(
+        warn(
             f"{file} cannot hold {image.width} × {image.height} pixels ({error}); they are in "
-            f"{png.name}",
-            stacklevel=2,
+            f"{png.name}"
         )
         return save_image(image, png)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 
+from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import UserError, command, printable
 
 
@@ -43,3 +44,12 @@ def test_warnings_of_a_command_are_printable() -> None:
     assert main() == 0
     assert shown == ["warning: cut off: \\x1b]0;title\\x07\nsecond line\n"]
     assert warnings.formatwarning is before
+
+
+def test_a_warning_names_the_user_s_own_line() -> None:
+    # The pipeline's call is wrapped by torch.no_grad, whose frame lies between.
+    pipeline = LatentDiffusionPipeline.__new__(LatentDiffusionPipeline)
+    with warnings.catch_warnings(record=True) as found, pytest.raises(UserError, match="output_t"):
+        warnings.simplefilter("always")
+        pipeline("a", negative_prompt="b", guidance_scale=1, output_type="none")  # type: ignore[arg-type]
+    assert [warning.filename for warning in found] == [__file__]

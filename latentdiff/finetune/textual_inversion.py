@@ -79,7 +79,7 @@ class Sayings:
         while True:
             text = self._template.replace("{token}", self._token)
             text = text.replace("{caption}", " ".join(words))
-            if not words or not self._tokenizer.left_out(text):
+            if not words or not self._tokenizer.fit(text)[1]:
                 return text
             words.pop()
 

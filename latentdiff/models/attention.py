@@ -15,12 +15,12 @@ that compute the above are PyTorch's own, or xformers when asked for; both take 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.functional import pad, scaled_dot_product_attention
 
 from latentdiff.errors import UserError, choice_error
 
@@ -45,15 +45,21 @@ def attention_backend(kind: str, device: torch.device, dtype: torch.dtype) -> At
         raise choice_error("attention", kind, get_args(AttentionKind))
     if kind == "sdpa":
         return sdpa
-    operators = _import_xformers()
+    try:
+        import xformers.ops
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"attention 'xformers' was asked for, but xformers cannot be imported ({error}). "
+            f"Install it with `pip install 'latentdiff[xformers]'`. {_INSTEAD}"
+        ) from error
     if device.type != "cuda":
         raise UserError(
             f"attention 'xformers' was asked for, but the model is on {device.type} and xformers "
             f"has operators for CUDA only. Move the model to a GPU first. {_INSTEAD}"
         )
-    trial = torch.zeros(1, 1, 1, 32, device=device, dtype=dtype)
-    xformers(trial, trial, trial, operators)
-    return lambda query, key, value: xformers(query, key, value, operators)
+    attend = partial(memory_efficient, xformers.ops)
+    attend(*[torch.zeros(1, 1, 1, 32, device=device, dtype=dtype)] * 3)
+    return attend
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -66,17 +72,14 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return products(query, key, value)
     if query.device.type == "cpu" and query.shape[-1] % EVEN:
         return _widened(query, key, value)
-    return scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def _widened(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same with zeros behind every head's channels; they change nothing but the time."""
     width = query.shape[-1]
-    more = (0, -width % (2 * EVEN))
-    out = scaled_dot_product_attention(
-        pad(query, more), pad(key, more), pad(value, more), scale=width**-0.5
-    )
-    return out[..., :width]
+    q, k, v = (F.pad(x, (0, -width % (2 * EVEN))) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, scale=width**-0.5)[..., :width]
 
 
 def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -90,43 +93,23 @@ def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return scores.softmax(-1).to(value.dtype) @ value
 
 
-def xformers(query: Tensor, key: Tensor, value: Tensor, operators: Any) -> Tensor:
+def memory_efficient(operators: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """xformers' memory-efficient attention, whose own layout is (B, tokens, heads, head_dim).
 
+    Args:    operators: `xformers.ops`.
     Raises:  UserError: when none of its kernels takes these tensors.
     """
-    key, value = key.to(query.dtype), value.to(query.dtype)
-    turned = (x.transpose(1, 2) for x in (query, key, value))
+    turned = (x.to(query.dtype).transpose(1, 2) for x in (query, key, value))
     try:
         return operators.memory_efficient_attention(*turned).transpose(1, 2)
     except (NotImplementedError, RuntimeError) as error:
         raise UserError(
-            f"attention 'xformers' was asked for, but no kernel of xformers "
-            f"{_version('xformers')} can be loaded or used with PyTorch {torch.__version__} on "
-            f"{query.device} in {query.dtype}. Its kernels load only beside the PyTorch and CUDA "
-            f"versions that it was built for; `python -m xformers.info` lists them. {_INSTEAD} "
-            f"xformers says: {str(error).strip()[:300]}"
+            f"attention 'xformers' was asked for, but no kernel of it can be loaded or used with "
+            f"PyTorch {torch.__version__} on {query.device} in {query.dtype}. Its kernels load "
+            "only beside the PyTorch and CUDA versions that it was built for; "
+            f"`python -m xformers.info` lists them and its own. {_INSTEAD} xformers says: "
+            f"{str(error).strip()[:300]}"
         ) from error
-
-
-def _import_xformers() -> Any:
-    try:
-        import xformers.ops
-    except (ImportError, OSError) as error:
-        raise UserError(
-            f"attention 'xformers' was asked for, but xformers cannot be imported ({error}). "
-            f"Install it with `pip install 'latentdiff[xformers]'`. {_INSTEAD}"
-        ) from error
-    return xformers.ops
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(version unknown)"
 
 
 KeyValue = tuple[Tensor, Tensor]
@@ -159,7 +142,7 @@ class Attention(nn.Module):
         self.heads, self.upcast = heads, upcast
         self.index = 0
         """Place in a ContextKV; set by the U-Net on its cross-attentions."""
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = sdpa
+        self.attend: Attend = sdpa
         source = width if context_width is None else context_width
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(source, width, bias=False)

@@ -11,9 +11,8 @@ Source: Rombach et al. 2022, section 3.1 and appendix G, arXiv:2112.10752.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
-from functools import partial
+from importlib import import_module
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.errors import UserError, choice_error
+from latentdiff.errors import UserError, choice_error, warn
 from latentdiff.files import read_json
 from latentdiff.models.finite import NotFiniteError, broken_weight, check_finite, is_finite
 from latentdiff.models.sizes import check_numbers
-from latentdiff.models.tokenizer import quiet
 from latentdiff.models.vae import AutoencoderKL, covers, modern_names
 from latentdiff.weights import VAE_STEM, place_weights, read_weights, stored_dtype
 
@@ -121,9 +119,9 @@ class Autoencoder(nn.Module):
             raw = raw + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * eps
         return (raw - self.shift) * self.scale
 
-    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
-        """Scaled latents of images; see `encode_moments` and `latents_from_moments`."""
-        return self.latents_from_moments(self.encode_moments(images), eps)
+    def encode(self, images: Tensor) -> Tensor:
+        """Scaled latents of images, the mean of the posterior; images as in `encode_moments`."""
+        return self.latents_from_moments(self.encode_moments(images))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of scaled latents.
@@ -143,10 +141,7 @@ class Autoencoder(nn.Module):
             )
         if self.dtype != torch.float32 and broken_weight(self.module) is None:
             kind = str(self.dtype).removeprefix("torch.")
-            warnings.warn(
-                f"the autoencoder's decoder overflowed in {kind}; it is in float32 from here on.",
-                stacklevel=2,
-            )
+            warn(f"the autoencoder's decoder overflowed in {kind}; it is in float32 from here on.")
             self.module.float()
             images = self._decoded(latents)
         check_finite(images, "its pixels", "the autoencoder's decoder", self.module)
@@ -199,14 +194,13 @@ def empty_autoencoder(config: Mapping[str, Any], where: str | Path) -> nn.Module
     Raises:  UserError: unknown class, or a configuration that no network has.
     """
     kind = str(config.get("_class_name", "AutoencoderKL"))
+    if kind not in AUTOENCODERS:
+        raise choice_error("the autoencoder's class", kind, AUTOENCODERS)
     check_numbers("the autoencoder", config)
     try:
         ours = kind == "AutoencoderKL" and covers(config)
-        build = AutoencoderKL if ours else partial(_from_diffusers, _network_class(kind))
         with torch.device("meta"):
-            return build(config)
-    except UserError:
-        raise
+            return AutoencoderKL(config) if ours else _from_diffusers(kind, config)
     except Exception as error:  # whatever fields of other types make of diffusers' classes
         raise UserError(f"{where} describes no autoencoder: {error}") from error
 
@@ -221,19 +215,16 @@ def fill_autoencoder(
     return autoencoder
 
 
-def _from_diffusers(network: Any, config: Mapping[str, Any]) -> nn.Module:
-    with quiet("diffusers"):
+def _from_diffusers(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    """Build with diffusers' class, which would log every field that it does not know."""
+    from diffusers.utils import logging
+
+    # From its own submodule: the package's top takes longer to import.
+    module = "autoencoder_kl" if kind == "AutoencoderKL" else "autoencoder_tiny"
+    network: Any = getattr(import_module(f"diffusers.models.autoencoders.{module}"), kind)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
         return network.from_config(dict(config))
-
-
-def _network_class(kind: str) -> Any:
-    """The diffusers class, imported from its own submodule: the package's top takes longer."""
-    if kind == "AutoencoderKL":
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-        return AutoencoderKL
-    if kind == "AutoencoderTiny":
-        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-
-        return AutoencoderTiny
-    raise choice_error("the autoencoder's class", kind, AUTOENCODERS)
+    finally:
+        logging.set_verbosity(level)

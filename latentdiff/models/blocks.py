@@ -1,7 +1,8 @@
-"""The U-Net's blocks: ResNet blocks, each followed by a transformer where there is attention.
+"""ResNet blocks and changes of resolution, shared with the autoencoder, and the U-Net's levels.
 
-Down blocks hand every intermediate result to the up block of the same resolution, which
-concatenates it to its own input (Ronneberger et al. 2015, arXiv:1505.04597).
+In a level each ResNet block is followed by a transformer where there is attention. Down blocks hand
+every intermediate result to the up block of the same resolution, which concatenates it to its own
+input (Ronneberger et al. 2015, arXiv:1505.04597).
 Attribute names are those of diffusers, since they are the keys of the weight files.
 """
 
@@ -24,21 +25,30 @@ class ResnetBlock(nn.Module):
     """Two normalised convolutions around a residual; the time embedding enters between them."""
 
     def __init__(
-        self, c_in: int, c_out: int, time_width: int, groups: int, eps: float, dropout: float
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        groups: int,
+        eps: float,
+        time_width: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
+        """Args: time_width: channels of the time embedding; None: there is none."""
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
         self.conv1 = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1)
-        self.time_emb_proj = nn.Linear(time_width, c_out)
+        self.time_emb_proj = None if time_width is None else nn.Linear(time_width, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, kernel_size=3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, kernel_size=1) if c_in != c_out else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """Map (B, c_in, H, W) to (B, c_out, H, W); emb (B, time_width) is activated already."""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(emb)[:, :, None, None]
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(emb)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -46,13 +56,14 @@ class ResnetBlock(nn.Module):
 class Downsample(nn.Module):
     """Halve the resolution by a strided convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, padding: int = 1) -> None:
+        """Args: padding: 1: on every side; 0: on the right and below only, as the autoencoder."""
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C, ⌈H/2⌉, ⌈W/2⌉)."""
-        return self.conv(x)
+        """Map (B, C, H, W) to (B, C, ⌈H/2⌉, ⌈W/2⌉), without padding rounded down."""
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -62,9 +73,10 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Map (B, C, H, W) to (B, C, *size); a size twice H and W but for rounding."""
-        return self.conv(F.interpolate(x, size=list(size), mode="nearest"))
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Map (B, C, H, W) to (B, C, *size), twice H and W but for rounding; None: exactly."""
+        height, width = (2 * side for side in x.shape[-2:]) if size is None else size
+        return self.conv(F.interpolate(x, size=[height, width], mode="nearest"))
 
 
 class Block(nn.Module):

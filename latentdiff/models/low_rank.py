@@ -85,7 +85,7 @@ def nearest(delta: Tensor, rank: int) -> LowRank:
     return LowRank(down, (left[:, :rank] * root).reshape(-1, rank, *ends), float(rank))
 
 
-class Branch:
+def beside(change: LowRank, layer: Layer, weight: Tensor, strength: float) -> Branch | Difference:
     """A forward hook that adds a change to a layer's output, the weight left as it is.
 
     LoRA costs two thin products; DoRA's change is held as a whole matrix.
@@ -93,31 +93,30 @@ class Branch:
     Args:    weight: W that the change is of, when the layer holds another by now.
              strength: s, may be negative.
     """
+    if change.magnitude is None:
+        return Branch(change, layer, strength)
+    return Difference({"weight": change.delta(weight)}, strength)
 
-    def __init__(self, change: LowRank, layer: Layer, weight: Tensor, strength: float) -> None:
-        if change.magnitude is None:
-            down = change.down.reshape(change.rank, *layer.weight.shape[1:])
-            ends = (1,) * (layer.weight.ndim - 2)
-            up = strength * change.scale * change.up.float()
-            self._parts = [down, up.reshape(-1, change.rank, *ends)]
-        else:
-            self._parts = [strength * change.delta(weight)]
+
+class Branch:
+    """The hook of a LoRA: s (α/r) B (A x)."""
+
+    def __init__(self, change: LowRank, layer: Layer, strength: float) -> None:
+        ends = (1,) * (layer.weight.ndim - 2)
+        self._down = change.down.reshape(change.rank, *layer.weight.shape[1:])
+        up = strength * change.scale * change.up.float()
+        self._up = up.reshape(-1, change.rank, *ends)
 
     def __call__(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the layer's output with the change added."""
         x = inputs[0]
-        first = self._parts[0]
-        if first.dtype != x.dtype or first.device != x.device:  # the model has been moved
-            self._parts = [part.to(x) for part in self._parts]
-        y = _apply(layer, x, self._parts[0])
-        if len(self._parts) == 2:
-            mix: Callable[..., Tensor] = F.linear if isinstance(layer, nn.Linear) else F.conv2d
-            y = mix(y, self._parts[1])
-        return output + y
+        self._down, self._up = self._down.to(x), self._up.to(x)
+        mix: Callable[..., Tensor] = F.linear if isinstance(layer, nn.Linear) else F.conv2d
+        return output + mix(_apply(layer, x, self._down), self._up)
 
 
 class Difference:
-    """A forward hook that adds changes of a layer's weight and bias that are not of low rank.
+    """The hook of changes of a layer's weight and bias that are not of low rank.
 
     The layer's output is linear in both, so that with the changes in their place it is the change.
 
@@ -125,21 +124,15 @@ class Difference:
     """
 
     def __init__(self, changes: Mapping[str, Tensor], strength: float) -> None:
-        self._weight, self._bias = (
-            None if (change := changes.get(name)) is None else strength * change.float()
-            for name in ("weight", "bias")
-        )
+        self._changes = {name: strength * change.float() for name, change in changes.items()}
 
     def __call__(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the layer's output with the change added."""
-        if self._bias is not None:
-            self._bias = self._bias.to(output)
-        if self._weight is not None:
-            self._weight = self._weight.to(output)
-            return output + _apply(layer, inputs[0], self._weight, self._bias)
-        assert self._bias is not None
+        self._changes = {name: change.to(output) for name, change in self._changes.items()}
+        if "weight" in self._changes:
+            return output + _apply(layer, inputs[0], **self._changes)
         ends = (1,) * (output.ndim - 2) if isinstance(layer, nn.Conv2d | nn.GroupNorm) else ()
-        return output + self._bias.reshape(-1, *ends)
+        return output + self._changes["bias"].reshape(-1, *ends)
 
 
 def _apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

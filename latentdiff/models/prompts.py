@@ -1,60 +1,44 @@
-r"""The prompt syntax of AUTOMATIC1111's web UI: how much words count, where a new chunk begins.
+r"""Prompts → context for cross-attention.
 
-    (red)        × 1.1              ((red))     × 1.1²
-    (red:1.3)    × 1.3              [red]       ÷ 1.1
-    \( \) \[ \] \\                  the sign itself
-    BREAK                           what follows begins a new chunk
+A text tower with T positions reads T − 2 tokens at a time, a chunk, between its begin and end mark.
+There are three readings (`read_prompt`):
 
-Factors of nested brackets multiply. Round and square ones are matched apart from each other. One
-that is never closed lasts to the end of the text, one that was never opened is just a sign.
+    plain    one chunk; words that do not fit are cut off, with a warning
+    long     as many chunks as the words need, their states one after the other
+    a1111    the same with the syntax of AUTOMATIC1111's web UI:
 
-Facts: stable-diffusion-webui, modules/prompt_parser.py. BREAK counts within brackets too (there it
-becomes a word). What that program does with a text beyond weights (words that change from step to
-step, AND, <lora:…>) is refused by name and not taken for words.
-
-A prompt of any length in pieces that a text tower can take.
-
-A tower with T positions takes T − 2 tokens between its begin and end mark. A longer prompt fills
-several such chunks one after the other. Where a comma is among the last tokens of a full chunk,
-what follows the comma moves over, so that phrases stay together.
-
-Facts: stable-diffusion-webui, modules/sd_hijack_clip.py (75 tokens, a comma at most 20 back).
-
-Prompts → context, by one of three readings.
-
-    plain    one pass of the text tower; words that do not fit are cut off, with a warning
-    long     as many passes as the words need, their states one after the other
-    a1111    the same with weighted words and BREAK, see `parse`
+        (red)        × 1.1              ((red))     × 1.1²
+        (red:1.3)    × 1.3              [red]       ÷ 1.1
+        \( \) \[ \] \\                  the sign itself
+        BREAK                           what follows begins a new chunk
 
 A text that fits, and for a1111 holds no syntax, has the same states in all three.
+
+Factors of nested brackets multiply. Round and square ones are matched apart from each other. One
+that is never closed lasts to the end of the text, one that was never opened is just a sign. What
+that program does with a text beyond weights (words that change from step to step, AND, <lora:…>) is
+refused by name and not taken for words. Where a comma is among the last tokens of a full chunk,
+what follows the comma moves over, so that phrases stay together.
 
 A weight w multiplies the states of its tokens, and the chunk is then scaled back to its old mean:
 
     z'_k = w_k z_k,    z'' = z' · mean(z)/mean(z')
 
-Source: stable-diffusion-webui, modules/sd_emphasis.py (`EmphasisOriginal`), which keeps the mean
-because pictures had artifacts without. Were all states of one sign, mean(z')/mean(z) would lie
-between the least and the largest weight. Where it does not, the mean is what is left of larger
-numbers that cancel (a last LayerNorm without bias), the ratio is noise, and z' stays.
+A learned word (textual inversion, Gal et al. 2022, arXiv:2208.01618) is one token, or n of them,
+behind all that there are: NAME, NAME_1, NAME_2, … as diffusers calls them. Its embeddings are new
+rows of the tower's table, and nothing else changes: a text in which the word does not occur has the
+tokens and states that it had. A name that begins or ends with a letter, digit or _ is met as a
+whole word alone, not within a longer one.
 
-Words whose token embeddings were learned: textual inversion.
-
-A new word gets one token, or n of them, behind all that there are; NAME, NAME_1, NAME_2, … as
-diffusers calls them. Its embeddings are new rows of the tower's table, and nothing else changes: a
-text in which the word does not occur has the tokens and states that it had. A name that begins or
-ends with a letter, digit or _ is met as a whole word alone, not within a longer one.
-
-Source: Gal et al. 2022, arXiv:2208.01618.
-
-What a prompt says to other programs or other models, and is read as mere words here.
+Source: stable-diffusion-webui, modules/prompt_parser.py, sd_hijack_clip.py (75 tokens, a comma at
+most 20 back) and sd_emphasis.py (`EmphasisOriginal`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -62,9 +46,103 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.errors import UserError, choice_error
+from latentdiff.errors import UserError, choice_error, warn
 from latentdiff.models.clip_text import TextEncoder
 from latentdiff.models.tokenizer import ClipTokenizer
+
+PromptSyntax = Literal["plain", "long", "a1111"]
+
+
+class Chunk(NamedTuple):
+    """What one pass of the tower reads, marks and padding left out."""
+
+    ids: tuple[int, ...]
+    """Token ids."""
+    weights: tuple[float, ...]
+    """How much each counts."""
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """What became of a prompt's words."""
+
+    text: str
+    """As it was given."""
+    chunks: tuple[Chunk, ...]
+    """What each pass of the text tower reads."""
+    room: int
+    """Tokens that fit into a pass."""
+    left_out: str = ""
+    """Words that no pass reads: of a plain prompt that is too long."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are read, marks left out."""
+        return sum(len(chunk.ids) for chunk in self.chunks)
+
+    def __str__(self) -> str:
+        passes = "" if len(self.chunks) == 1 else f" in {len(self.chunks)} chunks"
+        left = f"; left out: {self.left_out!r}" if self.left_out else ""
+        return f"{self.tokens} tokens{passes} ({self.room} fit into one){left}"
+
+
+def read_prompt(
+    encoder: TextEncoder, text: str, syntax: str = "plain", room: int | None = None
+) -> ReadPrompt:
+    """Cut a prompt up, without encoding it.
+
+    Args:    syntax: plain, long or a1111.  room: tokens in a chunk; None: all that fit.
+    Raises:  UserError: unknown reading, or syntax that cannot be read.
+    """
+    if syntax not in get_args(PromptSyntax):
+        raise choice_error("prompt_syntax", syntax, get_args(PromptSyntax))
+    tokenizer, most = encoder.tokenizer, encoder.max_length - 2
+    if syntax == "plain":
+        ids, left_out = tokenizer.fit(text)
+        return ReadPrompt(text, (Chunk(tuple(ids), (1.0,) * len(ids)),), most, left_out)
+    room = most if room is None else min(room, most)
+    parts = parse(text) if syntax == "a1111" else [[Run(text, 1.0)]]
+    comma = tokenizer.backend.token_to_id(",</w>")
+    return ReadPrompt(text, tuple(chunks_of(parts, tokenizer.pieces, room, comma)), room)
+
+
+def encode_prompts(encoder: TextEncoder, prompts: Sequence[ReadPrompt]) -> list[Tensor]:
+    """The context of each prompt, (chunks · max_length, width); warns of words that do not fit."""
+    for prompt in prompts:
+        encoder.tokenizer.warn_of_cut(prompt.text, prompt.left_out)
+    rows = [encoder.tokenizer.padded(chunk.ids) for prompt in prompts for chunk in prompt.chunks]
+    states = iter(encoder.encode_tokens(torch.tensor(rows, dtype=torch.int64)))
+    return [
+        torch.cat([emphasised(next(states), chunk.weights) for chunk in prompt.chunks])
+        for prompt in prompts
+    ]
+
+
+#: The mean is not scaled up by more than 1 over this.
+LEAST_RATIO = 0.01
+
+
+def emphasised(states: Tensor, weights: Sequence[float]) -> Tensor:
+    """Multiply the states of a chunk (T, width) by the weights of its tokens, and keep their mean.
+
+    States whose weights are all 1 come back as they are. Were all states of one sign,
+    mean(z')/mean(z) would lie between the least and the largest weight. Where it does not, the mean
+    is what is left of larger numbers that cancel (a last LayerNorm without bias), the ratio is
+    noise, and z' stays.
+
+    Args: weights: of the tokens behind the begin mark; all others count 1.
+    """
+    if all(weight == 1 for weight in weights):
+        return states
+    w = torch.ones(len(states))
+    w[1 : 1 + len(weights)] = torch.tensor(weights)
+    z = states.float()
+    changed = z * w.to(z.device)[:, None]
+    ratio = float(changed.mean() / z.mean())
+    if max(float(w.min()), LEAST_RATIO) <= ratio <= float(w.max()):
+        changed = changed / ratio
+    return changed.to(states.dtype)
+
 
 #: What one pair of brackets multiplies or divides by.
 STEP = 1.1
@@ -92,40 +170,54 @@ class Run(NamedTuple):
     """1 = as usual."""
 
 
+@dataclass
+class _Piece:
+    """A part of a prompt between two signs of the syntax."""
+
+    text: str | None
+    """None: a BREAK."""
+    escaped: bool = False
+    """Whether it is no syntax whatever it looks like."""
+    weight: float = 1.0
+
+
 def parse(text: str) -> list[list[Run]]:
-    """Read a prompt.
+    """Read A1111's syntax.
 
     Returns: for each part between BREAKs its runs; neighbours differ in weight, none is empty.
     Raises:  UserError: a weight that is no number or above `LARGEST`; syntax that is not supported.
     """
     _refuse_networks(text)
-    pieces: list[str | None] = []  # None is a BREAK
-    plain: list[str] = []  # the same without what was escaped, to find unsupported syntax in
+    pieces: list[_Piece] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
-    factors: list[tuple[int, int, float]] = []  # pieces from, to; factor
+
+    def scale(start: int, factor: float) -> None:
+        for piece in pieces[start:]:
+            piece.weight *= factor
+
     for sign in _SIGNS.finditer(text):
         found = sign.lastgroup
         if found == "open":
             opened[sign[0]].append(len(pieces))
         elif found == "number" and opened["("]:
-            factors.append((opened["("].pop(), len(pieces), _number(sign["number"])))
+            scale(opened["("].pop(), _number(sign["number"]))
         elif sign[0] == ")" and opened["("]:
-            factors.append((opened["("].pop(), len(pieces), STEP))
+            scale(opened["("].pop(), STEP)
         elif sign[0] == "]" and opened["["]:
             start = opened["["].pop()
-            _refuse_schedule("".join(plain[start:]))
-            factors.append((start, len(pieces), 1 / STEP))
+            _refuse_schedule("".join(p.text or "" for p in pieces[start:] if not p.escaped))
+            scale(start, 1 / STEP)
         elif found == "literal":
-            pieces.append(sign["literal"])
-            plain.append("")
+            pieces.append(_Piece(sign["literal"], escaped=True))
         else:
-            for i, words in enumerate(_BREAK.split(sign[0])):
-                new = [words] if i == 0 else [None, words]
-                pieces += new
-                plain += ["" if piece is None else piece for piece in new]
-    factors += [(start, len(pieces), STEP) for start in opened["("]]
-    factors += [(start, len(pieces), 1 / STEP) for start in opened["["]]
-    return _parts(pieces, _weights(len(pieces), factors))
+            first, *more = _BREAK.split(sign[0])
+            pieces.append(_Piece(first))
+            pieces += [piece for words in more for piece in (_Piece(None), _Piece(words))]
+    for start in opened["("]:
+        scale(start, STEP)
+    for start in opened["["]:
+        scale(start, 1 / STEP)
+    return _parts(pieces)
 
 
 def escape(text: str) -> str:
@@ -133,33 +225,21 @@ def escape(text: str) -> str:
     return re.sub(r"[()\[\]\\:|]", lambda sign: "\\" + sign[0], text)
 
 
-def _weights(count: int, factors: list[tuple[int, int, float]]) -> list[float]:
-    weights = [1.0] * count
-    for start, end, factor in factors:
-        for i in range(start, end):
-            weights[i] *= factor
-    return weights
-
-
-def _parts(pieces: list[str | None], weights: list[float]) -> list[list[Run]]:
+def _parts(pieces: Sequence[_Piece]) -> list[list[Run]]:
     parts: list[list[Run]] = [[]]
-    for piece, weight in zip(pieces, weights, strict=True):
-        if piece is None:
+    for piece in pieces:
+        if piece.text is None:
             parts.append([])
-            continue
-        if not piece:
-            continue
-        if not abs(weight) <= LARGEST:
-            raise UserError(
-                f"the weight of {piece.strip()[:50]!r} in the prompt must lie in -{LARGEST:g} … "
-                f"{LARGEST:g} (0.5 to 1.5 usual); got {weight:g}. Use fewer brackets, or write "
-                "\\( and \\) for brackets that are part of the text."
-            )
-        runs = parts[-1]
-        if runs and runs[-1].weight == weight:
-            runs[-1] = Run(runs[-1].text + piece, weight)
-        else:
-            runs.append(Run(piece, weight))
+        elif piece.text:
+            if not abs(piece.weight) <= LARGEST:
+                raise UserError(
+                    f"the weight of {piece.text.strip()[:50]!r} in the prompt must lie in "
+                    f"-{LARGEST:g} … {LARGEST:g} (0.5 to 1.5 usual); got {piece.weight:g}. Use "
+                    "fewer brackets, or write \\( and \\) for brackets that are part of the text."
+                )
+            same = parts[-1] and parts[-1][-1].weight == piece.weight
+            before = parts[-1].pop().text if same else ""
+            parts[-1].append(Run(before + piece.text, piece.weight))
     return parts
 
 
@@ -186,10 +266,10 @@ def _refuse_schedule(inside: str) -> None:
 
 
 def _refuse_networks(text: str) -> None:
-    if network := NETWORK.search(text):
+    if network := _NETWORK.search(text):
         raise UserError(
             f"the prompt holds {network[0][:60]!r}, which loads a file in A1111; a prompt loads "
-            f"nothing here. Take it out; {how_to_load(*network.groups())}."
+            f"nothing here. Take it out; {_how_to_load(network)}."
         )
     if re.search(r"\bAND\b", text):
         raise UserError(
@@ -198,30 +278,21 @@ def _refuse_networks(text: str) -> None:
         )
 
 
-Pieces = Callable[[str], list[tuple[int, ...]]]
-"""Text → token ids; those of one learned word, which stay together, in one tuple."""
-
-
-class Chunk(NamedTuple):
-    """What one pass of the tower reads, marks and padding left out."""
-
-    ids: tuple[int, ...]
-    """Token ids."""
-    weights: tuple[float, ...]
-    """How much each counts."""
-
-
 def comma_reach(room: int) -> int:
     """How many tokens before a chunk's end a comma is looked for: 20 of 75."""
     return room * 20 // 75
 
 
 def chunks_of(
-    parts: Sequence[Sequence[Run]], pieces: Pieces, room: int, comma: int | None
+    parts: Sequence[Sequence[Run]],
+    pieces: Callable[[str], list[tuple[int, ...]]],
+    room: int,
+    comma: int | None,
 ) -> list[Chunk]:
     """Cut a prompt up.
 
-    Args:    parts: what `parse` gives.  pieces: the tokenizer.
+    Args:    parts: what `parse` gives.
+             pieces: text → token ids; those of one learned word, which stay together, in one tuple.
              room: tokens in a chunk.  comma: the comma's token; None: there is none.
     Returns: at least one chunk; an empty part is an empty chunk, unless it is the last of several.
     Raises:  UserError: a learned word of more vectors than a chunk has room for.
@@ -244,7 +315,7 @@ def _fill(
 
     def close(end: int) -> None:
         nonlocal now, after_comma
-        chunks.append(_chunk(now[:end]))
+        chunks.append(Chunk(tuple(t for t, _ in now[:end]), tuple(w for _, w in now[:end])))
         now, after_comma = now[end:], 0
 
     for piece, weight in words:
@@ -265,109 +336,64 @@ def _fill(
     return chunks
 
 
-def _chunk(tokens: Sequence[tuple[int, float]]) -> Chunk:
-    return Chunk(tuple(t for t, _ in tokens), tuple(w for _, w in tokens))
+#: A1111's way to load a file from within a prompt: kind, name, weight.
+_NETWORK = re.compile(r"<(lora|lyco|hypernet):([^>:]*)(?::([^>]*))?>", re.IGNORECASE)
+_NUMBER = re.compile(r"-?\d+(\.\d+)?|-?\.\d+")
+_ENDING = re.compile(r"\.(safetensors|pt|bin|ckpt)$", re.IGNORECASE)
+#: A1111's weights and chunks, (red:1.3) and BREAK.
+_WEIGHT = re.compile(r"\([^()]*:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\bBREAK\b")
+#: What learned words are called; a letter, so that signs such as <-> are left alone.
+_WORD = re.compile(r"<[^<>\s:]*[^\W\d_][^<>\s:]*>")
 
 
-PromptSyntax = Literal["plain", "long", "a1111"]
-#: The mean is not scaled up by more than 1 over this.
-LEAST_RATIO = 0.01
+def warn_of_unknown_words(
+    tokenizer: ClipTokenizer, texts: Iterable[str], a1111: bool = False
+) -> None:
+    """Warn, once each, of <words> that are not learned and of A1111's <lora:name:1> and (red:1.3).
 
-
-@dataclass(frozen=True)
-class ReadPrompt:
-    """What became of a prompt's words."""
-
-    text: str
-    """As it was given."""
-    chunks: tuple[Chunk, ...]
-    """What each pass of the text tower reads."""
-    room: int
-    """Tokens that fit into a pass."""
-    left_out: str = ""
-    """Words that no pass reads: of a plain prompt that is too long."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are read, marks left out."""
-        return sum(len(chunk.ids) for chunk in self.chunks)
-
-    def __str__(self) -> str:
-        passes = "" if len(self.chunks) == 1 else f" in {len(self.chunks)} chunks"
-        left = f"; left out: {self.left_out!r}" if self.left_out else ""
-        return f"{self.tokens} tokens{passes} ({self.room} fit into one){left}"
-
-
-def check_syntax(given: str) -> None:
-    """Refuse an unknown reading."""
-    if given not in get_args(PromptSyntax):
-        raise choice_error("prompt_syntax", given, get_args(PromptSyntax))
-
-
-def read_prompt(
-    encoder: TextEncoder, text: str, syntax: str = "plain", room: int | None = None
-) -> ReadPrompt:
-    """Say how a prompt is cut up, without encoding it.
-
-    Args:    syntax: plain, long or a1111.  room: tokens in a chunk; None: all that fit.
-    Raises:  UserError: unknown reading, room below 1, or syntax that cannot be read.
+    Such a prompt works, but its words are read as signs and letters and the image is another.
+    Args: a1111: whether A1111's syntax is understood, and needs no warning.
     """
-    check_syntax(syntax)
-    if room is not None and room < 1:
-        raise UserError(f"the tokens in a chunk must be at least 1; got {room}.")
-    tokenizer, most = encoder.tokenizer, encoder.max_length - 2
-    if syntax == "plain":
-        ids = [token for piece in tokenizer.pieces(text) for token in piece][:most]
-        chunk = Chunk(tuple(ids), (1.0,) * len(ids))
-        return ReadPrompt(text, (chunk,), most, tokenizer.left_out(text))
-    room = most if room is None else min(room, most)
-    parts = parse(text) if syntax == "a1111" else [[Run(text, 1.0)]]
-    comma = tokenizer.backend.token_to_id(",</w>")
-    return ReadPrompt(text, tuple(chunks_of(parts, tokenizer.pieces, room, comma)), room)
+    found = (message for text in texts for message in _misread(tokenizer, text, a1111))
+    for message in dict.fromkeys(found):
+        warn(message)
 
 
-def encode_prompts(
-    encoder: TextEncoder, texts: Sequence[str], syntax: str = "plain", room: int | None = None
-) -> list[Tensor]:
-    """The context of each prompt, (chunks · max_length, width); arguments as in `read_prompt`.
+def _misread(tokenizer: ClipTokenizer, text: str, a1111: bool) -> Iterator[str]:
+    for network in _NETWORK.finditer(text) if not a1111 else ():
+        yield (
+            f"the prompt holds {network[0]!r}, which loads a file in A1111; here it loads nothing "
+            f"and is read as words. Take it out; {_how_to_load(network)}."
+        )
+    if not a1111 and (weight := _WEIGHT.search(text)):
+        yield (
+            f"the prompt holds {weight[0][:60]!r}, which weighs words or begins a chunk in A1111; "
+            "here it is read as words and signs. Draw with generate.py --weighted, or "
+            "prompt_syntax='a1111'."
+        )
+    for word in _WORD.findall(text):
+        # A word that was learned is one piece, whatever the number of its vectors.
+        if len(tokenizer.pieces(word)) != 1:
+            yield (
+                f"the prompt holds {word!r}, which is not a word that this model has learned; it "
+                "is read as signs and letters. Load a textual inversion with generate.py "
+                f'--embedding "FILE={word}", or pipeline.load_embedding(file, {word!r}).'
+            )
 
-    Raises:  UserError: see `read_prompt`; before any work.
-    """
-    check_syntax(syntax)
-    if syntax == "plain":
-        return list(encoder.encode(texts))
-    read = [read_prompt(encoder, text, syntax, room).chunks for text in texts]
-    rows = [encoder.tokenizer.padded(chunk.ids) for chunks in read for chunk in chunks]
-    states = encoder.encode_tokens(torch.tensor(rows, dtype=torch.int64))
-    weighted = iter(
-        [emphasised(z, _row_weights(c, len(z))) for z, c in zip(states, _flat(read), strict=True)]
+
+def _how_to_load(network: re.Match[str]) -> str:
+    """How to do here what <lora:name:weight> does in A1111."""
+    kind, name, weight = network.groups()
+    if kind.lower() == "hypernet":
+        return "hypernetworks are not supported"
+    # A1111 knows more after the name (a weight per tower, te=1); here a file has one weight.
+    given = _NUMBER.fullmatch((weight or "").split(":")[0])
+    number = given.group() if given else "1"
+    file = "FILE" if not name else name if _ENDING.search(name) else f"{name}.safetensors"
+    return (
+        f"load the file with generate.py --lora {file}:{number}, or "
+        f"pipeline.load_lora('{file}', {number})"
     )
-    return [torch.cat([next(weighted) for _ in chunks]) for chunks in read]
-
-
-def emphasised(states: Tensor, weights: Tensor) -> Tensor:
-    """Multiply the states of a chunk (T, width) by weights (T,), and keep their mean.
-
-    States whose weights are all 1 come back as they are.
-    """
-    if bool((weights == 1).all()):
-        return states
-    z = states.float()
-    changed = z * weights.to(z.device)[:, None]
-    ratio = float(changed.mean() / z.mean())
-    if max(float(weights.min()), LEAST_RATIO) <= ratio <= float(weights.max()):
-        changed = changed / ratio
-    return changed.to(states.dtype)
-
-
-def _row_weights(chunk: Chunk, length: int) -> Tensor:
-    weights = torch.ones(length)
-    weights[1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights)
-    return weights
-
-
-def _flat(read: Sequence[tuple[Chunk, ...]]) -> list[Chunk]:
-    return [chunk for chunks in read for chunk in chunks]
 
 
 _WORD_EDGE = re.compile(r"^\w|\w$")
@@ -401,9 +427,9 @@ def add_word(encoder: TextEncoder, word: str, vectors: Tensor) -> list[int]:
     return ids
 
 
-def check_word(tokenizer: ClipTokenizer, word: str) -> None:
+def _check_word(tokenizer: ClipTokenizer, word: str) -> None:
     """Refuse a word that could not be told from other text. Raises: UserError."""
-    if not word.strip() or word.split() != [word]:
+    if word.split() != [word]:
         raise UserError(
             f"the name of a learned word must be without spaces, such as <my-cat>; got {word!r}. "
             "Choose another with token=…"
@@ -455,7 +481,7 @@ def _with_tokens(tokenizer: ClipTokenizer, names: list[str]) -> ClipTokenizer:
     from tokenizers import AddedToken, Tokenizer
 
     for name in names:
-        check_word(tokenizer, name)
+        _check_word(tokenizer, name)
     backend = Tokenizer.from_str(tokenizer.backend.to_str())
     backend.add_tokens([AddedToken(n, single_word=bool(_WORD_EDGE.search(n))) for n in names])
     larger = ClipTokenizer(backend, tokenizer.config, tokenizer.max_length)
@@ -465,72 +491,3 @@ def _with_tokens(tokenizer: ClipTokenizer, names: list[str]) -> ClipTokenizer:
             "token=…, of letters, digits and - between < and >."
         )
     return larger
-
-
-#: A1111's way to load a file from within a prompt: kind, name, weight.
-NETWORK = re.compile(r"<(lora|lyco|hypernet):([^>:]*)(?::([^>]*))?>", re.IGNORECASE)
-_NUMBER = re.compile(r"-?\d+(\.\d+)?|-?\.\d+")
-_ENDING = re.compile(r"\.(safetensors|pt|bin|ckpt)$", re.IGNORECASE)
-#: A1111's weights and chunks, (red:1.3) and BREAK.
-_WEIGHT = re.compile(r"\([^()]*:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\bBREAK\b")
-#: What learned words are called; a letter, so that signs such as <-> are left alone.
-_WORD = re.compile(r"<[^<>\s:]*[^\W\d_][^<>\s:]*>")
-
-
-def warn_of_unknown_words(
-    tokenizer: ClipTokenizer, texts: Iterable[str], a1111: bool = False
-) -> None:
-    """Warn, once each, of <words> that are not learned and of A1111's <lora:name:1> and (red:1.3).
-
-    Such a prompt works, but its words are read as signs and letters and the picture is another.
-    Args: a1111: whether A1111's syntax is understood, and needs no warning.
-    """
-    found: dict[str, None] = {}
-    for text in texts:
-        for network in NETWORK.finditer(text) if not a1111 else ():
-            found[_say_network(*network.groups())] = None
-        if not a1111 and (weight := _WEIGHT.search(text)):
-            found[_say_weight(weight[0])] = None
-        for word in _WORD.findall(text):
-            # A word that was learned is one piece, whatever the number of its vectors.
-            if len(tokenizer.pieces(word)) != 1:
-                found[_say_word(word)] = None
-    for message in found:
-        warnings.warn(message, stacklevel=3)
-
-
-def how_to_load(kind: str, name: str, weight: str | None) -> str:
-    """How to do here what <lora:name:weight> does in A1111."""
-    if kind.lower() == "hypernet":
-        return "hypernetworks are not supported"
-    # A1111 knows more after the name (a weight per tower, te=1); here a file has one weight.
-    given = _NUMBER.fullmatch((weight or "").split(":")[0])
-    number = given.group() if given else "1"
-    file = "FILE" if not name else name if _ENDING.search(name) else f"{name}.safetensors"
-    return (
-        f"load the file with generate.py --lora {file}:{number}, or "
-        f"pipeline.load_lora('{file}', {number})"
-    )
-
-
-def _say_network(kind: str, name: str, weight: str | None) -> str:
-    shown = f"<{kind}:{name}>" if weight is None else f"<{kind}:{name}:{weight}>"
-    return (
-        f"the prompt holds {shown!r}, which loads a file in A1111; here it loads nothing and is "
-        f"read as words. Take it out; {how_to_load(kind, name, weight)}."
-    )
-
-
-def _say_weight(text: str) -> str:
-    return (
-        f"the prompt holds {text[:60]!r}, which weighs words or begins a chunk in A1111; here it "
-        "is read as words and signs. Draw with generate.py --weighted, or prompt_syntax='a1111'."
-    )
-
-
-def _say_word(word: str) -> str:
-    return (
-        f"the prompt holds {word!r}, which is not a word that this model has learned; it is read "
-        "as signs and letters. Load a textual inversion with generate.py --embedding "
-        f'"FILE={word}", or pipeline.load_embedding(file, {word!r}).'
-    )

@@ -16,29 +16,15 @@ from latentdiff.errors import UserError
 MOST_LAYERS = 1000
 MOST_CHANNELS = 2**24
 _LAYERS = (
-    "layers_per_block",
-    "transformer_layers_per_block",
-    "num_hidden_layers",
-    "num_encoder_blocks",
-    "num_decoder_blocks",
+    *("layers_per_block", "transformer_layers_per_block"),
+    *("num_hidden_layers", "num_encoder_blocks", "num_decoder_blocks"),
 )
 _SIZES = (
     *_LAYERS,
-    "in_channels",
-    "out_channels",
-    "latent_channels",
-    "block_out_channels",
-    "encoder_block_out_channels",
-    "decoder_block_out_channels",
-    "attention_head_dim",
-    "cross_attention_dim",
-    "norm_num_groups",
-    "time_embedding_dim",
-    "sample_size",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
+    *("in_channels", "out_channels", "latent_channels", "sample_size"),
+    *("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels"),
+    *("attention_head_dim", "cross_attention_dim", "norm_num_groups", "time_embedding_dim"),
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
     "max_position_embeddings",
 )
 #: Name → the range.

@@ -23,34 +23,16 @@ from __future__ import annotations
 
 import gzip
 import unicodedata
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import UserError, whole_text
+from latentdiff.errors import UserError, warn, whole_text
 from latentdiff.files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@contextmanager
-def quiet(package: str) -> Iterator[None]:
-    """Silence `transformers` or `diffusers` inside a with block, then restore their settings."""
-    logging: Any = import_module(f"{package}.utils.logging")
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -65,6 +47,11 @@ Added = tuple[int | None, Any]
 def text_of(token: Any) -> str:
     """The token of an entry that is text or, in older files, an object."""
     return token["content"] if isinstance(token, dict) else str(token)
+
+
+def marks_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The text of each of `MARKS` in a tokenizer_config.json."""
+    return {name: text_of(config.get(name) or usual) for name, usual in MARKS.items()}
 
 
 def stated_tokens(config: Mapping[str, Any], words: Mapping[str, int]) -> list[Added]:
@@ -137,9 +124,9 @@ class ClipTokenizer:
         self.backend, self.config, self.max_length = backend, config, max_length
         backend.no_padding()
         backend.no_truncation()
-        marks = ("bos_token", "eos_token", "pad_token")
+        marks = marks_of(config)
         self.begin_id, self.end_id, self.pad_id = (
-            self._id(config.get(mark) or MARKS[mark]) for mark in marks
+            self._id(marks[name]) for name in ("bos_token", "eos_token", "pad_token")
         )
         self.learned = learned_words(backend)
 
@@ -147,7 +134,11 @@ class ClipTokenizer:
         """Ids of texts, (B, max_length) int64; warns with the words that do not fit."""
         import torch
 
-        rows = [self._row(text) for text in texts]
+        rows = []
+        for text in texts:
+            ids, left_out = self.fit(text)
+            self.warn_of_cut(text, left_out)
+            rows.append(self.padded(ids))
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
 
     def count(self, text: str) -> int:
@@ -164,16 +155,36 @@ class ClipTokenizer:
         row = [self.begin_id, *ids, self.end_id]
         return row + [self.pad_id] * (self.max_length - len(row))
 
-    def left_out(self, text: str) -> str:
-        """The words from the one on that no longer fits; empty when all do."""
-        return self._fit(text)[1]
+    def fit(self, text: str) -> tuple[list[int], str]:
+        """The ids that have room between the marks, and the words that have not."""
+        encoding = self._encode(text)
+        ids, begin, word = list[int](), 0, None
+        for token, (at, _), own in zip(
+            encoding.ids, encoding.offsets, encoding.word_ids, strict=True
+        ):
+            # Scripts without spaces (category Lo) are one "word", of which each sign is one.
+            if own != word or unicodedata.category(text[at]) == "Lo":
+                begin, word = at, own
+            ids += self.learned.get(token, (token,))
+            if len(ids) > self.max_length - 2:
+                return ids[: self.max_length - 2], text[begin:]
+        return ids, ""
+
+    def warn_of_cut(self, text: str, left_out: str) -> None:
+        """Warn of the words of a text that are left out, if any; see `fit`."""
+        if left_out:
+            warn(
+                f"the text encoder takes {self.max_length} tokens and this prompt has "
+                f"{self.count(text)}; cut off: {left_out!r} (prompt_syntax='long', or generate.py "
+                "--long, takes them all)"
+            )
 
     def save(self, folder: Path) -> None:
         """Write every form that readers of a Stable Diffusion folder look for."""
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
         self.backend.model.save(str(folder))  # vocab.json and merges.txt
-        marks = {name: text_of(self.config.get(name) or usual) for name, usual in MARKS.items()}
+        marks = marks_of(self.config)
         entries = added_entries(self.backend)
         config = {
             "add_prefix_space": False,
@@ -191,41 +202,13 @@ class ClipTokenizer:
         if words := {entry["content"]: index for index, entry in entries.items() if index >= base}:
             write_json(folder / "added_tokens.json", words)
 
-    def _row(self, text: str) -> list[int]:
-        ids, left_out = self._fit(text)
-        if left_out:
-            warnings.warn(
-                f"the text encoder takes {self.max_length} tokens and this prompt has "
-                f"{self.count(text)}; cut off: {left_out!r} (prompt_syntax='long', or generate.py "
-                "--long, takes them all)",
-                stacklevel=4,
-            )
-        return self.padded(ids)
-
     def _encode(self, text: str) -> Any:
         return self.backend.encode(whole_text(text), add_special_tokens=False)
 
-    def _fit(self, text: str) -> tuple[list[int], str]:
-        """The ids that have room between the marks, and the words that have not."""
-        encoding = self._encode(text)
-        ids, begin, word = list[int](), 0, None
-        for token, (at, _), own in zip(
-            encoding.ids, encoding.offsets, encoding.word_ids, strict=True
-        ):
-            # Scripts without spaces (category Lo) are one "word", of which each sign is one.
-            if own != word or unicodedata.category(text[at]) == "Lo":
-                begin, word = at, own
-            ids += self.learned.get(token, (token,))
-            if len(ids) > self.max_length - 2:
-                return ids[: self.max_length - 2], text[begin:]
-        return ids, ""
-
-    def _id(self, token: Any) -> int:
-        found = self.backend.token_to_id(text_of(token))
+    def _id(self, mark: str) -> int:
+        found = self.backend.token_to_id(mark)
         if found is None:
-            raise UserError(
-                f"the tokenizer's vocabulary does not hold its mark {text_of(token)!r}."
-            )
+            raise UserError(f"the tokenizer's vocabulary does not hold its mark {mark!r}.")
         return found
 
 
@@ -287,32 +270,36 @@ def _read_backend(folder: Path, config: Mapping[str, Any], added: Sequence[Added
         backend = Tokenizer.from_file(str(whole))
         add_tokens(backend, added)
         return backend
-    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
-    bpe = BPE.from_file(*files, unk_token=EOS, end_of_word_suffix="</w>")
-    return build_backend(bpe, config, added)
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return with_marks(byte_pairs(*BPE.read_file(*files)), config, added)
 
 
-def build_backend(model: Any, config: Mapping[str, Any], added: Sequence[Added]) -> Any:
-    """CLIP's tokenizer around its vocabulary and merges, a `tokenizers.models.BPE`.
+def byte_pairs(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> Any:
+    """CLIP's way from a text to pieces, as a `tokenizers.Tokenizer`; marks come `with_marks`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    Args: config: names begin and end mark.  added: words and marks, see `stated_tokens`.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, normalizers
-    from tokenizers.pre_tokenizers import ByteLevel, Split
-    from tokenizers.pre_tokenizers import Sequence as Steps
-    from tokenizers.processors import RobertaProcessing
-
-    tokenizer: Any = Tokenizer(model)
+    bpe = models.BPE(vocabulary, merges, unk_token=EOS, end_of_word_suffix="</w>")
+    tokenizer: Any = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
-    tokenizer.pre_tokenizer = Steps(
-        [Split(Regex(PIECES), "removed", invert=True), ByteLevel(add_prefix_space=False)]
-    )
+    split = pre_tokenizers.Split(Regex(PIECES), "removed", invert=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def with_marks(tokenizer: Any, config: Mapping[str, Any], added: Sequence[Added]) -> Any:
+    """Add words and marks to `byte_pairs`, and let it put begin and end mark around every text.
+
+    Args: config: names begin and end mark.  added: see `stated_tokens`.
+    """
+    from tokenizers.processors import RobertaProcessing
+
     add_tokens(tokenizer, added)
-    marks = (text_of(config.get(name) or MARKS[name]) for name in ("eos_token", "bos_token"))
-    end, begin = ((mark, tokenizer.token_to_id(mark)) for mark in marks)
+    marks = marks_of(config)
+    end, begin = ((m, tokenizer.token_to_id(m)) for m in (marks["eos_token"], marks["bos_token"]))
     tokenizer.post_processor = RobertaProcessing(
         end, begin, trim_offsets=False, add_prefix_space=False
     )
@@ -338,7 +325,9 @@ def clip_merges() -> tuple[tuple[str, str], ...]:
 @cache
 def clip_vocabulary() -> dict[str, int]:
     """Token → id."""
-    letters = _letters()
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
     words = letters + [letter + "</w>" for letter in letters]
     words += ["".join(pair) for pair in clip_merges()] + [BOS, EOS]
     return {word: number for number, word in enumerate(words)}
@@ -353,24 +342,17 @@ def clip_tokenizer(
              max_length: ids per text, marks included.
              added: words and marks beside those of CLIP, see `added_entries`.
     """
-    from tokenizers.models import BPE
-
-    model = BPE(
-        vocab=clip_vocabulary(),
-        merges=list(clip_merges()),
-        unk_token=EOS,
-        end_of_word_suffix="</w>",
-    )
     config = MARKS | {"pad_token": pad_token}
     tokens = [*(added_token(mark, special=True) for mark in (BOS, EOS)), *map(added_token, added)]
-    backend = build_backend(model, config, [(None, token) for token in tokens])
+    plain = byte_pairs(clip_vocabulary(), clip_merges())
+    backend = with_marks(plain, config, [(None, token) for token in tokens])
     return ClipTokenizer(backend, config, max_length)
 
 
 def describe_tokenizer(tokenizer: ClipTokenizer) -> dict[str, Any]:
     """What `tokenizer_of` makes the same tokenizer of: CLIP's by its name, others as a whole."""
     if tokenizer.backend.get_vocab(with_added_tokens=False) == clip_vocabulary():
-        pad = text_of(tokenizer.config.get("pad_token") or EOS)
+        pad = marks_of(tokenizer.config)["pad_token"]
         entries = added_entries(tokenizer.backend).values()
         own = [entry for entry in entries if entry["content"] not in (BOS, EOS)]
         said = {"pad_token": pad, "max_length": tokenizer.max_length}
@@ -400,9 +382,3 @@ def tokenizer_of(description: Mapping[str, Any], max_length: int) -> ClipTokeniz
         return ClipTokenizer(backend, config, stated_length(config, max_length))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(f"the file describes no tokenizer: {error!r}") from error
-
-
-def _letters() -> list[str]:
-    """How byte-level BPE writes bytes: those that print as themselves, the rest from 256 on."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return [chr(byte) for byte in printed] + [chr(256 + i) for i in range(256 - len(printed))]

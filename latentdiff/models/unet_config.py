@@ -6,22 +6,27 @@ other value is refused by name, so that no checkpoint is silently read as someth
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from latentdiff.config import options, type_name
 from latentdiff.errors import UserError, choice_error, did_you_mean
 from latentdiff.models.sizes import check_numbers
 
 CLASS_NAME = "UNet2DConditionModel"
 #: The diffusers release whose layout is written.
 DIFFUSERS_VERSION = "0.42.1"
-DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
-UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
-MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
-TIME_EMBEDDINGS = ("positional", "fourier")
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+    "time_embedding_type": ("positional", "fourier"),
+}
+_PER_LEVEL = (
+    *("down_block_types", "up_block_types", "layers_per_block"),
+    *("transformer_layers_per_block", "attention_head_dim"),
+)
 
 #: Fields of UNet2DConditionModel that are supported at this value only.
 FIXED_FIELDS: dict[str, Any] = {
@@ -54,8 +59,9 @@ FIXED_FIELDS: dict[str, Any] = {
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
 }
-#: Fields without effect on what we compute, accepted at any value.
-_IGNORED_WITH = {"addition_embed_type_num_heads", "addition_time_embed_dim"}
+#: Those without effect on what we compute, accepted at any value, and values that mean the same.
+_IGNORED = ("addition_embed_type_num_heads", "addition_time_embed_dim")
+_SYNONYMS = {"act_fn": ("silu", "swish"), "mid_block_only_cross_attention": (None, False)}
 
 
 @dataclass(frozen=True)
@@ -106,17 +112,26 @@ class UNetConfig:
     def __post_init__(self) -> None:
         check_numbers("the U-Net", vars(self))
         levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types"):
-            _check_length(name, getattr(self, name), levels)
-        for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
-            _check_length(name, per_level(getattr(self, name), levels), levels)
-        _check_choices("down_block_types", self.down_block_types, DOWN_BLOCKS)
-        _check_choices("up_block_types", self.up_block_types, UP_BLOCKS)
-        _check_choices("mid_block_type", (self.mid_block_type,), MID_BLOCKS)
-        _check_choices("time_embedding_type", (self.time_embedding_type,), TIME_EMBEDDINGS)
+        for name in _PER_LEVEL:
+            value = per_level(getattr(self, name), levels)
+            if len(value) != levels:
+                raise UserError(
+                    f"{name} must have one entry for each of the {levels} block_out_channels; "
+                    f"got {len(value)}: {', '.join(map(str, value))}."
+                )
+        for name, allowed in CHOICES.items():
+            given = getattr(self, name)
+            for word in given if isinstance(given, tuple) else (given,):
+                if word not in allowed:
+                    raise choice_error(name, word, map(str, allowed))
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            _check_multiple("block_out_channels", channels, "norm_num_groups", self.norm_num_groups)
-            _check_multiple("block_out_channels", channels, "attention_head_dim", heads)
+            divisors = {"norm_num_groups": self.norm_num_groups, "attention_head_dim": heads}
+            for name, divisor in divisors.items():
+                if channels % divisor:
+                    raise UserError(
+                        f"every one of block_out_channels must be a multiple of {name} "
+                        f"({divisor}); got {channels}."
+                    )
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -129,7 +144,7 @@ class UNetConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def per_level(value: int | Sequence[int], levels: int) -> tuple[int, ...]:
+def per_level(value: Any, levels: int) -> tuple[Any, ...]:
     """Spell out a setting that may be one number for all resolutions."""
     return (value,) * levels if isinstance(value, int) else tuple(value)
 
@@ -148,9 +163,9 @@ def config_from_dict(data: Mapping[str, Any]) -> UNetConfig:
     problems: list[str] = []
     for name, value in data.items():
         if name in names:
-            known[name] = _as_tuple(value)
+            known[name] = tuple(value) if isinstance(value, list) else value
             if not _has_type(known[name], names[name]):
-                problems.append(f"{name} must be {type_name(names[name])}; got {value!r:.80}")
+                problems.append(f"{name} must be {_type_words(names[name])}; got {value!r:.80}")
         elif name in FIXED_FIELDS:
             if not _is_neutral(name, value):
                 problems.append(f"{name} must be {FIXED_FIELDS[name]!r}; got {value!r:.80}")
@@ -166,16 +181,23 @@ def config_from_dict(data: Mapping[str, Any]) -> UNetConfig:
 
 def config_to_dict(config: UNetConfig) -> dict[str, Any]:
     """Write the configuration as diffusers' config.json, with every field of its class."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
     head = {"_class_name": CLASS_NAME, "_diffusers_version": DIFFUSERS_VERSION}
     return head | dict(sorted((fields | FIXED_FIELDS).items()))
 
 
+#: Types of fields in words, for messages.
+_WORDS = {int: "whole number", float: "number", bool: "true|false", str: "text", NoneType: "null"}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is UnionType else (hint,)
+
+
 def _has_type(value: Any, hint: Any) -> bool:
-    for option in options(hint):
+    for option in _options(hint):
         inner = get_args(option)
-        if get_origin(option) is tuple and isinstance(value, tuple):
+        if inner and isinstance(value, tuple):
             fits = inner[-1] is Ellipsis or len(inner) == len(value)
             if fits and all(type(one) is inner[0] for one in value):
                 return True
@@ -184,32 +206,13 @@ def _has_type(value: Any, hint: Any) -> bool:
     return False
 
 
+def _type_words(hint: Any) -> str:
+    lists = {option: get_args(option) for option in _options(hint)}
+    words = [f"list of {_WORDS[i[0]]}" if i else _WORDS[option] for option, i in lists.items()]
+    return " or ".join(words)
+
+
 def _is_neutral(name: str, value: Any) -> bool:
-    synonyms = {"act_fn": ("silu", "swish"), "mid_block_only_cross_attention": (None, False)}
-    neutral = synonyms.get(name, (FIXED_FIELDS[name],))
-    if isinstance(value, list) and name == "only_cross_attention":
+    if name == "only_cross_attention" and isinstance(value, list):
         return not any(value)
-    return name in _IGNORED_WITH or value in neutral
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _check_length(name: str, value: Sequence[Any], levels: int) -> None:
-    if len(value) != levels:
-        raise UserError(
-            f"{name} must have one entry for each of the {levels} block_out_channels; "
-            f"got {len(value)}: {', '.join(map(str, value))}."
-        )
-
-
-def _check_choices(name: str, values: Sequence[str | None], allowed: Sequence[str | None]) -> None:
-    for value in values:
-        if value not in allowed:
-            raise choice_error(name, value, map(str, allowed))
-
-
-def _check_multiple(name: str, value: int, of_name: str, of: int) -> None:
-    if of < 1 or value < 1 or value % of:
-        raise UserError(f"every one of {name} must be a multiple of {of_name} ({of}); got {value}.")
+    return name in _IGNORED or value in _SYNONYMS.get(name, (FIXED_FIELDS[name],))

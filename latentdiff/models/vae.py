@@ -18,6 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentdiff.models.blocks import Downsample, ResnetBlock, Upsample
+
 EPS = 1e-6
 #: What diffusers takes for a key that config.json does not have.
 DEFAULTS: dict[str, Any] = {
@@ -45,24 +47,6 @@ def covers(config: Mapping[str, Any]) -> bool:
     return plain and kinds == {"DownEncoderBlock2D", "UpDecoderBlock2D"}
 
 
-class ResnetBlock(nn.Module):
-    """Two normalised convolutions around a residual."""
-
-    def __init__(self, c_in: int, c_out: int, groups: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=EPS)
-        self.conv1 = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=EPS)
-        self.conv2 = nn.Conv2d(c_out, c_out, kernel_size=3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, kernel_size=1) if c_in != c_out else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, c_in, H, W) to (B, c_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
 class Attention(nn.Module):
     """Every position looks at every other one, with a single head."""
 
@@ -80,46 +64,22 @@ class Attention(nn.Module):
         return x + self.to_out[0](mixed).transpose(1, 2).reshape(x.shape)
 
 
-class Downsample(nn.Module):
-    """Halve the resolution; the padding is on the right and below only."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C, H/2, W/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Repeat every pixel, then convolve."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class MidBlock(nn.Module):
     """ResNet block, attention where configured, ResNet block."""
 
     def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
         # Registered in diffusers' order: optimizer states on disk know parameters by their number.
-        resnets = [ResnetBlock(channels, channels, groups) for _ in range(2)]
+        resnets = [ResnetBlock(channels, channels, groups=groups, eps=EPS) for _ in range(2)]
         self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
         self.resnets = nn.ModuleList(resnets)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        before, after = self.resnets
+        for layer in (before, *self.attentions, after):
+            x = layer(x)
+        return x
 
 
 class Level(nn.Module):
@@ -129,11 +89,10 @@ class Level(nn.Module):
         self, c_in: int, c_out: int, layers: int, groups: int, change: type[nn.Module] | None
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)
-        )
+        inputs = [c_in] + [c_out] * (layers - 1)
+        self.resnets = nn.ModuleList(ResnetBlock(c, c_out, groups=groups, eps=EPS) for c in inputs)
         if change is Downsample:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+            self.downsamplers = nn.ModuleList([Downsample(c_out, padding=0)])
         elif change is Upsample:
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
@@ -145,17 +104,22 @@ class Level(nn.Module):
         return x
 
 
+def _levels(widths: list[int], layers: int, groups: int, change: type[nn.Module]) -> list[Level]:
+    changes = [change] * (len(widths) - 1) + [None]
+    inputs = widths[:1] + widths[:-1]
+    return [
+        Level(c_in, c_out, layers, groups, then)
+        for c_in, c_out, then in zip(inputs, widths, changes, strict=True)
+    ]
+
+
 class Encoder(nn.Module):
     """Picture (B, 3, H, W) → (B, 2C, h, w)."""
 
     def __init__(self, widths: list[int], c: int, layers: int, groups: int, mid: bool) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], kernel_size=3, padding=1)
-        last = len(widths) - 1
-        self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, layers, groups, Downsample if i < last else None)
-            for i, width in enumerate(widths)
-        )
+        self.down_blocks = nn.ModuleList(_levels(widths, layers, groups, Downsample))
         self.mid_block = MidBlock(widths[-1], groups, mid)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c, kernel_size=3, padding=1)
@@ -176,11 +140,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c, widths[0], kernel_size=3, padding=1)
         self.up_blocks = nn.ModuleList()
         self.mid_block = MidBlock(widths[0], groups, mid)
-        last = len(widths) - 1
-        self.up_blocks.extend(
-            Level(widths[max(i - 1, 0)], width, layers + 1, groups, Upsample if i < last else None)
-            for i, width in enumerate(widths)
-        )
+        self.up_blocks.extend(_levels(widths, layers + 1, groups, Upsample))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 3, kernel_size=3, padding=1)
 

@@ -15,17 +15,15 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.diffusion.guidance import needs_unconditional
 from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.samplers import (
     SAMPLERS,
-    Denoiser,
     check_options,
     custom_grid,
     split_name,
@@ -44,12 +42,12 @@ from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
     add_word,
-    check_syntax,
     encode_prompts,
     read_prompt,
     warn_of_unknown_words,
 )
 from latentdiff.pipelines.inputs import (
+    OutputType,
     check_counts,
     check_latents,
     check_output_type,
@@ -66,7 +64,6 @@ from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.sampling import Network, SamplingPlan, build_denoiser, sample_latents
 
-OutputType = Literal["pil", "np", "pt", "latent"]
 #: Guidance scale when neither the caller nor the model's folder gives one.
 DEFAULT_GUIDANCE = 5.0
 
@@ -84,18 +81,15 @@ class PipelineOutput:
     """How each prompt was read: its tokens, its chunks, words that did not fit."""
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What one image is made from."""
+class Condition(NamedTuple):
+    """What the denoiser of one image is given."""
 
     context: Tensor
     """(tokens, width) of its prompt."""
-    negative: Tensor | None
-    """The same of its negative prompt; None: no image of the call is guided."""
+    negative: Tensor
+    """The same of its negative prompt."""
     scale: float
-    seed: int
-    noise: Tensor
-    """x_T, (C, h, w)."""
+    """Of guidance."""
 
 
 class LatentDiffusionPipeline:
@@ -214,7 +208,7 @@ class LatentDiffusionPipeline:
         interval = guidance_interval_of(guidance_interval)
         check_share("guidance_rescale", guidance_rescale)
         check_output_type(output_type)
-        check_syntax(prompt_syntax)
+        read = {text: self.read_prompt(text, prompt_syntax) for text in [*prompts, *negatives]}
         check_counts(
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
@@ -236,25 +230,26 @@ class LatentDiffusionPipeline:
             warn_of_late_start(self.schedule, plan.timesteps)
         x_T = batch_noise(seeds, shape) if latents is None else latents
         check_latents(x_T, (len(seeds), *shape))
-        # A1111's syntax refuses networks, and says so itself.
-        tokenizer, weighted = self.text_encoder.tokenizer, prompt_syntax == "a1111"
-        warn_of_unknown_words(tokenizer, [*prompts, *negatives], weighted)
+        warn_of_unknown_words(self.text_encoder.tokenizer, read, prompt_syntax == "a1111")
 
-        read = [self.read_prompt(text, prompt_syntax) for text in prompts]
-        jobs = self._jobs(prompts, negatives, scales, prompt_syntax, seeds, x_T)
-        rounds = passes(jobs, batch_size)
-        found: dict[int, Tensor] = {}
-        total = len(plan.timesteps) * len(rounds)
-        with tqdm(total=total, unit="step", leave=False, disable=not progress) as bar:
-            for own in rounds:
-                batch = [jobs[k] for k in own]
-                denoiser = self._denoiser(batch, guidance_rescale, interval)
-                noise, own_seeds = torch.stack([j.noise for j in batch]), [j.seed for j in batch]
-                x_0 = sample_latents(self.network, denoiser, noise, own_seeds, plan, bar.update)
-                images = x_0 if output_type == "latent" else self.autoencoder.decode(x_0)
-                found |= zip(own, images, strict=True)
-        images = torch.stack([found[k] for k in range(len(jobs))])
-        return PipelineOutput(to_output(images, output_type), seeds, read)
+        context = dict(zip(read, self._encode(list(read.values())), strict=True))
+        conditions = [
+            Condition(context[own], context[negative], scale)
+            for own, negative, scale in zip(prompts, negatives, scales, strict=True)
+            for _ in range(num_images_per_prompt)
+        ]
+        images = self._sample(
+            conditions,
+            x_T,
+            seeds,
+            plan,
+            rescale=guidance_rescale,
+            interval=interval,
+            batch_size=batch_size,
+            decode=output_type != "latent",
+            progress=progress,
+        )
+        return PipelineOutput(to_output(images, output_type), seeds, [read[p] for p in prompts])
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.
@@ -391,44 +386,43 @@ class LatentDiffusionPipeline:
         """The U-Net as sampling uses it."""
         return Network(self.unet, self.schedule, self.prediction)
 
-    def _jobs(
-        self,
-        prompts: Sequence[str],
-        negatives: Sequence[str],
-        scales: Sequence[float],
-        syntax: str,
-        seeds: Sequence[int],
-        x_T: Tensor,
-    ) -> list[_Job]:
-        """The images to make, those of one prompt next to each other; each text is encoded once.
-
-        Args:    prompts, negatives, scales: one each per prompt.  seeds, x_T: one per image.
-        Raises:  NotFiniteError: what the text encoder makes of a text.
-        """
-        encoder, room = self.text_encoder, self.components.sampling.chunk_tokens
-        texts = list(dict.fromkeys([*prompts, *negatives]))
-        states = encode_prompts(encoder, texts, syntax, room)
+    def _encode(self, prompts: Sequence[ReadPrompt]) -> list[Tensor]:
+        encoder = self.text_encoder
+        states = encode_prompts(encoder, prompts)
         check_finite(torch.cat(states), "its states", "the text encoder", encoder.module)
-        of, guided = dict(zip(texts, states, strict=True)), needs_unconditional(scales)
-        jobs = []
-        for k, (seed, noise) in enumerate(zip(seeds, x_T, strict=True)):
-            row = k * len(prompts) // len(seeds)
-            negative = of[negatives[row]] if guided else None
-            jobs.append(_Job(of[prompts[row]], negative, scales[row], seed, noise))
-        return jobs
+        return states
 
-    def _denoiser(
-        self, jobs: Sequence[_Job], rescale: float, interval: tuple[float, float] | None
-    ) -> Denoiser:
-        negatives = [job.negative for job in jobs if job.negative is not None]
-        return build_denoiser(
-            self.network,
-            torch.stack([job.context for job in jobs]),
-            torch.stack(negatives) if negatives else None,
-            [job.scale for job in jobs],
-            rescale=rescale,
-            interval=interval,
-        )
+    def _sample(
+        self,
+        conditions: Sequence[Condition],
+        x_T: Tensor,
+        seeds: Sequence[int],
+        plan: SamplingPlan,
+        *,
+        rescale: float,
+        interval: tuple[float, float] | None,
+        batch_size: int,
+        decode: bool,
+        progress: bool,
+    ) -> Tensor:
+        """Images in [−1, 1], or latents, of the noise x_T; of all that comes in lists one each."""
+        rounds, found = passes(conditions, batch_size), dict[int, Tensor]()
+        total = len(plan.timesteps) * len(rounds)
+        with tqdm(total=total, unit="step", leave=False, disable=not progress) as bar:
+            for batch in rounds:
+                contexts, negatives, scales = zip(*(conditions[k] for k in batch), strict=True)
+                denoiser = build_denoiser(
+                    self.network,
+                    torch.stack(contexts),
+                    torch.stack(negatives),
+                    scales,
+                    rescale=rescale,
+                    interval=interval,
+                )
+                noise, own_seeds = x_T[batch], [seeds[k] for k in batch]
+                x_0 = sample_latents(self.network, denoiser, noise, own_seeds, plan, bar.update)
+                found |= zip(batch, self.autoencoder.decode(x_0) if decode else x_0, strict=True)
+        return torch.stack([found[k] for k in range(len(conditions))])
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         down = self.autoencoder.downscale
@@ -436,12 +430,11 @@ class LatentDiffusionPipeline:
         return self.autoencoder.latent_channels, height // down, width // down
 
 
-def passes(jobs: Sequence[_Job], batch_size: int) -> list[list[int]]:
+def passes(conditions: Sequence[Condition], batch_size: int) -> list[list[int]]:
     """Which images are sampled together: at most batch_size, with contexts of the same lengths."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, job in enumerate(jobs):
-        lengths = (len(job.context), 0 if job.negative is None else len(job.negative))
-        groups.setdefault(lengths, []).append(index)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, one in enumerate(conditions):
+        groups.setdefault((len(one.context), len(one.negative)), []).append(index)
     return [
         group[start : start + batch_size]
         for group in groups.values()

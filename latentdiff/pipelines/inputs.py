@@ -6,21 +6,30 @@ Without heavy imports, so that scripts check their arguments before they load a 
 from __future__ import annotations
 
 import math
-import warnings
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from latentdiff.errors import UserError, choice_error
+from latentdiff.errors import UserError, choice_error, warn
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OutputType = Literal["pil", "np", "pt", "latent"]
 #: Height times width; eight times as wide and tall as what Stable Diffusion was trained on. Memory
 #: grows with the pixels in the decoder, and with their square in attention on some machines: a slip
 #: such as 100000 for 1000 would take the whole machine down instead of ending with a message.
 MAX_PIXELS = 4096 * 4096
+
+
+#: The largest number that a float holds: `is_number(x, most=FINITE)` is False for infinity.
+FINITE = sys.float_info.max
+
+
+def is_number(value: Any, kind: Any = int | float, most: float = math.inf) -> bool:
+    """Whether a value is a number of a kind and size; NaN is none, nor are True and False."""
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= most
 
 
 def check_pixels(height: int, width: int, name: str = "height x width") -> None:
@@ -65,10 +74,9 @@ def warn_of_unused_negatives(negatives: Sequence[str], scales: Sequence[float]) 
     """
     unused = [n for n, scale in zip(negatives, scales, strict=True) if n.strip() and scale <= 1]
     if unused:
-        warnings.warn(
+        warn(
             f"the negative prompt {unused[0]!r:.60} does nothing: a guidance_scale of 1 or less "
-            "switches guidance off. Raise it above 1, or leave the negative prompt out.",
-            stacklevel=3,
+            "switches guidance off. Raise it above 1, or leave the negative prompt out."
         )
 
 
@@ -76,8 +84,7 @@ def guidance_scales(scale: Any, count: int) -> list[float]:
     """The guidance scale of each prompt. Raises: UserError: not numbers >= 0, another number."""
     scales = list(scale) if isinstance(scale, Sequence) and not isinstance(scale, str) else [scale]
     for value in scales:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < 0:
+        if not is_number(value, most=FINITE) or value < 0:
             raise UserError(
                 f"guidance_scale must be a number of at least 0 (up to 1 = off, 3 to 8 usual); "
                 f"got {value!r}."
@@ -89,10 +96,8 @@ def guidance_interval_of(interval: Any) -> tuple[float, float] | None:
     """(low, high) timesteps, or None. Raises: UserError: anything else."""
     if interval is None:
         return None
-    numbers = isinstance(interval, Sequence) and all(
-        isinstance(t, int | float) and not isinstance(t, bool) for t in interval
-    )
-    if not numbers or len(interval) != 2 or not interval[0] <= interval[1]:
+    numbers = isinstance(interval, Sequence) and all(map(is_number, interval))
+    if not numbers or len(interval) != 2 or interval[0] > interval[1]:
         raise UserError(
             f"guidance_interval must be two timesteps (low, high), low <= high; got {interval!r}."
         )
@@ -102,14 +107,14 @@ def guidance_interval_of(interval: Any) -> tuple[float, float] | None:
 def check_counts(**counts: Any) -> None:
     """Refuse a count that is not a whole number >= 1; the keywords are the names."""
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_number(value, int) or value < 1:
             raise UserError(f"{name} must be a whole number of at least 1; got {value!r}.")
 
 
 def check_seed(seed: Any, count: int) -> int:
     """Refuse the seed of the first of `count` pictures unless all have one in 0 … 2⁶⁴ − 1."""
     most = 2**64 - count
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= most:
+    if not is_number(seed, int) or not 0 <= seed <= most:
         below = "2^64 - 1" if count == 1 else f"2^64 - {count}, the pictures' number"
         raise UserError(
             f"seed must be a whole number from 0 to {below}; got {seed!r:.80}. Leave it out to "
@@ -120,14 +125,14 @@ def check_seed(seed: Any, count: int) -> int:
 
 def check_share(name: str, value: Any) -> None:
     """Refuse what is not a number in 0 … 1."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         raise UserError(f"{name} must be a number in 0 … 1; got {value!r:.80}.")
 
 
 def check_output_type(given: Any) -> None:
     """Refuse an unknown output_type."""
-    if given not in OUTPUT_TYPES:
-        raise choice_error("output_type", given, OUTPUT_TYPES)
+    if given not in get_args(OutputType):
+        raise choice_error("output_type", given, get_args(OutputType))
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:

@@ -9,8 +9,6 @@ W' = W + Σ s_k ΔW_k, so the order does not matter and fused equals attached.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from latentdiff.errors import UserError, some
+from latentdiff.errors import UserError, some, warn
 from latentdiff.formats.key_map import unet_names
 from latentdiff.formats.lora import BASES, LoraFile, places, read_lora
-from latentdiff.models.low_rank import Branch, Difference, LowRank, add_to, layers_of, norms_of
+from latentdiff.models.low_rank import Difference, LowRank, add_to, beside, layers_of, norms_of
+from latentdiff.pipelines.inputs import FINITE, is_number
 
 if TYPE_CHECKING:
     from latentdiff.formats.folder import Components
@@ -77,11 +76,7 @@ class Loras:
         Returns: its name. Warns of learned words in the file, which are left out.
         Raises:  UserError: the file is not for this model, or the name is taken; nothing changes.
         """
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or not math.isfinite(weight)
-        ):
+        if not is_number(weight, most=FINITE):
             raise UserError(f"the weight of a LoRA must be a finite number; got {weight!r}.")
         file = read_lora(path)
         if name is None:  # most files are called pytorch_lora_weights
@@ -96,10 +91,9 @@ class Loras:
             )
         one = _Loaded(*match(file, self._parts), float(weight))
         if file.bundled:
-            warnings.warn(
+            warn(
                 f"{file.path} holds learned words besides its LoRA, which are not loaded: "
-                f"{some(file.bundled)}. Words are loaded from files of their own.",
-                stacklevel=3,
+                f"{some(file.bundled)}. Words are loaded from files of their own."
             )
         self._attach(one)
         self._loaded[name] = one
@@ -109,11 +103,11 @@ class Loras:
         for place, change in one.changes.items():
             layer = self._layer(place)
             own = self._before.get((place, "weight"), layer.weight)
-            branch = Branch(change, layer, own, one.strength)
-            one.hooks.append(layer.register_forward_hook(branch))
+            hook = beside(change, layer, own, one.strength)
+            one.hooks.append(layer.register_forward_hook(hook))
         for place, changes in one.whole.items():
-            hook = Difference(changes, one.strength)
-            one.hooks.append(self._layer(place).register_forward_hook(hook))
+            difference = Difference(changes, one.strength)
+            one.hooks.append(self._layer(place).register_forward_hook(difference))
 
     def fuse(self) -> None:
         """Add all attached files to the weights."""

@@ -8,7 +8,7 @@ Source: Radford et al. 2021, arXiv:2103.00020, figure 3.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -24,7 +24,14 @@ from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.files import whole_folder
 from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
-from latentdiff.models.tokenizer import BOS, EOS, PIECES, ClipTokenizer
+from latentdiff.models.tokenizer import (
+    BOS,
+    EOS,
+    ClipTokenizer,
+    byte_pairs,
+    stated_tokens,
+    with_marks,
+)
 from latentdiff.train.config import STAGE_KEYS, RunConfig, no_muon, small_loop, small_optimizer
 from latentdiff.train.loop import LoopConfig
 from latentdiff.train.optimizer import OptimizerConfig
@@ -138,7 +145,7 @@ def train_tokenizer(captions: Iterable[str], size: int, max_tokens: int) -> Clip
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    trained = _tokenizer({}, [])
+    trained = byte_pairs({}, [])
     trained.train_from_iterator(captions, trainer)
     merges = [
         tuple(m) if isinstance(m, list) else tuple(m.split(" "))
@@ -146,40 +153,8 @@ def train_tokenizer(captions: Iterable[str], size: int, max_tokens: int) -> Clip
     ]
     words = dict.fromkeys([*alphabet, *ends, *map("".join, merges), BOS, EOS])
     vocabulary = {word: i for i, word in enumerate(words)}
-    return ClipTokenizer(_with_marks(_tokenizer(vocabulary, merges), vocabulary), {}, max_tokens)
-
-
-def _tokenizer(vocabulary: dict[str, int], merges: Sequence[Any]) -> Any:
-    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-    from tokenizers.models import BPE
-
-    model = BPE(vocabulary, list(merges), unk_token=EOS, end_of_word_suffix="</w>")
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = ByteLevelDecoder()
-    return tokenizer
-
-
-def _with_marks(tokenizer: Any, vocabulary: dict[str, int]) -> Any:
-    """Let a tokenizer put BOS and EOS around every text."""
-    from tokenizers import AddedToken, processors
-
-    tokenizer.add_special_tokens(
-        [AddedToken(w, special=True, normalized=False) for w in (BOS, EOS)]
-    )
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (EOS, vocabulary[EOS]), (BOS, vocabulary[BOS]), trim_offsets=False, add_prefix_space=False
-    )
-    return tokenizer
+    backend = with_marks(byte_pairs(vocabulary, merges), {}, stated_tokens({}, {}))
+    return ClipTokenizer(backend, {}, max_tokens)
 
 
 def load_or_build(config: ClipTrainConfig, tokenizer: ClipTokenizer) -> Any:

@@ -31,6 +31,10 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
     return load_text_encoder(root / "text_encoder", root / "tokenizer")
 
 
+def encode(encoder: TextEncoder, texts: list[str], syntax: str = "plain") -> list[torch.Tensor]:
+    return encode_prompts(encoder, [read_prompt(encoder, text, syntax) for text in texts])
+
+
 def pieces(text: str) -> list[tuple[int, ...]]:
     """Digits as tokens; a letter is a learned word of three vectors."""
     return [(int(sign),) if sign.isdigit() else (ord(sign),) * 3 for sign in text]
@@ -86,36 +90,36 @@ def test_states_are_the_tower_s_on_every_chunk(encoder: TextEncoder) -> None:
     read = read_prompt(encoder, text, "long")
     assert (len(read.chunks), read.tokens, read.left_out) == (len(rows), len(ids), "")
     for syntax in ("long", "a1111"):
-        (found,) = encode_prompts(encoder, [text], syntax)
+        (found,) = encode(encoder, [text], syntax)
         torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()
 def test_a_text_that_fits_has_the_same_states_in_every_reading(encoder: TextEncoder) -> None:
     texts = ["a cat", "", "a dog, pain"]
-    plain = encode_prompts(encoder, texts)
+    plain = encode(encoder, texts)
     assert torch.equal(torch.stack(plain), encoder.encode(texts))
     for syntax in ("long", "a1111"):
-        for found, expected in zip(encode_prompts(encoder, texts, syntax), plain, strict=True):
+        for found, expected in zip(encode(encoder, texts, syntax), plain, strict=True):
             assert torch.equal(found, expected)
 
 
 @torch.no_grad()
 def test_brackets_cut_words_but_weights_of_one_change_nothing(encoder: TextEncoder) -> None:
-    expected = encode_prompts(encoder, ["a cat (dog)"], "long")[0]
-    found = encode_prompts(encoder, [r"a (cat:1) \(dog\)"], "a1111")[0]
+    expected = encode(encoder, ["a cat (dog)"], "long")[0]
+    found = encode(encoder, [r"a (cat:1) \(dog\)"], "a1111")[0]
     assert torch.equal(found, expected)
 
 
 def test_a_weight_multiplies_its_own_states_and_keeps_the_mean() -> None:
     states = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) + 0.5
     weights = torch.tensor([1.0, 1.0, 1.5, 0.2, 1.0, 1.0])
-    found = emphasised(states, weights)
+    found = emphasised(states, weights[1:].tolist())
     torch.testing.assert_close(found.mean(), states.mean())
     factors = (found / states).mean(1)
     torch.testing.assert_close(found, states * factors[:, None])
     torch.testing.assert_close(factors / factors[0], weights)
-    half = emphasised(states.half(), weights)
+    half = emphasised(states.half(), weights[1:].tolist())
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), found, atol=2e-3, rtol=2e-3)
 
@@ -124,7 +128,7 @@ def test_a_mean_that_is_rounding_is_not_restored() -> None:
     states = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     states -= states.mean(1, keepdim=True)  # as a LayerNorm without bias leaves them
     weights = torch.tensor([1.0, 1.0, 1.5, 0.2, 1.0, 1.0])
-    found = emphasised(states, weights)
+    found = emphasised(states, weights[1:].tolist())
     assert found.isfinite().all()
     ratio = found.norm() / (states * weights[:, None]).norm()
     assert 1 / 1.5 <= ratio <= 1 / 0.2
@@ -140,7 +144,7 @@ def test_weights_reach_the_tokens_of_their_words(encoder: TextEncoder) -> None:
     assert heavy == ["cat</w>", "dog</w>"]
     assert len(read.chunks) == 3 and tokens[2] == ["dog</w>"]
     light = text.replace("(cat:1.5)", "cat").replace("[dog]", "dog")
-    plain, found = (encode_prompts(encoder, [t], "a1111")[0] for t in (light, text))
+    plain, found = (encode(encoder, [t], "a1111")[0] for t in (light, text))
     scale = (found / plain).reshape(3, MAX_TOKENS, -1).median(-1).values
     scale = scale / scale[:, :1]
     cat = 1 + tokens[0].index("cat</w>")
@@ -171,7 +175,7 @@ def test_what_does_not_fit_is_named(encoder: TextEncoder) -> None:
     assert read.left_out == "painting of a dog" and read.tokens == ROOM
     assert str(read) == f"{ROOM} tokens ({ROOM} fit into one); left out: 'painting of a dog'"
     with pytest.warns(UserWarning, match="cut off: 'painting of a dog'.*prompt_syntax='long'"):
-        encode_prompts(encoder, [text])
+        encode(encoder, [text])
     assert "in 2 chunks" in str(read_prompt(encoder, text, "long"))
     assert len(read_prompt(encoder, "cat " * 13, "long", room=5).chunks) == 3
     with pytest.raises(UserError, match="Did you mean 'a1111'"):

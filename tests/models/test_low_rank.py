@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.models.low_rank import Branch, Layer, LowRank, add_to, nearest
+from latentdiff.models.low_rank import Layer, LowRank, add_to, beside, nearest
 
 
 def make(layer: Layer, rank: int = 3, alpha: float = 5.0, dora: bool = False) -> LowRank:
@@ -54,13 +54,13 @@ def test_beside_the_weight_is_the_same_as_in_it(number: int, dora: bool) -> None
     layer = layers()[number]
     change, strength = make(layer, dora=dora), -0.7
     x = torch.randn(2, 5, 6) if number == 0 else torch.randn(2, 6, 8, 8)
-    hook = layer.register_forward_hook(Branch(change, layer, layer.weight, strength))
-    beside = layer(x)
+    hook = layer.register_forward_hook(beside(change, layer, layer.weight, strength))
+    hooked = layer(x)
     hook.remove()
     without = layer(x)
     add_to(layer.weight, strength * change.delta(layer.weight))
-    torch.testing.assert_close(layer(x), beside, rtol=1e-5, atol=1e-5)
-    assert (without - beside).abs().max() > 0.1
+    torch.testing.assert_close(layer(x), hooked, rtol=1e-5, atol=1e-5)
+    assert (without - hooked).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("number", range(4))

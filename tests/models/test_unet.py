@@ -200,21 +200,21 @@ def test_xformers_has_no_operator_for_cpu(unet: UNet, monkeypatch: pytest.Monkey
         unet.set_attention("xformers")
 
 
-def test_xformers_kernels_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentdiff.models.attention import xformers
+def test_xformers_kernels_do_not_load() -> None:
+    from latentdiff.models.attention import memory_efficient
 
     def fail(*_: Any) -> None:
         raise NotImplementedError("xFormers wasn't build with CUDA support")
 
-    fake_xformers(monkeypatch, fail)
+    operators = types.SimpleNamespace(memory_efficient_attention=fail)
     query = torch.zeros(1, 1, 2, 8)
     with pytest.raises(UserError, match=r"no kernel.*wasn't build with CUDA support"):
-        xformers(query, query, query, sys.modules["xformers.ops"])
+        memory_efficient(operators, query, query, query)
 
 
 def test_xformers_layout_equals_sdpa() -> None:
     """xformers wants (B, tokens, heads, dim); a stand-in of that layout gives sdpa's answer."""
-    from latentdiff.models.attention import sdpa, xformers
+    from latentdiff.models.attention import memory_efficient, sdpa
 
     def stand_in(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
@@ -222,7 +222,7 @@ def test_xformers_layout_equals_sdpa() -> None:
 
     operators = types.SimpleNamespace(memory_efficient_attention=stand_in)
     q, k, v = torch.randn(3, 2, 4, 6, 8)
-    torch.testing.assert_close(xformers(q, k, v, operators), sdpa(q, k, v))
+    torch.testing.assert_close(memory_efficient(operators, q, k, v), sdpa(q, k, v))
 
 
 @pytest.mark.parametrize("tokens", [16, 65])  # products, and more pairs than they are used for

@@ -85,7 +85,8 @@ def test_diffusers_draws_the_same_from_these_states(
     theirs.set_progress_bar_config(disable=True)
     negative = "pain BREAK dog BREAK [cat]"
     with torch.no_grad():
-        states = encode_prompts(pipeline.text_encoder, [LONG, negative], "a1111")
+        read = [pipeline.read_prompt(text, "a1111") for text in (LONG, negative)]
+        states = encode_prompts(pipeline.text_encoder, read)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 4.0, "latents": noise}
     expected = theirs(
