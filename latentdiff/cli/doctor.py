@@ -22,12 +22,12 @@ from typing import Any
 
 from latentdiff.config import load_config, read_yaml, to_inline
 from latentdiff.data.source import DataConfig
-from latentdiff.doctor.examine import LIST, NAMED, REPORT, Order, Result, examine
+from latentdiff.doctor.examine import LIST, NAMED, REPORT, Result, examine
 from latentdiff.doctor.findings import (
     DEFAULT_QUARANTINE,
     KINDS,
     QUARANTINABLE,
-    Limits,
+    Order,
     check_kinds,
 )
 from latentdiff.doctor.records import open_counter
@@ -77,7 +77,8 @@ def read_order(args: argparse.Namespace) -> Order:
     tiny = data.image_size // 2 if args.tiny is None else args.tiny
     return Order(
         data,
-        Limits(data.image_size, tiny, args.similar),
+        tiny,
+        args.similar,
         open_counter(args.text_encoder, args.max_tokens),
         kinds,
         args.output or free_folder(Path("runs") / f"doctor-{_stem(args.dataset)}"),

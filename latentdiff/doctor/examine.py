@@ -12,34 +12,14 @@ from pathlib import Path
 from latentdiff.data.folder import unused_files
 from latentdiff.data.quarantine import json_line, write_quarantine
 from latentdiff.data.source import DataConfig, open_source
-from latentdiff.doctor.findings import KINDS, Finding, Findings, Limits, quarantined
-from latentdiff.doctor.records import TokenCounter, scan
+from latentdiff.doctor.findings import KINDS, Finding, Findings, Order, quarantined
+from latentdiff.doctor.records import scan
 from latentdiff.doctor.report import write_report
 from latentdiff.errors import UserError
 
 REPORT, LIST, ALL = "report.html", "quarantine.jsonl", "findings.jsonl"
 #: Names of each kind of findings in the summary.
 NAMED = 3
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is asked of the doctor."""
-
-    data: DataConfig
-    """The data set, opened as training opens it."""
-    limits: Limits
-    """From where on something is a finding."""
-    counter: TokenCounter
-    """How captions are counted."""
-    quarantine: tuple[str, ...]
-    """Kinds of findings that go on the quarantine list."""
-    output: Path
-    """Folder of the report; it is made."""
-    threads: int
-    """Images looked at at a time."""
-    shown: int
-    """Images shown of each kind."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +50,7 @@ def examine(order: Order, progress: bool = True) -> Result:
     make_output(order.output, order.data)
     records = scan(source, order.counter, order.threads, progress)
     ignored = unused_files(order.data) if order.data.kind == "folder" else []
-    findings = Findings(source, records, order.counter, order.limits, ignored)
+    findings = Findings(source, records, order, ignored)
     try:
         counts = write_findings(order.output / ALL, findings)
         names = {kind: [f.name for f in islice(findings.of(kind), NAMED)] for kind in counts}
@@ -78,7 +58,7 @@ def examine(order: Order, progress: bool = True) -> Result:
         write_quarantine(order.output / LIST, listed.items())
         readable, seconds = int(records.readable.sum()), time.monotonic() - began
         result = Result(len(source), readable, counts, names, len(listed), seconds)
-        write_report(order.output / REPORT, order, result, findings)
+        write_report(order.output / REPORT, result, findings)
         return result
     except BaseException as error:  # Ctrl-C too: all three files or none
         for name in (ALL, LIST, REPORT):

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from latentdiff.data.source import Skipped, Source, problems_of
+from latentdiff.data.source import DataConfig, Skipped, Source, problems_of
 from latentdiff.doctor.likeness import similar_to
 from latentdiff.doctor.records import (
     ANIMATED,
@@ -86,15 +87,25 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """From where on something is a finding."""
+class Order:
+    """What is asked of the doctor."""
 
-    image_size: int
-    """Side of the training squares."""
+    data: DataConfig
+    """The data set, opened as training opens it."""
     tiny: int
     """Images whose shorter side is below this are tiny."""
     distance: int
     """Bits of 128 in which images that look the same may differ; -1 does not look for them."""
+    counter: TokenCounter
+    """How captions are counted."""
+    quarantine: tuple[str, ...]
+    """Kinds of findings that go on the quarantine list."""
+    output: Path
+    """Folder of the report; it is made."""
+    threads: int
+    """Images looked at at a time."""
+    shown: int
+    """Images shown of each kind."""
 
     def __post_init__(self) -> None:
         if self.tiny < 0:
@@ -111,15 +122,10 @@ class Findings:
     """
 
     def __init__(
-        self,
-        source: Source,
-        records: Records,
-        counter: TokenCounter,
-        limits: Limits,
-        ignored: list[Skipped],
+        self, source: Source, records: Records, order: Order, ignored: list[Skipped]
     ) -> None:
-        self.source, self.records, self.counter = source, records, counter
-        self.limits, self.ignored, self.likeness_complete = limits, ignored, True
+        self.source, self.records, self.order = source, records, order
+        self.ignored, self.likeness_complete = ignored, True
 
     def __iter__(self) -> Iterator[Finding]:
         for kind in KINDS:
@@ -142,9 +148,10 @@ class Findings:
     @cached_property
     def _rules(self) -> dict[str, tuple[Array, Callable[[int], str]]]:
         """kind → bool (N,), index → reason."""
-        r, t, ok, limits = self.records, self.records.table, self.records.readable, self.limits
+        r, t, ok = self.records, self.records.table, self.records.readable
+        least, square = self.order.tiny, self.order.data.image_size
         long, short = np.maximum(t["width"], t["height"]), np.minimum(t["width"], t["height"])
-        tiny = ok & (short < limits.tiny)
+        tiny = ok & (short < least)
 
         def size(i: int) -> str:
             return f"{t['width'][i]} × {t['height'][i]} pixels"
@@ -161,7 +168,7 @@ class Findings:
                 among(self.duplicates),
                 lambda i: f"the same file as {name(self.duplicates[i])}",
             ),
-            "tiny": (tiny, lambda i: f"{size(i)}, shorter side below {limits.tiny}"),
+            "tiny": (tiny, lambda i: f"{size(i)}, shorter side below {least}"),
             "similar": (among(self.similar), lambda i: f"looks like {name(self.similar[i])}"),
             "one-colour": (r.flagged(ONE_COLOUR), lambda i: "all pixels alike"),
             "long-caption": (t["too_long"] > 0, self._say_long),
@@ -171,8 +178,8 @@ class Findings:
             ),
             "animated": (r.flagged(ANIMATED), lambda i: "only the first frame is used"),
             "small": (
-                ok & (short < limits.image_size) & ~tiny,
-                lambda i: f"{size(i)}, enlarged to {limits.image_size}",
+                ok & (short < square) & ~tiny,
+                lambda i: f"{size(i)}, enlarged to {square}",
             ),
             "mode": (ok & (t["mode"] != 0), lambda i: f"mode {r.word('mode', i)}, turned to RGB"),
             "transparent": (r.flagged(TRANSPARENT), lambda i: "laid over the background"),
@@ -182,7 +189,7 @@ class Findings:
 
     def _say_long(self, index: int) -> str:
         row = self.records.table[index]
-        words = f"{row['longest']} tokens, {self.counter.limit} fit"
+        words = f"{row['longest']} tokens, {self.order.counter.limit} fit"
         several = f" ({row['too_long']} of {row['captions']} captions)" * bool(row["captions"] > 1)
         return words + several
 
@@ -202,14 +209,14 @@ class Findings:
 
         One-colour images have no outline, so all of them would look alike.
         """
-        if self.limits.distance < 0:
+        if self.order.distance < 0:
             return {}
         asked = self.records.readable & ~self.records.flagged(ONE_COLOUR)
         asked[list(self.duplicates)] = False
         rows = np.flatnonzero(asked)
         table = self.records.table[rows]
         found, self.likeness_complete = similar_to(
-            table["outline"], table["colours"], self.limits.distance
+            table["outline"], table["colours"], self.order.distance
         )
         return {int(rows[a]): int(rows[b]) for a, b in found.items()}
 

@@ -16,7 +16,7 @@ from latentdiff.doctor.tables import bucket_table, caption_table, mode_table, si
 from latentdiff.html_report import data_url, write_html
 
 if TYPE_CHECKING:
-    from latentdiff.doctor.examine import Order, Result
+    from latentdiff.doctor.examine import Result
 
 #: Longer side of the small images.
 THUMBNAIL = 112
@@ -28,9 +28,9 @@ _AFTER = {
 }
 
 
-def write_report(file: Path, order: Order, result: Result, findings: Findings) -> None:
+def write_report(file: Path, result: Result, findings: Findings) -> None:
     """Write the report piece by piece, so that it is never in memory as a whole."""
-    records, counter, size = findings.records, findings.counter, order.limits.image_size
+    records, order = findings.records, findings.order
     sections = [
         {
             "kind": kind,
@@ -47,12 +47,12 @@ def write_report(file: Path, order: Order, result: Result, findings: Findings) -
         file,
         "doctor.html",
         title=f"Data set {order.data.path or order.data.kind}",
-        facts=_facts(order, result, findings),
+        facts=_facts(result, findings),
         tables=(
-            ("Aspect ratios", bucket_table(records, size)),
+            ("Aspect ratios", bucket_table(records, order.data.image_size)),
             ("Formats and colour modes", mode_table(records)),
             ("Shorter side", size_table(records)),
-            ("Longest caption of a picture", caption_table(records, counter)),
+            ("Longest caption of a picture", caption_table(records, order.counter)),
         ),
         sections=sections,
         in_quarantine=order.quarantine,
@@ -60,13 +60,13 @@ def write_report(file: Path, order: Order, result: Result, findings: Findings) -
     )
 
 
-def _facts(order: Order, result: Result, findings: Findings) -> list[tuple[str, str]]:
+def _facts(result: Result, findings: Findings) -> list[tuple[str, str]]:
     """Name and value lines at the top."""
-    counter = findings.counter
+    order, counter = findings.order, findings.order.counter
     facts = [
         ("pictures with captions", f"{result.pictures}, of which {result.readable} can be read"),
         ("quarantine list", f"{result.quarantined} pictures: {', '.join(order.quarantine) or '—'}"),
-        ("training square", f"{order.limits.image_size} pixels, crop {order.data.crop}"),
+        ("training square", f"{order.data.image_size} pixels, crop {order.data.crop}"),
         ("tokens", f"{counter.words}; the text encoder takes {counter.limit}"),
         ("looked at in", f"{result.seconds:.1f} s by {order.threads} threads"),
     ]
