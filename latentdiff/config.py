@@ -324,13 +324,13 @@ def _value(tp: Any, given: Any, path: str, problems: Problems) -> Any:
         # As JSON a list becomes a tuple and a whole number a float, but "1" is not 1 nor 1 true.
         return _adapter(tp).validate_json(json.dumps(given))
     except ValidationError as error:
-        found: dict[str, str] = {}
+        found: dict[str, list[str]] = {}
         for item in error.errors(include_url=False):
             # The rest of pydantic's location are names of a union's members.
             indices = [step for step in item["loc"] if isinstance(step, int)]
             words = _wording(dict(item), given, _element(tp) if indices else tp)
-            found.setdefault(".".join(map(str, [path, *indices])), words)
-        problems += found.items()
+            found.setdefault(".".join(map(str, [path, *indices])), []).append(words)
+        problems += [(where, " ".join(dict.fromkeys(texts))) for where, texts in found.items()]
 
 
 @cache
