@@ -274,19 +274,14 @@ def _section(variants: list[type], default: Any, given: Any, path: str, problems
     if not isinstance(given, dict):
         problems.append((path, f"must be a section of `key: value` lines; got {given!r:.200}."))
         return None
-    cls = variants[0]
-    if len(variants) > 1:
-        kind = given.get("kind", getattr(default, "kind", None))
-        known = {word: variant for variant in variants for word in kinds_of(variant)}
-        if not isinstance(kind, str) or kind not in known:
-            problems.append((_join(path, "kind"), wrong_word(kind, known)))
-            return None
-        cls = known[kind]
+    cls = _variant(variants, default, given, path, problems)
+    if cls is None:
+        return None
     problems += _misplaced(cls, given, path)
     before = len(problems)
-    values = {}
+    values, is_own = {}, isinstance(default, cls)
     for name, field in fields_of(cls).items():
-        start = getattr(default, name, MISSING) if isinstance(default, cls) else field.default
+        start = getattr(default, name) if is_own else field.default
         where, value, inner = _join(path, name), given.get(name, start), sections(field.type)
         if inner and (value is not None or not _takes_null(field.type)):
             values[name] = _section(inner, start, given.get(name), where, problems)
@@ -294,7 +289,7 @@ def _section(variants: list[type], default: Any, given: Any, path: str, problems
             values[name] = _value(field.type, value, where, problems)
         elif value is MISSING:
             problems.append((where, f"is required ({type_name(field.type)})."))
-        else:
+        elif is_own:
             values[name] = value
     if len(problems) > before:
         return None
@@ -307,6 +302,20 @@ def _section(variants: list[type], default: Any, given: Any, path: str, problems
     return config
 
 
+def _variant(
+    variants: list[type], default: Any, given: dict[str, Any], path: str, problems: Problems
+) -> type | None:
+    """The dataclass that `kind` names, where there are several."""
+    if len(variants) == 1:
+        return variants[0]
+    kind = given.get("kind", getattr(default, "kind", None))
+    known = {word: variant for variant in variants for word in kinds_of(variant)}
+    if isinstance(kind, str) and kind in known:
+        return known[kind]
+    problems.append((_join(path, "kind"), wrong_word(kind, known)))
+    return None
+
+
 def _value(tp: Any, given: Any, path: str, problems: Problems) -> Any:
     """What is given for a field of a plain type, converted to it."""
     from pydantic import ValidationError
@@ -315,13 +324,13 @@ def _value(tp: Any, given: Any, path: str, problems: Problems) -> Any:
         # As JSON a list becomes a tuple and a whole number a float, but "1" is not 1 nor 1 true.
         return _adapter(tp).validate_json(json.dumps(given))
     except ValidationError as error:
-        found: dict[str, str] = {}
+        found: dict[str, list[str]] = {}
         for item in error.errors(include_url=False):
             # The rest of pydantic's location are names of a union's members.
             indices = [step for step in item["loc"] if isinstance(step, int)]
             words = _wording(dict(item), given, _element(tp) if indices else tp)
-            found.setdefault(".".join(map(str, [path, *indices])), words)
-        problems += found.items()
+            found.setdefault(".".join(map(str, [path, *indices])), []).append(words)
+        problems += [(where, " ".join(dict.fromkeys(texts))) for where, texts in found.items()]
 
 
 @cache

@@ -39,6 +39,7 @@ class Loop:
     name: str | None = None
     prediction: Literal["eps", "v"] = "v"
     sizes: tuple[int, ...] = (1, 2)
+    side: int | tuple[int, int] | None = None
     warm: bool = False
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
 
@@ -279,6 +280,19 @@ def test_data_config_documents_every_field_and_checks_itself() -> None:
         load_config(DataConfig, None, ["kind=folder"])
     with pytest.raises(UserError, match="Did you mean 'folder'"):
         load_config(DataConfig, None, ["kind=foldr"])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("[1, a]", "loop.side.1: must be a whole number; got 'a'."),
+        ("[1]", "loop.side.1: is required (whole number)."),
+        ("[1, 2, 3]", "Tuple should have at most 2 items"),
+        ("a", "loop.side: must be a whole number or a list of whole number or null; got 'a'."),
+    ],
+)
+def test_a_number_or_a_list_of_numbers(value: str, words: str) -> None:
+    assert words in message(f"loop.side={value}")
 
 
 def test_renamed_keys_are_told_their_new_names(tmp_path: Path) -> None:

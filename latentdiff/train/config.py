@@ -87,9 +87,9 @@ class LatentsConfig:
     online: bool = False
     """Keep no latents: encode the pictures of every batch anew. Slower by the encoder's time; for
     sets larger than the disk, and for data.crop=random."""
-    batch_size: int = 32
+    batch_size: AtLeastOne[int] = 32
     """Pictures encoded at a time when the cache is filled."""
-    context_megabytes: int = 1024
+    context_megabytes: NotNegative[int] = 1024
     """Memory for the text states of captions."""
 
 

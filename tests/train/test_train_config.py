@@ -83,17 +83,19 @@ def test_an_objective_without_a_finite_weight_is_refused_before_anything_is_open
 @pytest.mark.parametrize(
     ("given", "least"),
     [
-        ("guidance=-1", 0),
-        ("steps=0", 1),
-        ("samples=0", 1),
-        ("pictures=-1", 0),
-        ("every=-1", 0),
+        ("validation.guidance=-1", 0),
+        ("validation.steps=0", 1),
+        ("validation.samples=0", 1),
+        ("validation.pictures=-1", 0),
+        ("validation.every=-1", 0),
+        ("latents.batch_size=0", 1),
+        ("latents.context_megabytes=-1", 0),
     ],
 )
-def test_validation_out_of_range_is_refused(given: str, least: int) -> None:
-    name = given.partition("=")[0]
-    with pytest.raises(UserError, match=rf"validation.{name}: must be at least {least}; got"):
-        read_config(None, [f"validation.{given}"])
+def test_what_is_out_of_range_is_refused(given: str, least: int) -> None:
+    key, _, value = given.partition("=")
+    with pytest.raises(UserError, match=rf"{key}: must be at least {least}; got {value}"):
+        read_config(None, [given])
 
 
 @pytest.mark.parametrize("given", ["nan", "inf"])
