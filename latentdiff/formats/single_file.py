@@ -173,7 +173,7 @@ def _assemble(opened: _Parsed, dtype: torch.dtype | None, prediction: str | None
         config = sd_configuration("2", found, zero_snr=has_zero_snr(opened.file) and found == "v")
         unet.config = config_from_dict(config["unet"])
         opened.networks["vae"].config["sample_size"] = config["vae"]["sample_size"]
-    schedule, said, sampling = read_scheduler(config["scheduler"])
+    schedule, said, sampling = read_scheduler(config["scheduler"], path)
     tower = text.config_dict()
     kept = [key for key in opened.others if is_openclip(tower) and is_spare(key, tower)]
     components = Components(
