@@ -210,12 +210,10 @@ def read_tensor_file(file: Path) -> TensorFile:
     """
     content, metadata = load_content(file)
     data = content if isinstance(content, Mapping) else {}
-    state = data.get("state_dict", data)
-    if not isinstance(content, Mapping):
-        kind = type(content).__name__
-        raise UserError(f"{file} cannot be read: it holds a {kind} instead of named tensors.")
+    state = data.get("state_dict", content)
     if not isinstance(state, Mapping):
-        raise UserError(f"{file} cannot be read: its state_dict holds no named tensors.")
+        kind = type(state).__name__
+        raise UserError(f"{file} cannot be read: it holds a {kind} instead of named tensors.")
     tensors = _named(file, state)
     _refuse_inflated(file, tensors.values())
     facts = {k: v for k, v in data.items() if isinstance(k, str) and _is_fact(v)}
@@ -275,18 +273,14 @@ def _tensors_in(file: Path, content: Any) -> Iterator[Tensor]:
             yield one
         elif isinstance(one, Mapping | list | tuple) and id(one) not in seen:
             seen.add(id(one))
-            waiting += one.values() if isinstance(one, Mapping) else one
-            if isinstance(one, Mapping):
-                _check_names(file, one)
-
-
-def _check_names(file: Path, table: Mapping[Any, Any]) -> None:
-    for name in table:
-        if isinstance(name, str) and len(name) > LONGEST_NAME:
-            raise UserError(
-                f"{file} cannot be used: the name {name[:40]!r}… in it has {len(name):,} "
-                f"characters; at most {LONGEST_NAME:,} are allowed."
-            )
+            table = one if isinstance(one, Mapping) else {}
+            waiting += table.values() if table else one
+            names = (name for name in table if isinstance(name, str))
+            if long := next((name for name in names if len(name) > LONGEST_NAME), None):
+                raise UserError(
+                    f"{file} cannot be used: the name {long[:40]!r}… in it has {len(long):,} "
+                    f"characters; at most {LONGEST_NAME:,} are allowed."
+                )
 
 
 def _refuse_inflated(file: Path, tensors: Collection[Tensor]) -> None:
@@ -433,35 +427,30 @@ def place_weights(
     Raises:  UserError: a weight is missing, unexpected, of another shape or not of real numbers.
     """
     wanted = module.state_dict()
+    found = {name: state[name] for name in wanted if name in state}
     refuse_misfit(
-        [name for name in wanted if name not in state],
-        [name for name in state if name not in wanted and name not in useless],
-        [n for n, t in wanted.items() if n in state and state[n].shape != t.shape],
-        [n for n in wanted if n in state and not state[n].is_floating_point()],
         where,
+        {
+            "missing": [name for name in wanted if name not in found],
+            "unexpected": [name for name in state if name not in wanted and name not in useless],
+            "of another shape": [n for n, t in found.items() if t.shape != wanted[n].shape],
+            "not of real numbers": [n for n, t in found.items() if not t.is_floating_point()],
+        },
     )
     cast = {
-        name: state[name] if dtype is None or name.endswith(KEEP_FLOAT32) else state[name].to(dtype)
-        for name in wanted
+        name: tensor if dtype is None or name.endswith(KEEP_FLOAT32) else tensor.to(dtype)
+        for name, tensor in found.items()
     }
     module.load_state_dict(cast, assign=True)
     return [name for name in state if name not in wanted]
 
 
-def refuse_misfit(
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    misshapen: Sequence[str],
-    unreal: Sequence[str],
-    where: str | Path,
-) -> None:
-    """Name weights that do not fit. Raises: UserError: unless there are none."""
-    kinds = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": misshapen,
-        "not of real numbers": unreal,
-    }
+def refuse_misfit(where: str | Path, kinds: Mapping[str, Sequence[str]]) -> None:
+    """Name weights that do not fit.
+
+    Args:   kinds: how they do not fit → their names.
+    Raises: UserError: unless there are none.
+    """
     found = [
         f"{len(names)} {kind}: {some(sorted(names), 6)}" for kind, names in kinds.items() if names
     ]
@@ -495,15 +484,21 @@ def write_weights(
              its own); None: one file.
     """
     tensors = {name: stored_tensor(name, tensor, dtype) for name, tensor in state.items()}
-    shards = _shards(tensors, max_shard_bytes)
+    shards, filled = [dict[str, Tensor]()], 0
+    for name, tensor in tensors.items():
+        if max_shard_bytes is not None and shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
     if len(shards) == 1:
         save_tensors(tensors, folder / f"{stem}.safetensors")
         return
     placed: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors({name: tensors[name] for name in names}, folder / file)
-        placed |= dict.fromkeys(names, file)
+        save_tensors(shard, folder / file)
+        placed |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     write_json(folder / f"{stem}.safetensors.index.json", index)
@@ -582,15 +577,3 @@ def stored_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight as it is written in files of a dtype."""
     keep = name.endswith(KEEP_FLOAT32) or not tensor.is_floating_point()
     return tensor.detach().to("cpu", tensor.dtype if keep else dtype).contiguous()
-
-
-def _shards(tensors: Mapping[str, Tensor], limit: int | None) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        if limit is not None and shards[-1] and filled + tensor.nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += tensor.nbytes
-    return shards

@@ -265,7 +265,8 @@ def _check_keys(file: TensorFile, layout: dict[str, Keys], text: Mapping[str, An
         return newest or is_spare(key, text) or _UNUSED.fullmatch(key) is not None
 
     missing = [key for key in wanted if key not in file.tensors]
-    refuse_misfit(missing, [key for key in others if not unused(key)], (), (), file.path)
+    unexpected = [key for key in others if not unused(key)]
+    refuse_misfit(file.path, {"missing": missing, "unexpected": unexpected})
     return others
 
 
