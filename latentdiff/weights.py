@@ -19,7 +19,7 @@ import codecs
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -298,6 +298,13 @@ def _refuse_inflated(file: Path, tensors: Collection[Tensor]) -> None:
             f"{file} cannot be used: its tensors would take {total:,} bytes of memory, which they "
             f"make of a file of {size:,} by repeating the same numbers. Ask for it as safetensors."
         )
+
+
+def usual_file(folder: Path, names: Iterable[str]) -> Path | None:
+    """The first of the names that is in a folder, or the one safetensors file; None: neither."""
+    found = [folder / name for name in names if (folder / name).is_file()]
+    others = found or sorted(folder.glob("*.safetensors"))
+    return others[0] if found or len(others) == 1 else None
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
