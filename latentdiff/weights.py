@@ -220,6 +220,27 @@ def read_tensor_file(file: Path) -> TensorFile:
     return TensorFile(file, tensors, metadata, facts)
 
 
+def _named(file: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Tensors by name; those of a table within the table as TABLE.NAME."""
+    tables = [
+        (f"{name}.", table)
+        for name, table in state.items()
+        if isinstance(name, str) and isinstance(table, Mapping)
+    ]
+    if sum(len(table) for _, table in tables) > MOST_NAMES:
+        raise UserError(f"{file} cannot be used: it holds over {MOST_NAMES:,} names.")
+    return {
+        f"{start}{name}": tensor.detach()
+        for start, table in [("", state), *tables]
+        for name, tensor in table.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, float | str) or (isinstance(value, int) and value.bit_length() <= 64)
+
+
 def load_content(file: Path) -> tuple[Any, dict[str, str]]:
     """What a file holds, as it is, and the free text of a safetensors file.
 
@@ -262,6 +283,25 @@ def _load_pickle(file: Path) -> tuple[Any, dict[str, str]]:
     mapped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
     with torch.serialization.safe_globals(_SAFE_GLOBALS):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None), {}
+
+
+class _Inert:
+    """Stands for a class of another library that checkpoints mention: has no code, does nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget what the other class would keep."""
+
+
+#: Training libraries leave such objects beside the weights, as keys of callbacks' states.
+_SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Inert, f"{package}.callbacks.{name}")
+    for package in ("pytorch_lightning", "lightning.pytorch")
+    for name in (
+        "model_checkpoint.ModelCheckpoint",
+        "lr_monitor.LearningRateMonitor",
+        "early_stopping.EarlyStopping",
+    )
+]
 
 
 def _tensors_in(file: Path, content: Any) -> Iterator[Tensor]:
@@ -307,50 +347,6 @@ def usual_file(folder: Path, names: Iterable[str]) -> Path | None:
     return others[0] if found or len(others) == 1 else None
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in the order of its indices, whatever its device and memory layout."""
-    plain = tensor.detach().cpu().contiguous()
-    # PyTorch calls a tensor contiguous whatever the strides of its dimensions of size 1 are, such
-    # as those of a channels_last 1×1 kernel, but views bytes only where the last stride is 1.
-    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
-
-
-class _Inert:
-    """Stands for a class of another library that checkpoints mention: has no code, does nothing."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Forget what the other class would keep."""
-
-
-#: Training libraries leave such objects beside the weights, as keys of callbacks' states.
-_SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Inert, f"{package}.callbacks.{name}")
-    for package in ("pytorch_lightning", "lightning.pytorch")
-    for name in (
-        "model_checkpoint.ModelCheckpoint",
-        "lr_monitor.LearningRateMonitor",
-        "early_stopping.EarlyStopping",
-    )
-]
-
-
-def _named(file: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Tensors by name; those of a table within the table as TABLE.NAME."""
-    tables = [
-        (f"{name}.", table)
-        for name, table in state.items()
-        if isinstance(name, str) and isinstance(table, Mapping)
-    ]
-    if sum(len(table) for _, table in tables) > MOST_NAMES:
-        raise UserError(f"{file} cannot be used: it holds over {MOST_NAMES:,} names.")
-    return {
-        f"{start}{name}": tensor.detach()
-        for start, table in [("", state), *tables]
-        for name, tensor in table.items()
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
-
-
 def refuse_not_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
     """Raises: UserError: naming a tensor that holds NaN or infinity."""
     for name, tensor in tensors.items():
@@ -360,10 +356,6 @@ def refuse_not_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
                 f"{where} cannot be used: {name} has numbers that are not finite (NaN or "
                 "infinity). The training that wrote it diverged, or its 16 bits overflowed."
             )
-
-
-def _is_fact(value: Any) -> bool:
-    return isinstance(value, float | str) or (isinstance(value, int) and value.bit_length() <= 64)
 
 
 UNET_STEM = VAE_STEM = "diffusion_pytorch_model"
@@ -394,6 +386,32 @@ def read_weights(
                 state |= read_tensor_file(file).tensors
             return _without_wrappers(state)
     raise UserError(_no_weights(folder, stem, variant))
+
+
+def _find(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """The files that together hold a variant of the weights; empty when it is not there."""
+    dot = f".{variant}" if variant else ""
+    for name, ending in ((stem, "safetensors"), (_PICKLE_STEM.get(stem, stem), "bin")):
+        whole = folder / f"{name}{dot}.{ending}"
+        if whole.is_file():
+            return [whole]
+        # The second is what diffusers wrote before 0.30.
+        for index in (f"{name}.{ending}.index{dot}.json", f"{name}.{ending}{dot}.index.json"):
+            if (folder / index).is_file():
+                return _shard_files(folder / index)
+    return []
+
+
+def _shard_files(index: Path) -> list[Path]:
+    try:
+        placed = read_json(index)["weight_map"]
+        files = [index.parent / name for name in sorted(set(placed.values()))]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of shards: {error!r}") from error
+    for file in files:
+        if file.parent != index.parent or not file.is_file():
+            raise UserError(f"{index} names {file.name}, which is not in {index.parent}.")
+    return files
 
 
 def _no_weights(folder: Path, stem: str, variant: str | None) -> str:
@@ -511,6 +529,12 @@ def write_weights(
     write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
+def stored_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as it is written in files of a dtype."""
+    keep = name.endswith(KEEP_FLOAT32) or not tensor.is_floating_point()
+    return tensor.detach().to("cpu", tensor.dtype if keep else dtype).contiguous()
+
+
 def refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
     """Look at weights in the number format of a file before they are written.
 
@@ -554,33 +578,9 @@ def save_tensors(
     file.chmod(usual)
 
 
-def _find(folder: Path, stem: str, variant: str | None) -> list[Path]:
-    """The files that together hold a variant of the weights; empty when it is not there."""
-    dot = f".{variant}" if variant else ""
-    for name, ending in ((stem, "safetensors"), (_PICKLE_STEM.get(stem, stem), "bin")):
-        whole = folder / f"{name}{dot}.{ending}"
-        if whole.is_file():
-            return [whole]
-        # The second is what diffusers wrote before 0.30.
-        for index in (f"{name}.{ending}.index{dot}.json", f"{name}.{ending}{dot}.index.json"):
-            if (folder / index).is_file():
-                return _shard_files(folder / index)
-    return []
-
-
-def _shard_files(index: Path) -> list[Path]:
-    try:
-        placed = read_json(index)["weight_map"]
-        files = [index.parent / name for name in sorted(set(placed.values()))]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of shards: {error!r}") from error
-    for file in files:
-        if file.parent != index.parent or not file.is_file():
-            raise UserError(f"{index} names {file.name}, which is not in {index.parent}.")
-    return files
-
-
-def stored_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as it is written in files of a dtype."""
-    keep = name.endswith(KEEP_FLOAT32) or not tensor.is_floating_point()
-    return tensor.detach().to("cpu", tensor.dtype if keep else dtype).contiguous()
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in the order of its indices, whatever its device and memory layout."""
+    plain = tensor.detach().cpu().contiguous()
+    # PyTorch calls a tensor contiguous whatever the strides of its dimensions of size 1 are, such
+    # as those of a channels_last 1×1 kernel, but views bytes only where the last stride is 1.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
