@@ -18,7 +18,7 @@ from __future__ import annotations
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -171,16 +171,35 @@ def read_tensor_file(file: Path) -> TensorFile:
     """
     content, metadata = load_content(file)
     data = content if isinstance(content, Mapping) else {}
-    state = data.get("state_dict", data)
-    if not isinstance(content, Mapping):
-        kind = type(content).__name__
-        raise UserError(f"{file} cannot be read: it holds a {kind} instead of named tensors.")
+    state = data.get("state_dict", content)
     if not isinstance(state, Mapping):
-        raise UserError(f"{file} cannot be read: its state_dict holds no named tensors.")
+        kind = type(state).__name__
+        raise UserError(f"{file} cannot be read: it holds a {kind} instead of named tensors.")
     tensors = _named(file, state)
     _refuse_inflated(file, tensors.values())
     facts = {k: v for k, v in data.items() if isinstance(k, str) and _is_fact(v)}
     return TensorFile(file, tensors, metadata, facts)
+
+
+def _named(file: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Tensors by name; those of a table within the table as TABLE.NAME."""
+    tables = [
+        (f"{name}.", table)
+        for name, table in state.items()
+        if isinstance(name, str) and isinstance(table, Mapping)
+    ]
+    if sum(len(table) for _, table in tables) > MOST_NAMES:
+        raise UserError(f"{file} cannot be used: it holds over {MOST_NAMES:,} names.")
+    return {
+        f"{start}{name}": tensor.detach()
+        for start, table in [("", state), *tables]
+        for name, tensor in table.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, float | str) or (isinstance(value, int) and value.bit_length() <= 64)
 
 
 def load_content(file: Path) -> tuple[Any, dict[str, str]]:
@@ -227,54 +246,6 @@ def _load_pickle(file: Path) -> tuple[Any, dict[str, str]]:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None), {}
 
 
-def _tensors_in(file: Path, content: Any) -> Iterator[Tensor]:
-    """Every tensor in containers within each other, which are looked into once."""
-    seen, waiting = set[int](), [content]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, Tensor):
-            yield one
-        elif isinstance(one, Mapping | list | tuple) and id(one) not in seen:
-            seen.add(id(one))
-            waiting += one.values() if isinstance(one, Mapping) else one
-            if isinstance(one, Mapping):
-                _check_names(file, one)
-
-
-def _check_names(file: Path, table: Mapping[Any, Any]) -> None:
-    for name in table:
-        if isinstance(name, str) and len(name) > LONGEST_NAME:
-            raise UserError(
-                f"{file} cannot be used: the name {name[:40]!r}… in it has {len(name):,} "
-                f"characters; at most {LONGEST_NAME:,} are allowed."
-            )
-
-
-def _refuse_inflated(file: Path, tensors: Collection[Tensor]) -> None:
-    """Refuse tensors that would need far more memory than the file has. Raises: UserError."""
-    for tensor in tensors:
-        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
-        if not is_plain or tensor.is_quantized:
-            raise UserError(
-                f"{file} cannot be used: it holds sparse, quantised or absent tensors. Ask for it "
-                "as safetensors."
-            )
-    total, size = sum(tensor.nbytes for tensor in tensors), file.stat().st_size
-    if total > MOST_SHARING * size + 2**20:
-        raise UserError(
-            f"{file} cannot be used: its tensors would take {total:,} bytes of memory, which they "
-            f"make of a file of {size:,} by repeating the same numbers. Ask for it as safetensors."
-        )
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in the order of its indices, whatever its device and memory layout."""
-    plain = tensor.detach().cpu().contiguous()
-    # PyTorch calls a tensor contiguous whatever the strides of its dimensions of size 1 are, such
-    # as those of a channels_last 1×1 kernel, but views bytes only where the last stride is 1.
-    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
-
-
 class _Inert:
     """Stands for a class of another library that checkpoints mention: has no code, does nothing."""
 
@@ -294,21 +265,47 @@ _SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
-def _named(file: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Tensors by name; those of a table within the table as TABLE.NAME."""
-    tables = [
-        (f"{name}.", table)
-        for name, table in state.items()
-        if isinstance(name, str) and isinstance(table, Mapping)
-    ]
-    if sum(len(table) for _, table in tables) > MOST_NAMES:
-        raise UserError(f"{file} cannot be used: it holds over {MOST_NAMES:,} names.")
-    return {
-        f"{start}{name}": tensor.detach()
-        for start, table in [("", state), *tables]
-        for name, tensor in table.items()
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
+def _tensors_in(file: Path, content: Any) -> Iterator[Tensor]:
+    """Every tensor in containers within each other, which are looked into once."""
+    seen, waiting = set[int](), [content]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, Mapping | list | tuple) and id(one) not in seen:
+            seen.add(id(one))
+            table = one if isinstance(one, Mapping) else {}
+            waiting += table.values() if table else one
+            names = (name for name in table if isinstance(name, str))
+            if long := next((name for name in names if len(name) > LONGEST_NAME), None):
+                raise UserError(
+                    f"{file} cannot be used: the name {long[:40]!r}… in it has {len(long):,} "
+                    f"characters; at most {LONGEST_NAME:,} are allowed."
+                )
+
+
+def _refuse_inflated(file: Path, tensors: Collection[Tensor]) -> None:
+    """Refuse tensors that would need far more memory than the file has. Raises: UserError."""
+    for tensor in tensors:
+        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.is_quantized:
+            raise UserError(
+                f"{file} cannot be used: it holds sparse, quantised or absent tensors. Ask for it "
+                "as safetensors."
+            )
+    total, size = sum(tensor.nbytes for tensor in tensors), file.stat().st_size
+    if total > MOST_SHARING * size + 2**20:
+        raise UserError(
+            f"{file} cannot be used: its tensors would take {total:,} bytes of memory, which they "
+            f"make of a file of {size:,} by repeating the same numbers. Ask for it as safetensors."
+        )
+
+
+def usual_file(folder: Path, names: Iterable[str]) -> Path | None:
+    """The first of the names that is in a folder, or the one safetensors file; None: neither."""
+    found = [folder / name for name in names if (folder / name).is_file()]
+    others = found or sorted(folder.glob("*.safetensors"))
+    return others[0] if found or len(others) == 1 else None
 
 
 def refuse_not_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
@@ -320,10 +317,6 @@ def refuse_not_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
                 f"{where} cannot be used: {name} has numbers that are not finite (NaN or "
                 "infinity). The training that wrote it diverged, or its 16 bits overflowed."
             )
-
-
-def _is_fact(value: Any) -> bool:
-    return isinstance(value, float | str) or (isinstance(value, int) and value.bit_length() <= 64)
 
 
 UNET_STEM = VAE_STEM = "diffusion_pytorch_model"
@@ -354,6 +347,32 @@ def read_weights(
                 state |= read_tensor_file(file).tensors
             return _without_wrappers(state)
     raise UserError(_no_weights(folder, stem, variant))
+
+
+def _find(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """The files that together hold a variant of the weights; empty when it is not there."""
+    dot = f".{variant}" if variant else ""
+    for name, ending in ((stem, "safetensors"), (_PICKLE_STEM.get(stem, stem), "bin")):
+        whole = folder / f"{name}{dot}.{ending}"
+        if whole.is_file():
+            return [whole]
+        # The second is what diffusers wrote before 0.30.
+        for index in (f"{name}.{ending}.index{dot}.json", f"{name}.{ending}{dot}.index.json"):
+            if (folder / index).is_file():
+                return _shard_files(folder / index)
+    return []
+
+
+def _shard_files(index: Path) -> list[Path]:
+    try:
+        placed = read_json(index)["weight_map"]
+        files = [index.parent / name for name in sorted(set(placed.values()))]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of shards: {error!r}") from error
+    for file in files:
+        if file.parent != index.parent or not file.is_file():
+            raise UserError(f"{index} names {file.name}, which is not in {index.parent}.")
+    return files
 
 
 def _no_weights(folder: Path, stem: str, variant: str | None) -> str:
@@ -394,35 +413,30 @@ def place_weights(
     Raises:  UserError: a weight is missing, unexpected, of another shape or not of real numbers.
     """
     wanted = module.state_dict()
+    found = {name: state[name] for name in wanted if name in state}
     refuse_misfit(
-        [name for name in wanted if name not in state],
-        [name for name in state if name not in wanted and name not in useless],
-        [n for n, t in wanted.items() if n in state and state[n].shape != t.shape],
-        [n for n in wanted if n in state and not state[n].is_floating_point()],
         where,
+        {
+            "missing": [name for name in wanted if name not in found],
+            "unexpected": [name for name in state if name not in wanted and name not in useless],
+            "of another shape": [n for n, t in found.items() if t.shape != wanted[n].shape],
+            "not of real numbers": [n for n, t in found.items() if not t.is_floating_point()],
+        },
     )
     cast = {
-        name: state[name] if dtype is None or name.endswith(KEEP_FLOAT32) else state[name].to(dtype)
-        for name in wanted
+        name: tensor if dtype is None or name.endswith(KEEP_FLOAT32) else tensor.to(dtype)
+        for name, tensor in found.items()
     }
     module.load_state_dict(cast, assign=True)
     return [name for name in state if name not in wanted]
 
 
-def refuse_misfit(
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    misshapen: Sequence[str],
-    unreal: Sequence[str],
-    where: str | Path,
-) -> None:
-    """Name weights that do not fit. Raises: UserError: unless there are none."""
-    kinds = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": misshapen,
-        "not of real numbers": unreal,
-    }
+def refuse_misfit(where: str | Path, kinds: Mapping[str, Sequence[str]]) -> None:
+    """Name weights that do not fit.
+
+    Args:   kinds: how they do not fit → their names.
+    Raises: UserError: unless there are none.
+    """
     found = [
         f"{len(names)} {kind}: {some(sorted(names), 6)}" for kind, names in kinds.items() if names
     ]
@@ -456,18 +470,30 @@ def write_weights(
              its own); None: one file.
     """
     tensors = {name: stored_tensor(name, tensor, dtype) for name, tensor in state.items()}
-    shards = _shards(tensors, max_shard_bytes)
+    shards, filled = [dict[str, Tensor]()], 0
+    for name, tensor in tensors.items():
+        if max_shard_bytes is not None and shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
     if len(shards) == 1:
         save_tensors(tensors, folder / f"{stem}.safetensors")
         return
     placed: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors({name: tensors[name] for name in names}, folder / file)
-        placed |= dict.fromkeys(names, file)
+        save_tensors(shard, folder / file)
+        placed |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def stored_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as it is written in files of a dtype."""
+    keep = name.endswith(KEEP_FLOAT32) or not tensor.is_floating_point()
+    return tensor.detach().to("cpu", tensor.dtype if keep else dtype).contiguous()
 
 
 def refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
@@ -513,45 +539,9 @@ def save_tensors(
     file.chmod(usual)
 
 
-def _find(folder: Path, stem: str, variant: str | None) -> list[Path]:
-    """The files that together hold a variant of the weights; empty when it is not there."""
-    dot = f".{variant}" if variant else ""
-    for name, ending in ((stem, "safetensors"), (_PICKLE_STEM.get(stem, stem), "bin")):
-        whole = folder / f"{name}{dot}.{ending}"
-        if whole.is_file():
-            return [whole]
-        # The second is what diffusers wrote before 0.30.
-        for index in (f"{name}.{ending}.index{dot}.json", f"{name}.{ending}{dot}.index.json"):
-            if (folder / index).is_file():
-                return _shard_files(folder / index)
-    return []
-
-
-def _shard_files(index: Path) -> list[Path]:
-    try:
-        placed = read_json(index)["weight_map"]
-        files = [index.parent / name for name in sorted(set(placed.values()))]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of shards: {error!r}") from error
-    for file in files:
-        if file.parent != index.parent or not file.is_file():
-            raise UserError(f"{index} names {file.name}, which is not in {index.parent}.")
-    return files
-
-
-def stored_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as it is written in files of a dtype."""
-    keep = name.endswith(KEEP_FLOAT32) or not tensor.is_floating_point()
-    return tensor.detach().to("cpu", tensor.dtype if keep else dtype).contiguous()
-
-
-def _shards(tensors: Mapping[str, Tensor], limit: int | None) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        if limit is not None and shards[-1] and filled + tensor.nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += tensor.nbytes
-    return shards
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in the order of its indices, whatever its device and memory layout."""
+    plain = tensor.detach().cpu().contiguous()
+    # PyTorch calls a tensor contiguous whatever the strides of its dimensions of size 1 are, such
+    # as those of a channels_last 1×1 kernel, but views bytes only where the last stride is 1.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data

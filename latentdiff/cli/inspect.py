@@ -73,14 +73,11 @@ def adapter_in(folder: Path) -> Path | None:
     from latentdiff.formats import embedding as embedding_file
     from latentdiff.formats import lora as lora_files
     from latentdiff.formats.folder import PARTS
+    from latentdiff.weights import usual_file
 
     if any((folder / part).is_dir() for part in PARTS) or (folder / "model_index.json").is_file():
         return None
-    usual = (*lora_files.USUAL, embedding_file.FILE, embedding_file.PICKLE)
-    if found := next((folder / name for name in usual if (folder / name).is_file()), None):
-        return found
-    others = sorted(folder.glob("*.safetensors"))
-    return others[0] if len(others) == 1 else None
+    return usual_file(folder, (*lora_files.USUAL, embedding_file.FILE, embedding_file.PICKLE))
 
 
 def beside(file: Path) -> Rows:

@@ -25,7 +25,6 @@ from latentdiff.formats.scheduler import (
     SamplingDefaults,
     generation_defaults,
     read_scheduler,
-    scheduler_class,
     with_generation,
     write_scheduler,
 )
@@ -182,9 +181,8 @@ def load_components(
     """
     folder = resolve_folder(folder_or_hub_id, revision, variant)
     check_layout(folder)
-    schedule, prediction, sampling = read_scheduler(
-        read_json(folder / "scheduler" / "scheduler_config.json")
-    )
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    schedule, prediction, sampling = read_scheduler(read_json(scheduler), scheduler)
     if (own := folder / GENERATION).is_file():
         sampling = with_generation(sampling, read_json(own), own)
     unet, on_disk = _read_unet(folder / "unet", dtype, variant)
@@ -235,7 +233,7 @@ def save_components(
         components.text_encoder.tokenizer.save(new / "tokenizer")
         (new / "scheduler").mkdir()
         write_json(new / "scheduler" / "scheduler_config.json", config["scheduler"])
-        write_json(new / "model_index.json", _model_index(components))
+        write_json(new / "model_index.json", _model_index(config))
         if config["generation"]:
             write_json(new / GENERATION, config["generation"])
     return target
@@ -318,7 +316,7 @@ def run_hint(folder: Path) -> str:
     return ""
 
 
-def _model_index(components: Components) -> dict[str, Any]:
+def _model_index(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -326,9 +324,9 @@ def _model_index(components: Components) -> dict[str, Any]:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", scheduler_class(components.schedule)],
+        "scheduler": ["diffusers", config["scheduler"]["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", components.autoencoder.kind],
+        "vae": ["diffusers", config["vae"]["_class_name"]],
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 
 from latentdiff.embedded import named
@@ -54,11 +55,14 @@ def resolve_folder(
 
 
 def _download(name: str, revision: str | None, variant: str | None) -> Path:
+    """Fetch a model: the plain weights or the variant; then those in half precision of parts that
+    have no others, as `read_weights` takes them."""
     from huggingface_hub import snapshot_download
 
-    others = [f"*.{other}*" for other in _VARIANTS if other != variant]
+    others = [other for other in _VARIANTS if other != variant]
 
-    def get(patterns: list[str], ignored: list[str] | None = None) -> Path:
+    def get(patterns: list[str]) -> Path:
+        ignored = [f"*.{other}*" for other in others]
         return Path(
             snapshot_download(
                 name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
@@ -66,11 +70,18 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
         )
 
     try:
-        found = get(_PATTERNS, others)
-        if lacking := _lacking(found, [".safetensors"], others):
-            get([*_PATTERNS, *(f"{part}/*.bin" for part in lacking)], others)
+        found = get(_PATTERNS)
         # What the repository holds is known only by asking for it; most have the plain files.
-        _get_stand_ins(found, get, variant)
+        for stand_in, ending in (("", ".bin"), *product(STAND_INS, (".safetensors", ".bin"))):
+            others = [other for other in others if other != stand_in]
+            lacking = _lacking(found, others)
+            if stand_in and variant:  # which is not replaced where it must be
+                lacking = [part for part in lacking if part != "unet"]
+            if lacking:
+                dot = f".{stand_in}*" if stand_in else ""
+                # Weights, and the index of those that are in shards.
+                kinds = (f"*{dot}{ending}", f"*{dot}.json")
+                get([f"{part}/{kind}" for part in lacking for kind in kinds])
     except Exception as error:
         # The hub's client raises a dozen types, of httpx too; each means that there is no model.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -81,28 +92,11 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
     return found
 
 
-def _get_stand_ins(folder: Path, get: Callable[[list[str]], Path], variant: str | None) -> None:
-    """Fetch half-precision weights of parts that have no others, as `read_weights` takes them.
-
-    A variant that is asked for is not replaced where it must be, in the U-Net.
-    """
-    others = [other for other in _VARIANTS if other != variant]
-    for stand_in in STAND_INS:
-        others = [other for other in others if other != stand_in]
-        for ending in (".safetensors", ".bin"):
-            lacking = _lacking(folder, [".safetensors", ".bin"], [f"*.{o}*" for o in others])
-            if variant is not None:
-                lacking = [part for part in lacking if part != "unet"]
-            if lacking:
-                # Weights, and the index of those that are in shards.
-                kinds = (f"*.{stand_in}*{ending}", f"*.{stand_in}*.json")
-                get([f"{part}/{kind}" for part in lacking for kind in kinds])
-
-
-def _lacking(folder: Path, endings: Collection[str], others: Collection[str]) -> list[str]:
+def _lacking(folder: Path, others: Collection[str]) -> list[str]:
     """Parts without a file of weights; files of the variants `others` do not count."""
 
     def counts(file: Path) -> bool:
-        return file.suffix in endings and not any(fnmatch(file.name, other) for other in others)
+        weights = file.suffix in (".safetensors", ".bin")
+        return weights and not any(fnmatch(file.name, f"*.{other}*") for other in others)
 
     return [part for part in _STEMS if not any(map(counts, (folder / part).glob("*")))]

@@ -27,7 +27,7 @@ from latentdiff.errors import UserError, choice_error, some
 from latentdiff.files import parse_json, read_json, written_file
 from latentdiff.formats.name_patterns import NamePatterns, number
 from latentdiff.models.low_rank import LowRank
-from latentdiff.weights import TensorFile, load_content, refuse_not_finite, save_tensors
+from latentdiff.weights import TensorFile, load_content, refuse_not_finite, save_tensors, usual_file
 
 #: What diffusers and others look for in a folder.
 FILE = "pytorch_lora_weights.safetensors"
@@ -123,14 +123,13 @@ def find_lora(path: str | Path) -> Path:
     """The file behind a path: itself, or the usual one in a folder. Raises: UserError: none."""
     found = Path(path).expanduser()
     if found.is_dir():
-        candidates = [found / name for name in USUAL]
-        files = [f for f in candidates if f.is_file()] or sorted(found.glob("*.safetensors"))
-        if len(files) == 0 or (len(files) > 1 and files[0] not in candidates):
-            raise UserError(
-                f"the folder {found} holds {len(files)} safetensors files and no {FILE}; name the "
-                "LoRA file itself."
-            )
-        return files[0]
+        if file := usual_file(found, USUAL):
+            return file
+        count = len(list(found.glob("*.safetensors")))
+        raise UserError(
+            f"the folder {found} holds {count} safetensors files and no {FILE}; name the LoRA file "
+            "itself."
+        )
     if not found.is_file():
         raise UserError(f"no LoRA file at {found}.")
     return found

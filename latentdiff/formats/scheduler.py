@@ -37,7 +37,8 @@ _LINSPACE = ("Euler", "Heun", "LMS", "KDPM2Discrete", "DPMSolverMultistepSchedul
 #: Fields that are numbers, with the range that makes sense; others that are words.
 _NUMBERS = {"num_train_timesteps": (2, 10**6), "beta_start": (0, 1), "beta_end": (0, 1)}
 _WORDS = ("_class_name", "prediction_type", "beta_schedule", "timestep_spacing")
-_FLOW_MATCH = "FlowMatch"
+#: Added to a leading grid; Stable Diffusion's readers insist on 1.
+STEPS_OFFSET = 1
 #: How the names of schedulers begin whose noise levels are no schedule of β.
 _WITHOUT_BETAS = ("CMStochastic", "CosineDPM", "EDM", "KarrasVe", "ScoreSde", "VQDiffusion")
 #: The samplers that each of diffusers' two fields for the last level concerns. It has no such field
@@ -54,8 +55,6 @@ class SamplingDefaults:
     """Name in SAMPLERS."""
     spacing: str | None = None
     """leading, trailing, linspace, karras, exponential; None: what suits the schedule."""
-    steps_offset: int = 1
-    """Added to a leading grid; Stable Diffusion's readers insist on 1."""
     end_noisy: tuple[str, ...] = ()
     """Names in SAMPLERS whose last step leads to the first noise level, not to the clean image."""
     guidance_scale: float | None = None
@@ -70,34 +69,35 @@ class SamplingDefaults:
 
 
 def read_scheduler(
-    data: Mapping[str, Any],
+    data: Mapping[str, Any], where: object = "scheduler_config.json"
 ) -> tuple[ScheduleConfig, str, SamplingDefaults]:
     """Understand a parsed scheduler_config.json.
 
+    Args:    where: the file that it comes from, for messages.
     Returns: (noise schedule, prediction, sampling defaults).
     Raises:  UserError: a schedule or prediction that we do not have, named, or a damaged field.
     """
     for name in _NUMBERS.keys() & data.keys():
-        check_number(data[name], name, f"scheduler_config.json: {name}")
+        check_number(data[name], name, f"{where}: {name}")
     for name in _WORDS:
         if not isinstance(data.get(name, ""), str):
-            raise UserError(f"scheduler_config.json: {name} must be text; got {data[name]!r:.80}.")
+            raise UserError(f"{where}: {name} must be text; got {data[name]!r:.80}.")
     kind = str(data.get("_class_name", "DDIMScheduler"))
     for field in ("trained_betas", "thresholding", "use_dynamic_shifting"):
         if data.get(field):
-            raise UserError(f"scheduler_config.json: {field}={data[field]!r} is not supported.")
+            raise UserError(f"{where}: {field}={data[field]!r} is not supported.")
     if kind.startswith(_WITHOUT_BETAS):
         raise UserError(
-            f"scheduler_config.json: the noise levels of {kind} are not supported; those of DDPM "
+            f"{where}: the noise levels of {kind} are not supported; those of DDPM "
             "(a schedule of β) and of flow matching are."
         )
-    flow = kind.startswith(_FLOW_MATCH) or bool(data.get("use_flow_sigmas"))
+    flow = kind.startswith("FlowMatch") or bool(data.get("use_flow_sigmas"))
     # As diffusers wrote it before prediction_type came (0.9).
     usual = "sample" if data.get("predict_epsilon") is False else "epsilon"
     prediction_name = data.get("prediction_type", "flow_prediction" if flow else usual)
     if prediction_name not in PREDICTION_NAMES:
-        raise choice_error("prediction_type", prediction_name, PREDICTION_NAMES)
-    schedule = _flow_schedule(data) if flow else _discrete_schedule(data)
+        raise choice_error(f"{where}: prediction_type", prediction_name, PREDICTION_NAMES)
+    schedule = (_flow_schedule if flow else _discrete_schedule)(data, where)
     return schedule, PREDICTION_NAMES[prediction_name], _sampling(kind, data, schedule)
 
 
@@ -116,7 +116,7 @@ def write_scheduler(
     kinds = {ours: theirs for theirs, ours in KINDS.items()}
     trailing = "trailing" if schedule.zero_terminal_snr else "leading"
     return {
-        "_class_name": scheduler_class(schedule),
+        "_class_name": "DDIMScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         "beta_end": schedule.beta_end,
         "beta_schedule": kinds[schedule.kind],
@@ -129,22 +129,17 @@ def write_scheduler(
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "sample_max_value": 1.0,
         "set_alpha_to_one": sampling.final_timestep("ddim") is None,
-        "steps_offset": 1,
+        "steps_offset": STEPS_OFFSET,
         "thresholding": False,
         "timestep_spacing": sampling.spacing or trailing,
         "trained_betas": None,
     }
 
 
-def scheduler_class(schedule: ScheduleConfig) -> str:
-    """The diffusers class that `write_scheduler` writes for."""
-    return "UniPCMultistepScheduler" if schedule.kind == "flow" else "DDIMScheduler"
-
-
 def _write_flow(schedule: ScheduleConfig, prediction_type: str) -> dict[str, Any]:
     # Stable Diffusion's pipeline cannot use diffusers' own flow schedulers; UniPC it can.
     return {
-        "_class_name": scheduler_class(schedule),
+        "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": schedule.num_train_timesteps,
         "prediction_type": prediction_type,
@@ -152,7 +147,7 @@ def _write_flow(schedule: ScheduleConfig, prediction_type: str) -> dict[str, Any
         "flow_shift": 1.0,
         "solver_order": 2,
         "timestep_spacing": "linspace",
-        "steps_offset": 1,
+        "steps_offset": STEPS_OFFSET,
     }
 
 
@@ -167,10 +162,10 @@ def check_number(value: Any, field: str, what: str) -> None:
         raise UserError(f"{what} must be a number from {least} to {most:,}; got {value!r:.80}.")
 
 
-def _discrete_schedule(data: Mapping[str, Any]) -> ScheduleConfig:
+def _discrete_schedule(data: Mapping[str, Any], where: object) -> ScheduleConfig:
     name = data.get("beta_schedule", "linear")
     if name not in KINDS:
-        raise choice_error("beta_schedule", name, KINDS)
+        raise choice_error(f"{where}: beta_schedule", name, KINDS)
     return ScheduleConfig(
         kind=KINDS[name],  # type: ignore[arg-type]
         num_train_timesteps=int(data.get("num_train_timesteps", 1000)),
@@ -180,12 +175,11 @@ def _discrete_schedule(data: Mapping[str, Any]) -> ScheduleConfig:
     )
 
 
-def _flow_schedule(data: Mapping[str, Any]) -> ScheduleConfig:
+def _flow_schedule(data: Mapping[str, Any], where: object) -> ScheduleConfig:
     shift = data.get("flow_shift", data.get("shift", 1.0))
     if shift != 1:
         raise UserError(
-            f"scheduler_config.json: a flow schedule shifted by {shift} is not supported; "
-            "only a shift of 1 is."
+            f"{where}: a flow schedule shifted by {shift} is not supported; only a shift of 1 is."
         )
     return ScheduleConfig(
         kind="flow", num_train_timesteps=int(data.get("num_train_timesteps", 1000))
@@ -211,7 +205,7 @@ def _sampling(kind: str, data: Mapping[str, Any], schedule: ScheduleConfig) -> S
     to_one = data.get("set_alpha_to_one", kind != "PNDMScheduler")
     to_zero = data.get("final_sigmas_type", "zero") == "zero"
     end_noisy = () if to_one else ALPHA_TO_ONE
-    return SamplingDefaults(sampler, spacing, 1, end_noisy + (() if to_zero else FINAL_SIGMAS))
+    return SamplingDefaults(sampler, spacing, end_noisy + (() if to_zero else FINAL_SIGMAS))
 
 
 def generation_defaults(sampling: SamplingDefaults) -> dict[str, Any]:

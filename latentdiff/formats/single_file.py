@@ -173,7 +173,7 @@ def _assemble(opened: _Parsed, dtype: torch.dtype | None, prediction: str | None
         config = sd_configuration("2", found, zero_snr=has_zero_snr(opened.file) and found == "v")
         unet.config = config_from_dict(config["unet"])
         opened.networks["vae"].config["sample_size"] = config["vae"]["sample_size"]
-    schedule, said, sampling = read_scheduler(config["scheduler"])
+    schedule, said, sampling = read_scheduler(config["scheduler"], path)
     tower = text.config_dict()
     kept = [key for key in opened.others if is_openclip(tower) and is_spare(key, tower)]
     components = Components(
@@ -265,7 +265,8 @@ def _check_keys(file: TensorFile, layout: dict[str, Keys], text: Mapping[str, An
         return newest or is_spare(key, text) or _UNUSED.fullmatch(key) is not None
 
     missing = [key for key in wanted if key not in file.tensors]
-    refuse_misfit(missing, [key for key in others if not unused(key)], (), (), file.path)
+    unexpected = [key for key in others if not unused(key)]
+    refuse_misfit(file.path, {"missing": missing, "unexpected": unexpected})
     return others
 
 

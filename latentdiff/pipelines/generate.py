@@ -36,6 +36,7 @@ from latentdiff.errors import UserError
 from latentdiff.formats.embedding import read_embedding
 from latentdiff.formats.folder import Components
 from latentdiff.formats.model import load_model, save_model
+from latentdiff.formats.scheduler import STEPS_OFFSET
 from latentdiff.images import to_output
 from latentdiff.models.finite import check_finite
 from latentdiff.models.prompts import (
@@ -378,7 +379,7 @@ class LatentDiffusionPipeline:
         row = SAMPLERS[name]
         if spacing is None:
             spacing = named_spacing or row.spacing or defaults.spacing
-        grid = timestep_grid(self.schedule, steps, spacing, defaults.steps_offset, style=row.grid)
+        grid = timestep_grid(self.schedule, steps, spacing, STEPS_OFFSET, style=row.grid)
         return SamplingPlan(grid, name, options)
 
     @property

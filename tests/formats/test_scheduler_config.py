@@ -109,7 +109,7 @@ def test_stable_diffusion_1_5_as_published() -> None:
     assert found == (
         ScheduleConfig(),
         "eps",
-        SamplingDefaults("pndm", "leading", 1, ("ddim", "pndm")),
+        SamplingDefaults("pndm", "leading", ("ddim", "pndm")),
     )
 
 
@@ -224,3 +224,15 @@ def test_flow_matching_of_every_solver(kind: str) -> None:
 def test_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_scheduler({"_class_name": "DDIMScheduler", **SD, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"beta_start": "x"}, {"beta_end": 2}, {"beta_schedule": "v"}, {"prediction_type": "w"},
+     {"prediction_type": 1}, {"thresholding": True}, {"use_flow_sigmas": True, "flow_shift": 3.0},
+     {"_class_name": "EDMEulerScheduler"}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_refused_is_said_of_its_file(fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^mine\.safetensors: "):
+        read_scheduler({"_class_name": "DDIMScheduler", **SD, **fields}, "mine.safetensors")

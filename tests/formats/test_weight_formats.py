@@ -250,7 +250,8 @@ def test_tied_and_stepped_tensors_are_no_reason(tmp_path: Path) -> None:
 
 def test_what_is_beside_the_tensors(tmp_path: Path) -> None:
     facts = {"global_step": 5, "name": "mine", "loss": 0.5}
-    torch.save({"state_dict": TENSORS, 7: 1, "digits": 10**600, **facts}, tmp_path / "model.ckpt")
+    more = {7: 1, "digits": 10**600, "notes": ["x" * (LONGEST_NAME + 1)]}
+    torch.save({"state_dict": TENSORS, **more, **facts}, tmp_path / "model.ckpt")
     assert read_tensor_file(tmp_path / "model.ckpt").facts == facts
 
 
