@@ -137,7 +137,7 @@ class Autoencoder(nn.Module):
             return images.clamp(-1, 1)
         if not is_finite(latents):
             raise NotFiniteError(
-                "the latents to decode hold NaN or infinity, so there is no picture."
+                "the latents to decode hold NaN or infinity, so there is no image."
             )
         if self.dtype != torch.float32 and broken_weight(self.module) is None:
             kind = str(self.dtype).removeprefix("torch.")

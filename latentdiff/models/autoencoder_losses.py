@@ -1,10 +1,10 @@
-"""LPIPS: how different two pictures look, by the features of a pretrained VGG16.
+"""LPIPS: how different two images look, by the features of a pretrained VGG16.
 
 The trunk and the calibration are those of ST-LPIPS (shift-tolerant: a blur before each stride),
 whose weight file the PyPI package `stlpips-pytorch` ships; only that file is read.
 Source: Zhang et al. 2018, arXiv:1801.03924; Ghildyal & Liu 2022, arXiv:2207.13686.
 
-A patch discriminator: judges every patch of a picture as real or reconstructed.
+A patch discriminator: judges every patch of an image as real or reconstructed.
 
 Source: Isola et al. 2017, arXiv:1611.07004; hinge loss as in VQGAN, Esser et al. 2021,
 arXiv:2012.09841.
@@ -36,7 +36,7 @@ def find_weights() -> Path | None:
 
 
 class PerceptualDistance(nn.Module):
-    """Frozen LPIPS distance between pictures in [−1, 1].
+    """Frozen LPIPS distance between images in [−1, 1].
 
     Args:
         weights: the weight file; None takes the installed package's.
@@ -77,7 +77,7 @@ class PerceptualDistance(nn.Module):
         return found
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Return the distance per picture, (B,); 0 for equal ones, about 1 for unrelated ones."""
+        """Return the distance per image, (B,); 0 for equal ones, about 1 for unrelated ones."""
         with torch.no_grad():
             expected = self.features(targets)
         total = images.new_zeros(len(images))
@@ -107,7 +107,7 @@ def _blur_pool(x: Tensor) -> Tensor:
 
 
 class PatchDiscriminator(nn.Module):
-    """Map pictures (B, 3, H, W) to one logit per patch, (B, 1, h, w); above 0 means real.
+    """Map images (B, 3, H, W) to one logit per patch, (B, 1, h, w); above 0 means real.
 
     Args:
         width: channels after the first convolution; doubled at every further level.

@@ -1,4 +1,4 @@
-"""Both towers of a CLIP: how well a picture and a text belong together.
+"""Both towers of a CLIP: how well an image and a text belong together.
 
 Source: Radford et al. 2021, arXiv:2103.00020.
 """
@@ -56,7 +56,7 @@ class ClipScorer(nn.Module):
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        """Return unit vectors (N, D) of pictures (N, 3, H, W) in [−1, 1]; resized as needed."""
+        """Return unit vectors (N, D) of images (N, 3, H, W) in [−1, 1]; resized as needed."""
         side: Any = self.image.config.image_size  # type: ignore[union-attr]
         if images.shape[-1] != side or images.shape[-2] != side:
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
@@ -75,7 +75,7 @@ def load_clip_scorer(folder: str | Path) -> ClipScorer:
     for part in (IMAGE_TOWER, HEAD):
         if not (root / part).exists():
             raise UserError(
-                f"{root} has no {part}, so it cannot score pictures against texts. Use the "
+                f"{root} has no {part}, so it cannot score images against texts. Use the "
                 "embedded model's folder, or one that training/embed.py wrote."
             )
     text = scorer_text_tower(root)

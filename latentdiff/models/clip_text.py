@@ -2,7 +2,7 @@
 
     x = token + position;   x ← x + attention(norm(x));   x ← x + mlp(norm(x)), layer by layer
 
-Attention is causal, so the end mark's state has read the whole text. Names and shapes are those of
+Attention is causal, so the end token's state has seen the whole text. Names and shapes are those of
 transformers' CLIPTextModel, so its weight files load strictly. Written here since importing that
 class takes three times as long as importing torch.
 
@@ -174,7 +174,7 @@ class TextEncoder(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """Tokens per prompt, begin and end mark included."""
+        """Tokens per prompt, begin and end token included."""
         return self.tokenizer.max_length
 
     @property
@@ -199,7 +199,7 @@ class TextEncoder(nn.Module):
         return self.module(token_ids.to(self.device))
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens a prompt needs, begin and end mark included."""
+        """How many tokens a prompt needs, begin and end token included."""
         return self.tokenizer.count(text)
 
     def config_dict(self) -> dict[str, Any]:

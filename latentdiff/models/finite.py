@@ -11,7 +11,7 @@ from latentdiff.errors import UserError
 
 
 class NotFiniteError(UserError):
-    """Numbers that no picture can be made of."""
+    """Numbers that no image can be made of."""
 
 
 def is_finite(values: Tensor) -> bool:

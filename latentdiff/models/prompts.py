@@ -1,7 +1,7 @@
 r"""Prompts → context for cross-attention.
 
-A text tower with T positions reads T − 2 tokens at a time, a chunk, between its begin and end mark.
-There are three readings (`read_prompt`):
+A text tower with T positions reads T − 2 tokens at a time, a chunk, between begin and end token.
+There are three ways to read a prompt (`read_prompt`):
 
     plain    one chunk; words that do not fit are cut off, with a warning
     long     as many chunks as the words need, their states one after the other
@@ -12,7 +12,7 @@ There are three readings (`read_prompt`):
         \( \) \[ \] \\                  the sign itself
         BREAK                           what follows begins a new chunk
 
-A text that fits, and for a1111 holds no syntax, has the same states in all three.
+A text that fits, and for a1111 holds no syntax, has the same states in all three ways.
 
 Factors of nested brackets multiply. Round and square ones are matched apart from each other. One
 that is never closed lasts to the end of the text, one that was never opened is just a sign. What
@@ -54,7 +54,7 @@ PromptSyntax = Literal["plain", "long", "a1111"]
 
 
 class Chunk(NamedTuple):
-    """What one pass of the tower reads, marks and padding left out."""
+    """What one pass of the tower reads, without begin and end token and padding."""
 
     ids: tuple[int, ...]
     """Token ids."""
@@ -77,7 +77,7 @@ class ReadPrompt:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are read, marks left out."""
+        """Tokens that are read, begin and end token left out."""
         return sum(len(chunk.ids) for chunk in self.chunks)
 
     def __str__(self) -> str:
@@ -130,7 +130,7 @@ def emphasised(states: Tensor, weights: Sequence[float]) -> Tensor:
     is what is left of larger numbers that cancel (a last LayerNorm without bias), the ratio is
     noise, and z' stays.
 
-    Args: weights: of the tokens behind the begin mark; all others count 1.
+    Args: weights: of the tokens after the begin token; all others count 1.
     """
     if all(weight == 1 for weight in weights):
         return states
@@ -412,8 +412,6 @@ def add_word(encoder: TextEncoder, word: str, vectors: Tensor) -> list[int]:
             f"the embedding of {word!r} must be (vectors, {encoder.width}) for this text encoder; "
             f"got {tuple(vectors.shape)}. Widths of 768 are for Stable Diffusion 1.x, 1024 for 2.x."
         )
-    if not bool(vectors.isfinite().all()):
-        raise UserError(f"the embedding of {word!r} holds NaN or infinity; the file is damaged.")
     names = [word, *(f"{word}_{i}" for i in range(1, len(vectors)))]
     tokenizer = _with_tokens(encoder.tokenizer, names)
     ids = [tokenizer.backend.token_to_id(name) for name in names]

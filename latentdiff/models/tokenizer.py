@@ -3,19 +3,19 @@
 The work is done by the `tokenizers` library alone, which imports a hundred times faster than the
 tokenizer classes of transformers and gives the same ids.
 
-Folders say the tokens beside the vocabulary (marks, and words that were taught) in up to four
+Folders say the tokens beside the vocabulary (special tokens, and learned words) in up to four
 files. As transformers (PreTrainedTokenizerBase.from_pretrained):
 
     tokenizer_config.json    added_tokens_decoder, id → token: where it is there, it says all
     added_tokens.json        word → id, in older folders
     tokenizer.json           added_tokens
-    both of the first, and special_tokens_map.json    the marks, extra ones too
+    both of the first, and special_tokens_map.json    special tokens, extra ones too
 
 A token gets the next free id unless it is in the vocabulary.
 
 The vocabulary of OpenAI's CLIP, which single files of Stable Diffusion 1.x and 2.x rely on, follows
-from 48,894 merges alone: every byte, every byte at a word's end, every merge, the two marks. Source
-of assets/clip_merges.txt.gz: lines 2 to 48895 of clip/bpe_simple_vocab_16e6.txt.gz in
+from 48,894 merges alone: every byte, every byte at a word's end, every merge, begin and end token.
+Source of assets/clip_merges.txt.gz: lines 2 to 48895 of clip/bpe_simple_vocab_16e6.txt.gz in
 github.com/openai/CLIP (MIT licence, Copyright 2021 OpenAI).
 """
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-#: Marks that every tokenizer of CLIP has, and what they are where a folder does not say.
-MARKS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+#: Special tokens that every tokenizer of CLIP has, and what they are where a folder does not say.
+SPECIAL_TOKENS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 _FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 #: (the id that is stated for it, a tokenizers.AddedToken)
@@ -49,26 +49,26 @@ def text_of(token: Any) -> str:
     return token["content"] if isinstance(token, dict) else str(token)
 
 
-def marks_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The text of each of `MARKS` in a tokenizer_config.json."""
-    return {name: text_of(config.get(name) or usual) for name, usual in MARKS.items()}
+def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The text of each of `SPECIAL_TOKENS` in a tokenizer_config.json."""
+    return {name: text_of(config.get(name) or usual) for name, usual in SPECIAL_TOKENS.items()}
 
 
 def stated_tokens(config: Mapping[str, Any], words: Mapping[str, int]) -> list[Added]:
-    """What a folder adds, in the order of the ids; marks, which need no new ids, are the last.
+    """What a folder adds, in the order of the ids; special tokens, without ids, are the last.
 
     Args:    config: tokenizer_config.json over special_tokens_map.json.
              words: added_tokens.json.
     """
-    marks = [config.get(name) or usual for name, usual in MARKS.items()]
+    special = [config.get(name) or usual for name, usual in SPECIAL_TOKENS.items()]
     for more in map(config.get, _EXTRA):
-        marks += more.values() if isinstance(more, dict) else more or ()
+        special += more.values() if isinstance(more, dict) else more or ()
     entries = config.get("added_tokens_decoder")
     if entries is None:
-        special = set(map(text_of, marks))
-        entries = {i: {"content": word, "special": word in special} for word, i in words.items()}
+        texts = set(map(text_of, special))
+        entries = {i: {"content": word, "special": word in texts} for word, i in words.items()}
     stated = sorted(((int(i), added_token(e)) for i, e in entries.items()), key=lambda one: one[0])
-    return [*stated, *((None, added_token(mark, special=True)) for mark in marks)]
+    return [*stated, *((None, added_token(one, special=True)) for one in special)]
 
 
 def added_token(entry: Any, **changes: bool) -> Any:
@@ -100,33 +100,33 @@ def add_tokens(backend: Any, tokens: Iterable[Added]) -> None:
 
 
 def added_entries(backend: Any) -> dict[int, dict[str, Any]]:
-    """Every token beside the vocabulary, marks too, as JSON keeps it: id → its fields."""
+    """Every token beside the vocabulary, special ones too, as JSON keeps it: id → its fields."""
     tokens = sorted(backend.get_added_tokens_decoder().items())
     return {i: {name: getattr(token, name) for name in _FIELDS} for i, token in tokens}
 
 
-#: How CLIP cuts text before merging: marks, contractions, letters, single digits, the rest.
+#: How CLIP cuts text before merging: BOS, EOS, contractions, letters, single digits, the rest.
 PIECES = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 
 
 class ClipTokenizer:
-    """Text to ids: begin mark, byte pairs, end mark, padding."""
+    """Text to ids: begin token, byte pairs, end token, padding."""
 
     def __init__(self, backend: Any, config: dict[str, Any], max_length: int) -> None:
         """Wrap a `tokenizers.Tokenizer`.
 
-        Args:    backend: adds begin and end marks itself.
+        Args:    backend: adds begin and end token itself.
                  config: tokenizer_config.json; pad_token is read from it.
-                 max_length: ids per text, marks included.
+                 max_length: ids per text, begin and end token included.
         """
         self.backend, self.config, self.max_length = backend, config, max_length
         backend.no_padding()
         backend.no_truncation()
-        marks = marks_of(config)
+        special = special_tokens_of(config)
         self.begin_id, self.end_id, self.pad_id = (
-            self._id(marks[name]) for name in ("bos_token", "eos_token", "pad_token")
+            self._id(special[name]) for name in ("bos_token", "eos_token", "pad_token")
         )
         self.learned = learned_words(backend)
 
@@ -142,21 +142,21 @@ class ClipTokenizer:
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
 
     def count(self, text: str) -> int:
-        """How many ids a text needs, begin and end mark included."""
+        """How many ids a text needs, begin and end token included."""
         return sum(map(len, self.pieces(text))) + 2
 
     def pieces(self, text: str) -> list[tuple[int, ...]]:
-        """The ids of a text without marks; those of a learned word of several vectors together."""
+        """The ids of a text without BOS and EOS; those of one learned word stay together."""
         ids = self._encode(text).ids
         return [self.learned.get(token, (token,)) for token in ids]
 
     def padded(self, ids: Sequence[int]) -> list[int]:
-        """A row of max_length ids: begin mark, at most max_length - 2 ids, end mark, padding."""
+        """A row of max_length ids: begin token, at most max_length - 2 ids, end token, padding."""
         row = [self.begin_id, *ids, self.end_id]
         return row + [self.pad_id] * (self.max_length - len(row))
 
     def fit(self, text: str) -> tuple[list[int], str]:
-        """The ids that have room between the marks, and the words that have not."""
+        """The ids that have room between begin and end token, and the words that have not."""
         encoding = self._encode(text)
         ids, begin, word = list[int](), 0, None
         for token, (at, _), own in zip(
@@ -184,20 +184,20 @@ class ClipTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
         self.backend.model.save(str(folder))  # vocab.json and merges.txt
-        marks = marks_of(self.config)
+        special = special_tokens_of(self.config)
         entries = added_entries(self.backend)
         config = {
             "add_prefix_space": False,
             "do_lower_case": True,
             "errors": "replace",
             **{k: v for k, v in self.config.items() if k != "name_or_path"},
-            **marks,
+            **special,
             "added_tokens_decoder": {str(index): entry for index, entry in entries.items()},
             "model_max_length": self.max_length,
             "tokenizer_class": "CLIPTokenizer",
         }
         write_json(folder / "tokenizer_config.json", config)
-        write_json(folder / "special_tokens_map.json", marks)
+        write_json(folder / "special_tokens_map.json", special)
         base = self.backend.get_vocab_size(with_added_tokens=False)
         if words := {entry["content"]: index for index, entry in entries.items() if index >= base}:
             write_json(folder / "added_tokens.json", words)
@@ -205,10 +205,12 @@ class ClipTokenizer:
     def _encode(self, text: str) -> Any:
         return self.backend.encode(whole_text(text), add_special_tokens=False)
 
-    def _id(self, mark: str) -> int:
-        found = self.backend.token_to_id(mark)
+    def _id(self, token: str) -> int:
+        found = self.backend.token_to_id(token)
         if found is None:
-            raise UserError(f"the tokenizer's vocabulary does not hold its mark {mark!r}.")
+            raise UserError(
+                f"the tokenizer's vocabulary does not hold its special token {token!r}."
+            )
         return found
 
 
@@ -258,7 +260,9 @@ def stated_length(config: Mapping[str, Any], max_length: int) -> int:
     """Ids per text: what a configuration says (transformers: 10^30 for no limit), or less."""
     length = int(min(config.get("model_max_length") or max_length, max_length))
     if length < 3:
-        raise UserError(f"model_max_length must be at least 3, marks included; got {length}.")
+        raise UserError(
+            f"model_max_length must be at least 3, begin and end token included; got {length}."
+        )
     return length
 
 
@@ -271,11 +275,11 @@ def _read_backend(folder: Path, config: Mapping[str, Any], added: Sequence[Added
         add_tokens(backend, added)
         return backend
     files = str(folder / "vocab.json"), str(folder / "merges.txt")
-    return with_marks(byte_pairs(*BPE.read_file(*files)), config, added)
+    return with_special_tokens(byte_pairs(*BPE.read_file(*files)), config, added)
 
 
 def byte_pairs(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> Any:
-    """CLIP's way from a text to pieces, as a `tokenizers.Tokenizer`; marks come `with_marks`."""
+    """CLIP's way from a text to pieces, a `tokenizers.Tokenizer` without special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     bpe = models.BPE(vocabulary, merges, unk_token=EOS, end_of_word_suffix="</w>")
@@ -290,16 +294,19 @@ def byte_pairs(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) ->
     return tokenizer
 
 
-def with_marks(tokenizer: Any, config: Mapping[str, Any], added: Sequence[Added]) -> Any:
-    """Add words and marks to `byte_pairs`, and let it put begin and end mark around every text.
+def with_special_tokens(tokenizer: Any, config: Mapping[str, Any], added: Sequence[Added]) -> Any:
+    """Add tokens to `byte_pairs`, and let it put begin and end token around every text.
 
-    Args: config: names begin and end mark.  added: see `stated_tokens`.
+    Args: config: names begin and end token.  added: see `stated_tokens`.
     """
     from tokenizers.processors import RobertaProcessing
 
     add_tokens(tokenizer, added)
-    marks = marks_of(config)
-    end, begin = ((m, tokenizer.token_to_id(m)) for m in (marks["eos_token"], marks["bos_token"]))
+    special = special_tokens_of(config)
+    end, begin = (
+        (token, tokenizer.token_to_id(token))
+        for token in (special["eos_token"], special["bos_token"])
+    )
     tokenizer.post_processor = RobertaProcessing(
         end, begin, trim_offsets=False, add_prefix_space=False
     )
@@ -339,20 +346,20 @@ def clip_tokenizer(
     """CLIP's tokenizer.
 
     Args:    pad_token: <|endoftext|> in Stable Diffusion 1.x, ! in 2.x.
-             max_length: ids per text, marks included.
-             added: words and marks beside those of CLIP, see `added_entries`.
+             max_length: ids per text, begin and end token included.
+             added: words and special tokens beside those of CLIP, see `added_entries`.
     """
-    config = MARKS | {"pad_token": pad_token}
+    config = SPECIAL_TOKENS | {"pad_token": pad_token}
     tokens = [*(added_token(mark, special=True) for mark in (BOS, EOS)), *map(added_token, added)]
     plain = byte_pairs(clip_vocabulary(), clip_merges())
-    backend = with_marks(plain, config, [(None, token) for token in tokens])
+    backend = with_special_tokens(plain, config, [(None, token) for token in tokens])
     return ClipTokenizer(backend, config, max_length)
 
 
 def describe_tokenizer(tokenizer: ClipTokenizer) -> dict[str, Any]:
     """What `tokenizer_of` makes the same tokenizer of: CLIP's by its name, others as a whole."""
     if tokenizer.backend.get_vocab(with_added_tokens=False) == clip_vocabulary():
-        pad = marks_of(tokenizer.config)["pad_token"]
+        pad = special_tokens_of(tokenizer.config)["pad_token"]
         entries = added_entries(tokenizer.backend).values()
         own = [entry for entry in entries if entry["content"] not in (BOS, EOS)]
         said = {"pad_token": pad, "max_length": tokenizer.max_length}

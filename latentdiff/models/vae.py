@@ -1,10 +1,10 @@
 """The autoencoder's network: Stable Diffusion's AutoencoderKL.
 
-    encoder: picture → ResNet blocks, halving after every level but the last → mean and log-variance
+    encoder: image → ResNet blocks, halving after every level but the last → mean and log-variance
     decoder: the same backwards, one more ResNet block on each level
 
 Names and shapes are those of diffusers' class, so its weight files load. Written here: importing
-that class takes longer than everything else up to the first picture.
+that class takes longer than everything else up to the first image.
 
 Source: Rombach et al. 2022, appendix G.2, arXiv:2112.10752 (the network is Esser et al. 2021's,
 arXiv:2012.09841, with a Gaussian in place of the codebook).
@@ -114,7 +114,7 @@ def _levels(widths: list[int], layers: int, groups: int, change: type[nn.Module]
 
 
 class Encoder(nn.Module):
-    """Picture (B, 3, H, W) → (B, 2C, h, w)."""
+    """Image (B, 3, H, W) → (B, 2C, h, w)."""
 
     def __init__(self, widths: list[int], c: int, layers: int, groups: int, mid: bool) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w) → picture (B, 3, H, W)."""
+    """Latents (B, C, h, w) → image (B, 3, H, W)."""
 
     def __init__(self, widths: list[int], c: int, layers: int, groups: int, mid: bool) -> None:
         super().__init__()
@@ -171,11 +171,11 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(c, c, kernel_size=1) if after else nn.Identity()
 
     def encode(self, images: Tensor) -> Tensor:
-        """Mean and log-variance (B, 2C, h, w) of pictures (B, 3, H, W)."""
+        """Mean and log-variance (B, 2C, h, w) of images (B, 3, H, W)."""
         return self.quant_conv(self.encoder(images))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) of unscaled latents (B, C, h, w)."""
+        """Images (B, 3, H, W) of unscaled latents (B, C, h, w)."""
         return self.decoder(self.post_quant_conv(latents))
 
 

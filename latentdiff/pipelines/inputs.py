@@ -112,10 +112,10 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_seed(seed: Any, count: int) -> int:
-    """Refuse the seed of the first of `count` pictures unless all have one in 0 … 2⁶⁴ − 1."""
+    """Refuse the seed of the first of `count` images unless all have one in 0 … 2⁶⁴ − 1."""
     most = 2**64 - count
     if not is_number(seed, int) or not 0 <= seed <= most:
-        below = "2^64 - 1" if count == 1 else f"2^64 - {count}, the pictures' number"
+        below = "2^64 - 1" if count == 1 else f"2^64 - {count}, the number of images"
         raise UserError(
             f"seed must be a whole number from 0 to {below}; got {seed!r:.80}. Leave it out to "
             "have one drawn."

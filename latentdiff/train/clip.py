@@ -30,7 +30,7 @@ from latentdiff.models.tokenizer import (
     ClipTokenizer,
     byte_pairs,
     stated_tokens,
-    with_marks,
+    with_special_tokens,
 )
 from latentdiff.train.config import STAGE_KEYS, RunConfig, no_muon, small_loop, small_optimizer
 from latentdiff.train.loop import LoopConfig
@@ -153,7 +153,7 @@ def train_tokenizer(captions: Iterable[str], size: int, max_tokens: int) -> Clip
     ]
     words = dict.fromkeys([*alphabet, *ends, *map("".join, merges), BOS, EOS])
     vocabulary = {word: i for i, word in enumerate(words)}
-    backend = with_marks(byte_pairs(vocabulary, merges), {}, stated_tokens({}, {}))
+    backend = with_special_tokens(byte_pairs(vocabulary, merges), {}, stated_tokens({}, {}))
     return ClipTokenizer(backend, {}, max_tokens)
 
 

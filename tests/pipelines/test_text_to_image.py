@@ -217,7 +217,7 @@ def test_a1111_names_carry_their_grid(pipeline: LatentDiffusionPipeline) -> None
         ({"seed": "x"}, "seed must be a whole number"),
         ({"seed": -1}, "seed must be a whole number from 0 to .* Leave it out"),
         ({"seed": 2**64}, r"seed must be a whole number from 0 to 2\^64 - 1"),
-        ({"seed": 2**64 - 1, "num_images_per_prompt": 3}, r"0 to 2\^64 - 3, the pictures' number"),
+        ({"seed": 2**64 - 1, "num_images_per_prompt": 3}, r"0 to 2\^64 - 3, the number of images"),
         ({"guidance_interval": (float("nan"), float("nan"))}, "guidance_interval must be two"),
         ({"guidance_rescale": 2}, "guidance_rescale must be a number in 0 … 1; got 2"),
         ({"guidance_rescale": None}, "guidance_rescale must be a number"),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import UserError, choice_error
+from latentdiff.errors import UserError, choice_error, warn
 
 Spacing = Literal[
     "leading", "trailing", "linspace", "karras", "exponential", "align_your_steps", "lcm"
@@ -131,11 +130,10 @@ def warn_of_late_start(schedule: NoiseSchedule, timesteps: Tensor) -> None:
     A single step of a leading or linspace grid is at the clean end; what is drawn there is noise.
     """
     if float(schedule.snr(timesteps[0])) > 1:
-        warnings.warn(
+        warn(
             f"sampling starts at timestep {float(timesteps[0]):g}, where the network expects more "
             "image than noise, but from pure noise: the image will be noise. Start near "
-            f"{schedule.last_timestep}: with trailing spacing, or with more steps.",
-            stacklevel=3,
+            f"{schedule.last_timestep}: with trailing spacing, or with more steps."
         )
 
 
