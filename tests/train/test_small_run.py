@@ -142,7 +142,7 @@ def test_options_of_before_name_those_of_today(config: type, given: str, words: 
 
 @pytest.mark.parametrize("config", [AutoencoderTrainConfig, ClipTrainConfig])
 def test_muon_is_for_the_unet(config: type) -> None:
-    with pytest.raises(UserError, match="Use optimizer.kind=adamw"):
+    with pytest.raises(UserError, match=r"Use optimizer\.kind=adamw"):
         load_config(config, None, ["optimizer.kind=muon"])
 
 
