@@ -22,7 +22,6 @@ from typing import Any
 
 from latentdiff.data.source import Example, Skipped, Source, group_of, problems_of
 from latentdiff.errors import UserError, did_you_mean, printable
-from latentdiff.files import atomic_file
 
 #: Column names tried in this order when none is configured.
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "sentences", "title")
@@ -208,9 +207,9 @@ class Texts:
 
 
 def write_quarantine(file: Path, entries: Iterable[Skipped]) -> int:
-    """Write (name, reason) pairs as JSON lines, all at once; return how many."""
+    """Write (name, reason) pairs as JSON lines; return how many."""
     count = 0
-    with atomic_file(file) as new, new.open("w", encoding="utf-8") as lines:
+    with file.open("w", encoding="utf-8") as lines:
         for name, reason in entries:
             lines.write(json_line({"name": name, "reason": reason}))
             count += 1
