@@ -263,14 +263,10 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of this source tree, marked if it was changed; None outside a repository."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    here, quiet = Path(__file__).parent, subprocess.DEVNULL
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        found = subprocess.check_output(words, cwd=here, stderr=quiet, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return found.strip() or None
