@@ -104,6 +104,8 @@ class Ours:
         ).mean()
         self.optimizer_step.backward(loss)
         self.optimizer_step.update(number)
+        if self.optimizer_step.accelerator.scaler is not None:
+            self.optimizer_step.accelerator.scaler.update()
         self.ema.update(number)
 
     def unet_steps(self, batch: LatentBatch, count: int) -> None:

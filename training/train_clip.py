@@ -139,11 +139,12 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
     model = accelerator.prepare(ClipFeatures(clip))
     width = int(clip.config.text_config.hidden_size)
     teacher = open_teacher(config, width, accelerator.device)
+    distill = accelerator.prepare(teacher) if teacher else None
     models = {"clip": clip} | ({"teacher": teacher} if teacher else {})
     optimizers = {name: make_optimizer(module, config.optimizer) for name, module in models.items()}
     prepared = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
     clip_step = run.optimizer_step(model, prepared["clip"])
-    others = {"teacher": run.optimizer_step(teacher, prepared["teacher"])} if teacher else {}
+    others = {"teacher": run.optimizer_step(distill, prepared["teacher"])} if distill else {}
     facts = {"pictures": source.fingerprint(), "models": ", ".join(models)}
     run.load_state(models, optimizers, facts)
     run.open_log()
@@ -155,14 +156,14 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
         everyone = (accelerator.gather(image_vectors), accelerator.gather(text_vectors))
         start = accelerator.process_index * len(images)
         loss = contrastive_loss(image_vectors, text_vectors, scale, *everyone, start)
-        if teacher:
+        if distill:
             with accelerator.autocast():
-                distilled = teacher.loss(clip, tokenizer, texts, step.number)
+                distilled = distill(clip, tokenizer, texts, step.number)
             step.log(contrastive_loss=loss, teacher_loss=distilled)
             loss = loss + config.teacher_weight * distilled
         step.backward(loss)
         step.update()
-        if teacher:
+        if distill:
             others["teacher"].update(step.number)  # its gradient is of the same loss
         top_1 = retrieval_accuracy(text_vectors, image_vectors, 1)
         step.log(batch_top1=top_1, scale=scale)

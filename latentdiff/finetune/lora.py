@@ -14,7 +14,6 @@ Source:  Hu et al. 2021, arXiv:2106.09685; Liu et al. 2024, arXiv:2402.09353.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -184,13 +183,9 @@ def _export_fused(
     text = components.text_encoder
     with torch.device("meta"):
         unet, tower = UNet(components.unet.config), ClipText(text.module.config)
-    _fill(unet, fused(components.unet, config))
-    _fill(tower, fused(text.module, config))
+    unet.load_state_dict(fused(components.unet, config), assign=True)
+    tower.load_state_dict(fused(text.module, config), assign=True)
     whole = dataclasses.replace(
         components, unet=unet, text_encoder=TextEncoder(tower, text.tokenizer)
     )
     return save_components(folder, whole, dtype)
-
-
-def _fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    network.load_state_dict(state, assign=True)

@@ -1,7 +1,8 @@
 """The fine-tuning methods by name: `finetune.kind` in a configuration.
 
 A new one is a file with a frozen dataclass, distinguished by its `kind`, and a `Method`; then a row
-in METHODS and a word in FinetuneConfig.
+in METHODS and a word in FinetuneConfig. What its loss needs besides latents, context, noise and
+mask (pixels, a control image) is one more field of `LatentBatch`, which `BatchMaker` fills.
 """
 
 from __future__ import annotations

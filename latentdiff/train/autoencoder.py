@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Interval
@@ -20,7 +20,7 @@ from latentdiff.config import FREE, AtLeastOne, NotNegative, Share
 from latentdiff.data.source import DataConfig
 from latentdiff.models.autoencoder import LOGVAR_RANGE
 from latentdiff.models.vae import AutoencoderKL
-from latentdiff.train.config import STAGE_KEYS, RunConfig, no_muon, small_loop, small_optimizer
+from latentdiff.train.config import RunConfig, no_muon, small_loop, small_optimizer
 from latentdiff.train.loop import LoopConfig
 from latentdiff.train.optimizer import OptimizerConfig
 
@@ -78,7 +78,6 @@ class AutoencoderLossConfig:
 class AutoencoderTrainConfig(RunConfig):
     """Everything that train_autoencoder.py needs."""
 
-    renamed: ClassVar = {"stage": STAGE_KEYS}
     output: str = field(default="runs/autoencoder", metadata=FREE)
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, vae/."""
     data: DataConfig = field(default_factory=DataConfig)

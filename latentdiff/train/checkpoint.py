@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.files import parse_json
 from latentdiff.train.distributed import (
     is_first_copy,
     is_sharded,
@@ -112,7 +113,7 @@ def _opened(folder: Path, name: str) -> Iterator[dict[str, list[tuple[int, Any]]
     with ExitStack() as stack:
         for path in files:
             file = stack.enter_context(safe_open(path, "pt"))
-            offsets = json.loads((file.metadata() or {}).get(_OFFSETS, "{}"))
+            offsets = parse_json((file.metadata() or {}).get(_OFFSETS, "{}"), path.name)
             for key in file.keys():  # noqa: SIM118  (not a mapping)
                 start = (offsets.get(key, {}).get(_SAVED) or [0])[0]
                 pieces.setdefault(key, []).append((start, file.get_slice(key)))
@@ -159,14 +160,17 @@ def write_checkpoint(
     first = process_rank() == 0
 
     def begin() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
 
     def write() -> dict[str, int]:
         written = [write_tensors(unfinished, name, group) for name, group in tensors.items()]
         return {path.name: _synced_size(path) for path in written if path is not None}
 
     def finish(sizes: dict[str, int]) -> None:
+        if not first:
+            return
         _check_all_there(unfinished, sizes)
         manifest = {**facts, "step": step, "files": sizes}
         (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -176,9 +180,9 @@ def write_checkpoint(
         _sync_folder(folder)
 
     try:
-        _together(begin if first else _nothing, step)
+        _together(begin, step)
         sizes = {k: v for found in _together(write, step) for k, v in found.items()}
-        _together((lambda: finish(sizes)) if first else _nothing, step)
+        _together(lambda: finish(sizes), step)
     finally:
         if first:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -233,10 +237,6 @@ def _together(action: Callable[[], T], step: int) -> list[T]:
             "are as they were. Make room on the disk (or lower loop.keep_last)."
         )
     return [value for value, _ in told]  # type: ignore[misc]
-
-
-def _nothing() -> None:
-    """What the other processes do meanwhile."""
 
 
 def _check_all_there(folder: Path, sizes: Mapping[str, int]) -> None:

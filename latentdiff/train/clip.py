@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from latentdiff.config import FREE, AtLeastOne
 from latentdiff.data.source import DataConfig
-from latentdiff.embedded import EMBEDDED_MODEL
+from latentdiff.embedded import named
 from latentdiff.errors import UserError
 from latentdiff.files import whole_folder
 from latentdiff.models.clip_scorer import HEAD, IMAGE_TOWER, TEXT_TOWER
@@ -32,13 +32,10 @@ from latentdiff.models.tokenizer import (
     stated_tokens,
     with_special_tokens,
 )
-from latentdiff.train.config import STAGE_KEYS, RunConfig, no_muon, small_loop, small_optimizer
+from latentdiff.train.config import RunConfig, no_muon, small_loop, small_optimizer
 from latentdiff.train.loop import LoopConfig
 from latentdiff.train.optimizer import OptimizerConfig
 from latentdiff.weights import refuse_overflow, save_tensors
-
-#: The value of `start` that means the package's own model.
-EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,6 @@ class ClipConfig:
 class ClipTrainConfig(RunConfig):
     """Everything that train_clip.py needs."""
 
-    renamed: ClassVar = {"stage": STAGE_KEYS}
     output: str = field(default="runs/clip", metadata=FREE)
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tokenizer/, text_encoder/ and
     clip/."""
@@ -162,17 +158,17 @@ def load_or_build(config: ClipTrainConfig, tokenizer: ClipTokenizer) -> Any:
 
     Raises: UserError: `start` names something else than a train_clip.py output or `embedded`.
     """
-    if config.start is None:
+    folder = start_folder(config)
+    if folder is None:
         clip = build_clip(config.clip, tokenizer, config.data.image_size)
-    elif config.start == EMBEDDED:
-        clip = assemble(EMBEDDED_MODEL)
-    else:
+    elif (folder / "clip").is_dir():
         from transformers.models.clip import CLIPModel
 
-        folder = Path(config.start) / "clip"
-        if not folder.is_dir():
-            raise UserError(f"start: {config.start} has no clip/; is it a train_clip.py output?")
-        clip = CLIPModel.from_pretrained(folder).float()
+        clip = CLIPModel.from_pretrained(folder / "clip").float()
+    elif (folder / IMAGE_TOWER).is_dir():
+        clip = assemble(folder)
+    else:
+        raise UserError(f"start: {config.start} has no clip/; is it a train_clip.py output?")
     clip.text_model.requires_grad_(not config.freeze_text)
     for part in (clip.vision_model, clip.visual_projection):
         part.requires_grad_(not config.freeze_image)
@@ -181,9 +177,7 @@ def load_or_build(config: ClipTrainConfig, tokenizer: ClipTokenizer) -> Any:
 
 def start_folder(config: ClipTrainConfig) -> Path | None:
     """Where the vocabulary of an earlier run is, if one is named."""
-    if config.start is None:
-        return None
-    return EMBEDDED_MODEL if config.start == EMBEDDED else Path(config.start)
+    return None if config.start is None else Path(named(config.start))
 
 
 def assemble(folder: Path) -> Any:

@@ -136,10 +136,22 @@ class LatentLoopConfig(LoopConfig):
     gradient_accumulation."""
 
 
+#: Keys of train_autoencoder.py and train_clip.py in their one section `stage`, and those of today.
+_LOOP_KEYS = ("max_steps", "mixed_precision", "seed", "checkpoint_every", "log_every")
+STAGE_KEYS = {
+    "output": "output",
+    "learning_rate": "optimizer.lr",
+    "batch_size": "loop.batch_size (and counts the pictures of one process)",
+    **{key: f"loop.{key}" for key in _LOOP_KEYS},
+    **{key: f"optimizer.{key}" for key in ("warmup_steps", "weight_decay", "clip_norm")},
+}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What the configuration of every training script has."""
 
+    renamed: ClassVar = {"stage": STAGE_KEYS}
     output: str
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/ and the result."""
     data: DataConfig
@@ -165,17 +177,6 @@ def no_muon(config: OptimizerConfig) -> list[str]:
     if config.kind != "muon":
         return []
     return ["optimizer.kind=muon is for the U-Net. Use optimizer.kind=adamw here."]
-
-
-#: Keys of train_autoencoder.py and train_clip.py in their one section `stage`, and those of today.
-_LOOP_KEYS = ("max_steps", "mixed_precision", "seed", "checkpoint_every", "log_every")
-STAGE_KEYS = {
-    "output": "output",
-    "learning_rate": "optimizer.lr",
-    "batch_size": "loop.batch_size (and counts the pictures of one process)",
-    **{key: f"loop.{key}" for key in _LOOP_KEYS},
-    **{key: f"optimizer.{key}" for key in ("warmup_steps", "weight_decay", "clip_norm")},
-}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.data.source import open_source, report_skipped, split
+from latentdiff.data.source import Source, open_source, report_skipped, split
 from latentdiff.files import default_cache
 from latentdiff.train.config import TrainConfig
 
@@ -44,31 +44,32 @@ def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator
 
     Raises: UserError: no data, no captions, no usable picture.
     """
+    device = accelerator.device
     if config.data.streaming:
         from latentdiff.data.online import StreamLatents
 
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        stream = StreamLatents(
-            config.data, autoencoder, accelerator.device, rank, ranks, config.loop.seed
-        )
+        rank, ranks, seed = accelerator.process_index, accelerator.num_processes, config.loop.seed
+        stream = StreamLatents(config.data, autoencoder, device, rank, ranks, seed)
         return Latents(stream, [], [])  # nothing is held out of what is not known beforehand
+    source = open_source(config.data)
     if config.latents.online:
         from latentdiff.data.online import OnlineLatents
 
-        data: Any = OnlineLatents(
-            open_source(config.data), autoencoder, config.data, accelerator.device
-        )
-        return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
+        data: Any = OnlineLatents(source, autoencoder, config.data, device)
+    else:
+        data = _cached(source, config, autoencoder, accelerator)
+    return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
+
+
+def _cached(source: Source, config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Any:
     from latentdiff.data.latents import build_latent_cache
 
-    source = open_source(config.data)
-    folder = Path(config.latents.cache_dir or default_cache())
     with accelerator.local_main_process_first():
         data = build_latent_cache(
             source,
             autoencoder,
             config.data,
-            folder,
+            Path(config.latents.cache_dir or default_cache()),
             batch_size=config.latents.batch_size,
             device=accelerator.device,
             progress=accelerator.is_local_main_process,
@@ -76,7 +77,7 @@ def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator
     for text in (report_skipped(data.skipped), bucket_table(data)):
         if text and accelerator.is_main_process:
             print(text, flush=True)
-    return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
+    return data
 
 
 def none_held_out(latents: Latents, config: TrainConfig) -> list[str]:

@@ -12,11 +12,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,32 +35,16 @@ _NO_TENSORBOARD = (
 )
 
 
-class Writer(Protocol):
-    """What TensorBoard's SummaryWriter and `WandbWriter` have in common."""
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Note a number."""
-        ...
-
-    def add_image(self, name: str, picture: Tensor, step: int) -> None:
-        """Note a picture, uint8 (3, H, W)."""
-        ...
-
-    def close(self) -> None:
-        """Finish."""
-        ...
-
-
 class Tracker:
     """Writes rows of numbers; does nothing on processes other than the main one.
 
     Args:
         folder: the run's output folder.
         first_step: steps made so far; later rows of an interrupted run are removed.
-        config: its max_steps (end of the progress bar) and tensorboard (event files too, if the
-            package is installed) are used.
+        config: its max_steps (end of the progress bar), tensorboard (event files too, if the
+            package is installed) and wandb (a project to log to as well) are used.
         active: whether this process writes.
-        more: other writers, opened only where this process writes.
+        about: the whole configuration, for W&B.
     """
 
     def __init__(
@@ -69,7 +53,7 @@ class Tracker:
         first_step: int,
         config: LoopConfig,
         active: bool,
-        more: Callable[[], list[Writer]] = list,
+        about: dict[str, Any] | None = None,
     ) -> None:
         self._active, self._has_shown = active, False
         if not active:
@@ -77,7 +61,9 @@ class Tracker:
         self._path = folder / METRICS
         forget_after(self._path, first_step)
         self._unwritten: list[str] = []
-        self._writers = more()
+        self._writers: list[Any] = []  # with SummaryWriter's add_scalar, add_image and close
+        if config.wandb is not None:
+            self._writers.append(WandbWriter(config.wandb, folder, about))
         events = _summary_writer(folder / "tensorboard", first_step) if config.tensorboard else None
         if events is not None:
             self._writers.append(events)
@@ -277,14 +263,10 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of this source tree, marked if it was changed; None outside a repository."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    here, quiet = Path(__file__).parent, subprocess.DEVNULL
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        found = subprocess.check_output(words, cwd=here, stderr=quiet, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return found.strip() or None

@@ -122,13 +122,16 @@ class OptimizerStep:
 
         The gradient may come from another model's `backward`; then there is no loss to note.
         """
-        parameters = list(self.model.parameters())
-        norm = whole(self.accelerator.clip_grad_norm_(parameters, self.clip_norm or math.inf))
-        set_learning_rate(self.optimizer.optimizer, self.rate(number))
-        if self.accelerator.scaler is None:
-            step_if_finite(self.optimizer.optimizer, norm)
-        else:
-            self.optimizer.step()  # the fp16 gradient scaler has the same check
+        parameters, optimizer = list(self.model.parameters()), self.optimizer.optimizer
+        limit, scaler = self.clip_norm or math.inf, self.accelerator.scaler
+        set_learning_rate(optimizer, self.rate(number))
+        if scaler is None:
+            norm = whole(self.accelerator.clip_grad_norm_(parameters, limit))
+            step_if_finite(optimizer, norm)
+        else:  # not by Accelerate, which would unscale the gradients of all optimizers each time
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters, limit)
+            scaler.step(optimizer)  # which has the same check
         self.optimizer.zero_grad()
         self.history.append((number + 1, self._loss, norm.detach()))
         self._loss = None
@@ -425,6 +428,8 @@ def training_loop(
                     for one in () if last else (optimizer_step, *others.values()):
                         no_sync.enter_context(one.no_sync())
                     yield Step(optimizer_step, log, number, last), batch
+                if last and optimizer_step.accelerator.scaler is not None:
+                    optimizer_step.accelerator.scaler.update()
                 if last and log.end_step(number + 1, signal, save, look):
                     return
     except (UserError, Interrupted):

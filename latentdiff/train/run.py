@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar, cast
 
@@ -28,7 +27,7 @@ from latentdiff.files import write_text
 from latentdiff.train.checkpoint import TrainingState, stored_facts
 from latentdiff.train.config import RunConfig, TrainConfig, deciding_facts
 from latentdiff.train.distributed import start_processes
-from latentdiff.train.log import Tracker, Writer, environment, write_environment
+from latentdiff.train.log import Tracker, environment, write_environment
 from latentdiff.train.loop import OptimizerStep, Step, training_loop
 from latentdiff.train.optimizer import learning_rate, never_at_peak
 from latentdiff.train.order import BatchShape, Order, recut
@@ -137,8 +136,8 @@ class Run(Generic[Config]):
         if self.writes:
             save_config(self.config)
             write_environment(self.output, environment(self.accelerator))
-        writers = partial(more_writers, self.config)
-        self.tracker = Tracker(self.output, self.first_step, self.config.loop, self.writes, writers)
+        loop, about = self.config.loop, to_dict(self.config)
+        self.tracker = Tracker(self.output, self.first_step, loop, self.writes, about)
         for note in self.notes:
             self.tracker.say(note)
 
@@ -231,15 +230,6 @@ def check_extras(config: RunConfig) -> None:
                 f"{given} needs {package}, which cannot be imported ({error}). Install it with "
                 f"`pip install 'latentdiff[{extra}]'`, or set {instead}."
             ) from error
-
-
-def more_writers(config: RunConfig) -> list[Writer]:
-    """Where the numbers go besides metrics.jsonl and TensorBoard."""
-    if config.loop.wandb is None:
-        return []
-    from latentdiff.train.log import WandbWriter
-
-    return [WandbWriter(config.loop.wandb, Path(config.output), to_dict(config))]
 
 
 def save_config(config: RunConfig) -> None:

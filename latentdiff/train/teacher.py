@@ -89,10 +89,10 @@ class Distillation(nn.Module):
         self.head = nn.Linear(student_width, teacher.width)
         self.teacher, self.words, self.seed = teacher, words, seed
 
-    def loss(
+    def forward(
         self, clip: Any, tokenizer: ClipTokenizer, captions: Sequence[str], step: int
     ) -> Tensor:
-        """Distil a quarter of a step's captions and as many other texts.
+        """The loss over a quarter of a step's captions and as many other texts.
 
         The teacher may be ten times the student's size: its time decides the share.
         """

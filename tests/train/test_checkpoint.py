@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from latentdiff.errors import UserError
 from latentdiff.train.checkpoint import (
@@ -94,6 +95,16 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (path / "unet.safetensors").write_bytes(b"x" * (path / "unet.safetensors").stat().st_size)
     with pytest.raises(UserError, match="step-00000001"):
         read_tensors(path, "unet")
+
+
+@pytest.mark.parametrize("offsets", ["{", "[]", "nonsense"])
+def test_offsets_that_are_damaged_name_the_file(tmp_path: Path, offsets: str) -> None:
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    piece = folder / "unet-00001-of-00001.safetensors"
+    save_file({"w": torch.zeros(2)}, piece, {"DCP_SHARDING_INFO": offsets})
+    with pytest.raises(UserError, match=r"step-00000001/unet.*cannot be read.*unet-00001"):
+        read_tensors(folder, "unet")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The 8-bit optimizer; where bitsandbytes is not installed only its absence can be tested."""
+"""The 8-bit optimizer, where bitsandbytes is installed."""
 
 import importlib.util
 from pathlib import Path

@@ -177,6 +177,32 @@ def test_another_model_in_the_same_steps_is_logged_and_its_bad_steps_count(
     assert MAX_BAD_STEPS <= len(rows) - 2 < MAX_BAD_STEPS + 4
 
 
+def test_a_gradient_scaler_changes_no_gradient_also_where_two_models_have_one_loss(
+    tmp_path: Path,
+) -> None:
+    rows = []
+    for scaled in (False, True):
+        folder = tmp_path / str(scaled)
+        folder.mkdir()
+        run = Run(folder, max_steps=6)
+        torch.manual_seed(1)
+        second = nn.Linear(4, 4)
+        optimizer = run.accelerator.prepare(make_optimizer(second, OptimizerConfig()))
+        other = OptimizerStep(run.accelerator, second, optimizer, lambda step: 1e-2, 1.0, 1)
+        if scaled:
+            scaler = torch.amp.GradScaler("cpu", 2.0**10, growth_interval=2)
+            run.accelerator.scaler = scaler
+        for step, x in run.steps(others={"second": other}):
+            first, more = ((net(x) - x).square().mean() for net in (run.net, second))
+            step.backward(first + more)
+            step.update()
+            other.update(step.number)
+        rows.append(read_metrics(folder / "metrics.jsonl"))
+    assert scaler.get_scale() == 2.0**13  # it grew, once every two steps
+    norms = [[(r["grad_norm"], r["second_grad_norm"]) for r in found] for found in rows]
+    assert norms[0] == norms[1]
+
+
 def test_a_bad_step_changes_nothing_and_many_end_the_run(tmp_path: Path) -> None:
     run = Run(tmp_path, max_steps=200)
     with pytest.raises(UserError, match=r"not finite in the last 2\d steps") as error:

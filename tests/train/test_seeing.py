@@ -28,7 +28,6 @@ from latentdiff.train.gauges import (
 )
 from latentdiff.train.log import (
     Tracker,
-    WandbWriter,
     read_environment,
     read_metrics,
     write_environment,
@@ -125,9 +124,9 @@ def test_wandb_gets_numbers_and_pictures_and_the_same_run_after_a_resume(
     fake.init = lambda **given: options.append(given) or runs[len(options) - 1]
     fake.Image = lambda pixels: ("image", pixels.shape)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = LoopConfig(max_steps=9, tensorboard=False)
+    config = LoopConfig(max_steps=9, tensorboard=False, wandb="p")
     for _ in runs:
-        tracker = Tracker(tmp_path, 0, config, True, lambda: [WandbWriter("p", tmp_path, {})])
+        tracker = Tracker(tmp_path, 0, config, True, {"loop": {}})
         tracker.write([{"step": 3, "loss": 0.5, "grad_norm": None}])
         tracker.image("samples", 3, torch.zeros(3, 4, 6, dtype=torch.uint8))
         tracker.close()
@@ -135,7 +134,9 @@ def test_wandb_gets_numbers_and_pictures_and_the_same_run_after_a_resume(
         {"loss": 0.5, "step": 3},
         {"samples": ("image", (4, 6, 3)), "step": 3},
     ]
-    assert runs[0].finished and options[0]["project"] == "p"
+    assert (
+        runs[0].finished and options[0]["project"] == "p" and options[0]["config"] == {"loop": {}}
+    )
     assert options[0]["id"] == options[1]["id"] and options[1]["resume"] == "allow"
 
 

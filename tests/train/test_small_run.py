@@ -13,6 +13,7 @@ from latentdiff.config import load_config
 from latentdiff.errors import UserError
 from latentdiff.train.autoencoder import AutoencoderTrainConfig
 from latentdiff.train.clip import ClipTrainConfig
+from latentdiff.train.config import TrainConfig
 from latentdiff.train.optimizer import make_optimizer, named_state
 from latentdiff.train.run import Run
 
@@ -128,19 +129,24 @@ def test_a_checkpoint_of_several_models_is_read_back_into_the_same_ones(
         assert all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("config", [AutoencoderTrainConfig, ClipTrainConfig])
+@pytest.mark.parametrize("config", [AutoencoderTrainConfig, ClipTrainConfig, TrainConfig])
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ("stage.learning_rate=1e-3", r"stage.learning_rate: is called optimizer.lr now"),
         ("stage.output=a", "stage.output: is called output now"),
         ("stage.batch_size=8", "is called loop.batch_size .* of one process"),
-        ("optimizer.kind=muon", "Use optimizer.kind=adamw"),
     ],
 )
-def test_options_that_are_refused(config: type, given: str, words: str) -> None:
+def test_options_of_before_name_those_of_today(config: type, given: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_config(config, None, [given])
+
+
+@pytest.mark.parametrize("config", [AutoencoderTrainConfig, ClipTrainConfig])
+def test_muon_is_for_the_unet(config: type) -> None:
+    with pytest.raises(UserError, match=r"Use optimizer\.kind=adamw"):
+        load_config(config, None, ["optimizer.kind=muon"])
 
 
 def test_every_option_of_today_is_one_of_those_that_the_old_section_points_to() -> None:

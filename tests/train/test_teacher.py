@@ -76,7 +76,7 @@ def test_a_quarter_of_the_captions_and_as_many_phrases_are_distilled(folder: Pat
     texts = [*captions[:2], *phrases]
     pooled = clip.text_model(input_ids=tokenizer(texts)).pooler_output
     wanted = cosine_distance(taught.head(pooled), taught.teacher(texts))
-    torch.testing.assert_close(taught.loss(clip, tokenizer, captions, 7), wanted)
+    torch.testing.assert_close(taught(clip, tokenizer, captions, 7), wanted)
     assert open_teacher(ClipTrainConfig(), 32, CPU) is None
 
 
