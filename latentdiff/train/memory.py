@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.train.distributed import share
 from latentdiff.train.order import BatchShape
 
 if TYPE_CHECKING:
@@ -112,11 +113,7 @@ def probe(
         finally:
             unet.zero_grad(set_to_none=True)
 
-    def all_fit(fits: bool) -> bool:
-        votes = torch.tensor([float(fits)], device=accelerator.device)
-        return bool(accelerator.reduce(votes, "sum").item() == accelerator.num_processes)
-
-    return fit_micro_batch(attempt, shape, all_fit)
+    return fit_micro_batch(attempt, shape, lambda fits: all(share(fits)))
 
 
 def halved_note(wanted: int, shape: BatchShape) -> str:
