@@ -3,7 +3,7 @@
     accelerate launch training/train_latent.py [--config FILE] [--resume] [section.key=value ...]
     python training/train_latent.py ...                          (the same on one process)
 
-With no argument it trains the embedded default: emoji, the embedded autoencoder and text encoder.
+With no argument it trains on examples/twemoji with the embedded autoencoder and text encoder.
 It ends with OUTPUT/model, a folder that this package's pipeline and diffusers both open; with
 finetune.kind=lora or textual_inversion, with the small file that holds what was learned.
 """
@@ -59,6 +59,7 @@ from latentdiff.train.run import (
     make_gauges,
     more_writers,
     none_held_out,
+    on_the_example,
     open_latents,
     prepare_unet,
     save_config,
@@ -125,6 +126,7 @@ def train(given: Given, resume: bool) -> str:
         output, first_step, config.loop, accelerator.is_main_process, partial(more_writers, config)
     )
     notes += [trainee.about()] if trainee.adds else []
+    notes += on_the_example(config.data)
     notes += recut + nothing_left + none_held_out(latents, config)
     notes += never_at_peak(config.optimizer, config.loop.max_steps)
     for note in notes + long_captions(latents, components.text_encoder):

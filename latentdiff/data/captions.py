@@ -289,7 +289,7 @@ class Unquarantined:
         return self._source[self._kept[index]]
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("content_key", "read", "mask", "look"):
+        if name not in ("content_key", "read"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         method = getattr(self._source, name)
         return lambda index: method(self._kept[index])

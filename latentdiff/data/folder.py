@@ -33,7 +33,7 @@ from latentdiff.data.images import (
     open_image,
     open_with_alpha,
 )
-from latentdiff.data.source import DataConfig, Example, Skipped, few
+from latentdiff.data.source import EXAMPLE, DataConfig, Example, Skipped, few
 from latentdiff.errors import UserError, did_you_mean
 
 #: No picture that can be decoded needs more; a sparse file or a zip bomb claims more than fits.
@@ -282,7 +282,7 @@ class FolderSource:
     """
 
     def __init__(self, config: DataConfig) -> None:
-        self._tree = open_tree(config.path or "", config.follow_links)
+        self._tree = open_tree(str(config.path or EXAMPLE), config.follow_links)
         self._background, self._loss_mask = config.background, config.loss_mask
         names = self._tree.names()
         self.problems: list[Skipped] = list(self._tree.problems)

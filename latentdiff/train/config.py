@@ -1,6 +1,6 @@
 """The configuration of training scripts: what all have, and train_latent.py's own.
 
-The defaults of the latter train the embedded example from scratch.
+The defaults of the latter train from scratch on examples/twemoji.
 """
 
 from __future__ import annotations

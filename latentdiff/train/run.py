@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from latentdiff.config import to_dict, to_yaml
-from latentdiff.data.source import open_source, report_skipped, split
+from latentdiff.data.source import EXAMPLE, DataConfig, open_source, report_skipped, split
 from latentdiff.diffusion.objective import check_objective
 from latentdiff.diffusion.samplers import timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -105,6 +105,7 @@ class SmallRun:
         notes = check_steps_left(before, loop.max_steps)
         shape, recut = batch_shape(config, accelerator, before)
         notes += recut + never_at_peak(config.optimizer, loop.max_steps)
+        notes += on_the_example(config.data)
         accelerator.wait_for_everyone()  # all have looked at the folder before one writes there
         lock = open_output(output) if accelerator.is_main_process else None
         return cls(config, resume, accelerator, shape, notes, lock)
@@ -504,6 +505,11 @@ def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator
         if text and accelerator.is_main_process:
             print(text, flush=True)
     return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
+
+
+def on_the_example(data: DataConfig) -> list[str]:
+    """Say that nobody named a data set."""
+    return [f"note: data.path is not given; this trains on {EXAMPLE}."] * (data.path is None)
 
 
 def none_held_out(latents: Latents, config: TrainConfig) -> list[str]:
