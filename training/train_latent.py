@@ -40,7 +40,13 @@ from latentdiff.train.checkpoint import (
     open_output,
     stored_facts,
 )
-from latentdiff.train.config import Given, TrainConfig, deciding_facts, read_config
+from latentdiff.train.config import (
+    Given,
+    TrainConfig,
+    deciding_facts,
+    default_facts,
+    read_config,
+)
 from latentdiff.train.distributed import is_first_process, prepare, start_processes, was_restarted
 from latentdiff.train.ema import AllAverages, Ema, PowerEmas
 from latentdiff.train.log import MEBI, Tracker, peak_memory
@@ -111,7 +117,7 @@ def train(given: Given, resume: bool) -> str:
         facts,
         averages,
         whole=not trainee.adds,
-        defaults=deciding_facts(TrainConfig()),
+        defaults=default_facts(config),
     )
     first_step, seconds = state.resume() if resume else (0, 0.0)
     if config.loop.probe_memory:

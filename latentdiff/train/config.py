@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from latentdiff.config import FREE, decides_numbers, load_config, read_yaml, to_dict
+from latentdiff.config import (
+    FREE,
+    decides_numbers,
+    load_config,
+    read_yaml,
+    removed_options,
+    to_dict,
+)
 from latentdiff.data.source import DataConfig
 from latentdiff.diffusion.objective import ObjectiveConfig
 from latentdiff.diffusion.schedule import ScheduleConfig
@@ -274,6 +281,11 @@ def deciding_facts(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, TrainConfig):
         facts["model.channels_last"] = bool(config.model.channels_last)  # null was false before
     return facts
+
+
+def default_facts(config: RunConfig) -> dict[str, Any]:
+    """What `deciding_facts` says of the defaults; removed options have their value for "off"."""
+    return deciding_facts(type(config)()) | removed_options(config)  # type: ignore[call-arg]
 
 
 def flat(data: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from latentdiff.train.config import (
     adopt,
     check_given,
     deciding_facts,
+    default_facts,
 )
 from latentdiff.train.distributed import (
     gather_state,
@@ -146,8 +147,7 @@ class SmallRun:
         facts["models"] = ", ".join(models)
         keep = (config.loop.keep_last, config.loop.keep_every)
         folder = output / CHECKPOINTS
-        kind: Any = type(config)  # of each script, and every option has a default
-        defaults = deciding_facts(kind())
+        defaults = default_facts(config)
         state = TrainingState(
             models, optimizers, accelerator, folder, *keep, facts, defaults=defaults
         )

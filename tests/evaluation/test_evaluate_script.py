@@ -17,14 +17,26 @@ def evaluate(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_bad_numbers_are_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--concepts", "1"], "error: --concepts must be at least 2; got 1.\n"),
+        ([], "error: --reference is required: gone, which is taken without it, is not there. "),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    given: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--concepts", "1", "--output", str(tmp_path)])
+    monkeypatch.setattr("latentdiff.data.source.EXAMPLE", Path("gone"))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given, "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert end.value.code == 2
-    assert capsys.readouterr().err == "error: --concepts must be at least 2; got 1.\n"
+    assert capsys.readouterr().err.startswith(words)
 
 
 @pytest.mark.slow
