@@ -2,7 +2,7 @@
 
     python benchmarks/inversion.py [--model FOLDER] [--pictures 16] [--output FILE.json]
 
-50 steps, no guidance, each picture of the embedded data with its caption. The autoencoder's own
+50 steps, no guidance, pictures of examples/twemoji with their captions. The autoencoder's own
 reconstruction is the reference, since nothing drawn from latents can be better. Ends with an error
 when the mean is below --least dB.
 """
@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from latentdiff.data.emoji import EmojiSource
+from latentdiff.data.source import DataConfig
 from latentdiff.embedded import EMBEDDED_MODEL
-from latentdiff.evaluation.prompts import concept_prompts, gallery_drawings
+from latentdiff.evaluation.reference import open_reference
 from latentdiff.images import psnr, to_output
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
 
@@ -31,12 +31,11 @@ from latentdiff.pipelines.generate import LatentDiffusionPipeline
 def measure(model: Path, count: int, steps: int, iterations: int) -> dict[str, Any]:
     """Return every figure by name."""
     pipeline = LatentDiffusionPipeline.from_pretrained(model)
-    asked = concept_prompts(gallery_drawings(), count)
-    source = EmojiSource([item.rendering for item in asked], pipeline.default_size[0])
-    prompts = [item.prompt for item in asked]
+    reference = open_reference(DataConfig(), count, pipeline.default_size[0])
+    prompts = reference.prompts
     began = time.perf_counter()
     found = pipeline.invert(
-        [source[i].image for i in range(len(source))],
+        reference.one_each(),
         prompts,
         num_inference_steps=steps,
         iterations=iterations,

@@ -5,7 +5,7 @@
 
 An evaluation is one guided estimate: one call of the U-Net, on a batch that holds each picture with
 and without its prompt. The figure is the Fréchet distance in EfficientNet-Lite0 features between
-the pictures of the evaluation's first prompts and the real ones of all concepts (not FID).
+the pictures of the evaluation's first prompts and those of examples/twemoji (not FID).
 Finished cells are kept in --state for the same weights, so that a stopped run goes on.
 """
 
@@ -22,14 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from latentdiff.data.source import DataConfig
 from latentdiff.diffusion.samplers import SAMPLERS, sample, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
-from latentdiff.evaluation import prompts
 from latentdiff.evaluation.metrics import ClassifierFeatures, frechet_distance
-from latentdiff.evaluation.run import Galleries
+from latentdiff.evaluation.reference import open_reference
 
 BUDGETS = (5, 10, 20, 50)
-CACHE = Path.home() / ".cache/latentdiff/features"
 Cells = dict[str, dict[str, float]]
 
 
@@ -96,10 +95,8 @@ def measure(model: str | None, count: int, state: Path) -> Cells:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
 
     pipeline = LatentDiffusionPipeline.from_pretrained(*([model] if model else []))
-    drawings = prompts.gallery_drawings()
-    galleries = Galleries(drawings, pipeline.default_size[0], ClassifierFeatures(), CACHE, print)
-    gallery = galleries("plain", "white")
-    asked = [item.prompt for item in prompts.concept_prompts(drawings, count)]
+    reference = open_reference(DataConfig(), 10_000, pipeline.default_size[0])
+    gallery, asked = ClassifierFeatures()(reference.images), reference.prompts[:count]
     weights = sum(float(p.detach().double().sum()) for p in pipeline.unet.parameters())
     of = f"{count} prompts, weights {weights!r}"
     kept = json.loads(state.read_text()) if state.is_file() else {}

@@ -109,15 +109,6 @@ def averages() -> dict[str, float]:
     return found
 
 
-def embedded_parts() -> dict[str, Any]:
-    """The embedded autoencoder and CLIP on what their training never saw."""
-    import embedded_parts as parts
-
-    from latentdiff.embedded import EMBEDDED_MODEL
-
-    return parts.measure(EMBEDDED_MODEL)
-
-
 def loader() -> dict[str, Any]:
     """The loader alone and in a training, on a twentieth of the million."""
     import loader as benchmark
@@ -184,16 +175,13 @@ MEASURES = {
     "start-up": Measure("embedded-model.md", start_up),
     "orders": Measure("samplers.md", orders),
     "parity": Measure("samplers.md", parity),
-    "embedded-parts": Measure("embedded-model.md", embedded_parts),
     "inversion": Measure("generating.md", of_script("benchmarks/inversion.py")),
     "loader": Measure("data-at-scale.md", loader),
     "train-step": Measure("watching.md", of_script("benchmarks/train_step.py")),
     "likelihood": Measure(
         "likelihood.md", of_script(EVALUATE, "--likelihood", file="likelihood.json")
     ),
-    "evaluation": Measure(
-        "embedded-model.md", of_script(EVALUATE, "--compositions", "40", file="figures.json")
-    ),
+    "evaluation": Measure("embedded-model.md", of_script(EVALUATE, file="figures.json")),
 }
 
 

@@ -1,14 +1,15 @@
-"""Measure a model on the embedded data: figures on the screen, as JSON and as a page.
+"""Measure a model beside captioned images: figures on the screen, as JSON and as a page.
 
-    python inference/evaluate.py [MODEL] [--output runs/evaluation]
+    python inference/evaluate.py [MODEL] [--reference FOLDER] [--output runs/evaluation]
     python inference/evaluate.py [MODEL] --likelihood [--output runs/likelihood]
 
-MODEL is a model folder or a Hugging Face id; the default is the embedded model. All prompts and
-seeds are fixed, so two models are asked for the same pictures. Needs the `demo` and `eval` extras
-and `pip install --no-deps stlpips-pytorch==0.0.2`.
+MODEL is a model folder or a Hugging Face id; the default is the embedded model. The prompts are the
+first captions of the reference's images, examples/twemoji by default; which are taken and the seeds
+are fixed, so two models are asked for the same images. Needs the `eval` extra and
+`pip install --no-deps stlpips-pytorch==0.0.2`.
 
-With --likelihood nothing is generated: the evidence lower bound of real pictures in bits per latent
-dimension, of seen and of held-out compositions, and a plot of the loss over the timesteps.
+With --likelihood nothing is generated: the evidence lower bound of the reference's images in bits
+per latent dimension, and a plot of the loss over the timesteps.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from latentdiff.data.source import EXAMPLE, DataConfig, guess_kind
 from latentdiff.errors import UserError, command
 from latentdiff.files import atomic_file, write_text
 
@@ -35,15 +37,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", nargs="?", help="folder or Hugging Face id; default: the embedded model")
     add("--output", "-o", type=Path, default=Path("runs/evaluation"), help="default: %(default)s")
-    add("--concepts", type=int, default=300, metavar="N", help="default: %(default)s")
-    add("--compositions", type=int, default=150, metavar="N", help="of each kind; %(default)s")
+    add("--reference", metavar="DATASET", help="folder, .zip or .parquet of captioned images")
+    add("--concepts", type=int, default=300, metavar="N", help="at most; default: %(default)s")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     add("--guidance", type=float, help="default: the pipeline's")
     add("--batch-size", type=int, default=16, help="default: %(default)s")
     add("--device", help="default: cuda where there is one")
     add("--hub-metrics", action="store_true", help="FID, FD-DINOv2, CMMD; weights must be there")
-    add("--likelihood", action="store_true", help="measure the likelihood of real pictures instead")
-    add("--pictures", type=int, default=64, metavar="N", help="of each kind; default: %(default)s")
+    add("--likelihood", action="store_true", help="measure the likelihood of real images instead")
+    add("--pictures", type=int, default=64, metavar="N", help="at most; default: %(default)s")
     add("--levels", type=int, default=32, metavar="N", help="per picture; default: %(default)s")
     add("--ode-pictures", type=int, default=8, metavar="N", help="0 = no ODE; %(default)s")
     return parser.parse_args(argv)
@@ -52,8 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is loaded. Raises: UserError."""
     for name, least in (
-        ("concepts", 12),
-        ("compositions", 1),
+        ("concepts", 2),
         ("steps", 1),
         ("batch_size", 1),
         ("pictures", 2),
@@ -64,34 +65,48 @@ def check(args: argparse.Namespace) -> None:
         if value < least:
             option = name.replace("_", "-")
             raise UserError(f"--{option} must be at least {least}; got {value}.")
+    if args.reference is None and not EXAMPLE.is_dir():
+        raise UserError(
+            f"--reference is required: {EXAMPLE}, which is taken without it, is not there. Give a "
+            "folder of captioned images."
+        )
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: {args.output} cannot be made ({error.strerror}).") from error
 
 
+def reference_of(args: argparse.Namespace, count: int, pipeline: Any) -> Any:
+    """Read the images that the model is compared with."""
+    from latentdiff.evaluation.reference import open_reference
+
+    given = args.reference
+    data = DataConfig() if given is None else DataConfig(kind=guess_kind(given), path=given)
+    return open_reference(data, count, pipeline.default_size[0])
+
+
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Return the figures and the pictures."""
     from latentdiff.embedded import EMBEDDED_MODEL, named
     from latentdiff.evaluation.metrics import Generator
-    from latentdiff.evaluation.run import Evaluation, Size, device_words, open_score, rounded
-    from latentdiff.files import default_cache
+    from latentdiff.evaluation.run import device_words, measure, open_score, rounded
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
 
     device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
+    reference = reference_of(args, args.concepts, pipeline)
     guidance = pipeline.default_guidance if args.guidance is None else args.guidance
     generator = Generator(pipeline, args.steps, guidance, args.batch_size)
-    size = Size(concepts=args.concepts, compositions=args.compositions)
 
     def say(text: str) -> None:
         print(f"… {text}", file=sys.stderr, flush=True)
 
-    evaluation = Evaluation(pipeline, generator, size, default_cache() / "features", say)
-    result = evaluation.run(open_score(Path(named(args.model or EMBEDDED_MODEL))))
+    score = open_score(Path(named(args.model or EMBEDDED_MODEL)))
+    result = measure(pipeline, generator, reference, score, say)
     facts = {
         "model": str(args.model or "embedded"),
+        "reference": str(args.reference or EXAMPLE.name),
         "sampler steps": args.steps,
         "guidance": guidance,
         "device": device_words(pipeline.device),
@@ -104,11 +119,10 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     return figures, result.pages
 
 
-def likelihood(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the figures and the loss curves, by kind of picture."""
-    from latentdiff.evaluation import metrics as measures
-    from latentdiff.evaluation import prompts
+def likelihood(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Return the figures and the loss curve."""
     from latentdiff.evaluation.likelihood import LikelihoodSize, check_plot, measure
+    from latentdiff.evaluation.metrics import as_tensors
     from latentdiff.evaluation.run import device_words, rounded
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
@@ -117,38 +131,29 @@ def likelihood(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
     size = LikelihoodSize(args.levels, args.ode_pictures, batch_size=args.batch_size)
     device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
-    drawings, count = prompts.gallery_drawings(), args.pictures
-    styles = prompts.held_out_styles(drawings, count - count // 2)
-    kinds = {
-        "seen": prompts.concept_prompts(drawings, count),
-        "held out": styles + prompts.held_out_grounds(drawings, count // 2),
-    }
+    reference = reference_of(args, args.pictures, pipeline)
     figures: dict[str, Any] = {
         "model": str(args.model or "embedded"),
+        "reference": str(args.reference or EXAMPLE.name),
         "unit": "bits per latent dimension",
         "levels per picture": args.levels,
         "device": device_words(pipeline.device),
     }
-    curves = {}
-    for kind, asked in kinds.items():
-        print(f"… {len(asked)} pictures, {kind}", file=sys.stderr, flush=True)
-        real = measures.real_pictures([a.rendering for a in asked], pipeline.default_size[0])
-        found = measure(pipeline, measures.as_tensors(real), [a.prompt for a in asked], size)
-        figures |= {f"{kind}: {name}": value for name, value in found.figures.items()}
-        curves[kind] = found.curve
-    return rounded(figures), curves
+    print(f"… {len(reference.prompts)} pictures", file=sys.stderr, flush=True)
+    found = measure(pipeline, as_tensors(reference.one_each()), reference.prompts, size)
+    return rounded(figures | found.figures), found.curve
 
 
-def write_likelihood(args: argparse.Namespace, figures: Any, curves: Any) -> None:
+def write_likelihood(args: argparse.Namespace, figures: Any, curve: Any) -> None:
     """Print and write what `likelihood` found."""
     from latentdiff.evaluation.likelihood import plot
 
     for name, value in figures.items():
         print(f"{name:54} {value}")
     file, picture = args.output / "likelihood.json", args.output / "likelihood.png"
-    write_text(file, json.dumps({**figures, "loss by timestep": curves}, indent=2) + "\n")
+    write_text(file, json.dumps({**figures, "loss by timestep": curve}, indent=2) + "\n")
     with atomic_file(picture) as new:
-        plot(curves, new, f"Loss of {figures['model']}")
+        plot(curve, new, f"Loss of {figures['model']}")
     print(f"\n{file}\n{picture}")
 
 

@@ -85,6 +85,18 @@ def build(cls: type[T], data: dict[str, Any], path: str | Path | None = None) ->
     raise UserError("\n".join([f"{head} in the configuration{source}:", *lines]))
 
 
+def removed_options(config: Any) -> dict[str, Any]:
+    """Dotted keys of the options that were removed, and their values for "off"."""
+    found = dict[str, Any]()
+    for key, off in getattr(config, "removed", {}).items():
+        found |= {f"{key}.{k}": v for k, v in off.items()} if isinstance(off, dict) else {key: off}
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if dataclasses.is_dataclass(value):
+            found |= {f"{option.name}.{key}": off for key, off in removed_options(value).items()}
+    return found
+
+
 def to_dict(config: object) -> Any:
     """Turn a configuration into plain dicts, lists and scalars."""
     if dataclasses.is_dataclass(config):

@@ -11,7 +11,7 @@ import pytest
 from pydantic import Field
 
 from latentdiff.config import describe, load_config, to_dict
-from latentdiff.data.source import DataConfig
+from latentdiff.data.source import DataConfig, open_source
 from latentdiff.errors import UserError
 from latentdiff.plain_yaml import parse_yaml, to_inline, to_yaml
 
@@ -276,8 +276,9 @@ def test_data_config_documents_every_field_and_checks_itself() -> None:
     assert load_config(DataConfig) == DataConfig()
     lines = describe(DataConfig).splitlines()
     assert len(lines) == 2 * len(to_dict(DataConfig()))
-    with pytest.raises(UserError, match="path is required for kind folder"):
-        load_config(DataConfig, None, ["kind=folder"])
+    for wrong in (["kind=parquet"], ["kind=hub"], ["path=''"]):
+        with pytest.raises(UserError, match="path is required for kind"):
+            load_config(DataConfig, None, wrong)
     with pytest.raises(UserError, match="Did you mean 'folder'"):
         load_config(DataConfig, None, ["kind=foldr"])
 
@@ -293,6 +294,22 @@ def test_data_config_documents_every_field_and_checks_itself() -> None:
 )
 def test_a_number_or_a_list_of_numbers(value: str, words: str) -> None:
     assert words in message(f"loop.side={value}")
+
+
+def test_without_a_path_it_is_the_example_of_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "birthday-cake.webp" in {open_source(DataConfig()).name(i) for i in range(200)}
+    # A configuration saved before the keys of the emoji set were removed.
+    saved = ["emoji_variants=12", "emoji_flags=true", "emoji_concepts=[]"]
+    saved += ["emoji_compositions=train", "path=a"]
+    assert load_config(DataConfig, None, saved) == DataConfig(path="a")
+    with pytest.raises(UserError, match="emoji_variants: this option was removed"):
+        load_config(DataConfig, None, ["emoji_variants=3"])
+    monkeypatch.setattr("latentdiff.data.source.EXAMPLE", tmp_path / "gone")
+    with pytest.raises(UserError, match=r"gone, which is taken .*\. Set data.path=FOLDER"):
+        load_config(DataConfig)
+    assert load_config(DataConfig, None, ["path=a"]).path == "a"
 
 
 def test_renamed_keys_are_told_their_new_names(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from likeness import both_distances, nearest_is_own, own_share  # noqa: E402
 
+from latentdiff.data.source import EXAMPLE  # noqa: E402
 from latentdiff.embedded import EMBEDDED_MODEL  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -80,11 +82,20 @@ def check_with_the_embedded_autoencoder(output: Path, *overrides: str) -> None:
 def test_it_learns_two_pictures(tmp_path: Path) -> None:
     check_with_the_embedded_autoencoder(
         tmp_path / "run",
-        "data.emoji_concepts=[tomato, cat face]",
+        f"data.path={two_of_the_example(tmp_path / 'pictures')}",
         "loop.max_steps=700",
         "loop.max_minutes=30",
         "loop.tensorboard=false",
     )
+
+
+def two_of_the_example(folder: Path) -> Path:
+    """Two drawings of examples/twemoji with .txt captions: a user's folder."""
+    folder.mkdir()
+    for name in ("owl", "teapot"):
+        shutil.copy(EXAMPLE / f"{name}.webp", folder)
+        (folder / f"{name}.txt").write_text(name)
+    return folder
 
 
 def eight_of(archive: Path, folder: Path) -> Path:
@@ -107,7 +118,6 @@ def test_it_learns_eight_pictures_of_a_folder_within_five_minutes(tmp_path: Path
     pictures = eight_of(Path(assets) / "fluent_emoji_3d_128.zip", tmp_path / "pictures")
     found, best = learn(
         tmp_path / "run",
-        "data.kind=folder",
         f"data.path={pictures}",
         "data.image_size=128",
         f"model.vae={Path(assets) / 'taesd'}",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("latentdiff", "training", "inference", "benchmarks")
+FOLDERS = ("latentdiff", "training", "inference", "benchmarks", "examples")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted(p for name in ("training", "inference") for p in (ROOT / name).glob("*.py"))
 ROW = re.compile(r"( *)([\w./-]+(?:, [\w./-]+)*)(?: +(\S.*))?$")

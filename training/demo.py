@@ -1,11 +1,10 @@
-"""See it work: the embedded model draws, learns a style from a folder, and draws the same again.
+"""See it work: the embedded model draws, learns an artist's style, and draws the same again.
 
-    python training/demo.py [--output FOLDER] [--from-scratch] [section.key=value ...]
+    python training/demo.py [--output FOLDER] [section.key=value ...]
 
-Writes FOLDER/before.png (the embedded model's images), FOLDER/images (24 captioned images in blue
-and white), trains a LoRA on them with train_latent.py and training/configs/demo.yaml, and writes
-FOLDER/grid.png (the same prompts and seeds with it). With --from-scratch a small U-Net is trained
-from random weights instead (demo_from_scratch.yaml), and there is no before.png.
+Writes FOLDER/before.png (the embedded model's images), trains a LoRA on examples/twemoji with
+train_latent.py and training/configs/demo.yaml, and writes FOLDER/grid.png: the same prompts and
+seeds before (odd rows) and after (even rows). None of them asks for a thing in examples/twemoji.
 """
 
 from __future__ import annotations
@@ -17,71 +16,44 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latentdiff.errors import command
 from latentdiff.files import atomic_file, free_folder
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "configs" / "demo.yaml"
-FROM_SCRATCH = HERE / "configs" / "demo_from_scratch.yaml"
-#: What the folder shows: half of SUBJECTS (cat, fox, octopus, hamburger) and twenty others.
-CONCEPTS = """
-cat; dog face; fox; tiger face; panda; penguin; frog; turtle; elephant; octopus; butterfly;
-red apple; lemon; watermelon; hamburger; doughnut; birthday cake; mushroom; sunflower; sailboat;
-bicycle; guitar; house; umbrella
-"""
-#: Black becomes the first colour and white the second, as in a cyanotype.
-COLOURS = ("white", "#123a7c")
-SUBJECTS = ("cat", "fox", "owl", "octopus", "strawberry", "hamburger", "rocket", "castle")
+COLUMNS = 8
 PROMPTS = (
-    "a {}",
-    "a painting of a {}",
-    "a pencil sketch of a {}",
-    "pixel art of a {}",
-    "a {} on a blue background",
-    "pixel art of a {} on a yellow background",
+    *("a cat", "a fox", "a panda", "an octopus", "a butterfly", "a turtle", "a rooster", "a snail"),
+    *("a strawberry", "a hamburger", "a mushroom", "a sunflower", "a rocket", "a castle"),
+    *("a guitar", "a sailboat"),
 )
 
 
-def prompts() -> list[str]:
-    """One row per subject, one column per style or ground."""
-    texts = [prompt.format(subject) for subject in SUBJECTS for prompt in PROMPTS]
-    return [
-        text.replace(" a owl", " an owl").replace(" a octopus", " an octopus") for text in texts
-    ]
-
-
-def make_images(folder: Path) -> None:
-    """Write what the LoRA learns from: emoji in blue and white, each with its caption in a .txt."""
-    from PIL import ImageOps
-
-    from latentdiff.data.emoji import EmojiSource
-    from latentdiff.data.source import DataConfig
-
-    concepts = tuple(" ".join(name.split()) for name in CONCEPTS.split(";"))
-    source = EmojiSource.from_config(DataConfig(emoji_concepts=concepts, emoji_variants=1))
-    folder.mkdir(parents=True)
-    for index in range(len(source)):
-        file = folder / f"{source.group(index).replace(' ', '_')}.png"
-        ImageOps.colorize(source[index].image.convert("L"), *COLOURS).save(file)
-        caption = source.captions(index)[1]  # "a cat"; the first is "cat"
-        file.with_suffix(".txt").write_text(caption, encoding="utf-8")
-
-
-def draw(target: Path, model: Path | None = None, lora: Path | None = None) -> None:
-    """Generate the grid with a trained model, or with the embedded one and a LoRA file."""
+def draw(lora: Path | None = None) -> list[Image]:
+    """Generate all prompts with the embedded model, and a LoRA file if one is given."""
     from latentdiff import LatentDiffusionPipeline
-    from latentdiff.images import grid
 
-    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    pipeline = LatentDiffusionPipeline.from_pretrained()
     if lora is not None:
         pipeline.load_lora(lora)
-    images = pipeline(prompts(), seed=0).images
-    large = [image.resize((128, 128), 0) for image in images]
+    return pipeline(list(PROMPTS), seed=0).images
+
+
+def save(rows: Sequence[Sequence[Image]], target: Path) -> None:
+    """Write the first COLUMNS of each row below one another, then the next ones."""
+    from latentdiff.images import grid
+
+    parts = range(0, len(PROMPTS), COLUMNS)
+    images = [image for at in parts for row in rows for image in row[at : at + COLUMNS]]
     with atomic_file(target) as new:
-        grid(large, columns=len(PROMPTS)).save(new)
+        grid([image.resize((128, 128), 0) for image in images], COLUMNS).save(new)
 
 
 def train(words: Sequence[str]) -> int:
@@ -103,26 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--from-scratch", action="store_true", help="begin with random weights")
     options = parser.parse_intermixed_args(arguments)
     started = time.monotonic()
     folder = free_folder(options.output)
-    run, grid, config, words = folder / "run", folder / "grid.png", FROM_SCRATCH, []
-    if not options.from_scratch:
-        images, before, config = folder / "images", folder / "before.png", CONFIG
-        make_images(images)
-        draw(before)
-        print(f"before the training: {before.resolve()}", flush=True)
-        words = [f"data.path={images}"]
-    if code := train(["--config", str(config), f"output={run}", *words, *options.overrides]):
+    first, both, run = folder / "before.png", folder / "grid.png", folder / "run"
+    folder.mkdir(parents=True)
+    before = draw()
+    save([before], first)
+    print(f"before the training: {first.resolve()}", flush=True)
+    if code := train(["--config", str(CONFIG), f"output={run}", *options.overrides]):
         return code
-    if options.from_scratch:
-        draw(grid, model=run / "model")
-    else:
-        draw(grid, lora=run / "lora" / "pytorch_lora_weights.safetensors")
-    print(f"rows: {', '.join(SUBJECTS)}")
-    print(f"columns: {', '.join(p.format('…') for p in PROMPTS)}")
-    print(f"{time.monotonic() - started:.0f} s after the start, images: {grid.resolve()}")
+    save([before, draw(run / "lora" / "pytorch_lora_weights.safetensors")], both)
+    for at in range(0, len(PROMPTS), COLUMNS):
+        print(f"two rows, before and after: {', '.join(PROMPTS[at : at + COLUMNS])}")
+    print(f"{time.monotonic() - started:.0f} s after the start, images: {both.resolve()}")
     return 0
 
 

@@ -2,7 +2,7 @@
 
     accelerate launch training/train_autoencoder.py [--config FILE] [--resume] [a.b=value ...]
 
-With no argument it trains the embedded default's. It ends with OUTPUT/vae, a diffusers folder.
+With no argument it trains on examples/twemoji. It ends with OUTPUT/vae, a diffusers folder.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     accelerate launch training/train_clip.py [--config FILE] [--resume] [a.b=value ...]
 
-With no argument it trains the embedded default's. It ends with OUTPUT/text_encoder,
+With no argument it trains on examples/twemoji. It ends with OUTPUT/text_encoder,
 OUTPUT/tokenizer (what a text-to-image model needs) and OUTPUT/clip (both towers).
 """
 
@@ -30,7 +30,6 @@ from latentdiff.train.clip import (
     contrastive_loss,
     load_or_build,
     retrieval_accuracy,
-    same_look_indices,
     save_clip,
     start_folder,
     train_tokenizer,
@@ -55,16 +54,11 @@ def batch_maker(
     config, shape, readable = run.config, run.shape, Readable(source)
     data = config.data
     device, order = run.accelerator.device, run.order(range(len(source)))
-    looks = group_by_look(source, shape.total) if config.same_look else {}
 
     def make(step: int, micro: int) -> tuple[Tensor, list[str], Tensor]:
         generator, part = run.generator(step), shape.part(micro)
         draws = torch.rand(shape.total, generator=generator)[part].tolist()
-        if looks:
-            chosen = same_look_indices(looks, shape.total, generator)[part]
-        else:
-            chosen = order(shape.samples(step, micro))
-        examples = [readable[i] for i in chosen]
+        examples = [readable[i] for i in order(shape.samples(step, micro))]
         texts = [e.captions[int(u * len(e.captions))] for e, u in zip(examples, draws, strict=True)]
         images = torch.stack(
             [
@@ -76,26 +70,6 @@ def batch_maker(
         return to_device(images, device), texts, to_device(token_ids, device)
 
     return make
-
-
-def group_by_look(source: Source, batch_size: int) -> dict[str, list[int]]:
-    """Group a source's pictures by what it says that they share.
-
-    Raises: UserError: when the source does not say, or no group fills a batch.
-    """
-    look = getattr(source, "look", None)
-    if look is None:
-        raise UserError("same_look needs a source that knows styles, such as data.kind=emoji.")
-    groups: dict[str, list[int]] = {}
-    for index in range(len(source)):
-        groups.setdefault(look(index), []).append(index)
-    largest = max(len(members) for members in groups.values())
-    if largest < batch_size:
-        raise UserError(
-            f"same_look: the largest group has {largest} pictures, fewer than the {batch_size} of "
-            f"a step. Lower loop.batch_size until a step has {largest} or less."
-        )
-    return groups
 
 
 def prepare_vocabulary(source: Source, config: ClipTrainConfig) -> None:

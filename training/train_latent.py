@@ -3,7 +3,7 @@
     accelerate launch training/train_latent.py [--config FILE] [--resume] [section.key=value ...]
     python training/train_latent.py ...                          (the same on one process)
 
-With no argument it trains the embedded default: emoji, the embedded autoencoder and text encoder.
+With no argument it trains on examples/twemoji with the embedded autoencoder and text encoder.
 It ends with OUTPUT/model, a folder that this package's pipeline and diffusers both open; with
 finetune.kind=lora or textual_inversion, with the small file that holds what was learned.
 """

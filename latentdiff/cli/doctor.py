@@ -2,8 +2,8 @@
 
     latentdiff doctor DATASET [--output DIR] [--quarantine KINDS] [data key=value ...]
 
-DATASET is a folder or .zip of captioned pictures, a .parquet file or a folder of them, a folder of
-the `datasets` library, or `emoji`; what else opening it needs is given as for training
+DATASET is a folder or .zip of captioned pictures, a .parquet file or a folder of them, or a folder
+of the `datasets` library; what else opening it needs is given as for training
 (data.caption_column=NAME), or by --config with the YAML file of a training run. Written are
 
     report.html        tables, and pictures of what was found
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.config import load_config, read_yaml, to_inline
-from latentdiff.data.source import DataConfig
+from latentdiff.data.source import DataConfig, guess_kind
 from latentdiff.doctor.examine import LIST, NAMED, REPORT, Result, examine
 from latentdiff.doctor.findings import (
     DEFAULT_QUARANTINE,
@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("latentdiff doctor", description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("dataset", metavar="DATASET", help="folder, .zip, .parquet, datasets folder or `emoji`")
+    add("dataset", metavar="DATASET", help="folder, .zip, .parquet or datasets folder")
     add("overrides", nargs="*", metavar="data.key=value", help="as for train_latent.py")
     add("--config", type=Path, help="YAML file of a training; its data section is taken")
     add("--output", type=Path, metavar="DIR", help="default: runs/doctor-NAME, or -2, -3 …")
@@ -92,23 +92,10 @@ def read_data(dataset: str, config: Path | None, overrides: Sequence[str]) -> Da
     given: Any = (read_yaml(config).get("data") or {}) if config else {}
     if not isinstance(given, dict):
         raise UserError(f"{config}: data must hold `key: value` lines; got {given!r:.80}.")
-    own = {"kind": "emoji"} if dataset == "emoji" else {"path": dataset, "kind": guess(dataset)}
+    own = {"path": dataset, "kind": guess_kind(dataset)}
     # As overrides, so that mistakes in the file are reported in the same words as in training.
     taken = [f"data.{key}={to_inline(value)}" for key, value in (given | own).items()]
     return load_config(_Only, None, [*taken, *overrides]).data
-
-
-def guess(dataset: str) -> str:
-    """Tell the kind of a data set from what is there; an id on the hub when nothing is."""
-    place = Path(dataset).expanduser()
-    if place.suffix == ".parquet":
-        return "parquet"
-    if not place.exists():
-        return "folder"
-    if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return "hub"
-    only_tables = place.is_dir() and any(place.glob("*.parquet"))
-    return "parquet" if only_tables else "folder"
 
 
 def summary(order: Order, result: Result) -> str:

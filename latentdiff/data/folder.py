@@ -18,7 +18,7 @@ from latentdiff.data.captions import (
 )
 from latentdiff.data.file_tree import MAX_TABLE_BYTES, READ_ERRORS, open_tree
 from latentdiff.data.images import IMAGE_ENDINGS, UnreadableImage, display_name
-from latentdiff.data.source import DataConfig, FileSource, Skipped, few, left_out
+from latentdiff.data.source import EXAMPLE, DataConfig, FileSource, Skipped, few, left_out
 from latentdiff.errors import UserError, did_you_mean
 
 #: Ends the name of a mask file: cat.mask.png for cat.jpg.
@@ -49,7 +49,7 @@ class FolderSource(FileSource):
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config)
-        self._tree = open_tree(config.path or "", config.follow_links)
+        self._tree = open_tree(str(config.path or EXAMPLE), config.follow_links)
         names = self._tree.names()
         self.problems += self._tree.problems
         images = [n for n in names if n.lower().endswith(IMAGE_ENDINGS)]

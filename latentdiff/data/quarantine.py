@@ -93,7 +93,7 @@ class Unquarantined(View):
         return self.source[self.source_indices[index]]
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("content_key", "read", "mask", "look"):
+        if name not in ("content_key", "read"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         method = getattr(self.source, name)
         return lambda index: method(self.source_indices[index])

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,8 @@ from latentdiff.data.images import UnreadableImage, open_grey, open_image, open_
 from latentdiff.errors import UserError, printable
 
 T = TypeVar("T")
+#: Captioned drawings to try things with; in the repository, not in an installed package.
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "twemoji"
 #: An image that is left out, and why.
 Skipped = tuple[str, str]
 
@@ -81,12 +84,18 @@ class Captioned(Protocol):
 class DataConfig:
     """Where the images come from and how they become squares, or rectangles of some shapes."""
 
-    kind: Literal["emoji", "folder", "parquet", "hub", "webdataset"] = "emoji"
-    """emoji: the embedded set; folder: images with metadata.jsonl/.csv or .txt files (or a .zip of
-    that); parquet: a file or folder of files; hub: a `datasets` id or a `save_to_disk` folder;
-    webdataset: .tar shards of images and captions of the same names."""
+    removed: ClassVar = {
+        "emoji_variants": 12,
+        "emoji_flags": True,
+        "emoji_concepts": [],
+        "emoji_compositions": "train",
+    }
+    kind: Literal["folder", "parquet", "hub", "webdataset"] = "folder"
+    """folder: images with metadata.jsonl/.csv or .txt files (or a .zip of that); parquet: a file or
+    folder of files; hub: a `datasets` id or a `save_to_disk` folder; webdataset: .tar shards of
+    images and captions of the same names."""
     path: str | None = field(default=None, metadata=FREE)
-    """Folder, file or data set id; not used by kind emoji."""
+    """Folder, file or data set id; null with kind folder is examples/twemoji of the repository."""
     follow_links: bool = field(default=False, metadata=FREE)
     """Also read what lies outside the data folder: where links in it lead, and where the paths of a
     table do. Otherwise that is left out and reported."""
@@ -132,20 +141,17 @@ class DataConfig:
     quarantine: str | None = field(default=None, metadata=FREE)
     """File of images to leave out, one {"name": …, "reason": …} a line, as `latentdiff doctor`
     writes it."""
-    emoji_variants: int = 12
-    """Renderings (styles and backgrounds) per concept of the embedded set, 1…36."""
-    emoji_flags: bool = True
-    """Whether the embedded set includes its 262 flags."""
-    emoji_concepts: tuple[str, ...] = ()
-    """Only these concepts of the embedded set, by name ("cat face"); empty takes all."""
-    emoji_compositions: Literal["train", "held_out"] = "train"
-    """held_out: the style and background pairs of the embedded set that training never sees."""
 
     def validate(self) -> list[str]:
         """List what does not fit together."""
         problems = []
-        if self.kind != "emoji" and not self.path:
+        if not self.path and (self.kind != "folder" or self.path is not None):
             problems.append(f"path is required for kind {self.kind}: the folder, file or id.")
+        elif self.path is None and not EXAMPLE.is_dir():
+            problems.append(
+                f"path is required: {EXAMPLE}, which is taken without it, is not there (it comes "
+                "with the repository, not with an installed package). Set data.path=FOLDER."
+            )
         if not 8 <= self.image_size <= 2**15:
             problems.append(f"image_size must be 8 … {2**15} pixels; got {self.image_size}.")
         if not 0 <= self.validation_share < 1:
@@ -237,6 +243,19 @@ class FileSource(Source):
         return digest.hexdigest()
 
 
+def guess_kind(dataset: str) -> Literal["folder", "parquet", "hub"]:
+    """Tell the kind of a data set from what is there; "folder" when nothing is."""
+    place = Path(dataset).expanduser()
+    if place.suffix == ".parquet":
+        return "parquet"
+    if not place.exists():
+        return "folder"
+    if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return "hub"
+    only_tables = place.is_dir() and any(place.glob("*.parquet"))
+    return "parquet" if only_tables else "folder"
+
+
 def open_source(config: DataConfig) -> Source:
     """Open what a configuration names, without what data.quarantine lists. Raises: UserError."""
     source = open_whole(config)
@@ -260,10 +279,6 @@ def open_whole(config: DataConfig) -> Source:
             "data.streaming=true gives pictures in one order only, which train_latent.py alone can "
             "use. Set it to false here."
         )
-    if config.kind == "emoji":
-        from latentdiff.data.emoji import EmojiSource
-
-        return EmojiSource.from_config(config)
     if config.kind == "folder":
         from latentdiff.data.folder import FolderSource
 

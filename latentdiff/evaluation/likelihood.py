@@ -134,8 +134,8 @@ def loss_curve(
     return curve
 
 
-def plot(curves: dict[str, dict[str, list[float]]], file: Path, title: str) -> None:
-    """Draw the loss curves of several sets of pictures. Raises: UserError: without matplotlib."""
+def plot(curve: dict[str, list[float]], file: Path, title: str) -> None:
+    """Draw a loss curve. Raises: UserError: without matplotlib."""
     check_plot()
     import matplotlib
 
@@ -143,12 +143,10 @@ def plot(curves: dict[str, dict[str, list[float]]], file: Path, title: str) -> N
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for name, curve in curves.items():
-        axes[0].plot(curve["timestep"], curve["loss"], "o-", markersize=3, label=name)
-        axes[1].plot(curve["timestep"], curve["bits"], "o-", markersize=3, label=name)
+    axes[0].plot(curve["timestep"], curve["loss"], "o-", markersize=3)
+    axes[1].plot(curve["timestep"], curve["bits"], "o-", markersize=3)
     axes[0].set(xlabel="timestep", ylabel="mean squared error", title=title)
     axes[1].set(xlabel="timestep", ylabel="bits per dimension and step", yscale="log")
-    axes[0].legend()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 

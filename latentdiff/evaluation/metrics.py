@@ -1,4 +1,4 @@
-"""Everything that evaluate.py measures of a model on the embedded data.
+"""Everything that evaluate.py measures of a model beside a reference of captioned images.
 
 What a classifier sees in pictures are EfficientNet-Lite0's pooled features. The weights of the
 field's standard distances are looked for in the local Hugging Face and torch caches only; nothing
@@ -21,11 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentdiff.data.emoji import Drawing, EmojiSource, Rendering
 from latentdiff.data.images import to_tensor
-from latentdiff.data.styles import BACKGROUNDS, STYLES
 from latentdiff.errors import UserError
-from latentdiff.evaluation.prompts import Asked
 from latentdiff.models.autoencoder_losses import PerceptualDistance
 from latentdiff.models.clip_scorer import ClipScorer
 
@@ -78,14 +75,19 @@ def rbf_distance(ours: Tensor, theirs: Tensor, sigma: float = 10.0) -> float:
     return 1000 * float(kernel(first, first) + kernel(second, second) - 2 * kernel(first, second))
 
 
-def ranks(queries: Tensor, gallery: Tensor, own: Sequence[int]) -> list[int]:
-    """Rank of each query's own picture among the gallery by cosine; 0 is the nearest.
+def ranks(queries: Tensor, gallery: Tensor, labels: Tensor, own: Sequence[int]) -> list[int]:
+    """How many concepts each query is nearer to than to its own, by cosine; 0 is right.
 
-    Args: queries: (N, D).  gallery: (M, D).  own: the gallery row of each query.
+    A concept is as near as the nearest of its images.
+
+    Args: queries: (N, D).  gallery: (M, D).  labels: the gallery's concepts, (M,).
+          own: the concept of each query.
     """
     scores = F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
-    mine = scores[torch.arange(len(own)), list(own)][:, None]
-    found: list[int] = (scores > mine).sum(1).tolist()
+    nearest = scores.new_full((len(scores), int(labels.max()) + 1), -torch.inf)
+    nearest.scatter_reduce_(1, labels.expand_as(scores), scores, "amax")
+    mine = nearest[torch.arange(len(own)), list(own)][:, None]
+    found: list[int] = (nearest > mine).sum(1).tolist()
     return found
 
 
@@ -168,8 +170,6 @@ class ClassifierFeatures:
 
 
 Pictures = list[Image.Image]
-#: Concepts that the style classifier learns from.
-STYLE_EXAMPLES = 300
 
 
 class Shown(NamedTuple):
@@ -214,12 +214,6 @@ class Generator:
         return images
 
 
-def real_pictures(renderings: Sequence[Rendering], size: int) -> Pictures:
-    """Draw renderings."""
-    source = EmojiSource(list(renderings), size)
-    return [source[i].image for i in range(len(source))]
-
-
 def as_tensors(images: Sequence[Image.Image]) -> Tensor:
     """(N, 3, H, W) in [−1, 1] at the pictures' own size."""
     return torch.stack([to_tensor(image, image.width) for image in images])
@@ -238,94 +232,35 @@ def through_vae(images: Pictures, autoencoder: Any) -> Pictures:
 
 
 @torch.no_grad()
-def real_latents(renderings: Sequence[Rendering], size: int, autoencoder: Any) -> Tensor:
-    """The clean latents (N, C, h, w) of real pictures: the mean of what the encoder says."""
+def clean_latents(images: Pictures, autoencoder: Any) -> Tensor:
+    """The clean latents (N, C, h, w) of images: the mean of what the encoder says."""
     found = []
-    for start in range(0, len(renderings), 64):
-        pixels = as_tensors(real_pictures(renderings[start : start + 64], size))
+    for start in range(0, len(images), 64):
+        pixels = as_tensors(images[start : start + 64])
         moments = autoencoder.encode_moments(pixels.to(autoencoder.device))
         found.append(autoencoder.latents_from_moments(moments))
     return torch.cat(found)
 
 
-def ground_of(image: Image.Image, border: int = 3) -> str:
-    """The background word nearest to the median colour of a picture's border."""
-    pixels = np.asarray(image.convert("RGB"), np.float64)
-    inside = np.zeros(pixels.shape[:2], bool)
-    inside[border:-border, border:-border] = True
-    colour = np.median(pixels[~inside], axis=0)
-    return min(BACKGROUNDS, key=lambda word: float(np.sum((colour - BACKGROUNDS[word]) ** 2)))
+def concepts(ours: Tensor, rebuilt: Tensor, gallery: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Concept accuracy and distances to the reference, with the autoencoder's ceiling.
 
-
-def concepts(
-    asked: Sequence[Asked], ours: Tensor, rebuilt: Tensor, gallery: Tensor
-) -> dict[str, Any]:
-    """Concept accuracy and distances to the real set, with the autoencoder's ceiling.
-
-    Args: ours, rebuilt: features (N, D) of what was generated, of real pictures through the VAE.
+    Args: ours, rebuilt: features (C, D) of what was generated for each concept, and of one
+          reference image of each through the autoencoder.  gallery, labels: see `ranks`.
     """
-    rows = [item.row for item in asked]
-    figures: dict[str, Any] = {"gallery": len(gallery), "prompts": len(asked)}
+    figures: dict[str, Any] = {"prompts": len(ours), "gallery": len(gallery)}
     for name, found in (("", ours), ("real through VAE: ", rebuilt)):
-        order = ranks(found, gallery, rows)
+        order = ranks(found, gallery, labels, range(len(found)))
         figures |= {
             f"{name}concept top-1": share_within(order, 1),
             f"{name}concept top-5": share_within(order, 5),
             f"{name}Fréchet distance": frechet_distance(found, gallery),
             f"{name}kernel distance x1000": 1000 * kernel_distance(found, gallery),
-            f"{name}nearest training picture, cosine distance": float(
+            f"{name}nearest reference image, cosine distance": float(
                 nearest_distance(found, gallery).mean()
             ),
         }
-    real = gallery[rows]
-    order = ranks(real, gallery, rows)
-    figures["real: concept top-1"] = share_within(order, 1)
-    figures["real: concept top-5"] = share_within(order, 5)
-    figures["real: Fréchet distance"] = frechet_distance(real, gallery)
     return figures
-
-
-def style_classifier(drawings: Sequence[Drawing], size: int, features: Features) -> Tensor:
-    """Learn to tell the styles apart from real pictures of every fifth concept or so."""
-    chosen = drawings[:: max(1, len(drawings) // STYLE_EXAMPLES)]
-    examples = [Rendering(d, style, "white") for d in chosen for style in STYLES]
-    labels = torch.arange(len(STYLES)).repeat(len(chosen))
-    return fit_classifier(features(real_pictures(examples, size)), labels, len(STYLES))
-
-
-def styles(
-    asked: Sequence[Asked], found: Tensor, real: Tensor, classifier: Tensor
-) -> dict[str, float]:
-    """Style accuracy of generated pictures, and the classifier's on the real ones."""
-    words = list(STYLES)
-    wanted = torch.tensor([words.index(item.rendering.style) for item in asked])
-    return {
-        "style accuracy": float((classify(found, classifier) == wanted).double().mean()),
-        "real: style accuracy": float((classify(real, classifier) == wanted).double().mean()),
-    }
-
-
-def grounds(asked: Sequence[Asked], images: Pictures, real: Pictures) -> dict[str, float]:
-    """Share of pictures whose border has the colour that was asked for."""
-
-    def share(pictures: Pictures) -> float:
-        pairs = zip(asked, pictures, strict=True)
-        return float(np.mean([ground_of(p) == a.rendering.background for a, p in pairs]))
-
-    return {"background accuracy": share(images), "real: background accuracy": share(real)}
-
-
-def compositions(
-    asked: Sequence[Asked],
-    found: Tensor,
-    gallery_of: Callable[[str, str], Tensor],
-) -> float:
-    """Concept top-5 of pictures in any look, each against all concepts in that same look."""
-    hits = []
-    for item, vector in zip(asked, found, strict=True):
-        gallery = gallery_of(item.rendering.style, item.rendering.background)
-        hits += ranks(vector[None], gallery, [item.row])
-    return share_within(hits, 5)
 
 
 @torch.no_grad()

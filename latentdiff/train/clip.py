@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge
@@ -79,6 +79,7 @@ class ClipConfig:
 class ClipTrainConfig(RunConfig):
     """Everything that train_clip.py needs."""
 
+    removed: ClassVar = {"same_look": False}
     output: str = field(default="runs/clip", metadata=FREE)
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tokenizer/, text_encoder/ and
     clip/."""
@@ -101,9 +102,6 @@ class ClipTrainConfig(RunConfig):
     """Weight of the teacher's loss beside the contrastive one."""
     teacher_words: int = 8000
     """How many of the teacher's most frequent words are taught beside the captions."""
-    same_look: bool = False
-    """Draw each batch from pictures that look alike (a source says which: the embedded set's style
-    and background), so that only the subject tells them apart."""
     optimizer: OptimizerConfig = field(default_factory=lambda: small_optimizer((0.9, 0.98)))
     """AdamW and its learning rate."""
     loop: LoopConfig = field(default_factory=small_loop)
@@ -235,16 +233,6 @@ def build_clip(config: ClipConfig, tokenizer: ClipTokenizer, image_size: int) ->
     return CLIPModel(
         CLIPConfig(text_config=text, vision_config=image, projection_dim=config.projection)
     )
-
-
-def same_look_indices(
-    looks: dict[str, list[int]], batch_size: int, generator: torch.Generator
-) -> list[int]:
-    """Draw a batch from one group of pictures; every group that fills a batch is equally likely."""
-    groups = [members for members in looks.values() if len(members) >= batch_size]
-    members = groups[int(torch.randint(len(groups), (1,), generator=generator))]
-    chosen = torch.randperm(len(members), generator=generator)[:batch_size]
-    return [members[i] for i in chosen.tolist()]
 
 
 class ClipFeatures(nn.Module):

@@ -1,6 +1,6 @@
 """The configuration of training scripts: what all have, and train_latent.py's own.
 
-The defaults of the latter train the embedded example from scratch.
+The defaults of the latter train from scratch on examples/twemoji.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from latentdiff.config import (
     deciding_values,
     flat,
     given_values,
+    removed_options,
     to_dict,
 )
 from latentdiff.data.source import DataConfig
@@ -260,6 +261,11 @@ def deciding_facts(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, TrainConfig):
         facts["model.channels_last"] = bool(config.model.channels_last)  # null was false before
     return facts
+
+
+def default_facts(config: RunConfig) -> dict[str, Any]:
+    """What `deciding_facts` says of the defaults; removed options have their value for "off"."""
+    return deciding_facts(type(config)()) | removed_options(config)  # type: ignore[call-arg]
 
 
 def check_given(given: Given) -> None:

@@ -16,16 +16,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar, cast
+from typing import IO, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.config import to_dict, to_yaml
+from latentdiff.data.source import EXAMPLE, DataConfig
 from latentdiff.errors import UserError
 from latentdiff.files import write_text
 from latentdiff.train.checkpoint import TrainingState, stored_facts
-from latentdiff.train.config import RunConfig, TrainConfig, deciding_facts
+from latentdiff.train.config import RunConfig, TrainConfig, deciding_facts, default_facts
 from latentdiff.train.distributed import start_processes
 from latentdiff.train.log import Tracker, environment, write_environment
 from latentdiff.train.loop import OptimizerStep, Step, training_loop
@@ -68,6 +69,7 @@ class Run(Generic[Config]):
         self.shape, recut = batch_shape(config, self.accelerator, before)
         self.notes = recut + check_steps_left(before, loop.max_steps)
         self.notes += never_at_peak(config.optimizer, loop.max_steps)
+        self.notes += on_the_example(config.data)
         self._lock: IO[str] | None = None
 
     @property
@@ -116,7 +118,7 @@ class Run(Generic[Config]):
 
         Args:    facts: what decides the numbers besides the configuration.
         """
-        config, kind = self.config, cast("Callable[[], RunConfig]", type(self.config))
+        config = self.config
         self.state = TrainingState(
             models,
             optimizers,
@@ -127,7 +129,7 @@ class Run(Generic[Config]):
             {**deciding_facts(config), "pictures per step": self.shape.total, **facts},
             averages or {},
             whole,
-            defaults=deciding_facts(kind()),  # those of each script have one for every option
+            defaults=default_facts(config),
         )
         self.first_step, self.seconds = self.state.resume() if self.resumes else (0, 0.0)
 
@@ -185,6 +187,11 @@ def check_steps_left(before: dict[str, Any] | None, max_steps: int) -> list[str]
         f"note: all loop.max_steps={max_steps} steps have been made before; nothing is trained, "
         "and the result is written again."
     ] * (done == max_steps)
+
+
+def on_the_example(data: DataConfig) -> list[str]:
+    """Say that nobody named a data set."""
+    return [f"note: data.path is not given; this trains on {EXAMPLE}."] * (data.path is None)
 
 
 def batch_shape(

@@ -576,7 +576,7 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither"):
         open_folder(tmp_path / "file")
     with pytest.raises(UserError, match=r"data\.path is required"):
-        open_source(DataConfig(kind="folder"))
+        open_source(DataConfig(kind="folder", path=""))
 
 
 @pytest.mark.skipif("LATENTDIFF_ASSETS" not in os.environ, reason="LATENTDIFF_ASSETS is not set")

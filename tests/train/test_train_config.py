@@ -9,8 +9,9 @@ from latentdiff.errors import UserError
 from latentdiff.formats.folder import load_components
 from latentdiff.formats.model import save_model
 from latentdiff.train.autoencoder import AutoencoderTrainConfig
+from latentdiff.train.checkpoint import _compare
 from latentdiff.train.clip import ClipTrainConfig
-from latentdiff.train.config import TrainConfig, adopt, deciding_facts, read_config
+from latentdiff.train.config import TrainConfig, adopt, deciding_facts, default_facts, read_config
 from latentdiff.train.parts import frozen_autoencoder, load_parts
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -71,6 +72,15 @@ def test_saved_configurations_with_removed_keys_resume_where_those_were_off(tmp_
     lines = str(refused.value).splitlines()
     assert [line.split(":")[0].strip() for line in lines[1:]] == ["reading", "held"]
     assert all("removed" in line and "environment.json" in line for line in lines[1:])
+
+
+def test_checkpoints_with_removed_options_resume_where_those_were_off() -> None:
+    now, defaults = deciding_facts(TrainConfig()), default_facts(TrainConfig())
+    off = {"data.emoji_variants": 12, "data.emoji_flags": True, "data.emoji_concepts": []}
+    _compare(now | off, now, defaults, Path("x"))
+    with pytest.raises(UserError, match=r"data\.emoji_variants: 3 then, 12 now"):
+        _compare(now | off | {"data.emoji_variants": 3}, now, defaults, Path("x"))
+    assert default_facts(ClipTrainConfig())["same_look"] is False
 
 
 def test_an_objective_without_a_finite_weight_is_refused_before_anything_is_opened() -> None:
