@@ -322,7 +322,7 @@ def _check_complete(path: Path, layers: Layers, unknown: list[str], twice: list[
 
 
 def _low_rank(name: str, roles: Mapping[str, Tensor], said: float | None, rslora: bool) -> LowRank:
-    """One layer's change, α/r B A, or α/√r B A where it is rslora; without an α, B A.
+    """One layer's change: α/r B A, of a rank-stabilised LoRA α/√r B A; α = r where none is said.
 
     Raises: ValueError: its tensors do not make one.
     """
