@@ -239,16 +239,10 @@ class LatentDiffusionPipeline:
             for own, negative, scale in zip(prompts, negatives, scales, strict=True)
             for _ in range(num_images_per_prompt)
         ]
+        guidance = {"rescale": guidance_rescale, "interval": interval}
+        decode = output_type != "latent"
         images = self._sample(
-            conditions,
-            x_T,
-            seeds,
-            plan,
-            rescale=guidance_rescale,
-            interval=interval,
-            batch_size=batch_size,
-            decode=output_type != "latent",
-            progress=progress,
+            conditions, x_T, seeds, plan, guidance, batch_size, decode=decode, progress=progress
         )
         return PipelineOutput(to_output(images, output_type), seeds, [read[p] for p in prompts])
 
@@ -399,27 +393,23 @@ class LatentDiffusionPipeline:
         x_T: Tensor,
         seeds: Sequence[int],
         plan: SamplingPlan,
-        *,
-        rescale: float,
-        interval: tuple[float, float] | None,
+        guidance: Mapping[str, Any],
         batch_size: int,
+        *,
         decode: bool,
         progress: bool,
     ) -> Tensor:
-        """Images in [−1, 1], or latents, of the noise x_T; of all that comes in lists one each."""
+        """Images in [−1, 1], or latents, of the noise x_T.
+
+        Args:    conditions, x_T, seeds: one per image.  guidance: options of `build_denoiser`.
+        """
         rounds, found = passes(conditions, batch_size), dict[int, Tensor]()
         total = len(plan.timesteps) * len(rounds)
         with tqdm(total=total, unit="step", leave=False, disable=not progress) as bar:
             for batch in rounds:
                 contexts, negatives, scales = zip(*(conditions[k] for k in batch), strict=True)
-                denoiser = build_denoiser(
-                    self.network,
-                    torch.stack(contexts),
-                    torch.stack(negatives),
-                    scales,
-                    rescale=rescale,
-                    interval=interval,
-                )
+                stacked = torch.stack(contexts), torch.stack(negatives)
+                denoiser = build_denoiser(self.network, *stacked, scales, **guidance)
                 noise, own_seeds = x_T[batch], [seeds[k] for k in batch]
                 x_0 = sample_latents(self.network, denoiser, noise, own_seeds, plan, bar.update)
                 found |= zip(batch, self.autoencoder.decode(x_0) if decode else x_0, strict=True)
