@@ -42,21 +42,6 @@ from latentdiff.errors import UserError
 Probes = Callable[[int], Tensor]
 
 
-def posterior_coefficients(
-    schedule: NoiseSchedule, s: Timestep, t: Timestep
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of x_0 and x_t in the mean of q(x_s | x_t, x_0), and its variance, for s before t.
-
-        mean = (α_s β/σ_t²) x_0 + (r σ_s²/σ_t²) x_t,   variance = β σ_s²/σ_t²
-
-    where q(x_t | x_s) = N(r x_s, β I); with s = t−1 this is Ho et al. 2020, eq. 6-7.
-    Returns: (weight of x_0, weight of x_t, variance), float64 of t's shape.
-    """
-    scale, beta = schedule.transition(s, t)
-    noise_s, noise_t = schedule.sigma(s).square(), schedule.sigma(t).square()
-    return schedule.alpha(s) * beta / noise_t, scale * noise_s / noise_t, beta * noise_s / noise_t
-
-
 def posterior_mean(x_t: Tensor, x_0: Tensor, t: Timestep, schedule: NoiseSchedule) -> Tensor:
     """Mean of q(x_{t−1} | x_t, x_0) as a weighting of the two images.
 
@@ -64,7 +49,7 @@ def posterior_mean(x_t: Tensor, x_0: Tensor, t: Timestep, schedule: NoiseSchedul
 
     Args:    x_t, x_0: (B, C, H, W).  t: (B,) or a number.
     """
-    weight_x_0, weight_x_t, _ = posterior_coefficients(schedule, t - 1, t)
+    weight_x_0, weight_x_t, _ = schedule.posterior(t - 1, t)
     return per_sample(weight_x_0, x_0) * x_0 + per_sample(weight_x_t, x_t) * x_t
 
 
@@ -90,7 +75,7 @@ def posterior_variance(t: Timestep, schedule: NoiseSchedule) -> Tensor:
 
     β̃_t = (1 − ᾱ_{t−1})/(1 − ᾱ_t) β_t                        (Ho et al. 2020, eq. 7)
     """
-    return posterior_coefficients(schedule, t - 1, t)[2]
+    return schedule.posterior(t - 1, t)[2]
 
 
 def reconstruction_term(x_0: Tensor, x_0_hat: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -353,7 +338,7 @@ def _visit(
     """One level per image: KL_t, the lecture's term of t − 1, mean |x_0 − x̂_0|²; (B,) each."""
     x_t = schedule.q_sample(x_0, noise[0], t)
     x_0_hat = denoiser(x_t, t)
-    weight_x_0, weight_x_t, variance = posterior_coefficients(schedule, t - 2, t)
+    weight_x_0, weight_x_t, variance = schedule.posterior(t - 2, t)
     mean = per_sample(weight_x_0, x_0) * x_0 + per_sample(weight_x_t, x_t) * x_t
     x_prev = mean + per_sample(variance.sqrt(), x_0) * noise[1]  # of q(x_{t−2} | x_t, x_0)
     return (

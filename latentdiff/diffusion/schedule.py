@@ -180,6 +180,18 @@ class NoiseSchedule:
         scale = self.alpha(t) / self.alpha(s)
         return scale, self.sigma(t).square() - (scale * self.sigma(s)).square()
 
+    def posterior(self, s: Timestep, t: Timestep) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights of x_0 and x_t in the mean of q(x_s | x_t, x_0), and its variance, for s < t.
+
+            mean = (α_s β/σ_t²) x_0 + (r σ_s²/σ_t²) x_t,   variance = β σ_s²/σ_t²
+
+        where q(x_t | x_s) = N(r x_s, β I); with s = t−1 this is Ho et al. 2020, eq. 6-7.
+        Returns: (weight of x_0, weight of x_t, variance), float64 of t's shape.
+        """
+        scale, beta = self.transition(s, t)
+        noise_s, noise_t = self.sigma(s).square(), self.sigma(t).square()
+        return self.alpha(s) * beta / noise_t, scale * noise_s / noise_t, beta * noise_s / noise_t
+
     def beta(self, t: Timestep) -> Tensor:
         """β_t, the variance that one step from t−1 to t adds."""
         return self.transition(self._checked(t) - 1, t)[1]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from gaussian_oracle import Gaussian, normal
 
-from latentdiff.diffusion.bounds import posterior_coefficients
 from latentdiff.diffusion.samplers import run, sample, timestep_grid
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 
@@ -102,7 +101,7 @@ def chain_moments(
     for t, s in zip(grid, [*grid[1:], schedule.clean_timestep], strict=True):
         alpha, sigma = schedule.alpha(t).item(), schedule.sigma(t).item()
         slope, offset = DATA.estimate(alpha, sigma)
-        weight_x_0, weight_x_t, spread = map(float, posterior_coefficients(schedule, s, t))
+        weight_x_0, weight_x_t, spread = map(float, schedule.posterior(s, t))
         if sampler == "ddpm":
             if options.get("variance") == "fixed_large":
                 spread = schedule.transition(s, t)[1].item() if s != schedule.clean_timestep else 0

@@ -7,7 +7,6 @@ from latentdiff.diffusion.bounds import (
     bits_per_dimension,
     denoising_term,
     elbo,
-    posterior_coefficients,
     posterior_mean,
     posterior_mean_from_eps,
     posterior_variance,
@@ -47,7 +46,7 @@ def test_posterior_is_bayes_rule(kind: str) -> None:
     noise_s = schedule.sigma(s).item() ** 2
     precision = scale**2 / beta + 1 / noise_s
     mean = (scale * x_t / beta + schedule.alpha(s).item() * x_0 / noise_s) / precision
-    weight_x_0, weight_x_t, variance = map(float, posterior_coefficients(schedule, s, t))
+    weight_x_0, weight_x_t, variance = map(float, schedule.posterior(s, t))
     assert weight_x_0 * x_0 + weight_x_t * x_t == pytest.approx(mean, rel=1e-10)
     assert variance == pytest.approx(1 / precision, rel=1e-10)
 

@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from latentdiff.diffusion.bounds import posterior_coefficients
 from latentdiff.diffusion.prediction import Denoiser, estimate_at
 from latentdiff.diffusion.samplers.step import (
     Bound,
@@ -60,7 +59,7 @@ def ddpm(
     for step in steps:
         t, s = step.now.t, step.next.t
         x_0 = estimate_at(denoiser, x, t)
-        weight_x_0, weight_x_t, spread = map(float, posterior_coefficients(steps.schedule, s, t))
+        weight_x_0, weight_x_t, spread = map(float, steps.schedule.posterior(s, t))
         if variance == "fixed_large":
             spread = float(steps.schedule.transition(s, t)[1])
         x = weight_x_0 * x_0 + weight_x_t * x
@@ -93,7 +92,7 @@ def ddim(
         x_0 = estimate_at(denoiser, x, t)
         eps = (x - step.now.alpha * x_0) / step.now.sigma
         x_0 = x_0 if bound is None else bound(x_0)
-        spread = eta**2 * float(posterior_coefficients(steps.schedule, s, t)[2])
+        spread = eta**2 * float(steps.schedule.posterior(s, t)[2])
         direction = max(step.next.sigma**2 - spread, 0.0) ** 0.5
         x = step.next.alpha * x_0 + direction * eps
         if spread > 0:
