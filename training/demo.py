@@ -1,10 +1,11 @@
-"""See it work: the embedded model draws, learns an artist's style, and draws the same again.
+"""See it work: the embedded model draws, learns a style, and draws the same again.
 
     python training/demo.py [--output FOLDER] [section.key=value ...]
 
-Writes FOLDER/before.png (the embedded model's images), trains a LoRA on examples/twemoji with
-train_latent.py and training/configs/demo.yaml, and writes FOLDER/grid.png: the same prompts and
-seeds before (odd rows) and after (even rows). None of them asks for a thing in examples/twemoji.
+Writes FOLDER/before.png (the embedded model's images) and FOLDER/images (those of examples/twemoji
+in blue and white), trains a LoRA on them with train_latent.py and training/configs/demo.yaml, and
+writes FOLDER/grid.png: the same prompts and seeds before (odd rows) and after (even rows). None of
+them asks for a thing in examples/twemoji.
 """
 
 from __future__ import annotations
@@ -34,6 +35,24 @@ PROMPTS = (
     *("a strawberry", "a hamburger", "a mushroom", "a sunflower", "a rocket", "a castle"),
     *("a guitar", "a sailboat"),
 )
+
+
+#: Black becomes the first colour and white the second, as in a cyanotype.
+COLOURS = ("white", "#123a7c")
+
+
+def make_images(folder: Path) -> None:
+    """Write what the LoRA learns from: the example drawings in two colours, with their captions."""
+    from PIL import ImageOps
+
+    from latentdiff.data.source import DataConfig, open_source
+
+    source = open_source(DataConfig())
+    folder.mkdir()
+    for example in (source[index] for index in range(len(source))):
+        file = folder / Path(example.name).with_suffix(".png")
+        ImageOps.colorize(example.image.convert("L"), *COLOURS).save(file)
+        file.with_suffix(".txt").write_text(example.captions[0], encoding="utf-8")
 
 
 def draw(lora: Path | None = None) -> list[Image]:
@@ -83,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = draw()
     save([before], first)
     print(f"before the training: {first.resolve()}", flush=True)
-    if code := train(["--config", str(CONFIG), f"output={run}", *options.overrides]):
+    make_images(folder / "images")
+    own = [f"data.path={folder / 'images'}", f"output={run}"]
+    if code := train(["--config", str(CONFIG), *own, *options.overrides]):
         return code
     save([before, draw(run / "lora" / "pytorch_lora_weights.safetensors")], both)
     for at in range(0, len(PROMPTS), COLUMNS):
