@@ -151,10 +151,11 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     }
     with ema.applied():
         exported = gather_state(unet)
-    if accelerator.is_main_process:
-        from safetensors.torch import save_file
+        if accelerator.is_main_process:
+            from safetensors.torch import save_file
 
-        save_file({k: v.contiguous() for k, v in exported.items()}, folder / "exported.safetensors")
+            whole = {k: v.contiguous() for k, v in exported.items()}
+            save_file(whole, folder / "exported.safetensors")
     rank = accelerator.process_index
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     accelerator.wait_for_everyone()

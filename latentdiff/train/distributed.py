@@ -231,9 +231,9 @@ def release(module: nn.Module) -> None:
 
 
 def gather_state(module: nn.Module) -> dict[str, Any]:
-    """A copy of a module's whole state dict on the CPU: on the first process, empty elsewhere.
+    """A sharded module's whole state dict, on the CPU of the first process; empty elsewhere.
 
-    Every process must call this.
+    Every process must call this. Of a module that is not sharded it may be the weights themselves.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
