@@ -42,6 +42,11 @@ class AutoencoderConfig:
     mid_block_attention: bool = True
     """Self-attention at the lowest resolution."""
 
+    @property
+    def downscale(self) -> int:
+        """How many pixels one latent position stands for, in each direction."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
     def validate(self) -> list[str]:
         """List what no network has."""
         problems = too_small(self, layers_per_block=1, latent_channels=1, norm_num_groups=1)
@@ -95,6 +100,9 @@ class AutoencoderTrainConfig(RunConfig):
     """The pictures."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """The network."""
+    crop_size: int | None = None
+    """Train on squares of this many pixels, cut out of the data.image_size pictures at random: the
+    network is convolutional, and a small square costs less. null trains on whole pictures."""
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     """The loss."""
     preload: bool = False
@@ -111,6 +119,14 @@ class AutoencoderTrainConfig(RunConfig):
         if self.preload and self.data.crop == "random":
             problems.append(
                 "preload keeps one crop of every picture; set data.crop=center, or preload=false."
+            )
+        unit, largest = self.autoencoder.downscale, self.data.image_size
+        if self.crop_size is not None and (
+            not unit <= self.crop_size <= largest or self.crop_size % unit
+        ):
+            problems.append(
+                f"crop_size must be a multiple of {unit}, the autoencoder's downscale, and at most "
+                f"data.image_size={largest}, or null; got {self.crop_size}."
             )
         return problems
 
