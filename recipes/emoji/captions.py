@@ -10,7 +10,7 @@ captions and left open in the others; one caption uses another name of the thing
 from __future__ import annotations
 
 from scenes import Chooser, Placed, Scene
-from vocabulary import ARTISTS, Thing, with_article
+from vocabulary import ARTISTS, Thing, is_countable, with_article
 
 _NUMBERS = {2: "two", 3: "three"}
 _PLURALS = {
@@ -83,14 +83,8 @@ def _things(scene: Scene, names: list[str], choose: Chooser, key: str) -> str:
         return choose.pick(f"{key} relation", _PAIRS[scene.relation]).format(a=a, b=b)
     if len(names) == 1:
         return _singular(first, names[0])
-    number = _NUMBERS[len(names)]
-    if (
-        with_article(names[0]) == names[0]
-    ):  # no plural: "two pictures of bread", "two pairs of jeans"
-        counted = f"{number} times {_coloured(first, names[0])}"
-    else:
-        counted = f"{number} {_coloured(first, plural(names[0]))}"
-    return counted
+    name = names[0] if is_countable(names[0]) else first.thing.name
+    return f"{_NUMBERS[len(names)]} {_coloured(first, plural(name))}"
 
 
 def _coloured(one: Placed, name: str) -> str:
@@ -98,9 +92,8 @@ def _coloured(one: Placed, name: str) -> str:
 
 
 def _singular(one: Placed, name: str) -> str:
-    if with_article(name) == name:
-        return _coloured(one, name)
-    return with_article(_coloured(one, name))
+    said = _coloured(one, name)
+    return with_article(said) if is_countable(name) else said
 
 
 def _ground(scene: Scene, choose: Chooser, number: int) -> str:

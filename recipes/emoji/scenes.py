@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import resvg_py
 from PIL import Image
-from vocabulary import ARTISTS, Thing, held_out, unit_hash
+from vocabulary import ARTISTS, Thing, held_out, is_countable, unit_hash
 
 SIDE = 128
 #: Drawings are made larger than they are shown.
@@ -140,7 +140,7 @@ def compose(things: Sequence[Thing], drawings: Drawings, choose: Chooser) -> Sce
     first = _one(things, choose, "first")
     if kind < 0.62:
         relation, chosen, boxes = None, [first], [_box(choose, "box", (0, 0, SIDE, SIDE), 74, 120)]
-    elif kind < 0.76:
+    elif kind < 0.76 and is_countable(first.name):
         count = choose.pick("count", (2, 2, 3))
         relation, chosen, boxes = None, [first] * count, _slots(choose, count)
     else:

@@ -74,11 +74,17 @@ def held_out(kind: str, *names: str) -> bool:
     return unit_hash("held out", kind, *names) < HELD_OUT[kind]
 
 
-def with_article(name: str) -> str:
-    """Put "a" or "an" before a name that takes one."""
+def is_countable(name: str) -> bool:
+    """Whether a name takes an article and a plural: "cup", and not "bread" or "jeans"."""
     last = name.split()[-1]
     plural = last.endswith("s") and not last.endswith("ss") and last not in _WORDS["singular"]
-    if not {"of", "with"} & {*name.split()} and (plural or {name, last} & {*_WORDS["no_article"]}):
+    whole = bool({"of", "with"} & {*name.split()})
+    return whole or not (plural or {name, last} & {*_WORDS["no_article"]})
+
+
+def with_article(name: str) -> str:
+    """Put "a" or "an" before a name that takes one."""
+    if not is_countable(name):
         return name
     return f"{'an' if name[0] in 'aeio' or name.startswith('um') else 'a'} {name}"
 
