@@ -56,6 +56,22 @@ def test_psnr_by_hand_and_only_inside_the_mask():
     assert psnr(image, target).item() == pytest.approx(20 + 10 * math.log10(2), abs=1e-4)
 
 
+def test_an_untrained_network_keeps_the_size_of_pictures_and_knows_its_noise():
+    torch.manual_seed(0)
+    config = AutoencoderConfig((16, 32, 48, 96, 160), latent_channels=32, mid_block_attention=False)
+    vae = build_autoencoder(config, 64)
+    sizes = []
+    for level in vae.encoder.down_blocks:
+        level.register_forward_hook(lambda module, given, out: sizes.append(out.pow(2).mean()))
+    with torch.no_grad():
+        mean, logvar = posterior(vae, torch.randn(8, 3, 64, 64))
+    # An orthogonal convolution to as many channels keeps the square of the norm, so the mean over
+    # four times fewer places is at most four times, and over more channels less.
+    assert all(0.05 < size < 4 for size in sizes)
+    assert 0.1 < mean.pow(2).mean() < 1
+    torch.testing.assert_close(logvar, torch.full_like(logvar, -4.0))
+
+
 def test_folding_standardises_latents_and_leaves_pictures_alone():
     torch.manual_seed(0)
     vae = build_autoencoder(TINY, 16).double()
