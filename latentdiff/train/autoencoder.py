@@ -151,11 +151,9 @@ def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> Autoencode
     # orthogonal (arXiv:1312.6120): the network begins linear, and pictures and gradients keep their
     # size through its ten or twenty layers, where torch's default divides it by √3 in each.
     for name, module in vae.named_modules():
-        if name.endswith(".conv2"):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d) and not name.endswith(".conv1"):
-            nn.init.orthogonal_(module.weight)
+        if isinstance(module, nn.Conv2d) and not name.endswith(".conv1"):
+            (nn.init.zeros_ if name.endswith(".conv2") else nn.init.orthogonal_)(module.weight)
+            assert module.bias is not None
             nn.init.zeros_(module.bias)
     assert isinstance(vae.quant_conv, nn.Conv2d) and vae.quant_conv.bias is not None
     # Start with σ = e⁻², not 1, so that the decoder sees the picture from the first step.

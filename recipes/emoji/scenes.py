@@ -137,7 +137,7 @@ def compose(things: Sequence[Thing], drawings: Drawings, choose: Chooser) -> Sce
     """Decide a picture's content."""
     kind = choose.share("kind")
     artist = choose.pick("artist", tuple(ARTISTS))
-    first = _one(things, choose, "first")
+    first = choose.pick("first", things)
     if kind < 0.62:
         relation, chosen, boxes = None, [first], [_box(choose, "box", (0, 0, SIDE, SIDE), 74, 120)]
     elif kind < 0.76 and is_countable(first.name):
@@ -158,14 +158,10 @@ def compose(things: Sequence[Thing], drawings: Drawings, choose: Chooser) -> Sce
     return Scene(placed, relation, _ground(placed, drawings, choose))
 
 
-def _one(things: Sequence[Thing], choose: Chooser, name: str) -> Thing:
-    return choose.pick(name, things)
-
-
 def _partner(things: Sequence[Thing], first: Thing, choose: Chooser) -> Thing:
     """Another thing that is seen beside the first in training."""
     for attempt in range(len(things)):
-        second = _one(things, choose, f"partner {attempt}")
+        second = choose.pick(f"partner {attempt}", things)
         pair = sorted((first.name, second.name))
         if second != first and not held_out("pair", *pair):
             return second
