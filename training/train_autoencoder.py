@@ -58,7 +58,8 @@ def batch_maker(
     """
     config, shape, device = run.config, run.shape, run.accelerator.device
     network = config.autoencoder
-    side = config.data.image_size // 2 ** (len(network.block_out_channels) - 1)
+    size = config.crop_size or config.data.image_size
+    side = size // network.downscale
     noise = (shape.total, network.latent_channels, side, side)
     order = run.order(indices)
     read = (
@@ -72,11 +73,27 @@ def batch_maker(
         flips = torch.rand(shape.total, 1, 1, 1, generator=generator)[part] < 0.5
         eps = torch.randn(noise, generator=generator)[part]
         images = read(order(shape.samples(step, micro)))
+        if config.crop_size is not None:
+            places = torch.rand(shape.total, 2, generator=generator)[part]
+            images = random_squares(images, size, places)
         images = torch.where(flips.to(images.device), images.flip(3), images)
         images = images.to(memory_format=torch.channels_last)
         return to_device(images, device), to_device(eps, device)
 
     return make
+
+
+def random_squares(images: Tensor, size: int, places: Tensor) -> Tensor:
+    """Cut a square of `size` pixels out of each picture.
+
+    Args:
+        images: (B, 3, H, W).
+        places: (B, 2) in [0, 1): how far down and to the right of all its places each square is.
+    Returns: (B, 3, size, size).
+    """
+    corners = (places * (torch.tensor(images.shape[2:]) - size + 1)).long().tolist()
+    squares = zip(images, corners, strict=True)
+    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in squares])
 
 
 def on_demand(source: Source, data: DataConfig) -> Callable[[list[int]], Tensor]:

@@ -43,6 +43,11 @@ class AutoencoderConfig:
     mid_block_attention: bool = True
     """Self-attention at the lowest resolution."""
 
+    @property
+    def downscale(self) -> int:
+        """How many pixels one latent position stands for, in each direction."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
     def validate(self) -> list[str]:
         """List what no network has."""
         channels, groups = self.block_out_channels, self.norm_num_groups
@@ -84,6 +89,9 @@ class AutoencoderTrainConfig(RunConfig):
     """The pictures."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """The network."""
+    crop_size: int | None = None
+    """Train on squares of this many pixels, cut out of the data.image_size pictures at random: the
+    network is convolutional, and a small square costs less. null trains on whole pictures."""
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     """The loss."""
     preload: bool = False
@@ -100,6 +108,14 @@ class AutoencoderTrainConfig(RunConfig):
         if self.preload and self.data.crop == "random":
             problems.append(
                 "preload keeps one crop of every picture; set data.crop=center, or preload=false."
+            )
+        unit, largest = self.autoencoder.downscale, self.data.image_size
+        if self.crop_size is not None and (
+            not unit <= self.crop_size <= largest or self.crop_size % unit
+        ):
+            problems.append(
+                f"crop_size must be a multiple of {unit}, the autoencoder's downscale, and at most "
+                f"data.image_size={largest}, or null; got {self.crop_size}."
             )
         return problems
 
@@ -120,14 +136,18 @@ def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> Autoencode
             "scaling_factor": SD_SCALING_FACTOR,
         }
     )
+    # Every residual branch starts at zero (arXiv:1901.09321) and every convolution between them
+    # orthogonal (arXiv:1312.6120): the network begins linear, and pictures and gradients keep their
+    # size through its ten or twenty layers, where torch's default divides it by √3 in each.
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.endswith(".conv1"):
+            (nn.init.zeros_ if name.endswith(".conv2") else nn.init.orthogonal_)(module.weight)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
     assert isinstance(vae.quant_conv, nn.Conv2d) and vae.quant_conv.bias is not None
     # Start with σ = e⁻², not 1, so that the decoder sees the picture from the first step.
-    torch.nn.init.constant_(vae.quant_conv.bias[config.latent_channels :], -4.0)
-    # Every residual branch starts at zero (arXiv:1901.09321): the network begins almost linear, and
-    # colours get through from the first steps.
-    for name, parameter in vae.named_parameters():
-        if ".conv2." in name:
-            torch.nn.init.zeros_(parameter)
+    nn.init.zeros_(vae.quant_conv.weight[config.latent_channels :])
+    nn.init.constant_(vae.quant_conv.bias[config.latent_channels :], -4.0)
     return vae
 
 

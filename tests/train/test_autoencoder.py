@@ -25,6 +25,7 @@ from latentdiff.models.autoencoder_losses import (
 )
 from latentdiff.train.autoencoder import (
     AutoencoderConfig,
+    AutoencoderPass,
     AutoencoderTrainConfig,
     build_autoencoder,
     fold_statistics,
@@ -53,6 +54,22 @@ def test_psnr_by_hand_and_only_inside_the_mask():
     mask[..., :2] = 1
     assert psnr(image, target, mask).item() == pytest.approx(20, abs=1e-4)
     assert psnr(image, target).item() == pytest.approx(20 + 10 * math.log10(2), abs=1e-4)
+
+
+def test_an_untrained_network_keeps_the_size_of_pictures_and_knows_its_noise():
+    torch.manual_seed(0)
+    config = AutoencoderConfig((16, 32, 48, 96, 160), latent_channels=32, mid_block_attention=False)
+    vae = build_autoencoder(config, 64)
+    sizes = []
+    for level in vae.encoder.down_blocks:
+        level.register_forward_hook(lambda module, given, out: sizes.append(out.pow(2).mean()))
+    with torch.no_grad():
+        mean, logvar = posterior(vae, torch.randn(8, 3, 64, 64))
+    # An orthogonal convolution to as many channels keeps the square of the norm, so the mean over
+    # four times fewer places is at most four times, and over more channels less.
+    assert all(0.05 < size < 4 for size in sizes)
+    assert 0.1 < mean.pow(2).mean() < 1
+    torch.testing.assert_close(logvar, torch.full_like(logvar, -4.0))
 
 
 def test_folding_standardises_latents_and_leaves_pictures_alone():
@@ -174,6 +191,36 @@ def test_preloaded_pictures_are_the_decoded_ones(picture_folder):
     kept = script["preloaded"](source, indices, data, torch.device("cpu"))(chosen)
     assert now.shape == (3, 3, 32, 32)
     torch.testing.assert_close(kept, now, atol=1 / 255 + 1e-6, rtol=0)  # half of an 8-bit step
+
+
+def test_random_squares_are_where_their_places_say():
+    images = torch.arange(3 * 2 * 5 * 7).view(3, 2, 5, 7)
+    places = torch.tensor([[0.0, 0.0], [0.999, 0.999], [0.5, 0.5]])
+    squares = runpy.run_path(str(SCRIPT))["random_squares"](images, 4, places)
+    expected = [images[0, :, :4, :4], images[1, :, 1:, 3:], images[2, :, 1:, 2:6]]
+    torch.testing.assert_close(squares, torch.stack(expected))
+
+
+def test_script_trains_on_crops_of_the_pictures(command, tmp_path, monkeypatch):
+    script = runpy.run_path(str(SCRIPT))
+    seen = []
+    forward = AutoencoderPass.forward
+
+    def look(self, images, eps):
+        seen.append((images.shape, eps.shape))
+        return forward(self, images, eps)
+
+    monkeypatch.setattr(AutoencoderPass, "forward", look)
+    assert script["main"](command("crops", "crop_size=16", "loop.max_steps=1")[2:]) == 0
+    assert seen == [((4, 3, 16, 16), (4, 8, 8, 8))]
+    assert load_autoencoder(tmp_path / "crops" / "vae").module.config["sample_size"] == 32
+
+
+@pytest.mark.parametrize("size", (33, 15, 0, 48))
+def test_crops_fit_into_the_pictures_and_the_network(size):
+    wrong = [f"crop_size={size}", "data.image_size=32", "autoencoder.block_out_channels=[8,16]"]
+    with pytest.raises(UserError, match=f"multiple of 2, .* at most data.image_size=32.*{size}"):
+        load_config(AutoencoderTrainConfig, None, wrong)
 
 
 def test_random_crops_are_not_preloaded():
