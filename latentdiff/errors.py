@@ -141,6 +141,31 @@ def _ctrl_c() -> Iterator[_CtrlC]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def ctrl_c_held() -> Iterator[None]:
+    """Let SIGINT act at the end of the block.
+
+    An exception between taking and releasing a lock of `concurrent.futures` would leave it taken,
+    and the pool's threads, for which the process waits at its end, would never end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _say(text: str, code: int) -> None:
     rank = os.environ.get("RANK", "0")
     if code == BAD_INPUT:

@@ -2,10 +2,10 @@
 
     python training/demo.py [--output FOLDER] [section.key=value ...]
 
-Writes FOLDER/before.png (the embedded model's images) and FOLDER/images (those of examples/twemoji
-in blue and white), trains a LoRA on them with train_latent.py and training/configs/demo.yaml, and
-writes FOLDER/grid.png: the same prompts and seeds before (odd rows) and after (even rows). None of
-them asks for a thing in examples/twemoji.
+Writes FOLDER/before.png (the embedded model's images) and FOLDER/images (24 others in blue and
+white), trains a LoRA on them with train_latent.py and training/configs/demo.yaml, and writes
+FOLDER/grid.png: the same prompts and seeds before (odd rows) and after (even rows). None of them
+asks for a thing in FOLDER/images.
 """
 
 from __future__ import annotations
@@ -37,32 +37,36 @@ PROMPTS = (
 )
 
 
+#: What the LoRA learns from; none of PROMPTS is among them.
+CONCEPTS = """
+dog face; tiger face; penguin; frog; elephant; red apple; lemon; watermelon; doughnut; bicycle;
+birthday cake; house; umbrella; bear; rabbit face; whale; bee; banana; pizza; bus; airplane; key;
+clock; tree
+"""
 #: Black becomes the first colour and white the second, as in a cyanotype.
 COLOURS = ("white", "#123a7c")
 
 
-def make_images(folder: Path) -> None:
-    """Write what the LoRA learns from: the example drawings in two colours, with their captions."""
-    from PIL import ImageOps
-
-    from latentdiff.data.source import DataConfig, open_source
-
-    source = open_source(DataConfig())
-    folder.mkdir()
-    for example in (source[index] for index in range(len(source))):
-        file = folder / Path(example.name).with_suffix(".png")
-        ImageOps.colorize(example.image.convert("L"), *COLOURS).save(file)
-        file.with_suffix(".txt").write_text(example.captions[0], encoding="utf-8")
-
-
-def draw(lora: Path | None = None) -> list[Image]:
-    """Generate all prompts with the embedded model, and a LoRA file if one is given."""
+def draw(prompts: Sequence[str], lora: Path | None = None) -> list[Image]:
+    """Generate with the embedded model, and a LoRA file if one is given."""
     from latentdiff import LatentDiffusionPipeline
 
     pipeline = LatentDiffusionPipeline.from_pretrained()
     if lora is not None:
         pipeline.load_lora(lora)
-    return pipeline(list(PROMPTS), seed=0).images
+    return pipeline(list(prompts), seed=0).images
+
+
+def make_images(folder: Path) -> None:
+    """Write captioned images in a style of their own: the model's, in two colours."""
+    from PIL import ImageOps
+
+    folder.mkdir()
+    prompts = [f"a {' '.join(name.split())}" for name in CONCEPTS.split(";")]
+    for prompt, image in zip(prompts, draw(prompts), strict=True):
+        file = folder / f"{prompt.replace(' ', '_')}.png"
+        ImageOps.colorize(image.convert("L"), *COLOURS).save(file)
+        file.with_suffix(".txt").write_text(prompt, encoding="utf-8")
 
 
 def save(rows: Sequence[Sequence[Image]], target: Path) -> None:
@@ -99,14 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = free_folder(options.output)
     first, both, run = folder / "before.png", folder / "grid.png", folder / "run"
     folder.mkdir(parents=True)
-    before = draw()
+    before = draw(PROMPTS)
     save([before], first)
     print(f"before the training: {first.resolve()}", flush=True)
     make_images(folder / "images")
     own = [f"data.path={folder / 'images'}", f"output={run}"]
     if code := train(["--config", str(CONFIG), *own, *options.overrides]):
         return code
-    save([before, draw(run / "lora" / "pytorch_lora_weights.safetensors")], both)
+    save([before, draw(PROMPTS, run / "lora" / "pytorch_lora_weights.safetensors")], both)
     for at in range(0, len(PROMPTS), COLUMNS):
         print(f"two rows, before and after: {', '.join(PROMPTS[at : at + COLUMNS])}")
     print(f"{time.monotonic() - started:.0f} s after the start, images: {both.resolve()}")

@@ -7,9 +7,9 @@ With no argument it trains on examples/twemoji. It ends with OUTPUT/vae, a diffu
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from latentdiff.cli.arguments import command_line
 from latentdiff.data.images import to_tensor
-from latentdiff.data.source import DataConfig, Readable, Source, open_source, split
+from latentdiff.data.source import DataConfig, Readable, Source, map_ahead, open_source, split
 from latentdiff.errors import command
 from latentdiff.formats.folder import save_autoencoder
 from latentdiff.models.autoencoder import Autoencoder
@@ -111,8 +111,8 @@ def preloaded(
     def one(index: int) -> Tensor:
         return ((square(readable[index].image, data) + 1) * 127.5).round().byte()
 
-    with ThreadPoolExecutor() as pool:
-        kept = torch.stack(list(pool.map(one, indices))).to(device)
+    threads = os.cpu_count() or 1
+    kept = torch.stack(list(map_ahead(one, indices, threads, 4 * threads))).to(device)
     row = {index: number for number, index in enumerate(indices)}
 
     def read(chosen: list[int]) -> Tensor:

@@ -22,7 +22,7 @@ from PIL import Image
 from latentdiff.config import FREE
 from latentdiff.data.captions import clean_captions
 from latentdiff.data.images import UnreadableImage, open_grey, open_image, open_with_alpha
-from latentdiff.errors import UserError, printable
+from latentdiff.errors import UserError, ctrl_c_held, printable
 
 T = TypeVar("T")
 #: Captioned drawings to try things with; in the repository, not in an installed package.
@@ -387,17 +387,24 @@ def map_ahead(
 ) -> Iterator[T]:
     """Yield call(item) in order while threads work on at most `ahead` items."""
     waiting: deque[Future[T]] = deque()
+
+    def first() -> T:
+        with ctrl_c_held():
+            return waiting.popleft().result()
+
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(call, item))
+                with ctrl_c_held():
+                    waiting.append(pool.submit(call, item))
                 if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
+                    yield first()
             while waiting:
-                yield waiting.popleft().result()
+                yield first()
         finally:
-            for future in waiting:  # after Ctrl-C what is still in the queue is not waited for
-                future.cancel()
+            with ctrl_c_held():
+                for future in waiting:  # after Ctrl-C what is still in the queue is not waited for
+                    future.cancel()
 
 
 def report_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
