@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -102,3 +104,38 @@ def test_an_error_ends_reading_ahead_and_what_waits_is_not_called() -> None:
         for value in map_ahead(call, range(100), threads=1, ahead=4):
             found.append(value)
     assert found == [0, 1] and max(called) < 10
+
+
+EVERY_CALL = """
+import signal, sys
+from latentdiff.data.source import map_ahead
+
+def run(last):
+    calls = 0
+    def note(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+        if calls == last:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
+    sys.setprofile(note)
+    try:
+        return list(map_ahead(abs, range(6), 2, 3))
+    except KeyboardInterrupt:
+        return []
+    finally:
+        sys.setprofile(None)
+
+number = 1
+while not run(number):
+    number += 1
+print(number)
+"""
+
+
+def test_ctrl_c_at_any_call_leaves_no_thread_of_the_pool_waiting() -> None:
+    """A hang, with the fault: threads wait for a lock that nobody has."""
+    child = subprocess.run(
+        [sys.executable, "-c", EVERY_CALL], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert child.returncode == 0 and int(child.stdout) > 100, child.stderr
