@@ -20,7 +20,7 @@ from latentdiff.config import FREE, AtLeastOne, NotNegative, Share
 from latentdiff.data.source import DataConfig
 from latentdiff.models.autoencoder import LOGVAR_RANGE
 from latentdiff.models.vae import AutoencoderKL
-from latentdiff.train.config import RunConfig, no_muon, small_loop, small_optimizer
+from latentdiff.train.config import RunConfig, small_loop, small_optimizer
 from latentdiff.train.loop import LoopConfig
 from latentdiff.train.optimizer import OptimizerConfig
 
@@ -104,7 +104,7 @@ class AutoencoderTrainConfig(RunConfig):
 
     def validate(self) -> list[str]:
         """List what does not go together."""
-        problems = no_muon(self.optimizer)
+        problems = []
         if self.preload and self.data.crop == "random":
             problems.append(
                 "preload keeps one crop of every picture; set data.crop=center, or preload=false."

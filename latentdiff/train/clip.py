@@ -32,7 +32,7 @@ from latentdiff.models.tokenizer import (
     stated_tokens,
     with_special_tokens,
 )
-from latentdiff.train.config import RunConfig, no_muon, small_loop, small_optimizer
+from latentdiff.train.config import RunConfig, small_loop, small_optimizer
 from latentdiff.train.loop import LoopConfig
 from latentdiff.train.optimizer import OptimizerConfig
 from latentdiff.weights import refuse_overflow, save_tensors
@@ -109,7 +109,7 @@ class ClipTrainConfig(RunConfig):
 
     def validate(self) -> list[str]:
         """List what does not go together."""
-        problems = no_muon(self.optimizer)
+        problems = []
         if self.loop.batch_size == 1:
             problems.append(
                 "loop.batch_size must be at least 2: an image's caption is told from the others of "

@@ -173,13 +173,6 @@ def small_optimizer(betas: tuple[float, float]) -> OptimizerConfig:
     return OptimizerConfig(lr=1e-3, betas=betas, warmup_steps=100, decay="whole_cosine")
 
 
-def no_muon(config: OptimizerConfig) -> list[str]:
-    """Refuse, as `validate` does, an optimizer that knows which layers of the U-Net are which."""
-    if config.kind != "muon":
-        return []
-    return ["optimizer.kind=muon is for the U-Net. Use optimizer.kind=adamw here."]
-
-
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """Everything that train_latent.py needs."""

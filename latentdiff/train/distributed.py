@@ -25,7 +25,6 @@ from torch import Tensor, distributed, nn
 
 from latentdiff.errors import UserError
 from latentdiff.precision import settle_precision
-from latentdiff.train.muon import Muon
 from latentdiff.train.rendezvous import init_method
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ def prepare(
     if not accelerator.is_fsdp2:
         model, prepared = accelerator.prepare(unet, optimizer)
         return model, prepared
-    _check_shardable(unet, optimizer)
+    _check_shardable(unet)
     plugin = accelerator.state.fsdp_plugin
     found = {type(module).__name__ for module in unet.modules()}
     plugin.transformer_cls_names_to_wrap = [name for name in UNITS if name in found]
@@ -149,12 +148,7 @@ def prepare(
     return model, prepared
 
 
-def _check_shardable(unet: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, Muon):
-        raise UserError(
-            "optimizer.kind=muon needs whole matrices, and a sharded process has only some of "
-            "their rows. Use optimizer.kind=adamw, or launch with training/accelerate/ddp.yaml."
-        )
+def _check_shardable(unet: nn.Module) -> None:
     frozen = [n for n, p in unet.named_parameters() if not p.requires_grad]
     if any(not name.startswith("time_proj.") for name in frozen):
         raise UserError(

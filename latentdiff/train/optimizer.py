@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.config import Decay, NotNegative, Positive
 from latentdiff.train.distributed import local
-from latentdiff.train.muon import Muon
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How gradients become steps, and the learning rate over the run."""
 
-    kind: Literal["adamw", "muon", "adamw8bit"] = "adamw"
-    """adamw (Loshchilov & Hutter 2019), muon (Jordan et al. 2024: orthogonal steps for the inner
-    matrices, Adam for the rest; fewer steps, each somewhat dearer), or adamw8bit (Dettmers et al.
-    2022: a quarter of the optimizer's memory; needs bitsandbytes and a GPU)."""
+    removed: ClassVar = {"momentum": 0.95}
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019), or adamw8bit (Dettmers et al. 2022: a quarter of the
+    optimizer's memory; needs bitsandbytes and a GPU)."""
     lr: Positive[float] = 3e-4
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of the two moments."""
-    momentum: Decay = 0.95
-    """Decay of muon's momentum."""
     eps: Positive[float] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: NotNegative[float] = 0.01
@@ -73,32 +70,12 @@ def never_at_peak(config: OptimizerConfig, max_steps: int) -> list[str]:
     ]
 
 
-#: The U-Net's first and last layer face latents and not features: Muon leaves them to Adam.
-_OUTER = ("conv_in.", "conv_out.")
-
-
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The configured optimizer over the trainable parameters.
 
     AdamW takes its fused kernel where the device has one.
     """
-    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    if config.kind == "muon":
-        inner = [p for n, p in trained.items() if p.ndim >= 2 and not n.startswith(_OUTER)]
-        outer = [p for n, p in trained.items() if p.ndim < 2 or n.startswith(_OUTER)]
-        groups = [{"params": inner, "matrices": True}, {"params": outer, "matrices": False}]
-        return Muon(
-            [group for group in groups if group["params"]],
-            config.lr,
-            config.momentum,
-            config.betas,
-            config.eps,
-            config.weight_decay,
-        )
-    return _adamw(list(trained.values()), config)
-
-
-def _adamw(trained: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -129,10 +106,9 @@ def step_if_finite(optimizer: torch.optim.Optimizer, gradient_norm: Tensor) -> N
     """Update the weights unless the gradient holds an infinity or NaN.
 
     The fused kernel decides this on the device (through the flag that gradient scaling uses), so
-    a GPU need not be waited for; so does Muon. On a CPU there is nothing to wait for.
+    a GPU need not be waited for.
     """
-    on_device = isinstance(optimizer, Muon) and gradient_norm.device.type != "cpu"
-    if optimizer.param_groups[0].get("fused") or on_device:
+    if optimizer.param_groups[0].get("fused"):
         optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]

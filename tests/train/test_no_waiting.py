@@ -162,28 +162,6 @@ def test_the_loss_needs_no_number_from_the_device_and_waits_for_no_copy(predicti
     assert all(p.grad is not None for p in unet.parameters() if p.requires_grad)
 
 
-def test_muon_skips_a_bad_gradient_on_the_device_and_moves_as_ever_otherwise() -> None:
-    torch.manual_seed(0)
-    nets = [nn.Linear(6, 4, bias=False) for _ in range(2)]
-    nets[1].load_state_dict(nets[0].state_dict())
-    plain, watched = (make_optimizer(net, OptimizerConfig(kind="muon", lr=1e-2)) for net in nets)
-    for number in range(4):
-        nets[0].weight.grad = torch.randn(4, 6)
-        nets[1].weight.grad = nets[0].weight.grad.clone()
-        plain.step()
-        watched.found_inf = torch.zeros(())  # type: ignore[attr-defined]
-        watched.step()
-        if number == 2:
-            before = nets[1].weight.detach().clone()
-            nets[1].weight.grad = torch.full((4, 6), torch.nan)
-            watched.found_inf = torch.ones(())  # type: ignore[attr-defined]
-            with NoQuestions([nets[1].weight, nets[1].weight.grad, watched.found_inf]) as mode:  # type: ignore[attr-defined]
-                watched.step()
-            assert mode.operations
-            assert torch.equal(before, nets[1].weight)
-    assert torch.equal(nets[0].weight, nets[1].weight)  # its momentum was not spoilt either
-
-
 def test_the_fused_optimizer_decides_on_the_device() -> None:
     net = nn.Linear(3, 3)
     optimizer = make_optimizer(net, OptimizerConfig())

@@ -143,12 +143,6 @@ def test_options_of_before_name_those_of_today(config: type, given: str, words: 
         load_config(config, None, [given])
 
 
-@pytest.mark.parametrize("config", [AutoencoderTrainConfig, ClipTrainConfig])
-def test_muon_is_for_the_unet(config: type) -> None:
-    with pytest.raises(UserError, match=r"Use optimizer\.kind=adamw"):
-        load_config(config, None, ["optimizer.kind=muon"])
-
-
 def test_every_option_of_today_is_one_of_those_that_the_old_section_points_to() -> None:
     for new in AutoencoderTrainConfig.renamed["stage"].values():
         value: Any = AutoencoderTrainConfig()
