@@ -49,7 +49,7 @@ from latentdiff.train.gauges import count_flops
 from latentdiff.train.loop import OptimizerStep
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
 from latentdiff.train.order import BatchShape, Order
-from latentdiff.train.parts import likes_channels_last
+from latentdiff.train.parts import prefers_channels_last
 
 OBJECTIVE = ObjectiveConfig(prediction="eps", weighting="none", condition_dropout=0.0)
 
@@ -72,7 +72,7 @@ class Ours:
         )
         self.encoder_flops = encoder_flops(parts.autoencoder, size.resolution)
         unet = parts.unet.to(device).train()
-        if likes_channels_last(None, accelerator):
+        if prefers_channels_last(None, accelerator):
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         settings = OptimizerConfig(lr=PeerFlags().learning_rate)
         prepared, optimizer = accelerator.prepare(unet, make_optimizer(unet, settings))

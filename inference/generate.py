@@ -47,9 +47,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="may be repeated")
-    reading = parser.add_mutually_exclusive_group().add_argument
-    reading("--long", action="store_true", help="prompts of any length; else what is over is cut")
-    reading("--weighted", action="store_true", help="so too, with (red:1.3), [red] and BREAK")
+    syntax = parser.add_mutually_exclusive_group().add_argument
+    syntax("--long", action="store_true", help="prompts of any length; else what is over is cut")
+    syntax("--weighted", action="store_true", help="so too, with (red:1.3), [red] and BREAK")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     add("--guidance", help="up to 1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
     add("--guidance-interval", metavar="LOW,HIGH", help="guide only at these timesteps")

@@ -19,7 +19,7 @@ def has_fast_bf16(device: torch.device | str) -> bool:
     return kind == "xpu"
 
 
-def settle_precision(wanted: str, device: torch.device | str) -> str:
+def resolve_precision(wanted: str, device: torch.device | str) -> str:
     """Turn `auto` into what the device is fast at: bf16 or no; other words stay as they are."""
     if wanted != "auto":
         return wanted

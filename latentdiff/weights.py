@@ -395,7 +395,7 @@ def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def place_weights(
+def load_weights(
     module: nn.Module,
     state: Mapping[str, Tensor],
     where: str | Path,

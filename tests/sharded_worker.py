@@ -65,7 +65,7 @@ def held_bytes(tensors: Any) -> tuple[int, int]:
     return sum(a for a, _ in pairs), sum(b for _, b in pairs)
 
 
-def picture(row: int, sample: int) -> Tensor:
+def sample_image(row: int, sample: int) -> Tensor:
     """Noisy latents of a picture for a sample, in float64."""
     known = torch.Generator().manual_seed(row)
     noise = torch.Generator().manual_seed(10_000 + sample)
@@ -117,8 +117,8 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         chosen = shape.samples(step, micro)
         found = order(chosen)
         samples.extend([step, n, row] for n, row in zip(chosen, found, strict=True))
-        clean = torch.stack([picture(row, 0) for row in found])
-        return clean, torch.stack([picture(row, n) for n, row in zip(chosen, found, strict=True)])
+        clean = torch.stack([sample_image(row, 0) for row in found])
+        return clean, torch.stack([sample_image(row, n) for n, row in zip(chosen, found, strict=True)])
 
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(folder, first, config, accelerator.is_main_process)

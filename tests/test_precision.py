@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentdiff.precision import has_fast_bf16, settle_precision
+from latentdiff.precision import has_fast_bf16, resolve_precision
 
 
 def cpu(monkeypatch: pytest.MonkeyPatch, *, avx512_bf16: bool, amx: bool) -> None:
@@ -14,15 +14,15 @@ def cpu(monkeypatch: pytest.MonkeyPatch, *, avx512_bf16: bool, amx: bool) -> Non
 def test_a_cpu_without_bf16_instructions_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu(monkeypatch, avx512_bf16=False, amx=False)
     assert not has_fast_bf16("cpu")
-    assert settle_precision("auto", "cpu") == "no"
+    assert resolve_precision("auto", "cpu") == "no"
 
 
 @pytest.mark.parametrize("which", ["avx512_bf16", "amx"])
 def test_a_cpu_with_them_trains_in_bf16(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu(monkeypatch, avx512_bf16=which == "avx512_bf16", amx=which == "amx")
-    assert settle_precision("auto", "cpu") == "bf16"
+    assert resolve_precision("auto", "cpu") == "bf16"
 
 
 @pytest.mark.parametrize("word", ["no", "bf16", "fp16"])
 def test_what_is_asked_for_is_kept(word: str) -> None:
-    assert settle_precision(word, "cpu") == word
+    assert resolve_precision(word, "cpu") == word

@@ -25,7 +25,7 @@ import torch
 
 from latentdiff.cli.arguments import config_parser
 from latentdiff.data.encoder import Encoder
-from latentdiff.data.latents import Encoding, LatentFolder
+from latentdiff.data.latents import CacheBuilder, LatentFolder
 from latentdiff.data.source import open_source, problems_of, report_skipped
 from latentdiff.errors import UserError, command
 from latentdiff.files import default_cache
@@ -66,7 +66,7 @@ def cache(given: Given, worker: Worker) -> None:
     autoencoder, config = frozen_autoencoder(given)
     place = Path(config.latents.cache_dir or default_cache())
     folder = LatentFolder(place, Encoder(autoencoder, config.data, worker.device))
-    work = Encoding(source, folder, config.latents.batch_size)
+    work = CacheBuilder(source, folder, config.latents.batch_size)
     name = f"process {worker.rank} of {worker.ranks}"
     if work.index() is not None:
         print(f"{name}: all {len(source)} pictures are in {folder.path}; nothing to do", flush=True)

@@ -127,7 +127,7 @@ def square(image: Image, data: DataConfig) -> Tensor:
     return to_tensor(image, data.image_size, data.crop, background=data.background)
 
 
-def pictures(source: Source, indices: list[int], data: DataConfig) -> Iterator[Tensor]:
+def image_batches(source: Source, indices: list[int], data: DataConfig) -> Iterator[Tensor]:
     """Read the given pictures in batches of 64."""
     readable = Readable(source)
     for start in range(0, len(indices), 64):
@@ -214,11 +214,11 @@ def export(
 ) -> None:
     """Fold the latent statistics into the weights, measure held-out PSNR, write OUTPUT/vae."""
     spread = train_set[:: max(1, len(train_set) // 2048)]
-    mean, std = latent_statistics(vae, pictures(source, spread, config.data))
+    mean, std = latent_statistics(vae, image_batches(source, spread, config.data))
     fold_statistics(vae, mean, std)
     scores: list[float] = []
     with torch.no_grad():
-        for images in pictures(source, held_out[:: max(1, len(held_out) // 512)], config.data):
+        for images in image_batches(source, held_out[:: max(1, len(held_out) // 512)], config.data):
             rebuilt = vae.decode(posterior(vae, images)[0]).clamp(-1, 1)
             scores += psnr(rebuilt, images).tolist()
     folder = Path(config.output) / "vae"

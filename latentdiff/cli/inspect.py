@@ -209,9 +209,9 @@ def _checkpoint(file: TensorFile, version: str) -> list[tuple[str, str]]:
     if version == "own":
         scheduler = parse_json(file.metadata[CONFIGURATION], file.path)["scheduler"]
         return [("prediction", _prediction(scheduler))]
-    said = stated_prediction(file, yaml_beside(file.path))
+    stated = stated_prediction(file, yaml_beside(file.path))
     unsaid = {"1": "eps (version 1, and the file says nothing else)"}
-    text = said or unsaid.get(version, "not said by the file; measured when it is opened")
+    text = stated or unsaid.get(version, "not stated by the file; measured when it is opened")
     rows = [("prediction", text + (", zero terminal SNR" if has_zero_snr(file) else ""))]
     if any(key.startswith("model_ema.diffusion_model") for key in file.tensors):
         rows.append(("averages", "there, and taken; --variant non_ema takes the newest weights"))
@@ -219,7 +219,7 @@ def _checkpoint(file: TensorFile, version: str) -> list[tuple[str, str]]:
 
 
 def _record(file: TensorFile) -> list[tuple[str, str]]:
-    """What is said about the training, and the fields for people."""
+    """What is stated about the training, and the fields for people."""
     from latentdiff.formats.identify import CONFIGURATION
 
     rows = [

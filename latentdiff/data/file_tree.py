@@ -1,6 +1,6 @@
 """Files below one root, in a folder or a .zip, read with bounds and without leaving it by links.
 
-A folder and an archive are seen the same way: names with '/', bytes, and cheap change marks.
+A folder and an archive are seen the same way: names with '/', bytes, and cheap change stamps.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class FolderTree:
         """Read one file. Raises: OSError, also for more than `limit` bytes."""
         return read_file(self._path(name), limit)
 
-    def mark(self, name: str) -> str:
+    def stamp(self, name: str) -> str:
         """Return what changes whenever the file does, without reading it. Raises: OSError."""
         status = os.stat(self._path(name))
         if not stat.S_ISREG(status.st_mode):
@@ -159,7 +159,7 @@ class ZipTree:
         except EOFError as error:
             raise OSError("the archive ends within it") from error
 
-    def mark(self, name: str) -> str:
+    def stamp(self, name: str) -> str:
         """Return what changes whenever the member does."""
         info = self._archive.getinfo(name)
         return f"{info.file_size}-{info.CRC}"

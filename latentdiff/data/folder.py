@@ -37,7 +37,7 @@ Captions = dict[str, tuple[str, ...]]
 class _Entry(NamedTuple):
     file: str
     captions: tuple[str, ...]
-    mark: str
+    stamp: str
     mask: str | None
 
 
@@ -86,7 +86,7 @@ class FolderSource(FileSource):
         """Hash names, sizes and modification times of the images; reads none of them."""
         digest = hashlib.blake2b(bytes(self.config.background), digest_size=16)
         for entry in self._entries:
-            digest.update(f"{display_name(entry.file)}\x1f{entry.mark}\x1e".encode())
+            digest.update(f"{display_name(entry.file)}\x1f{entry.stamp}\x1e".encode())
         return digest.hexdigest()
 
     def read(self, index: int) -> bytes:
@@ -114,8 +114,8 @@ class FolderSource(FileSource):
                 continue
             mask = masks.get(_normal(splitext(file)[0]))
             try:
-                marks = [self._tree.mark(name) for name in (file, mask) if name is not None]
-                yield _Entry(file, captions[file], "+".join(marks), mask)
+                stamps = [self._tree.stamp(name) for name in (file, mask) if name is not None]
+                yield _Entry(file, captions[file], "+".join(stamps), mask)
             except OSError as error:
                 self._skip(file, f"cannot be read ({error})")
 

@@ -82,7 +82,7 @@ def build_latent_cache(
         image.
     """
     folder = LatentFolder(cache_dir, Encoder(autoencoder, config, device))
-    work = Encoding(source, folder, batch_size, threads)
+    work = CacheBuilder(source, folder, batch_size, threads)
     work.run(progress=progress)
     index = work.index()
     if index is None:
@@ -158,7 +158,7 @@ class Done(NamedTuple):
     """Images that it encoded (equal and already stored ones are not)."""
 
 
-class Encoding:
+class CacheBuilder:
     """Fills a folder with the latents of a source: decodes in threads, encodes in batches.
 
     Args:

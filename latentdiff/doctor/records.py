@@ -94,7 +94,7 @@ class Records:
         return self.readable & (self.table["flags"] & flag > 0)
 
 
-#: What CLIP's text encoder takes, begin and end mark included.
+#: What CLIP's text encoder takes, begin and end token included.
 CLIP_LIMIT = 77
 
 
@@ -103,7 +103,7 @@ class TokenCounter:
     """A way of counting."""
 
     count: Callable[[str], int]
-    """Text → tokens, begin and end mark included."""
+    """Text → tokens, begin and end token included."""
     limit: int
     """What the text encoder takes."""
     words: str

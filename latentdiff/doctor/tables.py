@@ -63,12 +63,12 @@ def mode_table(records: Records) -> list[Row]:
     pairs = Counter(zip(table["format"].tolist(), table["mode"].tolist(), strict=True))
     words = records.words
     return [
-        Row(f"{words[kind]} {words[mode]}", count, what_becomes_of(words[mode]))
+        Row(f"{words[kind]} {words[mode]}", count, conversion_of(words[mode]))
         for (kind, mode), count in pairs.most_common()
     ]
 
 
-def what_becomes_of(mode: str) -> str:
+def conversion_of(mode: str) -> str:
     """What training sees of a colour mode."""
     if mode.startswith("I") or mode == "F":
         return "scaled to 8 bit, grey"

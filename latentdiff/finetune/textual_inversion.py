@@ -3,7 +3,7 @@
     min over v of  E |y − unet(x_t, t, tower(… v …))|²     v: the word's token embeddings
 
 All weights stay; the gradient goes through U-Net and text tower to the word's vectors. The loss is
-that of any training, with every caption said in a template that has the word in it.
+that of any training, with every caption set into a template that has the word in it.
 
 Source: Gal et al. 2022, eq. 2, arXiv:2208.01618.
 """
@@ -42,8 +42,8 @@ class TextualInversionConfig:
     initial: str = ""
     """Words that come near what is learned, to start from; empty starts from the mean token."""
     template: str = "{caption} in the style of {token}"
-    """What is said of a picture whose caption does not name the word itself; for one thing in all
-    pictures `a photo of {token}`."""
+    """Put before captions that do not name the word themselves; for one thing in all images
+    `a photo of {token}`."""
 
     def validate(self) -> list[str]:
         """List what is out of range."""
@@ -57,7 +57,7 @@ class TextualInversionConfig:
         return problems
 
 
-class Sayings:
+class TemplateCaptions:
     """Captions → token ids (B, tokens) of what is said: the template, with the word in it.
 
     The empty caption, for guidance, stays empty. One that is too long loses its own last words, not
@@ -109,7 +109,7 @@ class TextualInversion(Method):
         self.rows = TrainedRows(encoder.module.embeddings.token_embedding, ids)
         encoder.module.embeddings.token_embedding = self.rows
         self.module = TextConditioned(components.unet, encoder)
-        self.encode = Sayings(encoder.tokenizer, config.token, config.template)
+        self.encode = TemplateCaptions(encoder.tokenizer, config.token, config.template)
         self.example = self.encode.say("a cat")
 
     def export(self, components: Components, output: Path, dtype: torch.dtype) -> list[Path]:

@@ -37,7 +37,7 @@ from latentdiff.weights import (
     TEXT_STEM,
     UNET_STEM,
     VAE_STEM,
-    place_weights,
+    load_weights,
     read_weights,
     stored_dtype,
     write_weights,
@@ -127,7 +127,7 @@ def fill_unet(
     unet: UNet, state: Mapping[str, Tensor], where: str | Path, dtype: torch.dtype | None
 ) -> UNet:
     """Put weights into an empty U-Net. Raises: UserError: they do not fit."""
-    place_weights(unet, state, where, dtype)
+    load_weights(unet, state, where, dtype)
     for parameter in unet.parameters():
         parameter.requires_grad_(True)
     unet.time_proj.requires_grad_(False)

@@ -156,9 +156,9 @@ def read_lora(path: str | Path) -> LoraFile:
     refuse_not_finite(path, {k: t for k, t in state.items() if _split_key(k)[1] != "alpha"})
     settings = _read_settings(path, metadata)
     try:
-        said = _stated_alphas(layers, settings)
+        stated = _stated_alphas(layers, settings)
         weights = {
-            name: _low_rank(name, roles, said.get(name), _is_rslora(name, settings))
+            name: _low_rank(name, roles, stated.get(name), _is_rslora(name, settings))
             for name, roles in layers.items()
             if "down" in roles
         }
@@ -321,8 +321,10 @@ def _check_complete(path: Path, layers: Layers, unknown: list[str], twice: list[
         )
 
 
-def _low_rank(name: str, roles: Mapping[str, Tensor], said: float | None, rslora: bool) -> LowRank:
-    """One layer's change: α/r B A, of a rank-stabilised LoRA α/√r B A; α = r where none is said.
+def _low_rank(
+    name: str, roles: Mapping[str, Tensor], stated: float | None, rslora: bool
+) -> LowRank:
+    """One layer's change: α/r B A, of a rank-stabilised LoRA α/√r B A; α = r where none is stated.
 
     Raises: ValueError: its tensors do not make one.
     """
@@ -341,7 +343,7 @@ def _low_rank(name: str, roles: Mapping[str, Tensor], said: float | None, rslora
                 f"the alpha of {name} is {tuple(own.shape)} of {own.dtype}, not one real number"
             )
     else:
-        alpha = (float(rank) if said is None else said) * (rank**0.5 if rslora else 1)
+        alpha = (float(rank) if stated is None else stated) * (rank**0.5 if rslora else 1)
     if not abs(alpha / rank) <= _LARGEST_SCALE:  # nor is NaN
         raise ValueError(
             f"the alpha of {name} is {alpha:g}; over the rank it can be at most {_LARGEST_SCALE:g}"
@@ -482,13 +484,13 @@ _OF_CONTEXT = re.compile(r"attn2[._]to_[kv]$")
 def lora_rows(file: TensorFile) -> list[tuple[str, str]]:
     """Layout, ranks, scale, what is changed and for which model, for people."""
     layers = {n: r for n, r in _by_layer(file.tensors)[0].items() if r.keys() - _AUXILIARY}
-    settings, said = dict[str, Any](), dict[str, float]()
-    # What is wrong with settings is said by reading the file to use it; this describes the rest.
+    settings, stated = dict[str, Any](), dict[str, float]()
+    # What is wrong with settings is stated by reading the file to use it; this describes the rest.
     with suppress(ValueError):
         settings = _read_settings(file.path, file.metadata)
-        said = _stated_alphas(layers, settings)
+        stated = _stated_alphas(layers, settings)
     alphas = [
-        _scalar(roles["alpha"]) if "alpha" in roles else said.get(name)
+        _scalar(roles["alpha"]) if "alpha" in roles else stated.get(name)
         for name, roles in layers.items()
     ]
     ranks = Counter(rank for roles in layers.values() if (rank := _rank(roles)))
@@ -512,7 +514,7 @@ def _alphas_text(alphas: list[float | None], rslora: bool) -> str:
     counts = Counter(f"{alpha:g}" for alpha in alphas if alpha is not None)
     text = ", ".join(alpha for alpha, _ in counts.most_common())
     if not text:
-        text = "not said in the file, which means alpha = rank"
+        text = "not stated in the file, which means alpha = rank"
     elif None in alphas:
         text += f"; {alphas.count(None)} layers say none, which means alpha = rank"
     return text + (", over the root of the rank (rank-rslora)" if rslora else "")

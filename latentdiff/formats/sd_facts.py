@@ -140,9 +140,9 @@ class InferenceYaml:
         """Refuse the file of another model. Raises: UserError."""
         unet = _section(self.params, "unet_config", "params")
         for name, own in (("in_channels", in_channels), ("context_dim", context)):
-            if (said := unet.get(name, own)) != own:
+            if (stated := unet.get(name, own)) != own:
                 raise UserError(
-                    f"{self.path} is of another model: it says {name} {said!r:.40}, and the "
+                    f"{self.path} is of another model: it says {name} {stated!r:.40}, and the "
                     f"weights beside it have {own}. Correct it or give it another name."
                 )
 

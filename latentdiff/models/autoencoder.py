@@ -25,7 +25,7 @@ from latentdiff.files import read_json
 from latentdiff.models.finite import NotFiniteError, broken_weight, check_finite, is_finite
 from latentdiff.models.sizes import check_numbers
 from latentdiff.models.vae import AutoencoderKL, covers, modern_names
-from latentdiff.weights import VAE_STEM, place_weights, read_weights, stored_dtype
+from latentdiff.weights import VAE_STEM, load_weights, read_weights, stored_dtype
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 #: Log-variance given to an autoencoder without one; e^(−30) is no noise at all.
@@ -209,7 +209,7 @@ def fill_autoencoder(
     module: nn.Module, state: Mapping[str, Tensor], where: str | Path, dtype: torch.dtype | None
 ) -> Autoencoder:
     """Put weights into an empty network. Raises: UserError: they do not fit."""
-    place_weights(module, modern_names(state), where, dtype)
+    load_weights(module, modern_names(state), where, dtype)
     autoencoder = Autoencoder(module.eval().requires_grad_(False))
     autoencoder.dtype_on_disk = stored_dtype(state)
     return autoencoder

@@ -26,7 +26,7 @@ from latentdiff.errors import UserError, choice_error
 from latentdiff.files import read_json
 from latentdiff.models.sizes import check_numbers
 from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
-from latentdiff.weights import TEXT_STEM, place_weights, read_weights, stored_dtype
+from latentdiff.weights import TEXT_STEM, load_weights, read_weights, stored_dtype
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def fill_text_encoder(
     dtype: torch.dtype | None,
 ) -> TextEncoder:
     """Put weights into an empty tower. Raises: UserError: they or the tokenizer do not fit."""
-    dropped = place_weights(module, state, where, dtype, useless=USELESS)
+    dropped = load_weights(module, state, where, dtype, useless=USELESS)
     _check_vocabulary(tokenizer, module.config["vocab_size"])
     encoder = TextEncoder(module.eval().requires_grad_(False), tokenizer)
     encoder.dtype_on_disk, encoder.dropped = stored_dtype(state), dropped

@@ -92,7 +92,7 @@ def read_prompt(
     """Cut a prompt up, without encoding it.
 
     Args:    syntax: plain, long or a1111.  room: tokens in a chunk; None: all that fit.
-    Raises:  UserError: unknown reading, or syntax that cannot be read.
+    Raises:  UserError: unknown syntax, or text that cannot be read.
     """
     if syntax not in get_args(PromptSyntax):
         raise choice_error("prompt_syntax", syntax, get_args(PromptSyntax))

@@ -362,8 +362,8 @@ def describe_tokenizer(tokenizer: ClipTokenizer) -> dict[str, Any]:
         pad = special_tokens_of(tokenizer.config)["pad_token"]
         entries = added_entries(tokenizer.backend).values()
         own = [entry for entry in entries if entry["content"] not in (BOS, EOS)]
-        said = {"pad_token": pad, "max_length": tokenizer.max_length}
-        return {CLIP: said | ({"added_tokens": own} if own else {})}
+        stated = {"pad_token": pad, "max_length": tokenizer.max_length}
+        return {CLIP: stated | ({"added_tokens": own} if own else {})}
     config = {k: v for k, v in tokenizer.config.items() if k != "name_or_path"}
     return {
         "tokenizer.json": tokenizer.backend.to_str(),
@@ -381,9 +381,9 @@ def tokenizer_of(description: Mapping[str, Any], max_length: int) -> ClipTokeniz
 
     try:
         if CLIP in description:
-            said = description[CLIP]
-            length = stated_length({"model_max_length": said.get("max_length")}, max_length)
-            return clip_tokenizer(str(said["pad_token"]), length, said.get("added_tokens", ()))
+            stated = description[CLIP]
+            length = stated_length({"model_max_length": stated.get("max_length")}, max_length)
+            return clip_tokenizer(str(stated["pad_token"]), length, stated.get("added_tokens", ()))
         config = dict(description["tokenizer_config.json"])
         backend = Tokenizer.from_str(description["tokenizer.json"])
         return ClipTokenizer(backend, config, stated_length(config, max_length))

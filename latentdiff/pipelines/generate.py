@@ -249,7 +249,7 @@ class LatentDiffusionPipeline:
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.
 
-        Raises:  UserError: an unknown reading, or syntax that cannot be read.
+        Raises:  UserError: an unknown syntax, or one that cannot be read.
         """
         room = self.components.sampling.chunk_tokens
         return read_prompt(self.text_encoder, prompt, prompt_syntax, room)

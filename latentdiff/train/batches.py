@@ -33,7 +33,7 @@ _CAPTION_STREAM, _TAG_STREAM = 0x43415054, 0x54414753
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """How captions vary from one meeting to the next; of several captions one is drawn anyway."""
+    """How captions vary from one use of an image to the next; one of several is drawn anyway."""
 
     shuffle_tags: bool = False
     """Put the parts between commas into another order each time ("1girl, red hair, smile")."""

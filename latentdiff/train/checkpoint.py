@@ -230,13 +230,13 @@ def _together(action: Callable[[], T], step: int) -> list[T]:
         result = action()
     except (OSError, SafetensorError) as error:
         problem = str(error)
-    told = share((result, problem))
-    if found := next((text for _, text in told if text is not None), None):
+    answers = share((result, problem))
+    if found := next((text for _, text in answers if text is not None), None):
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written: {found}. Earlier checkpoints "
             "are as they were. Make room on the disk (or lower loop.keep_last)."
         )
-    return [value for value, _ in told]  # type: ignore[misc]
+    return [value for value, _ in answers]  # type: ignore[misc]
 
 
 def _check_all_there(folder: Path, sizes: Mapping[str, int]) -> None:
@@ -386,8 +386,8 @@ def read_into(checkpoint: Path, name: str, targets: Mapping[str, Tensor]) -> Non
     )
     if missing := [key for key in targets if key not in stored]:
         raise UserError(
-            f"the checkpoint has no {missing[0]} in its {name}. Averages cannot be begun half-way: "
-            "go on with the power_ema.every and power_ema.sigma_rel that the run began with, or "
+            f"the checkpoint has no {missing[0]} in its {name}. Averages cannot be started half-way: go "
+            "on with the power_ema.every and power_ema.sigma_rel that the run began with, or "
             "with power_ema.every=0."
         )
     for key, target in targets.items():

@@ -45,7 +45,7 @@ class ClipConfig:
     vocabulary: AtLeastOne[int] = 2048
     """Entries of the byte-pair vocabulary."""
     max_tokens: Annotated[int, Ge(3)] = 32
-    """Longest caption in tokens, begin and end marks included."""
+    """Longest caption in tokens, begin and end tokens included."""
     text_width: AtLeastOne[int] = 192
     """Width of the text tower; the U-Net's cross_attention_dim."""
     text_layers: AtLeastOne[int] = 4
@@ -112,8 +112,8 @@ class ClipTrainConfig(RunConfig):
         problems = []
         if self.loop.batch_size == 1:
             problems.append(
-                "loop.batch_size must be at least 2: an image's caption is told from the others of "
-                "its batch; got 1."
+                "loop.batch_size must be at least 2: a caption is distinguished from the others of its "
+                "batch; got 1."
             )
         return problems
 
@@ -123,8 +123,8 @@ def train_tokenizer(captions: Iterable[str], size: int, max_tokens: int) -> Clip
 
     Args:
         captions: the texts to learn from.
-        size: entries of the vocabulary, about; the two marks and all single bytes included.
-        max_tokens: ids per text, marks included.
+        size: entries of the vocabulary, about; begin and end token and single bytes included.
+        max_tokens: ids per text, begin and end tokens included.
     """
     from tokenizers import pre_tokenizers, trainers
 

@@ -191,7 +191,7 @@ class TrainConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     """The captioned pictures."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
-    """How captions vary from one meeting to the next."""
+    """How captions vary from one use of an image to the next."""
     latents: LatentsConfig = field(default_factory=LatentsConfig, metadata=FREE)
     """The encoded pictures."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -223,7 +223,7 @@ def read_config(path: Path | None, overrides: Sequence[str]) -> Given:
 
 
 def adopt(given: Given, schedule: ScheduleConfig, prediction: str) -> tuple[TrainConfig, list[str]]:
-    """Take schedule and prediction of a pretrained model over, where the person said nothing.
+    """Take schedule and prediction of a pretrained model over, where the user gave nothing.
 
     Returns: the configuration, and a line for every key that was given and differs.
     """

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from latentdiff.errors import UserError
-from latentdiff.precision import settle_precision
+from latentdiff.precision import resolve_precision
 from latentdiff.train.rendezvous import init_method
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def fsdp_plugin(precision: str) -> Any:
     return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
 
 
-def let_cpus_shard(patience: timedelta, meeting: str | None) -> None:
+def let_cpus_shard(patience: timedelta, rendezvous_url: str | None) -> None:
     """Make Accelerate shard on CPUs (gloo), where it would fall back to copies without a word.
 
     It decides by the kind of device whether FSDP applies and leaves CPUs out; several of them say
@@ -121,7 +121,7 @@ def let_cpus_shard(patience: timedelta, meeting: str | None) -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    if PartialState(cpu=True, timeout=patience, init_method=meeting).num_processes > 1:
+    if PartialState(cpu=True, timeout=patience, init_method=rendezvous_url).num_processes > 1:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
 
 
@@ -260,14 +260,14 @@ def start_processes(mixed_precision: str, cpu: bool = False, shards: bool = Fals
     AcceleratorState._reset_state(reset_partial_state=False)
     # Without cpu=True two processes launched on a machine without a GPU would not find each other.
     cpu = cpu or not torch.accelerator.is_available()
-    meeting = init_method()
-    patience = InitProcessGroupKwargs(init_method=meeting, timeout=_PATIENCE)
+    rendezvous_url = init_method()
+    patience = InitProcessGroupKwargs(init_method=rendezvous_url, timeout=_PATIENCE)
     device = "cpu" if cpu else torch.accelerator.current_accelerator()
-    precision = settle_precision(mixed_precision, device or "cpu")
+    precision = resolve_precision(mixed_precision, device or "cpu")
     sharding = wants_sharding()
     _check_launch(sharding, shards)
     if sharding and cpu:
-        let_cpus_shard(_PATIENCE, meeting)
+        let_cpus_shard(_PATIENCE, rendezvous_url)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,

@@ -98,10 +98,10 @@ def diagnose(
         size = "are no longer finite" if broken else f"have grown to {largest[name]:.2g}"
         advice = _lower_rate(finite[-1])
         return [f"The weights {size} ({name}): the run diverged, so {advice}."]
-    said = [_which(bad), _trend(finite)]
+    sentences = [_which(bad), _trend(finite)]
     if precision == "fp16":
-        said.append("fp16 ends at 65504; loop.mixed_precision=bf16 or no reach further.")
-    return said
+        sentences.append("fp16 ends at 65504; loop.mixed_precision=bf16 or no reach further.")
+    return sentences
 
 
 def check_weights(what: Mapping[str, Mapping[str, Tensor]], step: int) -> None:

@@ -127,13 +127,13 @@ class LatentRun(Run[TrainConfig]):
             self.optimizer_step(self.model, self._prepared),
             self.make_batch,
             gauges=make_gauges(self.components, self.latents, self.accelerator, self.method.adds),
-            look=self._validate_if_due,
+            after_step=self._validate_if_due,
         )
 
     def update_averages(self, step: int) -> None:
         """Move all averages after the optimizer step `step`; store those that are due."""
         self.ema.update(step)
-        with self.tracker.going_on("a stored average"):
+        with self.tracker.tolerate_failure("a stored average"):
             self.powers.update(step)
         self._done = step + 1
 
@@ -145,14 +145,14 @@ class LatentRun(Run[TrainConfig]):
         """Validate, export what was trained, end. Returns: what was written, and how to use it."""
         if not self.validate.due(self._done):
             self.validate(self._done)
-        with self.tracker.going_on("a stored average"):
+        with self.tracker.tolerate_failure("a stored average"):
             self.powers.store(self._done)
         used = peak_memory(self.accelerator.device) / MEBI
         self.tracker.say(f"peak memory: {used:.0f} MB")
         self.tracker.close()
         written = self._export()
         self.end()
-        return ending(self.config, written, self.method)
+        return closing_message(self.config, written, self.method)
 
     def _export(self) -> list[Path]:
         """Let the method write what was trained, with the averaged weights."""
@@ -162,7 +162,7 @@ class LatentRun(Run[TrainConfig]):
             return on_first(lambda: self.method.export(parts, self.output, dtype)) or []
 
 
-def ending(config: TrainConfig, written: list[Path], method: Method) -> str:
+def closing_message(config: TrainConfig, written: list[Path], method: Method) -> str:
     """Say what a run has written and how to use it, as a shell takes it."""
     base, output = config.model.pretrained, quote(config.output)
     model = "" if not method.adds or base in (None, "embedded") else f"--model {quote(base)} "

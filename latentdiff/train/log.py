@@ -81,10 +81,10 @@ class Tracker:
         if not self._active or not rows:
             return
         self._unwritten += [json.dumps(row) + "\n" for row in rows]
-        with self.going_on(METRICS):
+        with self.tolerate_failure(METRICS):
             _append(self._path, "".join(self._unwritten))
             self._unwritten = []
-        with self.going_on("a file of TensorBoard or W&B"):
+        with self.tolerate_failure("a file of TensorBoard or W&B"):
             for writer in self._writers:
                 for row in rows:
                     for name, value in row.items():
@@ -92,7 +92,7 @@ class Tracker:
                             writer.add_scalar(name, value, row["step"])
 
     @contextmanager
-    def going_on(self, what: str) -> Iterator[None]:
+    def tolerate_failure(self, what: str) -> Iterator[None]:
         """Warn, and let the training go on, where `what` cannot be written: a full disk, say."""
         try:
             yield
@@ -112,7 +112,7 @@ class Tracker:
     def image(self, name: str, step: int, picture: Tensor) -> None:
         """Show a picture, uint8 (3, H, W), in TensorBoard and W&B."""
         if self._active:
-            with self.going_on("a picture for TensorBoard or W&B"):
+            with self.tolerate_failure("a picture for TensorBoard or W&B"):
                 for writer in self._writers:
                     writer.add_image(name, picture, step)
 

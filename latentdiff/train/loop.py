@@ -175,9 +175,9 @@ class Log:
         done: int,
         signal: StopSignal,
         save: Callable[[int, float], None],
-        look: Callable[[int], None],
+        after_step: Callable[[int], None],
     ) -> bool:
-        """Log, save and look after `done` steps; say whether the run is over before its last."""
+        """Log, save, call `after_step`; say whether the run is over before its last step."""
         stop = self._log_if_due(done, signal)
         ends = stop or done == self._config.max_steps
         if ends or done % self._config.checkpoint_every == 0:
@@ -196,7 +196,7 @@ class Log:
                 f"stopped by {Signals(signal.number).name} after step {done}; the checkpoint is "
                 "written. Run the same command with --resume to go on.",
             )
-        look(done)
+        after_step(done)
         if stop:
             self._tracker.say(
                 f"loop.max_minutes={self._config.max_minutes} is over at step {done}."
@@ -388,7 +388,7 @@ def training_loop(
     first_step: int = 0,
     seconds: float = 0.0,
     gauges: Callable[[float], dict[str, float]] | None = None,
-    look: Callable[[int], None] = lambda done: None,
+    after_step: Callable[[int], None] = lambda done: None,
     others: Mapping[str, OptimizerStep] | None = None,
 ) -> Iterator[tuple[Step, Batch]]:
     """Yield every micro-batch of the run; save and log in between.
@@ -399,8 +399,8 @@ def training_loop(
         save: (steps made, seconds spent) → writes a checkpoint; called on every process.
         first_step, seconds: steps made and time spent before, when resuming.
         gauges: images per second → more numbers for the row of each log point.
-        look: called with the steps made after each of them, when its checkpoint is written: what
-            fails in looking at the model costs none of it.
+        after_step: called with the steps made so far, after each and when its checkpoint is
+            written: a failing validation costs no step.
         others: of models that the caller's own code trains in the same steps, a discriminator say,
             by the name that their numbers have in the log.
     Raises:
@@ -430,7 +430,7 @@ def training_loop(
                     yield Step(optimizer_step, log, number, last), batch
                 if last and optimizer_step.accelerator.scaler is not None:
                     optimizer_step.accelerator.scaler.update()
-                if last and log.end_step(number + 1, signal, save, look):
+                if last and log.end_step(number + 1, signal, save, after_step):
                     return
     except (UserError, Interrupted):
         tracker.close()  # so that it writes what it holds back

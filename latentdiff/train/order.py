@@ -61,7 +61,7 @@ class BatchShape:
         return slice(samples.start, samples.stop)
 
 
-def recut(shape: BatchShape, total: int) -> BatchShape:
+def rebalance(shape: BatchShape, total: int) -> BatchShape:
     """Cut a global batch of `total` samples up for the processes there are.
 
     Micro-batches become as large as they may: at most `shape.per_process`.

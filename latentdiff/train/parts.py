@@ -37,7 +37,7 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     if model.pretrained is not None:
         base = load_model(model.pretrained, revision=model.revision)
         config, notes = adopt(given, base.schedule, base.prediction)
-        config = settle_size(config, base, "data.image_size" in given.keys)
+        config = resolve_image_size(config, base, "data.image_size" in given.keys)
     # The maths is checked before anything else is opened.
     check_objective(config.objective, config.schedule)
     vae, text = model.vae, model.text_encoder
@@ -60,7 +60,7 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     return components, config, notes
 
 
-def settle_size(config: TrainConfig, base: Components, is_given: bool) -> TrainConfig:
+def resolve_image_size(config: TrainConfig, base: Components, is_given: bool) -> TrainConfig:
     """Train at the pretrained model's picture size, or note in the model that it is another now."""
     unet, scale = base.unet, base.autoencoder.downscale
     size = unet.config.sample_size
@@ -154,7 +154,7 @@ def frozen_autoencoder(given: Given) -> tuple[Any, TrainConfig]:
     return autoencoder, dataclasses.replace(config, data=data)
 
 
-def likes_channels_last(wanted: bool | None, accelerator: Accelerator) -> bool:
+def prefers_channels_last(wanted: bool | None, accelerator: Accelerator) -> bool:
     """The memory layout as configured; without a wish, channels last in 16 bit.
 
     Sharded weights have to be contiguous.
@@ -167,7 +167,7 @@ def likes_channels_last(wanted: bool | None, accelerator: Accelerator) -> bool:
 def prepare_unet(components: Components, config: TrainConfig, accelerator: Accelerator) -> UNet:
     """Put the U-Net on the device in float32, with the configured kernels and memory layout."""
     unet = components.unet.to(accelerator.device, torch.float32)
-    if likes_channels_last(config.model.channels_last, accelerator):
+    if prefers_channels_last(config.model.channels_last, accelerator):
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     unet.set_attention(config.model.attention)
     unet.enable_gradient_checkpointing(config.model.gradient_checkpointing)

@@ -31,7 +31,7 @@ from latentdiff.train.distributed import start_processes
 from latentdiff.train.log import Tracker, environment, write_environment
 from latentdiff.train.loop import OptimizerStep, Step, training_loop
 from latentdiff.train.optimizer import learning_rate, never_at_peak
-from latentdiff.train.order import BatchShape, Order, recut
+from latentdiff.train.order import BatchShape, Order, rebalance
 from latentdiff.train.output import CHECKPOINTS, check_output, is_started, open_output
 from latentdiff.train.rendezvous import was_restarted
 
@@ -66,8 +66,8 @@ class Run(Generic[Config]):
         self.resumes = resume or (was_restarted() and is_started(self.output))
         check_output(self.output, self.resumes)
         before = stored_facts(self.output / CHECKPOINTS) if self.resumes else None
-        self.shape, recut = batch_shape(config, self.accelerator, before)
-        self.notes = recut + check_steps_left(before, loop.max_steps)
+        self.shape, rebalance = batch_shape(config, self.accelerator, before)
+        self.notes = rebalance + check_steps_left(before, loop.max_steps)
         self.notes += never_at_peak(config.optimizer, loop.max_steps)
         self.notes += on_the_example(config.data)
         self._lock: IO[str] | None = None
@@ -208,7 +208,7 @@ def batch_shape(
     )
     if before is None or before["processes"] == count:
         return shape, []
-    kept = recut(shape, before["facts"]["pictures per step"])
+    kept = rebalance(shape, before["facts"]["pictures per step"])
     if kept == shape:
         return shape, []
     return kept, [

@@ -159,7 +159,7 @@ class Validator:
         image = grid(to_output(images, "pil"), border=2)
         if self._accelerator.is_main_process:
             file = Path(self._config.output) / SAMPLES / f"step-{step:08d}{kind}.png"
-            with self._tracker.going_on(str(file)):
+            with self._tracker.tolerate_failure(str(file)):
                 file.parent.mkdir(exist_ok=True)
                 with atomic_file(file) as new:
                     image.save(new)

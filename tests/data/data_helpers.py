@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image
 
 
-def picture(seed: int, size: tuple[int, int] = (20, 16)) -> Image.Image:
+def sample_image(seed: int, size: tuple[int, int] = (20, 16)) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 
 def png(seed: int) -> bytes:
     buffer = io.BytesIO()
-    picture(seed).save(buffer, "PNG")
+    sample_image(seed).save(buffer, "PNG")
     return buffer.getvalue()
 
 

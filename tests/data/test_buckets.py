@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import picture
+from data_helpers import sample_image
 from PIL import Image
 from test_latent_cache import StubAutoencoder, config_of
 
@@ -42,7 +42,7 @@ def test_a_picture_goes_to_the_nearest_shape() -> None:
 def bucketed(folder: Path, **options: object) -> DataConfig:
     folder.mkdir()
     for number, size in enumerate([(30, 30), (60, 24), (24, 60), (31, 30), (62, 25)]):
-        picture(number, size).save(folder / f"{number}.png")
+        sample_image(number, size).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"picture {number}")
     settings = {"image_size": 16, "buckets": True, "bucket_step": 8, **options}
     return config_of(folder, **settings)
@@ -106,7 +106,7 @@ def test_masks_are_kept_beside_the_moments(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "d"
     folder.mkdir()
     for number in range(3):
-        image, mask = picture(number, (16, 16)), Image.new("L", (16, 16), 255)
+        image, mask = sample_image(number, (16, 16)), Image.new("L", (16, 16), 255)
         if number != 2:  # one picture has none
             mask.paste(0, (8, 0, 16, 16))
             if kind == "alpha":

@@ -18,8 +18,8 @@ from test_latent_cache import StubAutoencoder, config_of
 from latentdiff.data import latents
 from latentdiff.data.encoder import Encoder
 from latentdiff.data.latents import (
+    CacheBuilder,
     Done,
-    Encoding,
     LatentFolder,
     Shards,
     build_latent_cache,
@@ -45,7 +45,7 @@ def work(
     """What one process does, and whether the cache is complete afterwards."""
     model = model or StubAutoencoder()
     folder = LatentFolder(cache, Encoder(model, config))
-    encoding = Encoding(open_source(config), folder, 4)
+    encoding = CacheBuilder(open_source(config), folder, 4)
     done = encoding.run(rank, ranks, progress=False)
     return done, encoding.index() is not None
 

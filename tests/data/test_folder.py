@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import picture, png, write_folder
+from data_helpers import sample_image, png, write_folder
 
 from latentdiff.data import file_tree
 from latentdiff.data.images import UnreadableImage
@@ -37,7 +37,7 @@ def test_jsonl(tmp_path: Path) -> None:
     assert isinstance(source, Source)
     assert captions_of(source) == {f"images/{i}.png": (f"picture {i}",) for i in range(3)}
     example = source[1]
-    assert np.array_equal(np.asarray(example.image), np.asarray(picture(1)))
+    assert np.array_equal(np.asarray(example.image), np.asarray(sample_image(1)))
     assert (example.captions, example.name) == (("picture 1",), "images/1.png")
     assert source.problems == []
 

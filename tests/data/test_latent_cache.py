@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import picture, png, write_folder
+from data_helpers import sample_image, png, write_folder
 from torch import Tensor, nn
 
 from latentdiff.data import latents
@@ -178,7 +178,7 @@ class Rendered:
     def __getitem__(self, index: int) -> Example:
         with self.lock:
             self.drawn += 1
-        return Example(picture(index), self.captions(index), self.name(index))
+        return Example(sample_image(index), self.captions(index), self.name(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         return (f"drawing {index}",)

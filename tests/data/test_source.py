@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import picture, png
+from data_helpers import sample_image, png
 from PIL import Image
 from test_latent_cache import StubAutoencoder
 
@@ -54,7 +54,7 @@ def test_a_source_of_files_gives_bytes_and_captions_and_gets_the_rest(tmp_path: 
     source = Bytes(config, [png(0), png(1), b"broken", png(3)], ["a", " ", "c", ["d", "e", "d"]])
     assert isinstance(source, Source) and len(source) == 3
     assert source.problems == [("file 1", "no caption")]
-    assert np.array_equal(np.asarray(source[0].image), np.asarray(picture(0)))
+    assert np.array_equal(np.asarray(source[0].image), np.asarray(sample_image(0)))
     assert source[2].captions == ("d", "e") and source[2].mask is None
     with pytest.raises(UnreadableImage, match="file 2: not a picture but a text file"):
         source[1]
@@ -65,7 +65,7 @@ def test_a_source_of_files_gives_bytes_and_captions_and_gets_the_rest(tmp_path: 
     assert [name for name, _ in cache.skipped] == ["file 1", "file 2"]
 
     masked = Bytes(DataConfig(loss_mask="file"), [png(0)], ["a"])
-    expected = np.asarray(picture(9).convert("L"))
+    expected = np.asarray(sample_image(9).convert("L"))
     mask = masked[0].mask
     assert isinstance(mask, Image.Image) and np.array_equal(np.asarray(mask), expected)
     key = hashlib.blake2b(png(0) + bytes((255, 255, 255)) + png(9), digest_size=16).hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import picture, png
+from data_helpers import sample_image, png
 
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import DataConfig, Source, open_source
@@ -54,7 +54,7 @@ def test_parquet_file_and_folder_of_files_in_order(tmp_path: Path) -> None:
     source = open_table("parquet", tmp_path / "p")
     assert isinstance(source, Source)
     assert [source.captions(i) for i in range(4)] == [("a",), ("b",), ("c",), ("d",)]
-    assert np.array_equal(np.asarray(source[3].image), np.asarray(picture(3)))
+    assert np.array_equal(np.asarray(source[3].image), np.asarray(sample_image(3)))
     assert len(open_table("parquet", tmp_path / "p" / "1.parquet")) == 2
     assert source.fingerprint() == open_table("parquet", tmp_path / "p").fingerprint()
 
@@ -64,7 +64,7 @@ def test_rows_without_captions_are_reported(tmp_path: Path) -> None:
     source = open_table("parquet", tmp_path / "a.parquet")
     assert [source.name(i) for i in range(len(source))] == ["row 0", "row 3"]
     assert source.problems == [("row 1", "no caption"), ("row 2", "no caption")]
-    assert np.array_equal(np.asarray(source[1].image), np.asarray(picture(3)))
+    assert np.array_equal(np.asarray(source[1].image), np.asarray(sample_image(3)))
 
 
 def test_bytes_paths_lists_and_class_labels(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_bytes_paths_lists_and_class_labels(tmp_path: Path) -> None:
         source[2]
     source = open_table("parquet", path, image_column="file", caption_column="label")
     assert source[0].captions == ("tabby cat",)
-    assert np.array_equal(np.asarray(source[0].image), np.asarray(picture(7)))
+    assert np.array_equal(np.asarray(source[0].image), np.asarray(sample_image(7)))
     with pytest.raises(UnreadableImage, match=r"gone\.png"):
         source[1]
 
@@ -117,12 +117,12 @@ def test_paths_and_links_out_of_the_data_folder(kind: str, tmp_path: Path) -> No
         (root / "link.png").unlink()
     source = open_table(kind, root, **options)
     for inside in (0, 4, 5):
-        assert np.array_equal(np.asarray(source[inside].image), np.asarray(picture(7)))
+        assert np.array_equal(np.asarray(source[inside].image), np.asarray(sample_image(7)))
     for other in (1, 2, 3)[: 2 if kind == "hub" else 3]:
         with pytest.raises(UnreadableImage, match=rf"row {other}.*data\.follow_links=true"):
             source[other]
         followed = open_table(kind, root, follow_links=True, **options)[other].image
-        assert np.array_equal(np.asarray(followed), np.asarray(picture(5)))
+        assert np.array_equal(np.asarray(followed), np.asarray(sample_image(5)))
 
 
 def test_parquet_files_behind_links(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class File(NamedTuple):
     caption: str | bytes | None = None
 
 
-def picture(number: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
+def sample_image(number: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
     """Smooth and different for each number, so that no two look alike by chance."""
     noise = np.random.default_rng(number).integers(0, 256, (7, 7, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
@@ -65,7 +65,7 @@ def packed_zeros(megabytes: float) -> bytes:
 
 def truncated(n: int) -> File:
     kind = FORMATS[n % len(FORMATS)]
-    data = encode(picture(n), kind)
+    data = encode(sample_image(n), kind)
     share = random.Random(n).uniform(0.02, 0.7)
     return File(ENDING[kind], data[: int(len(data) * share)], ("unreadable",))
 
@@ -90,7 +90,7 @@ def right_magic_then_noise(n: int) -> File:
 
 
 def wrong_ending(n: int) -> File:
-    return File(".jpg" if n % 2 else ".gif", encode(picture(n), "PNG"), ("ending",))
+    return File(".jpg" if n % 2 else ".gif", encode(sample_image(n), "PNG"), ("ending",))
 
 
 def zip_bomb(n: int) -> File:
@@ -119,11 +119,11 @@ def empty(n: int) -> File:
 
 def cmyk(n: int) -> File:
     kind = ("JPEG", "TIFF")[n % 2]
-    return File(ENDING[kind], encode(picture(n).convert("CMYK"), kind), ("mode",))
+    return File(ENDING[kind], encode(sample_image(n).convert("CMYK"), kind), ("mode",))
 
 
 def palette(n: int) -> File:
-    image = picture(n).quantize(16)
+    image = sample_image(n).quantize(16)
     options = {"transparency": 3} if n % 3 == 0 else {}
     kind = ("PNG", "GIF", "BMP")[n % 3]
     return File(ENDING[kind], encode(image, kind, **options), ("mode",))
@@ -131,32 +131,32 @@ def palette(n: int) -> File:
 
 def animated(n: int) -> File:
     kind = ("GIF", "WEBP", "PNG", "TIFF")[n % 4]
-    frames = [picture(n * 10 + i) for i in range(1, 3)]
+    frames = [sample_image(n * 10 + i) for i in range(1, 3)]
     return File(
         ENDING[kind],
-        encode(picture(n * 10), kind, save_all=True, append_images=frames),
+        encode(sample_image(n * 10), kind, save_all=True, append_images=frames),
         ("animated",),
     )
 
 
 def odd_mode(n: int) -> File:
-    grey = picture(n).convert("L")
+    grey = sample_image(n).convert("L")
     deep = Image.fromarray(np.asarray(grey, np.uint16) * 257)
     images = (
         (grey, "PNG"), (grey.convert("1"), "PNG"), (deep, "PNG"), (deep, "TIFF"),
         (grey.convert("F"), "TIFF"), (grey.convert("I"), "TIFF"), (grey.convert("LA"), "PNG"),
-        (picture(n).convert("RGBA"), "PNG"), (picture(n).convert("RGBA"), "WEBP"),
+        (sample_image(n).convert("RGBA"), "PNG"), (sample_image(n).convert("RGBA"), "WEBP"),
     )  # fmt: skip
     image, kind = images[n % len(images)]
     if image.mode in ("RGBA", "LA"):
-        image.putalpha(picture(n + 1).convert("L"))
+        image.putalpha(sample_image(n + 1).convert("L"))
     return File(ENDING[kind], encode(image, kind), ("mode",))
 
 
 def flipped(n: int) -> File:
     """Single bytes changed somewhere: some decoders notice, some show another picture."""
     kind, rng = FORMATS[n % len(FORMATS)], random.Random(n)
-    data = bytearray(encode(picture(n), kind))
+    data = bytearray(encode(sample_image(n), kind))
     for _ in range(5):
         data[rng.randrange(len(data))] = rng.randrange(256)
     return File(ENDING[kind], bytes(data), ())
@@ -165,30 +165,30 @@ def flipped(n: int) -> File:
 def sideways(n: int) -> File:
     exif = Image.Exif()
     exif[0x0112] = 2 + n % 7
-    return File(".jpg", encode(picture(n), "JPEG", exif=exif), ("rotated",))
+    return File(".jpg", encode(sample_image(n), "JPEG", exif=exif), ("rotated",))
 
 
 def tiny(n: int) -> File:
     sizes = ((1, 1), (1, 3000), (3000, 2), (7, 7))
-    return File(".png", encode(picture(n, sizes[n % 4]), "PNG"), ("tiny",))
+    return File(".png", encode(sample_image(n, sizes[n % 4]), "PNG"), ("tiny",))
 
 
 def again(n: int) -> File:
     """The same three files over and over; nothing is wrong with the first of each."""
     expected = ("duplicate",) if n >= 3 else ()
-    return File(".png", encode(picture(10**6 + n % 3), "PNG"), expected)
+    return File(".png", encode(sample_image(10**6 + n % 3), "PNG"), expected)
 
 
 def alike(n: int) -> File:
     """One picture, each time scaled and packed anew."""
     side = 90 + 7 * (n % 40)
-    image = picture(2 * 10**6, (640, 512)).resize((side, round(side * 0.8)))
+    image = sample_image(2 * 10**6, (640, 512)).resize((side, round(side * 0.8)))
     expected = ("similar", "duplicate") if n > 0 else ()
     return File(".jpg", encode(image, "JPEG", quality=50 + n % 40), expected)
 
 
 def no_caption(n: int) -> File:
-    data = encode(picture(n), "PNG")
+    data = encode(sample_image(n), "PNG")
     return File(".png", data, ("no-caption",), (None, "", " \n\t", "\ufeff")[n % 4] or b"")
 
 
@@ -202,7 +202,7 @@ def bad_caption(n: int) -> File:
         ("nul \x00 and more", "other"),
     )
     caption, kind = captions[n % len(captions)]
-    return File(".png", encode(picture(n), "PNG"), (kind,), caption)
+    return File(".png", encode(sample_image(n), "PNG"), (kind,), caption)
 
 
 def one_colour(n: int) -> File:
@@ -246,7 +246,7 @@ def write_damaged(folder: Path, count: int) -> dict[str, tuple[str, ...]]:
         write_caption(folder / f"{name}.txt", n, made)
         expected[name + made.ending] = made.expected
     for n in range(max(3, count // 20)):
-        (folder / f"good-{n}.png").write_bytes(encode(picture(5 * 10**6 + n), "PNG"))
+        (folder / f"good-{n}.png").write_bytes(encode(sample_image(5 * 10**6 + n), "PNG"))
         (folder / f"good-{n}.txt").write_text(f"a good picture, number {n}")
     return expected
 

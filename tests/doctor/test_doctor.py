@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from damaged import KINDS, encode, picture, snapshot, write_damaged, write_special
+from damaged import KINDS, encode, sample_image, snapshot, write_damaged, write_special
 from PIL import Image
 
 from latentdiff.cli.doctor import main
@@ -147,7 +147,7 @@ def test_a_zip_is_examined_in_place(examined: tuple[Path, Path], tmp_path: Path)
 def write_good(folder: Path, count: int = 6) -> Path:
     folder.mkdir()
     for n in range(count):
-        (folder / f"{n}.png").write_bytes(encode(picture(n), "PNG"))
+        (folder / f"{n}.png").write_bytes(encode(sample_image(n), "PNG"))
         (folder / f"{n}.txt").write_text(f"picture {n}")
     return folder
 
@@ -173,8 +173,8 @@ def test_a_text_named_like_a_picture_is_called_a_text(tmp_path: Path) -> None:
 def test_links_masks_and_encodings_are_reported_as_training_reports_them(tmp_path: Path) -> None:
     folder, far = write_good(tmp_path / "d", 4), write_good(tmp_path / "far", 2)
     (folder / "1.txt").write_bytes("café".encode("cp1252"))
-    (folder / "2.mask.png").write_bytes(encode(picture(2).convert("L"), "PNG"))
-    (folder / "9.mask.png").write_bytes(encode(picture(9).convert("L"), "PNG"))
+    (folder / "2.mask.png").write_bytes(encode(sample_image(2).convert("L"), "PNG"))
+    (folder / "9.mask.png").write_bytes(encode(sample_image(9).convert("L"), "PNG"))
     (folder / "far").symlink_to(far)
     (folder / "3.txt").unlink()
     (folder / "3.txt").symlink_to(far / "1.txt")
@@ -202,7 +202,7 @@ def test_links_masks_and_encodings_are_reported_as_training_reports_them(tmp_pat
 def test_masks_that_training_does_not_use_are_called_masks(tmp_path: Path, capsys) -> None:
     folder = write_good(tmp_path / "d", 5)
     for n in range(5):
-        (folder / f"{n}.mask.png").write_bytes(encode(picture(n).convert("L"), "PNG"))
+        (folder / f"{n}.mask.png").write_bytes(encode(sample_image(n).convert("L"), "PNG"))
     assert main([str(folder), "--output", str(tmp_path / "o"), "--similar", "-1"]) == 0
     assert kinds_by_name(tmp_path / "o") == {f"{n}.mask.png": {"other"} for n in range(5)}
     lines = (tmp_path / "o" / "findings.jsonl").read_text("utf-8").splitlines()
@@ -216,7 +216,7 @@ def test_masks_that_training_does_not_use_are_called_masks(tmp_path: Path, capsy
 
 def test_a_broken_mask_makes_its_picture_unreadable_as_in_training(tmp_path: Path) -> None:
     folder = write_good(tmp_path / "d", 3)
-    for n, data in enumerate((b"no picture", encode(picture(1).convert("L"), "PNG"), b"")):
+    for n, data in enumerate((b"no picture", encode(sample_image(1).convert("L"), "PNG"), b"")):
         (folder / f"{n}.mask.png").write_bytes(data)
     options = ["data.loss_mask=file", "--similar", "-1"]
     assert main([str(folder), "--output", str(tmp_path / "o"), *options]) == 0
@@ -322,7 +322,7 @@ def test_files_that_training_uses_are_not_called_unused(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     folder.mkdir()
     for number, name in enumerate(("a.png", "B.PNG", "c.Jpg", "d.png")):
-        picture(number).save(folder / name)
+        sample_image(number).save(folder / name)
     for name in ("A.TXT", "b.txt", "c.Jpg.Txt", "d.txt", "e.TXT"):
         (folder / name).write_text("a thing")
     assert main([str(folder), "--output", str(tmp_path / "o")]) == 0
@@ -335,7 +335,7 @@ def test_files_that_training_uses_are_not_called_unused(tmp_path: Path) -> None:
 
 def test_a_table_is_examined_too(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    good = encode(picture(0), "PNG")
+    good = encode(sample_image(0), "PNG")
     rows = {"image": [good, b"broken", good, None], "text": ["a", "b", "c", "d"]}
     datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "t.parquet"))
     assert main([str(tmp_path / "t.parquet"), "--output", str(tmp_path / "b")]) == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damaged import picture
+from damaged import sample_image
 from PIL import Image, ImageOps
 
 from latentdiff.doctor import likeness
@@ -26,7 +26,7 @@ def packed(image: Image.Image, quality: int) -> Image.Image:
 
 
 def test_scaled_and_repacked_pictures_are_found_and_others_are_not() -> None:
-    whole = [picture(n, (320, 256)) for n in range(30)]
+    whole = [sample_image(n, (320, 256)) for n in range(30)]
     changed = [packed(p.resize((150 + 5 * n, 120 + 4 * n)), 60) for n, p in enumerate(whole)]
     found, complete = similar_to(*described(whole + changed), 6)
     assert complete and found == {30 + n: n for n in range(30)}
@@ -34,12 +34,12 @@ def test_scaled_and_repacked_pictures_are_found_and_others_are_not() -> None:
 
 @pytest.mark.parametrize("change", [ImageOps.invert, ImageOps.mirror, ImageOps.flip])
 def test_another_picture_of_the_same_things_is_not_the_same(change: Any) -> None:
-    image = picture(1, (320, 256))
+    image = sample_image(1, (320, 256))
     assert similar_to(*described([image, change(image)]), 6)[0] == {}
 
 
 def test_the_same_drawing_in_another_colour_is_not_the_same() -> None:
-    image = picture(0, (200, 200))
+    image = sample_image(0, (200, 200))
     _, colours = described([image, Image.merge("RGB", image.split()[::-1])])
     same_outline = np.zeros((2, 16), np.uint8)
     assert similar_to(same_outline, colours, 6)[0] == {}
@@ -51,7 +51,7 @@ def test_noise_on_flat_ground_is_no_outline() -> None:
     flat = [np.uint8(rng.integers(198, 203, (90, 90, 3))) for _ in range(2)]
     outlines = [outline_and_colours(Image.fromarray(p)) for p in flat]
     assert not outlines[0][0].any() and outlines[0][2] and outlines[1][2]
-    assert not outline_and_colours(picture(0))[2]
+    assert not outline_and_colours(sample_image(0))[2]
 
 
 def clustered(rng: np.random.Generator, count: int) -> np.ndarray[Any, Any]:

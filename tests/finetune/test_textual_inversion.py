@@ -18,7 +18,7 @@ from tiny_training import losses, make_pictures  # noqa: E402
 
 from latentdiff.errors import UserError  # noqa: E402
 from latentdiff.finetune.textual_inversion import (  # noqa: E402
-    Sayings,
+    TemplateCaptions,
     TextualInversion,
     TextualInversionConfig,
 )
@@ -91,7 +91,7 @@ def test_only_the_new_rows_move(folder: Path) -> None:
 def test_captions_are_said_with_the_word(folder: Path) -> None:
     parts = load_components(folder / "model")
     TextualInversion(parts, TextualInversionConfig(token="<sq>"))
-    sayings = Sayings(parts.text_encoder.tokenizer, "<sq>", "a {caption} by {token}")
+    sayings = TemplateCaptions(parts.text_encoder.tokenizer, "<sq>", "a {caption} by {token}")
     assert [sayings.say(text) for text in ("{cat}", "", "the <SQ> dog")] == [
         "a {cat} by <sq>",
         "",

@@ -266,14 +266,14 @@ def test_a_models_own_guidance_is_kept_and_used(components: Components, tmp_path
     assert own.default_guidance == 2.0
     assert LatentDiffusionPipeline(components).default_guidance == DEFAULT_GUIDANCE
 
-    def picture(**options: Any) -> torch.Tensor:
+    def sample_image(**options: Any) -> torch.Tensor:
         made: torch.Tensor = own(
             "a cat", seed=0, num_inference_steps=2, output_type="latent", progress=False, **options
         ).images
         return made
 
-    assert torch.equal(picture(), picture(guidance_scale=2.0))
-    assert not torch.equal(picture(), picture(guidance_scale=5.0))
+    assert torch.equal(sample_image(), sample_image(guidance_scale=2.0))
+    assert not torch.equal(sample_image(), sample_image(guidance_scale=5.0))
 
 
 @pytest.mark.parametrize("value", ["high", -1, float("inf")])

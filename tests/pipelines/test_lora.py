@@ -49,7 +49,7 @@ def make(pipeline: LatentDiffusionPipeline, seed: int, dora: bool = False) -> di
     return found
 
 
-def picture(pipeline: LatentDiffusionPipeline) -> Tensor:
+def sample_image(pipeline: LatentDiffusionPipeline) -> Tensor:
     """In 0 … 1."""
     return pipeline(
         "a cat", seed=0, num_inference_steps=3, output_type="pt", progress=False, sampler="ddim"
@@ -158,11 +158,11 @@ def assert_same_picture(theirs: Any, ours: LatentDiffusionPipeline) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_diffusers_reads_what_is_written_here(model: Path, tmp_path: Path, layout: Any) -> None:
     ours, theirs = LatentDiffusionPipeline.from_pretrained(model), open_theirs(model)
-    plain = picture(ours)
+    plain = sample_image(ours)
     file = write_lora(tmp_path / "ours.safetensors", make(ours, 1), layout)
     theirs.load_lora_weights(tmp_path, weight_name=file.name)
     ours.load_lora(file)
-    assert (picture(ours) - plain).abs().max() > 0.05
+    assert (sample_image(ours) - plain).abs().max() > 0.05
     assert_same_picture(theirs, ours)
 
 
@@ -174,7 +174,7 @@ def test_what_diffusers_writes_is_read_here(model: Path, tmp_path: Path) -> None
     from peft.utils import get_peft_model_state_dict
 
     theirs, ours = open_theirs(model), LatentDiffusionPipeline.from_pretrained(model)
-    plain = picture(ours)
+    plain = sample_image(ours)
     settings = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_out.0", "conv1"])
     theirs.unet.add_adapter(settings)
     text = LoraConfig(r=3, lora_alpha=2, target_modules=["q_proj", "out_proj"])
@@ -191,7 +191,7 @@ def test_what_diffusers_writes_is_read_here(model: Path, tmp_path: Path) -> None
         **_collate_lora_metadata({"unet": theirs.unet, "text_encoder": theirs.text_encoder}),
     )
     ours.load_lora(tmp_path)
-    assert (picture(ours) - plain).abs().max() > 0.05
+    assert (sample_image(ours) - plain).abs().max() > 0.05
     assert_same_picture(theirs, ours)
 
 

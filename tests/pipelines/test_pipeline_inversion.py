@@ -50,13 +50,13 @@ def pipeline(folder: Path) -> LatentDiffusionPipeline:
     return pipeline
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (32, 32)) -> Image.Image:
+def sample_image(seed: int = 0, size: tuple[int, int] = (32, 32)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
 def test_the_noise_leads_back_to_the_latents(pipeline: LatentDiffusionPipeline) -> None:
-    given = [picture(0), picture(1, (50, 40))]
+    given = [sample_image(0), sample_image(1, (50, 40))]
     call: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 1.0}
     found = pipeline.invert(given, ["a cat", "dog"], iterations=20, **call)
     again = pipeline(
@@ -74,7 +74,7 @@ def test_the_noise_leads_back_to_the_latents(pipeline: LatentDiffusionPipeline) 
 
 
 def test_pictures_are_alone_and_together_the_same(pipeline: LatentDiffusionPipeline) -> None:
-    given = [picture(k) for k in range(3)]
+    given = [sample_image(k) for k in range(3)]
     together = pipeline.invert(given, "a cat", num_inference_steps=3)
     chunks = pipeline.invert(given, "a cat", num_inference_steps=3, batch_size=2)
     torch.testing.assert_close(chunks.latents, together.latents, rtol=0, atol=1e-4)
@@ -104,7 +104,7 @@ def test_bad_input(
     pipeline: LatentDiffusionPipeline, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        pipeline.invert(**{"image": picture(), **arguments})
+        pipeline.invert(**{"image": sample_image(), **arguments})
 
 
 def test_psnr_has_its_closed_form() -> None:
@@ -131,7 +131,7 @@ def test_the_script_writes_a_row_and_the_noise(
 ) -> None:
     from safetensors.torch import load_file
 
-    picture().save(tmp_path / "in.png")
+    sample_image().save(tmp_path / "in.png")
     output, noise = tmp_path / "new" / "row.png", tmp_path / "x_T.safetensors"
     script(
         monkeypatch,
@@ -162,7 +162,7 @@ def test_mistakes_end_with_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    picture().save("in.png")
+    sample_image().save("in.png")
     with pytest.raises(SystemExit) as end:
         script(monkeypatch, *arguments)
     error = capsys.readouterr().err

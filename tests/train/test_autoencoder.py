@@ -105,13 +105,13 @@ def test_perceptual_distance_grows_with_the_damage_and_has_a_gradient():
     distance = PerceptualDistance()
     torch.manual_seed(0)
     y, x = torch.meshgrid(torch.linspace(-3, 3, 64), torch.linspace(-3, 3, 64), indexing="ij")
-    picture = torch.stack([torch.sin(3 * x), torch.cos(2 * y), torch.sin(x * y)])[None]
-    noise = torch.randn_like(picture)
-    found = [float(distance(picture + s * noise, picture)) for s in (0, 0.1, 0.3, 0.8)]
+    smooth = torch.stack([torch.sin(3 * x), torch.cos(2 * y), torch.sin(x * y)])[None]
+    noise = torch.randn_like(smooth)
+    found = [float(distance(smooth + s * noise, smooth)) for s in (0, 0.1, 0.3, 0.8)]
     assert found[0] == pytest.approx(0, abs=1e-7)
     assert found == sorted(found)
-    image = (picture + 0.3 * noise).requires_grad_()
-    distance(image, picture).sum().backward()
+    image = (smooth + 0.3 * noise).requires_grad_()
+    distance(image, smooth).sum().backward()
     assert image.grad is not None and image.grad.abs().sum() > 0
     assert not any(p.requires_grad for p in distance.parameters())
 

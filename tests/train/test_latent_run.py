@@ -14,7 +14,7 @@ from latentdiff.errors import UserError
 from latentdiff.finetune.full import Full, FullConfig
 from latentdiff.finetune.lora import Lora
 from latentdiff.train.config import TrainConfig
-from latentdiff.train.latent_run import ending
+from latentdiff.train.latent_run import closing_message
 from latentdiff.train.optimizer import OptimizerConfig, learning_rate, never_at_peak
 from latentdiff.train.run import check_steps_left
 
@@ -23,10 +23,10 @@ from latentdiff.train.run import check_steps_left
 def test_the_command_it_ends_with_can_be_pasted(name: str) -> None:
     config = load_config(TrainConfig, None, [f"output=/runs/{name}", f"model.pretrained=/m/{name}"])
     parts: Any = SimpleNamespace(unet=None, text_encoder=SimpleNamespace(encode=None))
-    whole = ending(config, [Path(f"/runs/{name}/model")], Full(parts, FullConfig()))
+    whole = closing_message(config, [Path(f"/runs/{name}/model")], Full(parts, FullConfig()))
     assert shlex.split(whole.splitlines()[-1])[-2:] == ["--model", f"/runs/{name}/model"]
     lora: Any = SimpleNamespace(adds=True, usage=Lora.usage, example="a cat")
-    words = shlex.split(ending(config, [Path("x")], lora).splitlines()[-1])
+    words = shlex.split(closing_message(config, [Path("x")], lora).splitlines()[-1])
     file = f"/runs/{name}/lora/pytorch_lora_weights.safetensors"
     assert words[-4:] == ["--model", f"/m/{name}", "--lora", file]
 

@@ -69,9 +69,9 @@ class Run:
     def __call__(
         self,
         spoil: Callable[[int], bool] = lambda step: False,
-        look: Callable[[int], None] = lambda done: None,
+        after_step: Callable[[int], None] = lambda done: None,
     ) -> None:
-        for step, x in self.steps(look=look):
+        for step, x in self.steps(after_step=after_step):
             loss = (self.net(x) - x).square().mean()
             step.backward(loss * torch.nan if spoil(step.number) else loss)
             step.update()
@@ -294,13 +294,13 @@ def test_metrics_that_a_full_disk_refuses_come_when_there_is_room(
             if not room[0]:
                 raise OSError(28, "No space left on device")
 
-    def look(done: int) -> None:
+    def after_step(done: int) -> None:
         if done < 8:
             assert (tmp_path / "metrics.jsonl").read_bytes() == b""
         room[0] = done >= 8
 
     monkeypatch.setattr(tracking, "open", Half, raising=False)
-    run(look=look)
+    run(after_step=after_step)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 13))
     assert all("metrics.jsonl" in text and "No space left" in text for text in said)
     assert len(said) == 3  # after steps 1, 4 and 8
@@ -309,12 +309,12 @@ def test_metrics_that_a_full_disk_refuses_come_when_there_is_room(
 def test_the_model_is_looked_at_when_its_checkpoint_is_written(tmp_path: Path) -> None:
     run = Run(tmp_path, max_steps=10, checkpoint_every=4)
 
-    def look(done: int) -> None:
+    def after_step(done: int) -> None:
         if done == 8:
             raise UserError("no memory for pictures")
 
     with pytest.raises(UserError, match="no memory"):
-        run(look=look)
+        run(after_step=after_step)
     assert run.saved == [4, 8]
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from latentdiff.errors import UserError
 from latentdiff.train.batches import choose_caption
-from latentdiff.train.order import BatchShape, Order, recut
+from latentdiff.train.order import BatchShape, Order, rebalance
 
 
 def test_every_epoch_holds_every_picture_once_in_its_own_order() -> None:
@@ -43,7 +43,7 @@ def test_all_captions_of_a_picture_are_used_evenly() -> None:
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 6, 12, 24])
 def test_another_number_of_processes_makes_the_same_steps(processes: int) -> None:
     before = [BatchShape(4, 3, 2, rank) for rank in range(2)]
-    after = [recut(BatchShape(4, 3, processes, rank), 24) for rank in range(processes)]
+    after = [rebalance(BatchShape(4, 3, processes, rank), 24) for rank in range(processes)]
     assert all(shape.per_process <= 4 and shape.total == 24 for shape in after)
     for step in range(3):
         old, new = (
@@ -56,4 +56,4 @@ def test_another_number_of_processes_makes_the_same_steps(processes: int) -> Non
 @pytest.mark.parametrize("processes", [5, 48])
 def test_a_step_that_cannot_be_shared_out_is_refused(processes: int) -> None:
     with pytest.raises(UserError, match="a step of this run is 24 pictures"):
-        recut(BatchShape(4, 3, processes), 24)
+        rebalance(BatchShape(4, 3, processes), 24)

@@ -12,7 +12,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.train.distributed import UNITS, is_sharded, local, prepare, rows, whole
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
-from latentdiff.train.parts import likes_channels_last
+from latentdiff.train.parts import prefers_channels_last
 
 
 def small_unet() -> UNet:
@@ -98,4 +98,4 @@ def test_the_memory_layout_follows_the_arithmetic(
     wanted: bool | None, precision: str, sharded: bool, found: bool
 ) -> None:
     accelerator: Any = SimpleNamespace(is_fsdp2=sharded, mixed_precision=precision)
-    assert likes_channels_last(wanted, accelerator) is found
+    assert prefers_channels_last(wanted, accelerator) is found
