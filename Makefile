@@ -1,4 +1,4 @@
-# The two commands: `make demo` (pictures) and `make test`. Each sets itself up.
+# The two commands: `make demo` (images) and `make test`. Each sets itself up.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

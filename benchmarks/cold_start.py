@@ -1,9 +1,9 @@
-"""From nothing to the first picture: generate.py against diffusers on the same folder.
+"""From nothing to the first image: generate.py against diffusers on the same folder.
 
     python benchmarks/cold_start.py [--model FOLDER] [--repeats 5] [--output FILE.json]
 
 Each run is a fresh process; the two take turns, so that a slow moment hits both. Same prompt, 25
-steps, same guidance, fp32, picture written as PNG. Prints medians.
+steps, same guidance, fp32, image written as PNG. Prints medians.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def further(model: Path) -> float:
-    """Seconds of one more picture by a loaded pipeline; the middle of five."""
+    """Seconds of one more image by a loaded pipeline; the middle of five."""
     from latentdiff import LatentDiffusionPipeline
 
     pipeline = LatentDiffusionPipeline.from_pretrained(model)
@@ -76,10 +76,10 @@ def measure(model: Path, repeats: int) -> dict[str, Any]:
             theirs.append(run([sys.executable, "-c", DIFFUSERS, *arguments]))
     first, peer = median(s for s, _ in ours), median(s for s, _ in theirs)
     return {
-        "first picture, s": round(first, 2),
+        "first image, s": round(first, 2),
         "diffusers, s": round(peer, 2),
         "ours / diffusers": round(first / peer, 3),
-        "a further picture, s": round(further(model), 2),
+        "a further image, s": round(further(model), 2),
         "peak memory, MB": round(max(m for _, m in ours)),
         "peak memory of diffusers, MB": round(max(m for _, m in theirs)),
     }

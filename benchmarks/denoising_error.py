@@ -1,11 +1,11 @@
 """How well a model finds the clean latents, level by level.
 
-    python benchmarks/denoising_error.py [MODEL_FOLDER ...] [--pictures 64] [--text FOLDER]
+    python benchmarks/denoising_error.py [MODEL_FOLDER ...] [--images 64] [--text FOLDER]
                                          [--reference FOLDER]
 
-Prints the mean squared error of the predicted x_0 from noisy latents x_t of captioned pictures
+Prints the mean squared error of the predicted x_0 from noisy latents x_t of captioned images
 (examples/twemoji), each with the prompt that names it and fixed noise. At t = 999 of a
-schedule that ends in pure noise that is how well the prompt alone says the picture; at the small
+schedule that ends in pure noise that is how well the prompt alone says the image; at the small
 levels, how fine the details are. The latents' variance about their mean stands beside it.
 """
 
@@ -38,7 +38,7 @@ LEVELS = (999, 900, 750, 600, 400, 200, 50)
 def errors(
     folder: Path, text: TextEncoder | None, count: int, data: DataConfig
 ) -> tuple[list[float], float]:
-    """Mean squared error of x_0 at every level, and the variance of x_0 about its mean picture."""
+    """Mean squared error of x_0 at every level, and the variance of x_0 about its mean image."""
     parts: Any = load_components(folder)
     side = parts.unet.config.sample_size * parts.autoencoder.downscale
     reference = open_reference(data, count, side)
@@ -62,15 +62,15 @@ def main(arguments: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("models", nargs="*", type=Path, default=[EMBEDDED_MODEL])
-    parser.add_argument("--pictures", type=int, default=64, help="at most; 2 or more")
-    parser.add_argument("--reference", help="folder of captioned pictures")
+    parser.add_argument("--images", type=int, default=64, help="at most; 2 or more")
+    parser.add_argument("--reference", help="folder of captioned images")
     parser.add_argument("--text", type=Path, help="folder whose text_encoder/ is taken instead")
     given = parser.parse_args(arguments)
     text = given.text and load_text_encoder(given.text / "text_encoder", given.text / "tokenizer")
     print("model".ljust(40), *(f"t={level}".rjust(8) for level in LEVELS), "variance".rjust(9))
     for folder in given.models:
         data = DataConfig(path=given.reference)
-        found, variance = errors(folder, text, given.pictures, data)
+        found, variance = errors(folder, text, given.images, data)
         row = [f"{error:8.4f}" for error in found]
         print(str(folder)[-40:].ljust(40), *row, f"{variance:9.3f}", flush=True)
     return 0

@@ -1,8 +1,8 @@
-"""DDIM inversion of real pictures and back: PSNR against the autoencoder's own reconstruction.
+"""DDIM inversion of real images and back: PSNR against the autoencoder's own reconstruction.
 
-    python benchmarks/inversion.py [--model FOLDER] [--pictures 16] [--output FILE.json]
+    python benchmarks/inversion.py [--model FOLDER] [--images 16] [--output FILE.json]
 
-50 steps, no guidance, pictures of examples/twemoji with their captions. The autoencoder's own
+50 steps, no guidance, images of examples/twemoji with their captions. The autoencoder's own
 reconstruction is the reference, since nothing drawn from latents can be better. Ends with an error
 when the mean is below --least dB.
 """
@@ -53,7 +53,7 @@ def measure(model: Path, count: int, steps: int, iterations: int) -> dict[str, A
     kept = to_output(pipeline.autoencoder.decode(found.image_latents), "pt")
     decibels = psnr(back, kept)
     return {
-        "pictures": count,
+        "images": count,
         "steps": steps,
         "network calls per step of the inversion": iterations,
         "mean PSNR, dB": round(float(decibels.mean()), 2),
@@ -69,13 +69,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL)
-    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--least", type=float, default=25.0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    figures = measure(arguments.model, arguments.pictures, arguments.steps, arguments.iterations)
+    figures = measure(arguments.model, arguments.images, arguments.steps, arguments.iterations)
     for name, value in figures.items():
         print(f"{name:42} {value}")
     if arguments.output:

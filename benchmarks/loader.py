@@ -47,7 +47,7 @@ Memory = list[tuple[float, float]]
 
 
 class Synthetic:
-    """A source of `count` captions; its pictures exist as latents only."""
+    """A source of `count` captions; its images exist as latents only."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -57,7 +57,7 @@ class Synthetic:
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Two captions, made when asked for."""
-        return (f"picture {index}", f"another caption of picture {index}")
+        return (f"image {index}", f"another caption of image {index}")
 
     def name(self, index: int) -> str:
         """Its number."""
@@ -224,12 +224,12 @@ def measure(
     count: int,
     steps: int,
     where: Path | None = None,
-    picture: Path | None = None,
+    image: Path | None = None,
     room: int = 32,
 ) -> tuple[dict[str, float], Memory, Memory]:
     """Write, read, train; returns the figures and the memory of reading and of training.
 
-    `picture` is plotted twice: training may take long, and be interrupted.
+    `image` is plotted twice: training may take long, and be interrupted.
     """
     with tempfile.TemporaryDirectory(dir=where, prefix="latentdiff-loader-") as name:
         folder = Path(name)
@@ -242,8 +242,8 @@ def measure(
         speed, reading = read_all(cache, seed=0)
         figures |= speed | {"memory growth while reading, MB": growth(reading)}
         print(json.dumps(figures), flush=True)
-        if picture is not None:
-            plot(picture, reading, [])
+        if image is not None:
+            plot(image, reading, [])
         config = TrainConfig()
         no_text = batch_maker(
             cache, lambda said: torch.zeros(len(said), 1), config, NoiseSchedule(config.schedule)
@@ -253,8 +253,8 @@ def measure(
         if steps > 1:
             more, training = train(cache, steps, room)
             figures |= more | {"memory growth while training, MB": growth(training)}
-            if picture is not None:
-                plot(picture, reading, training)
+            if image is not None:
+                plot(image, reading, training)
     return figures, reading, training
 
 

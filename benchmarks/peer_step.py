@@ -2,7 +2,7 @@
 
 Written from that script's documented behaviour, with its libraries (diffusers' networks, scheduler
 and EMAModel, transformers' text tower, datasets' image folder, Accelerate): every step decodes,
-resizes and crops its pictures, encodes them and their captions, draws noise, and takes the loss to
+resizes and crops its images, encodes them and their captions, draws noise, and takes the loss to
 the host. `run_script` runs the real file instead.
 """
 
@@ -49,7 +49,7 @@ class Peer:
     """Model, data and optimizer of the peer; `step` is one training step from images on disk."""
 
     def __init__(
-        self, model: Path, pictures: Path, resolution: int, batch: int, accelerator: Any
+        self, model: Path, images: Path, resolution: int, batch: int, accelerator: Any
     ) -> None:
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from diffusers.optimization import get_scheduler
@@ -81,7 +81,7 @@ class Peer:
             num_warmup_steps=self.flags.lr_warmup_steps,
             num_training_steps=10_000,
         )
-        loader = self._loader(pictures, batch)
+        loader = self._loader(images, batch)
         self.unet, self.optimizer, self.loader, self.rate = accelerator.prepare(
             unet, optimizer, loader, rate
         )
@@ -118,14 +118,14 @@ class Peer:
         while True:
             yield from self.loader
 
-    def _loader(self, pictures: Path, batch: int) -> Any:
+    def _loader(self, images: Path, batch: int) -> Any:
         from datasets import load_dataset
         from torch.utils.data import DataLoader
 
         data = load_dataset(
             "imagefolder",
-            data_files={"train": str(pictures / "**")},
-            cache_dir=str(pictures.parent / "peer-cache"),
+            data_files={"train": str(images / "**")},
+            cache_dir=str(images.parent / "peer-cache"),
         )["train"].with_transform(self._prepare)
         return DataLoader(
             data,
@@ -165,12 +165,12 @@ def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def script_command(
-    script: Path, model: Path, pictures: Path, output: Path, steps: int, **given: Any
+    script: Path, model: Path, images: Path, output: Path, steps: int, **given: Any
 ) -> list[str]:
     """The command that trains with the real script at its defaults and --use_ema."""
     fixed = {
         "pretrained_model_name_or_path": model,
-        "train_data_dir": pictures,
+        "train_data_dir": images,
         "output_dir": output,
         "max_train_steps": steps,
         "report_to": "tensorboard",
@@ -180,7 +180,7 @@ def script_command(
     return [sys.executable, str(script), *flags, "--use_ema"]
 
 
-def run_script(script: Path, model: Path, pictures: Path, steps: int, **given: Any) -> list[float]:
+def run_script(script: Path, model: Path, images: Path, steps: int, **given: Any) -> list[float]:
     """Seconds of each step of the real script, from the times in its TensorBoard file.
 
     The first two steps are left out: they allocate and warm up.
@@ -192,7 +192,7 @@ def run_script(script: Path, model: Path, pictures: Path, steps: int, **given: A
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tempfile.TemporaryDirectory() as output:
-        command = script_command(script, model, pictures, Path(output), steps + 3, **given)
+        command = script_command(script, model, images, Path(output), steps + 3, **given)
         found = subprocess.run(command, capture_output=True, text=True)
         if found.returncode:
             raise SystemExit(f"--peer-script failed:\n{found.stderr[-2000:]}")

@@ -1,11 +1,11 @@
-"""Quality of the embedded model's pictures against the number of evaluations, per sampler.
+"""Quality of the embedded model's images against the number of evaluations, per sampler.
 
     python benchmarks/sampler_quality.py [--prompts 100] [--page docs/samplers.md]
                                          [--plot docs/images/sampler-quality.png]
 
-An evaluation is one guided estimate: one call of the U-Net, on a batch that holds each picture with
+An evaluation is one guided estimate: one call of the U-Net, on a batch that holds each image with
 and without its prompt. The figure is the Fréchet distance in EfficientNet-Lite0 features between
-the pictures of the evaluation's first prompts and those of examples/twemoji (not FID).
+the images of the evaluation's first prompts and those of examples/twemoji (not FID).
 Finished cells are kept in --state for the same weights, so that a stopped run goes on.
 """
 
@@ -51,11 +51,9 @@ def steps_within(name: str, budget: int) -> int:
 
 
 def distance(pipeline: Any, name: str, steps: int, asked: list[str], gallery: Tensor) -> float:
-    """Fréchet distance of one sampler's pictures to the real ones."""
-    pictures = pipeline(
-        asked, sampler=name, num_inference_steps=steps, seed=0, progress=False
-    ).images
-    return frechet_distance(ClassifierFeatures()(pictures), gallery)
+    """Fréchet distance of one sampler's images to the real ones."""
+    images = pipeline(asked, sampler=name, num_inference_steps=steps, seed=0, progress=False).images
+    return frechet_distance(ClassifierFeatures()(images), gallery)
 
 
 def table(cells: Cells) -> str:

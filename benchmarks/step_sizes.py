@@ -1,7 +1,7 @@
-"""Models and pictures of several sizes, on disk, for train_step.py to train on.
+"""Models and images of several sizes, on disk, for train_step.py to train on.
 
 `small`, `medium` and `sd15` are one network, Stable Diffusion 1.5's, at an eighth, a quarter and
-all of its widths and attention heads, with pictures of a quarter, half and all of its 512 pixels:
+all of its widths and attention heads, with images of a quarter, half and all of its 512 pixels:
 in each the autoencoder's encoder takes about the share of a training image's arithmetic that it
 takes in SD 1.5, and heads have its sizes. medium and sd15 have as many attention scores per FLOP
 too (at the finest level 38 per million; with all 8 heads medium would have 151).
@@ -37,9 +37,9 @@ class Size:
     divisor: int
     """Widths are SD 1.5's divided by this; 0 is the embedded model."""
     resolution: int
-    """Side of the pictures."""
+    """Side of the images."""
     batch: int
-    """Pictures per step."""
+    """Images per step."""
 
 
 SIZES = {
@@ -116,8 +116,8 @@ def _sd15(divisor: int, resolution: int) -> Components:
     )
 
 
-def write_pictures(folder: Path, count: int, side: int) -> Path:
-    """Write JPEG pictures a quarter larger than `side`, and their captions. Returns: the folder."""
+def write_images(folder: Path, count: int, side: int) -> Path:
+    """Write JPEG images a quarter larger than `side`, and their captions. Returns: the folder."""
     import numpy as np
     from PIL import Image
 
@@ -126,8 +126,8 @@ def write_pictures(folder: Path, count: int, side: int) -> Path:
     rows: list[dict[str, Any]] = []
     for number in range(count):
         coarse = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((side * 5 // 4,) * 2, Image.Resampling.BICUBIC)
-        picture.save(folder / f"{number:05d}.jpg", quality=95)
+        image = Image.fromarray(coarse).resize((side * 5 // 4,) * 2, Image.Resampling.BICUBIC)
+        image.save(folder / f"{number:05d}.jpg", quality=95)
         text = " ".join(noise.choice(WORDS, 9))
         rows.append({"file_name": f"{number:05d}.jpg", "text": f"{text} {number}"})
     lines = "".join(json.dumps(row) + "\n" for row in rows)

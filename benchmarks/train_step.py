@@ -3,14 +3,14 @@
     python benchmarks/train_step.py [--size small|medium|sd15|embedded] [--pairs 20]
                                     [--dtype no|bf16] [--peer-script PATH] [--output FILE.json]
 
-Same U-Net, weights, batch, pictures on disk, objective (noise prediction, plain squared error) and
-number format. Theirs reads, crops and encodes pictures and captions in each step; ours reads
+Same U-Net, weights, batch, images on disk, objective (noise prediction, plain squared error) and
+number format. Theirs reads, crops and encodes images and captions in each step; ours reads
 latents that were encoded once (how long that took is printed) and captions' states from memory.
 Blocks of steps alternate, the order within a pair too; each of our blocks begins with an empty
 queue, so that nothing is prepared in the peer's time. The figures are medians over the pairs of
 (their time / our time) with 95 % bootstrap intervals; above 1 ours is faster:
 
-    end to end ratio   from pictures on disk to changed weights and average
+    end to end ratio   from images on disk to changed weights and average
     step ratio         the part after the encoders: U-Net, loss, backward, clip, AdamW, EMA
 
 --peer-script runs the real train_text_to_image.py for the first of the two (it needs torchvision).
@@ -36,7 +36,7 @@ import torch
 import torch.utils.flop_counter
 from accelerate import Accelerator
 from peer_step import Peer, PeerFlags, run_script
-from step_sizes import SIZES, Size, write_model, write_pictures
+from step_sizes import SIZES, Size, write_images, write_model
 
 from latentdiff.data.latents import build_latent_cache
 from latentdiff.data.source import DataConfig, open_source
@@ -57,14 +57,14 @@ OBJECTIVE = ObjectiveConfig(prediction="eps", weighting="none", condition_dropou
 class Ours:
     """The parts of train_latent.py, put together as it does."""
 
-    def __init__(self, model: Path, pictures: Path, size: Size, accelerator: Any) -> None:
+    def __init__(self, model: Path, images: Path, size: Size, accelerator: Any) -> None:
         parts, device = load_components(model), accelerator.device
         self.parts, self.schedule = parts, NoiseSchedule(parts.schedule)
-        data = DataConfig(kind="folder", path=str(pictures), image_size=size.resolution)
+        data = DataConfig(kind="folder", path=str(images), image_size=size.resolution)
         source = open_source(data)
         started = time.perf_counter()
         cache = build_latent_cache(
-            source, parts.autoencoder, data, pictures.parent / "cache", 8, device, progress=False
+            source, parts.autoencoder, data, images.parent / "cache", 8, device, progress=False
         )
         self.encoding = (time.perf_counter() - started) / len(cache)
         self.flops = count_flops(
@@ -115,10 +115,10 @@ class Ours:
 
 
 def encoder_flops(autoencoder: Any, resolution: int) -> int:
-    """FLOPs of encoding one picture."""
-    picture = torch.zeros(1, 3, resolution, resolution, device=autoencoder.device)
+    """FLOPs of encoding one image."""
+    image = torch.zeros(1, 3, resolution, resolution, device=autoencoder.device)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        autoencoder.encode_moments(picture)
+        autoencoder.encode_moments(image)
     return int(counter.get_total_flops())
 
 
@@ -181,14 +181,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if options.batch:
         size = dataclasses.replace(size, batch=options.batch)
     model = write_model(size, folder / "model")
-    pictures = write_pictures(folder / "pictures", max(64, 4 * size.batch), size.resolution)
+    images = write_images(folder / "images", max(64, 4 * size.batch), size.resolution)
     accelerator = Accelerator(mixed_precision=options.dtype, cpu=not torch.cuda.is_available())
-    ours = Ours(model, pictures, size, accelerator)
-    peer = Peer(model, pictures, size.resolution, size.batch, accelerator)
+    ours = Ours(model, images, size, accelerator)
+    peer = Peer(model, images, size.resolution, size.batch, accelerator)
     device, count = accelerator.device, options.steps
     print(
         f"size {options.size}: batch {size.batch} at {size.resolution} px on {device}, dtype "
-        f"{options.dtype}; per picture U-Net step {ours.flops / 1e9:.1f} GFLOP, VAE encoder "
+        f"{options.dtype}; per image U-Net step {ours.flops / 1e9:.1f} GFLOP, VAE encoder "
         f"{ours.encoder_flops / 1e9:.1f} GFLOP; encoding it once took {ours.encoding:.3f} s"
     )
     print(f"peer's flags: {dataclasses.asdict(peer.flags)}", flush=True)
@@ -197,7 +197,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         peer.step()
     if options.peer_script:
         times = with_script(
-            options.peer_script, ours, (model, pictures), size, options.dtype, options.pairs
+            options.peer_script, ours, (model, images), size, options.dtype, options.pairs
         )
     else:
         times = alternate(
@@ -223,9 +223,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "steps per block": count,
-        "U-Net GFLOP per picture": ours.flops / 1e9,
-        "VAE encoder GFLOP per picture": ours.encoder_flops / 1e9,
-        "seconds to encode a picture once": ours.encoding,
+        "U-Net GFLOP per image": ours.flops / 1e9,
+        "VAE encoder GFLOP per image": ours.encoder_flops / 1e9,
+        "seconds to encode an image once": ours.encoding,
         "peer": str(options.peer_script or "peer_step.py"),
         "peer's flags": dataclasses.asdict(peer.flags),
         "end to end": end_to_end,
@@ -239,7 +239,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--batch", type=int, help="pictures per step; default: the size's own")
+    parser.add_argument("--batch", type=int, help="images per step; default: the size's own")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=2, help="steps per block")
     parser.add_argument("--dtype", choices=("no", "bf16", "fp16"), default="no")

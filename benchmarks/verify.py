@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 
 def start_up() -> dict[str, Any]:
-    """Import time, the first picture from nothing beside diffusers' own, and a further one."""
+    """Import time, the first image from nothing beside diffusers' own, and a further one."""
     import cold_start
 
     from latentdiff.embedded import EMBEDDED_MODEL

@@ -45,9 +45,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="default: cuda where there is one")
     add("--hub-metrics", action="store_true", help="FID, FD-DINOv2, CMMD; weights must be there")
     add("--likelihood", action="store_true", help="measure the likelihood of real images instead")
-    add("--pictures", type=int, default=64, metavar="N", help="at most; default: %(default)s")
-    add("--levels", type=int, default=32, metavar="N", help="per picture; default: %(default)s")
-    add("--ode-pictures", type=int, default=8, metavar="N", help="0 = no ODE; %(default)s")
+    add(
+        "--images",
+        "--pictures",
+        type=int,
+        default=64,
+        metavar="N",
+        help="at most; default: %(default)s",
+    )
+    add("--levels", type=int, default=32, metavar="N", help="per image; default: %(default)s")
+    add(
+        "--ode-images",
+        "--ode-pictures",
+        type=int,
+        default=8,
+        metavar="N",
+        help="0 = no ODE; %(default)s",
+    )
     return parser.parse_args(argv)
 
 
@@ -57,9 +71,9 @@ def check(args: argparse.Namespace) -> None:
         ("concepts", 2),
         ("steps", 1),
         ("batch_size", 1),
-        ("pictures", 2),
+        ("images", 2),
         ("levels", 1),
-        ("ode_pictures", 0),
+        ("ode_images", 0),
     ):
         value = getattr(args, name)
         if value < least:
@@ -86,7 +100,7 @@ def reference_of(args: argparse.Namespace, count: int, pipeline: Any) -> Any:
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """Return the figures and the pictures."""
+    """Return the figures and the images."""
     from latentdiff.embedded import EMBEDDED_MODEL, named
     from latentdiff.evaluation.metrics import Generator
     from latentdiff.evaluation.run import device_words, measure, open_score, rounded
@@ -128,18 +142,18 @@ def likelihood(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list
     from latentdiff.pipelines.inputs import device_of
 
     check_plot()
-    size = LikelihoodSize(args.levels, args.ode_pictures, batch_size=args.batch_size)
+    size = LikelihoodSize(args.levels, args.ode_images, batch_size=args.batch_size)
     device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
-    reference = reference_of(args, args.pictures, pipeline)
+    reference = reference_of(args, args.images, pipeline)
     figures: dict[str, Any] = {
         "model": str(args.model or "embedded"),
         "reference": str(args.reference or EXAMPLE.name),
         "unit": "bits per latent dimension",
-        "levels per picture": args.levels,
+        "levels per image": args.levels,
         "device": device_words(pipeline.device),
     }
-    print(f"… {len(reference.prompts)} pictures", file=sys.stderr, flush=True)
+    print(f"… {len(reference.prompts)} images", file=sys.stderr, flush=True)
     found = measure(pipeline, as_tensors(reference.one_each()), reference.prompts, size)
     return rounded(figures | found.figures), found.curve
 
@@ -150,11 +164,11 @@ def write_likelihood(args: argparse.Namespace, figures: Any, curve: Any) -> None
 
     for name, value in figures.items():
         print(f"{name:54} {value}")
-    file, picture = args.output / "likelihood.json", args.output / "likelihood.png"
+    file, image = args.output / "likelihood.json", args.output / "likelihood.png"
     write_text(file, json.dumps({**figures, "loss by timestep": curve}, indent=2) + "\n")
-    with atomic_file(picture) as new:
+    with atomic_file(image) as new:
         plot(curve, new, f"Loss of {figures['model']}")
-    print(f"\n{file}\n{picture}")
+    print(f"\n{file}\n{image}")
 
 
 @command

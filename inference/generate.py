@@ -1,9 +1,9 @@
-"""Generate pictures from prompts.
+"""Generate images from prompts.
 
     python inference/generate.py "a cat painting" --output cat.png
     python inference/generate.py "a red apple" "a blue fish" --num-images 4 --output grid.png
 
-Several pictures go into one grid, or with --separate into numbered files beside --output.
+Several images go into one grid, or with --separate into numbered files beside --output.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT", help="what to draw")
-    add("--output", "-o", type=Path, default=Path("picture.png"), help="default: %(default)s")
+    add("--output", "-o", type=Path, default=Path("image.png"), help="default: %(default)s")
     add("--model", help="folder, single file or Hugging Face id; default: the embedded model")
     add("--revision", help="branch, tag or commit on the hub")
     add("--variant", help="which weights, where there are several: fp16, non_ema")
@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLER_NAMES)}; default: the model's")
     add("--spacing", metavar="NAME", help="of the steps: leading, trailing, linspace, karras, …")
     add("--timesteps", metavar="T,T,…", help="your own, decreasing, instead of --steps")
-    add("--seed", type=int, help="of the first picture; default: drawn and printed")
+    add("--seed", type=int, help="of the first image; default: drawn and printed")
     add("--num-images", type=int, default=1, metavar="N", help="per prompt; default: %(default)s")
     add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
     add("--columns", type=int, metavar="N", help="of the grid; default: --num-images, or square")
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def picture_size(text: str | None) -> tuple[int | None, int | None]:
+def image_size(text: str | None) -> tuple[int | None, int | None]:
     """(height, width) from "64" or "64x128". Raises: UserError: anything else, or too many."""
     if text is None:
         return None, None
@@ -96,7 +96,7 @@ def embedding_and_token(text: str) -> tuple[str, str | None]:
 
 
 def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
-    """The pictures and their seeds, prompt by prompt."""
+    """The images and their seeds, prompt by prompt."""
     import torch
 
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -113,7 +113,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     )
     for text in args.lora:
         pipeline.load_lora(*lora_and_weight(text))
-    height, width = picture_size(args.size)
+    height, width = image_size(args.size)
     for text in args.embedding:
         name = pipeline.load_embedding(*embedding_and_token(text))
         print(f"word: {name}", file=sys.stderr)
@@ -160,7 +160,7 @@ def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; see `errors.command` for exit codes."""
     args = parse(arguments)
-    picture_size(args.size)
+    image_size(args.size)
     if args.columns is not None and args.columns < 1:
         raise UserError(f"--columns must be at least 1; got {args.columns}.")
     check_image_file(args.output, "--output")

@@ -1,9 +1,9 @@
-"""Find the noise of a picture, and draw the picture from it again.
+"""Find the noise of an image, and draw the image from it again.
 
     python inference/invert.py cat.png --prompt "a cat painting" --output back.png
     python inference/invert.py cat.png --prompt "a cat" --edit "a dog" --edit "a cat on blue"
 
-Writes one row: the picture, what the autoencoder keeps of it, the round trip, and one picture for
+Writes one row: the image, what the autoencoder keeps of it, the round trip, and one image for
 each --edit, drawn from the same noise with another prompt. Prints how near the round trip comes.
 """
 
@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("picture", type=Path, help="any picture file; cropped and resized to the model's size")
+    add("image", type=Path, help="any image file; cropped and resized to the model's size")
     add("--prompt", default="", help="what it shows; default: nothing said")
     add("--edit", action="append", default=[], metavar="TEXT", help="another prompt; repeatable")
     add("--output", "-o", type=Path, default=Path("inverted.png"), help="default: %(default)s")
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
-    """The row of pictures, x_T, and the round trip's PSNR against the autoencoder's own in dB."""
+    """The row of images, x_T, and the round trip's PSNR against the autoencoder's own in dB."""
     import torch
 
     from latentdiff.data.images import UnreadableImage, open_image
@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
     from latentdiff.pipelines.inversion import image_tensors
 
     try:
-        picture = open_image(args.picture)
+        image = open_image(args.image)
     except UnreadableImage as error:
         raise UserError(str(error)) from error
     device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
     found = pipeline.invert(
-        picture,
+        image,
         args.prompt,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
     kept = to_output(kept, "pt").cpu()
     back = draw(args.prompt, args.guidance)
     edits = [draw(text, args.edit_guidance) for text in args.edit]
-    given = image_tensors(picture, pipeline.default_size) / 2 + 0.5
+    given = image_tensors(image, pipeline.default_size) / 2 + 0.5
     return to_pil(torch.cat([given, kept, back, *edits])), found.latents, float(psnr(back, kept))
 
 
@@ -105,13 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_image_file(args.output, "--output")
     if args.noise is not None:
         check_place(args.noise, "--noise")
-    pictures, noise, decibels = run(args)
+    images, noise, decibels = run(args)
     from latentdiff.images import grid
 
-    written = save_image(grid(pictures, len(pictures)), args.output)
+    written = save_image(grid(images, len(images)), args.output)
     if args.noise is not None:
         write_noise(args.noise, noise)
-    print(f"round trip against the autoencoder's own picture: {decibels:.1f} dB")
+    print(f"round trip against the autoencoder's own image: {decibels:.1f} dB")
     print(written)
 
 

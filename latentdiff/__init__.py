@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Threads spin while they wait for each other, before they sleep. Where other programs use the cores
-# too, that slows a picture two- to threefold; GNU OpenMP reads this as torch is loaded.
+# too, that slows an image two- to threefold; GNU OpenMP reads this as torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -8,7 +8,7 @@ Of a dataclass the engine also knows
     validate(self) -> list[str]   complaints about fields that do not go together
     removed: ClassVar             keys it had → their values for "off", at which they may stand in
                                   saved files; of a section, the keys that switched it on
-    renamed: ClassVar             sections it had → their keys → what those are called now
+    renamed: ClassVar             keys it had → what they are called now; for a section, by key
 """
 
 from __future__ import annotations
@@ -389,7 +389,10 @@ def _misplaced(cls: Any, given: dict[Any, Any], path: str) -> Iterator[tuple[str
         where, inner = _join(path, key), value if isinstance(value, dict) else {}
         if key in allowed:
             continue
-        if moved := {old: new for old, new in renamed.get(key, {}).items() if old in inner}:
+        new_name = renamed.get(key, {})
+        if isinstance(new_name, str):
+            yield where, f"is called {new_name} now (given {value!r:.80})."
+        elif moved := {old: new for old, new in new_name.items() if old in inner}:
             for old, new in moved.items():
                 yield f"{where}.{old}", f"is called {new} now (given {inner[old]!r:.80})."
         elif key not in removed:

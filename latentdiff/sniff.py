@@ -15,7 +15,7 @@ _BEGINNINGS = {
         "a Git LFS pointer, which stands for the file and holds none of it",
         "Run `git lfs pull`, or download the file itself",
     ),
-    b"%pdf": ("a PDF document", "Export its picture as a PNG"),
+    b"%pdf": ("a PDF document", "Export its image as a PNG"),
     b"mz\x90": ("a Windows program", _AGAIN),
     b"gguf": ("a GGUF file, of quantised weights", _WEIGHTS),
     b"\x89hdf": ("an HDF5 file (Keras)", _WEIGHTS),
@@ -30,10 +30,10 @@ _BEGINNINGS = {
 _HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
 #: How images begin that Pillow reads.
 IMAGES = {
-    b"\x89PNG": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"RIFF": "a WebP picture",
-    b"GIF8": "a GIF picture",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"RIFF": "a WebP image",
+    b"GIF8": "a GIF image",
 }
 
 
@@ -48,7 +48,7 @@ def sniff(head: bytes) -> tuple[str, str] | None:
     if len(head) > 8 and not any(head):
         return "a file that begins with zeros only, as an unfinished download does", _AGAIN
     if head[4:12] in _HEIC:
-        return "an HEIC picture, which Pillow cannot read", "Convert it to JPEG or PNG"
+        return "an HEIC image, which Pillow cannot read", "Convert it to JPEG or PNG"
     small = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     for beginning, found in _BEGINNINGS.items():
         if small.startswith(beginning):

@@ -1,4 +1,4 @@
-"""Is a generated picture its own original? By pixels, and by what a classifier sees."""
+"""Is a generated image its own original? By pixels, and by what a classifier sees."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def own_share(matrix: Tensor) -> Tensor:
 
 
 def nearest_is_own(matrix: Tensor) -> int:
-    """How many pictures are nearest to their own original."""
+    """How many images are nearest to their own original."""
     return int((matrix.argmin(1) == torch.arange(len(matrix))).sum())

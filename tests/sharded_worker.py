@@ -46,7 +46,7 @@ from latentdiff.train.optimizer import OptimizerConfig, make_optimizer  # noqa: 
 from latentdiff.train.order import BatchShape, Order  # noqa: E402
 from latentdiff.train.rendezvous import was_restarted  # noqa: E402
 
-PICTURES = 7
+IMAGES = 7
 SHAPE = UNetConfig(
     sample_size=8,
     block_out_channels=(16, 32),
@@ -66,7 +66,7 @@ def held_bytes(tensors: Any) -> tuple[int, int]:
 
 
 def sample_image(row: int, sample: int) -> Tensor:
-    """Noisy latents of a picture for a sample, in float64."""
+    """Noisy latents of an image for a sample, in float64."""
     known = torch.Generator().manual_seed(row)
     noise = torch.Generator().manual_seed(10_000 + sample)
     made = torch.randn(4, 8, 8, generator=known) + torch.randn(4, 8, 8, generator=noise)
@@ -99,7 +99,7 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         log_every=4,
         tensorboard=False,
     )
-    facts = {"pictures per step": shape.total}
+    facts = {"images per step": shape.total}
     state = TrainingState(
         {"unet": unet},
         {"unet": optimizer},
@@ -111,14 +111,16 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         averages(ema, powers),
     )
     first, seconds = state.resume()
-    order, samples = Order(range(PICTURES), seed=5), list[list[int]]()
+    order, samples = Order(range(IMAGES), seed=5), list[list[int]]()
 
     def make_batch(step: int, micro: int) -> tuple[Tensor, Tensor]:
         chosen = shape.samples(step, micro)
         found = order(chosen)
         samples.extend([step, n, row] for n, row in zip(chosen, found, strict=True))
         clean = torch.stack([sample_image(row, 0) for row in found])
-        return clean, torch.stack([sample_image(row, n) for n, row in zip(chosen, found, strict=True)])
+        return clean, torch.stack(
+            [sample_image(row, n) for n, row in zip(chosen, found, strict=True)]
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(folder, first, config, accelerator.is_main_process)

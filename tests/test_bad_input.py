@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 
-from tiny_training import arguments, make_parts, make_pictures  # noqa: E402
+from tiny_training import arguments, make_images, make_parts  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data") / "pictures", count=3)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "images", count=3)
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -53,13 +53,13 @@ CASES = {
 
 @pytest.mark.parametrize("override", CASES)
 def test_mistakes_in_the_configuration(
-    override: str, parts: Path, pictures: Path, tmp_path: Path, capsys
+    override: str, parts: Path, images: Path, tmp_path: Path, capsys
 ) -> None:
     if override.startswith("data.caption_column"):
-        pictures = tmp_path / "table"
-        make_pictures(pictures, 1)
-        (pictures / "metadata.csv").write_text("file_name,caption\n0.png,a square\n")
-    given = arguments(parts, pictures, tmp_path / "run", override)
+        images = tmp_path / "table"
+        make_images(images, 1)
+        (images / "metadata.csv").write_text("file_name,caption\n0.png,a square\n")
+    given = arguments(parts, images, tmp_path / "run", override)
     if override.startswith("validation"):
         given.append("validation.prompts=[a square]")
     if override.startswith("model.pretrained"):
@@ -71,7 +71,7 @@ def test_mistakes_in_the_configuration(
 
 
 def test_no_captions(parts: Path, tmp_path: Path, capsys) -> None:
-    folder = make_pictures(tmp_path / "silent", 2)
+    folder = make_images(tmp_path / "silent", 2)
     for text in folder.glob("*.txt"):
         text.unlink()
     error = run(arguments(parts, folder, tmp_path / "run"), capsys)
@@ -82,49 +82,47 @@ def test_no_captions(parts: Path, tmp_path: Path, capsys) -> None:
 def test_no_usable_images(parts: Path, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()
-    (folder / "a.png").write_bytes(b"not a picture")
+    (folder / "a.png").write_bytes(b"not an image")
     (folder / "a.txt").write_text("a cat")
     error = run(arguments(parts, folder, tmp_path / "run"), capsys)
     assert "0 usable images" in error
     assert "a.png" in error
 
 
-def test_output_that_cannot_be_written(parts: Path, pictures: Path, tmp_path: Path, capsys) -> None:
+def test_output_that_cannot_be_written(parts: Path, images: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("in the way")
-    given = arguments(parts, pictures, tmp_path / "file" / "run")
+    given = arguments(parts, images, tmp_path / "file" / "run")
     error = run([*given, f"latents.cache_dir={tmp_path / 'cache'}"], capsys)
     assert "cannot be written" in error
     assert "output=" in error
 
 
-def test_output_that_is_not_empty(parts: Path, pictures: Path, tmp_path: Path, capsys) -> None:
+def test_output_that_is_not_empty(parts: Path, images: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
-    error = run(arguments(parts, pictures, tmp_path / "run"), capsys)
+    error = run(arguments(parts, images, tmp_path / "run"), capsys)
     assert "not empty" in error
     assert "thesis.txt" in error
     assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
 
 
-def test_resume_without_a_checkpoint(parts: Path, pictures: Path, tmp_path: Path, capsys) -> None:
-    error = run([*arguments(parts, pictures, tmp_path / "run"), "--resume"], capsys)
+def test_resume_without_a_checkpoint(parts: Path, images: Path, tmp_path: Path, capsys) -> None:
+    error = run([*arguments(parts, images, tmp_path / "run"), "--resume"], capsys)
     assert "--resume" in error
     assert "no complete checkpoint" in error
 
 
-def test_a_shape_for_a_pretrained_model(
-    parts: Path, pictures: Path, tmp_path: Path, capsys
-) -> None:
-    given = arguments(parts, pictures, tmp_path / "run", f"model.pretrained={parts}")
+def test_a_shape_for_a_pretrained_model(parts: Path, images: Path, tmp_path: Path, capsys) -> None:
+    given = arguments(parts, images, tmp_path / "run", f"model.pretrained={parts}")
     assert "brings its own U-Net" in run(given, capsys)
 
 
 def test_processes_that_would_train_alone(
-    parts: Path, pictures: Path, tmp_path: Path, capsys, monkeypatch
+    parts: Path, images: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     # MPI's variables, which Accelerate does not look at on a machine with one process.
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    error = run(arguments(parts, pictures, tmp_path / "run"), capsys)
+    error = run(arguments(parts, images, tmp_path / "run"), capsys)
     assert "2 processes were launched" in error
     assert "--multi_gpu" in error
 

@@ -1,4 +1,4 @@
-"""Training on cached latents and on pictures encoded at every step is the same training."""
+"""Training on cached latents and on images encoded at every step is the same training."""
 
 import sys
 from pathlib import Path
@@ -9,12 +9,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 
-from tiny_training import arguments, losses, make_parts, make_pictures  # noqa: E402
+from tiny_training import arguments, losses, make_images, make_parts  # noqa: E402
 
 STEPS = 12
 
 
-def test_cache_and_training_take_the_same_picture_size_of_a_pretrained_model() -> None:
+def test_cache_and_training_take_the_same_image_size_of_a_pretrained_model() -> None:
     from latentdiff.train.config import read_config
     from latentdiff.train.parts import frozen_autoencoder, load_parts
 
@@ -31,17 +31,17 @@ def test_cache_and_training_take_the_same_picture_size_of_a_pretrained_model() -
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cached")
     make_parts(folder / "parts")
-    pictures = make_pictures(folder / "pictures")
+    images = make_images(folder / "images")
     for number in range(8):  # several captions with tags, some masks
-        (pictures / f"{number}.txt").write_text(f"a, b, square {number}\nthe {number}")
-    Image.new("L", (32, 32), 0).save(pictures / "3.mask.png")
+        (images / f"{number}.txt").write_text(f"a, b, square {number}\nthe {number}")
+    Image.new("L", (32, 32), 0).save(images / "3.mask.png")
     return folder
 
 
 def given(folder: Path, name: str, *more: str) -> list[str]:
     usual = [f"loop.max_steps={STEPS}", "optimizer.warmup_steps=1", "data.loss_mask=file"]
     usual += ["captions.shuffle_tags=true", "captions.tag_dropout=0.2"]
-    return arguments(folder / "parts", folder / "pictures", folder / name, *usual, *more)
+    return arguments(folder / "parts", folder / "images", folder / name, *usual, *more)
 
 
 def train(folder: Path, name: str, *more: str) -> dict[int, float]:
@@ -59,7 +59,7 @@ def test_losses_agree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from cache_latents import main as cache_latents
 
     assert cache_latents(given(folder, "cached")) == 0
-    assert "complete: 8 pictures" in capsys.readouterr().out
+    assert "complete: 8 images" in capsys.readouterr().out
     before = files(folder / "cache")
     cached = train(folder, "cached")
     assert files(folder / "cache") == before  # training found every latent
@@ -72,7 +72,7 @@ def test_losses_agree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_buckets_train_validate_and_export(folder: Path) -> None:
     wide = folder / "wide"
-    make_pictures(wide, 4)
+    make_images(wide, 4)
     for number in range(4):
         image = Image.open(wide / f"{number}.png").resize((48, 24))
         image.save(wide / f"wide-{number}.png")
@@ -92,7 +92,7 @@ def test_buckets_train_validate_and_export(folder: Path) -> None:
 def test_a_stream_trains(folder: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [
-        {"image": {"bytes": (folder / "pictures" / f"{n}.png").read_bytes(), "path": None},
+        {"image": {"bytes": (folder / "images" / f"{n}.png").read_bytes(), "path": None},
          "text": f"square {n}"} for n in range(8)
     ]  # fmt: skip
     (folder / "table").mkdir()

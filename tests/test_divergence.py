@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 
 from launching import launch  # noqa: E402
 from random_models import TEXT_WIDTH, make_pipeline  # noqa: E402
-from tiny_training import make_pictures  # noqa: E402
+from tiny_training import make_images  # noqa: E402
 
 from latentdiff.errors import UserError  # noqa: E402
 from latentdiff.train.ema import Ema  # noqa: E402
@@ -29,10 +29,10 @@ RESULTS = ("model", "lora/pytorch_lora_weights.safetensors", "learned_embeds.saf
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and pictures."""
+    """A model and images."""
     folder = tmp_path_factory.mktemp("divergence")
     make_pipeline().save_pretrained(folder / "model")
-    make_pictures(folder / "pictures", 6)
+    make_images(folder / "images", 6)
     return folder
 
 
@@ -40,7 +40,7 @@ def given(folder: Path, output: Path, *more: str) -> list[str]:
     return [
         f"model.pretrained={folder / 'model'}",
         "data.kind=folder",
-        f"data.path={folder / 'pictures'}",
+        f"data.path={folder / 'images'}",
         "data.validation_share=0",
         f"latents.cache_dir={folder / 'cache'}",
         "optimizer.warmup_steps=0",
@@ -50,7 +50,7 @@ def given(folder: Path, output: Path, *more: str) -> list[str]:
         "loop.log_every=4",
         "loop.tensorboard=false",
         "validation.every=0",
-        "validation.pictures=0",
+        "validation.images=0",
         f"output={output}",
         *more,
     ]
@@ -255,7 +255,7 @@ def stage_arguments(script: str, folder: Path, output: Path) -> list[str]:
     return [
         *STAGES[script],
         "data.kind=folder",
-        f"data.path={folder / 'pictures'}",
+        f"data.path={folder / 'images'}",
         "data.image_size=16",
         "optimizer.warmup_steps=0",
         "optimizer.decay=constant",

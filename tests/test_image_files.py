@@ -1,4 +1,4 @@
-"""Pictures that are written: nothing is lost by a format's limits or a full disk."""
+"""Images that are written: nothing is lost by a format's limits or a full disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_format_that_passes_the_check_can_be_written(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "side"), [("wide.webp", 16_384), ("wide.jpg", 65_501), ("wide.gif", 65_536)]
 )
-def test_a_picture_too_large_for_its_format_becomes_a_png(
+def test_a_image_too_large_for_its_format_becomes_a_png(
     name: str, side: int, tmp_path: Path
 ) -> None:
     wide = Image.new("RGB", (side, 1), RED)
@@ -42,7 +42,7 @@ def test_a_picture_too_large_for_its_format_becomes_a_png(
     assert [p.name for p in tmp_path.iterdir()] == ["wide.png"]
 
 
-def test_a_full_disk_leaves_the_older_picture(
+def test_a_full_disk_leaves_the_older_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = save_image(Image.new("RGB", (2, 2), RED), tmp_path / "a.jpg")
@@ -59,5 +59,5 @@ def test_a_full_disk_leaves_the_older_picture(
 
 
 @pytest.mark.parametrize(("columns", "size"), [(None, (22, 10)), (1, (10, 22)), (50, (22, 10))])
-def test_a_grid_is_as_wide_as_its_pictures(columns: int | None, size: tuple[int, int]) -> None:
+def test_a_grid_is_as_wide_as_its_images(columns: int | None, size: tuple[int, int]) -> None:
     assert grid([Image.new("RGB", (10, 10))] * 2, columns).size == size

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 from interrupting import Script, console, evaluate, run  # noqa: E402
 from PIL import Image  # noqa: E402
 from random_models import make_pipeline  # noqa: E402
-from tiny_training import arguments, make_parts, make_pictures  # noqa: E402
+from tiny_training import arguments, make_images, make_parts  # noqa: E402
 
 #: Where in a command Ctrl-C comes, as shares of all calls of Python functions that it makes.
 MOMENTS = (0.0, 0.5, 0.95, 0.99, 0.999)
@@ -29,11 +29,11 @@ DONE = 128 + signal.SIGINT
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, in a folder and in a file, parts, pictures, and a run with averages."""
+    """A model, in a folder and in a file, parts, images, and a run with averages."""
     folder = tmp_path_factory.mktemp("interrupts")
     make_pipeline().save_pretrained(folder / "model")
     make_parts(folder / "parts")
-    make_pictures(folder / "pictures", 8)
+    make_images(folder / "images", 8)
     given = ["convert", f"{folder}/model", f"{folder}/model.safetensors"]
     assert run(console, given, folder / "log") == 0
     train = [*latent(folder, folder / "run"), "power_ema.every=2"]
@@ -43,14 +43,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def latent(at: Path, output: Path) -> list[str]:
     more = ["loop.max_steps=3", "data.validation_share=0.3", "validation.samples=2"]
-    more += ["validation.at_start=true", "validation.pictures=1", "validation.steps=1"]
+    more += ["validation.at_start=true", "validation.images=1", "validation.steps=1"]
     more += [f"latents.cache_dir={output.parent / 'cache'}", "loop.checkpoint_every=1"]
-    return arguments(at / "parts", at / "pictures", output, *more)
+    return arguments(at / "parts", at / "images", output, *more)
 
 
 def small(at: Path, output: Path) -> list[str]:
     return [
-        "data.kind=folder", f"data.path={at / 'pictures'}", "data.image_size=16",
+        "data.kind=folder", f"data.path={at / 'images'}", "data.image_size=16",
         "loop.mixed_precision=no", "loop.batch_size=4", "loop.max_steps=3",
         "loop.checkpoint_every=1", "loop.tensorboard=false", f"output={output}",
     ]  # fmt: skip
@@ -67,7 +67,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Path, Path], list[str]]]] = {
         "--output", f"{to}/a.png",
     ]),
     "invert": (Script("invert"), lambda at, to: [
-        f"{at}/pictures/0.png", "--model", f"{at}/model", "--steps", "2",
+        f"{at}/images/0.png", "--model", f"{at}/model", "--steps", "2",
         "--output", f"{to}/a.png", "--noise", f"{to}/noise.safetensors",
     ]),
     "evaluate": (evaluate, lambda at, to: ["--output", f"{to}"]),
@@ -79,7 +79,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Path, Path], list[str]]]] = {
         "convert", f"{at}/model", f"{to}/m.safetensors", "--overwrite",
     ]),
     "doctor": (console, lambda at, to: [
-        "doctor", f"{at}/pictures", "--output", f"{to}/report", "--threads", "1",
+        "doctor", f"{at}/images", "--output", f"{to}/report", "--threads", "1",
     ]),
     "cache_latents": (Script("cache_latents"), lambda at, to: latent(at, to / "run")),
     "reconstruct_ema": (Script("reconstruct_ema"), lambda at, to: [

@@ -1,4 +1,4 @@
-"""Captioned pictures, learnt by heart through train_latent.py and generated from their captions."""
+"""Captioned images, learnt by heart through train_latent.py and generated from their captions."""
 
 import json
 import os
@@ -54,8 +54,8 @@ def learn(output: Path, *overrides: str) -> tuple[dict[str, Tensor], dict[str, T
     with torch.no_grad():
         autoencoder = pipeline.components.autoencoder
         rebuilt = to_output(autoencoder.decode(autoencoder.encode(originals)), "pil")
-    pictures = to_output(originals, "pil")
-    return both_distances(made, pictures), both_distances(rebuilt, pictures)
+    images = to_output(originals, "pil")
+    return both_distances(made, images), both_distances(rebuilt, images)
 
 
 def report(found: dict[str, Tensor], best: dict[str, Tensor]) -> None:
@@ -79,10 +79,10 @@ def check_with_the_embedded_autoencoder(output: Path, *overrides: str) -> None:
 
 
 @pytest.mark.slow
-def test_it_learns_two_pictures(tmp_path: Path) -> None:
+def test_it_learns_two_images(tmp_path: Path) -> None:
     check_with_the_embedded_autoencoder(
         tmp_path / "run",
-        f"data.path={two_of_the_example(tmp_path / 'pictures')}",
+        f"data.path={two_of_the_example(tmp_path / 'images')}",
         "loop.max_steps=700",
         "loop.max_minutes=30",
         "loop.tensorboard=false",
@@ -99,7 +99,7 @@ def two_of_the_example(folder: Path) -> Path:
 
 
 def eight_of(archive: Path, folder: Path) -> Path:
-    """Eight pictures of a captioned zip, by a fixed seed, with .txt captions: a user's folder."""
+    """Eight images of a captioned zip, by a fixed seed, with .txt captions: a user's folder."""
     folder.mkdir()
     with zipfile.ZipFile(archive) as file:
         rows = [json.loads(line) for line in file.read("metadata.jsonl").splitlines()]
@@ -111,14 +111,14 @@ def eight_of(archive: Path, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_it_learns_eight_pictures_of_a_folder_within_five_minutes(tmp_path: Path) -> None:
+def test_it_learns_eight_images_of_a_folder_within_five_minutes(tmp_path: Path) -> None:
     assets = os.environ.get("LATENTDIFF_ASSETS")
     if not assets:
-        pytest.skip("LATENTDIFF_ASSETS is not set: no captioned pictures and no TAESD here")
-    pictures = eight_of(Path(assets) / "fluent_emoji_3d_128.zip", tmp_path / "pictures")
+        pytest.skip("LATENTDIFF_ASSETS is not set: no captioned images and no TAESD here")
+    images = eight_of(Path(assets) / "fluent_emoji_3d_128.zip", tmp_path / "images")
     found, best = learn(
         tmp_path / "run",
-        f"data.path={pictures}",
+        f"data.path={images}",
         "data.image_size=128",
         f"model.vae={Path(assets) / 'taesd'}",
     )

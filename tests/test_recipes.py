@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 
-from tiny_training import make_pictures  # noqa: E402
+from tiny_training import make_images  # noqa: E402
 
 from latentdiff.formats.embedding import read_embedding  # noqa: E402
 from latentdiff.formats.folder import load_components  # noqa: E402
@@ -38,7 +38,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIXTEEN_BIT = ["bf16"] * has_fast_bf16(DEVICE) + ["fp16"] * torch.cuda.is_available()
 
 LOOP = ["loop.max_steps=2", "loop.batch_size=2", "loop.log_every=1", "loop.tensorboard=false"]
-LATENT = ["validation.pictures=1", "validation.prompts=[]", "validation.steps=1"]
+LATENT = ["validation.images=1", "validation.prompts=[]", "validation.steps=1"]
 LATENT += ["validation.samples=2"]
 
 
@@ -65,8 +65,8 @@ class Recipes:
         return output
 
     def _data(self, data: dict[str, Any]) -> list[str]:
-        """Few pictures where the recipe names a folder; those of the repository as they are."""
-        return [f"data.path={self._folder / 'pictures'}"] * ("path" in data)
+        """Few images where the recipe names a folder; those of the repository as they are."""
+        return [f"data.path={self._folder / 'images'}"] * ("path" in data)
 
 
 def make_teacher(folder: Path) -> Path:
@@ -101,7 +101,7 @@ def no_precision_is_left_behind() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Recipes:
     folder = tmp_path_factory.mktemp("recipes")
-    make_pictures(folder / "pictures", 8, size=64)
+    make_images(folder / "images", 8, size=64)
     return Recipes(folder)
 
 
@@ -140,7 +140,7 @@ def test_in_32_bit(recipe: str, recipes: Recipes) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_in_16_bit_it_is_the_same_training(recipe: str, precision: str, recipes: Recipes) -> None:
     ours, whole = recipes.run(recipe, precision), recipes.run(recipe, "no")
-    # Weights, pictures and noise of the first step are the same, so only rounding differs.
+    # Weights, images and noise of the first step are the same, so only rounding differs.
     assert rows(ours)[0]["loss"] == pytest.approx(rows(whole)[0]["loss"], rel=0.03, abs=1e-3)
     assert [row["step"] for row in rows(ours)] == [1, 2]
     mine, theirs = result(ours), result(whole)

@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 
 import killing  # noqa: E402
-from tiny_training import arguments, losses, make_parts, make_pictures  # noqa: E402
+from tiny_training import arguments, losses, make_images, make_parts  # noqa: E402
 
 SCRIPT = str(ROOT / "training" / "train_latent.py")
 STEPS = 24
 #: How many random moments are tried; half of them fall within the writing of checkpoints.
 KILLS = int(os.environ.get("LATENTDIFF_KILLS", "8"))
-# Two captions a picture, dropped captions, accumulation, a moving average, a held-out share: all
+# Two captions an image, dropped captions, accumulation, a moving average, a held-out share: all
 # that could depend on history.
 SETTINGS = [
     f"loop.max_steps={STEPS}",
@@ -35,7 +35,7 @@ SETTINGS = [
     "validation.every=7",
     "validation.samples=4",
     "validation.steps=2",
-    "validation.pictures=2",
+    "validation.images=2",
     "optimizer.decay=cosine",
     "optimizer.warmup_steps=3",
 ]
@@ -43,11 +43,11 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts, pictures and the run that nobody disturbs."""
+    """Parts, images and the run that nobody disturbs."""
     folder = tmp_path_factory.mktemp("resume")
     make_parts(folder / "parts")
-    pictures = make_pictures(folder / "pictures", 10)
-    for text in pictures.glob("*.txt"):
+    images = make_images(folder / "images", 10)
+    for text in images.glob("*.txt"):
         text.write_text(text.read_text() + "\nanother caption of it\n")
     from train_latent import main
 
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def given(folder: Path, name: str, *more: str) -> list[str]:
-    return arguments(folder / "parts", folder / "pictures", folder / name, *SETTINGS, *more)
+    return arguments(folder / "parts", folder / "images", folder / name, *SETTINGS, *more)
 
 
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
@@ -163,7 +163,7 @@ def test_other_settings_are_refused_by_name(folder: Path, capsys) -> None:
     error = capsys.readouterr().err
     assert "optimizer.lr: 0.0003 then, 0.5 now" in error
     assert main([*given(folder, "straight", "loop.batch_size=5"), "--resume"]) == 2
-    assert "pictures per step: 6 then, 10 now" in capsys.readouterr().err
+    assert "images per step: 6 then, 10 now" in capsys.readouterr().err
 
 
 def test_a_batch_cut_up_differently_sees_the_same_samples(folder: Path) -> None:

@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 import sharded_worker  # noqa: E402
 import tiny_training  # noqa: E402
 from launching import launch  # noqa: E402
-from tiny_training import arguments, make_parts, make_pictures  # noqa: E402
+from tiny_training import arguments, make_images, make_parts  # noqa: E402
 
 from latentdiff.train.ema import reconstruct  # noqa: E402
 
@@ -38,7 +38,7 @@ def train(folder: Path, config: str, *options: str, **settings: int) -> list[dic
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, 20 steps of 8 pictures in two micro-batches."""
+    """One process, 20 steps of 8 images in two micro-batches."""
     folder = tmp_path_factory.mktemp("alone")
     found = sharded_worker.run(folder, {"steps": STEPS, "batch": 4, "accumulation": 2})
     assert (found["processes"], found["sharded"]) == (1, False)
@@ -66,7 +66,7 @@ def same_training(one: Path, two: Path, steps: int = STEPS) -> None:
 
 
 def all_samples(said: list[dict[str, Any]], steps: range) -> list[list[int]]:
-    """[step, global sample index, picture] of all processes, in order."""
+    """[step, global sample index, image] of all processes, in order."""
     return sorted(row for one in said for row in one["samples"] if row[0] in steps)
 
 
@@ -165,17 +165,17 @@ def test_other_ways_to_shard(alone: Path, tmp_path: Path, config: str, options: 
 
 
 def test_the_script_in_bf16_saves_resumes_validates_and_exports(tmp_path: Path) -> None:
-    parts, pictures = make_parts(tmp_path / "parts"), make_pictures(tmp_path / "pictures", 10)
+    parts, images = make_parts(tmp_path / "parts"), make_images(tmp_path / "images", 10)
     more = ["loop.mixed_precision=bf16", "loop.checkpoint_every=10", "loop.ema_decay=0.9"]
     more += ["data.validation_share=0.2", "validation.every=10", "validation.samples=4"]
-    more += ["validation.steps=2", "validation.pictures=2", "optimizer.lr=1e-3"]
+    more += ["validation.steps=2", "validation.images=2", "optimizer.lr=1e-3"]
     alone, halves = tmp_path / "alone", tmp_path / "halves"
     from train_latent import main
 
     steps = ["loop.max_steps=10"], ["loop.max_steps=20", "--resume"]
-    assert main([*arguments(parts, pictures, alone, *more), *steps[1][:1]]) == 0
+    assert main([*arguments(parts, images, alone, *more), *steps[1][:1]]) == 0
     for extra in steps:
-        given = [*arguments(parts, pictures, halves, *more), "loop.batch_size=2", *extra]
+        given = [*arguments(parts, images, halves, *more), "loop.batch_size=2", *extra]
         run = launch(SCRIPT, given, "fsdp2_cpu_2.yaml")
         assert run.returncode == 0, run.stderr[-3000:]
     checkpoint = halves / "checkpoints" / "step-00000020"

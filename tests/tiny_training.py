@@ -1,4 +1,4 @@
-"""A model folder and captioned pictures that are small enough to train within seconds."""
+"""A model folder and captioned images that are small enough to train within seconds."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ UNET = [
 ]
 
 
-def make_pictures(folder: Path, count: int = 8, size: int = 32) -> Path:
-    """Write pictures with a .txt caption beside each."""
+def make_images(folder: Path, count: int = 8, size: int = 32) -> Path:
+    """Write images with a .txt caption beside each."""
     folder.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0)
     for i in range(count):
@@ -45,14 +45,14 @@ def make_parts(folder: Path) -> Path:
     return folder
 
 
-def arguments(parts: Path, pictures: Path, output: Path, *more: str) -> list[str]:
-    """Overrides of a run that takes seconds: 32-pixel pictures, a U-Net of two levels."""
+def arguments(parts: Path, images: Path, output: Path, *more: str) -> list[str]:
+    """Overrides of a run that takes seconds: 32-pixel images, a U-Net of two levels."""
     return [
         *UNET,
         f"model.vae={parts}",
         f"model.text_encoder={parts}",
         "data.kind=folder",
-        f"data.path={pictures}",
+        f"data.path={images}",
         "data.image_size=16",
         "data.validation_share=0",
         f"latents.cache_dir={output.parent / 'cache'}",
@@ -62,7 +62,7 @@ def arguments(parts: Path, pictures: Path, output: Path, *more: str) -> list[str
         "loop.log_every=2",
         "loop.tensorboard=false",
         "validation.every=0",
-        "validation.pictures=0",
+        "validation.images=0",
         f"output={output}",
         *more,
     ]

@@ -1,10 +1,10 @@
-"""Encode the pictures of a training before it starts, on any number of processes or machines.
+"""Encode the images of a training before it starts, on any number of processes or machines.
 
     accelerate launch training/cache_latents.py [--config FILE] [section.key=value ...]
     python training/cache_latents.py --rank 2 --ranks 8 ...   (one of eight jobs, with no launcher)
 
 Takes the same configuration as train_latent.py, which then finds every latent in the cache. The
-processes never talk to each other: each takes its own blocks of pictures and commits each as a
+processes never talk to each other: each takes its own blocks of images and commits each as a
 whole. Whatever is killed, start it again, on as many processes as you like, and only what is
 missing is encoded; when nothing is, nothing happens.
 """
@@ -69,10 +69,10 @@ def cache(given: Given, worker: Worker) -> None:
     work = CacheBuilder(source, folder, config.latents.batch_size)
     name = f"process {worker.rank} of {worker.ranks}"
     if work.index() is not None:
-        print(f"{name}: all {len(source)} pictures are in {folder.path}; nothing to do", flush=True)
+        print(f"{name}: all {len(source)} images are in {folder.path}; nothing to do", flush=True)
         return
     done = work.run(worker.rank, worker.ranks, progress=worker.rank == 0)
-    print(f"{name}: {done.encoded} pictures encoded, {done.blocks} blocks", flush=True)
+    print(f"{name}: {done.encoded} images encoded, {done.blocks} blocks", flush=True)
     index = work.index()
     if index is None:
         print(
@@ -83,7 +83,7 @@ def cache(given: Given, worker: Worker) -> None:
     skipped = [*problems_of(source), *index.skipped]
     usable = int((index.buckets >= 0).sum())
     print(report_skipped(skipped) + "\n" * bool(skipped), end="")
-    print(f"{name}: the cache is complete: {usable} pictures in {folder.path}", flush=True)
+    print(f"{name}: the cache is complete: {usable} images in {folder.path}", flush=True)
 
 
 @command

@@ -1,4 +1,4 @@
-"""Train the KL autoencoder that turns pictures into latents.
+"""Train the KL autoencoder that turns images into latents.
 
     accelerate launch training/train_autoencoder.py [--config FILE] [--resume] [a.b=value ...]
 
@@ -52,7 +52,7 @@ CONFIG = Path(__file__).parent / "configs" / "autoencoder.yaml"
 def batch_maker(
     source: Source, indices: list[int], run: Run[AutoencoderTrainConfig]
 ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-    """Return (step, micro-batch) → (pictures (B, 3, H, W), ε (B, C, h, w)).
+    """Return (step, micro-batch) → (images (B, 3, H, W), ε (B, C, h, w)).
 
     Both are a pure function of the seed and the numbers of the samples.
     """
@@ -84,7 +84,7 @@ def batch_maker(
 
 
 def random_squares(images: Tensor, size: int, places: Tensor) -> Tensor:
-    """Cut a square of `size` pixels out of each picture.
+    """Cut a square of `size` pixels out of each image.
 
     Args:
         images: (B, 3, H, W).
@@ -97,7 +97,7 @@ def random_squares(images: Tensor, size: int, places: Tensor) -> Tensor:
 
 
 def on_demand(source: Source, data: DataConfig) -> Callable[[list[int]], Tensor]:
-    """Return: indices of pictures → pictures (B, 3, H, W), decoded now."""
+    """Return: indices of images → images (B, 3, H, W), decoded now."""
     readable = Readable(source)
     return lambda chosen: torch.stack([square(readable[i].image, data) for i in chosen])
 
@@ -105,7 +105,7 @@ def on_demand(source: Source, data: DataConfig) -> Callable[[list[int]], Tensor]
 def preloaded(
     source: Source, indices: list[int], data: DataConfig, device: torch.device
 ) -> Callable[[list[int]], Tensor]:
-    """The same from memory, of the given pictures: 8 bits a value, as picture files have."""
+    """The same from memory, of the given images: 8 bits a value, as image files have."""
     readable = Readable(source)
 
     def one(index: int) -> Tensor:
@@ -123,12 +123,12 @@ def preloaded(
 
 
 def square(image: Image, data: DataConfig) -> Tensor:
-    """A picture as the configuration wants it, (3, size, size)."""
+    """An image as the configuration wants it, (3, size, size)."""
     return to_tensor(image, data.image_size, data.crop, background=data.background)
 
 
 def image_batches(source: Source, indices: list[int], data: DataConfig) -> Iterator[Tensor]:
-    """Read the given pictures in batches of 64."""
+    """Read the given images in batches of 64."""
     readable = Readable(source)
     for start in range(0, len(indices), 64):
         part = indices[start : start + 64]
@@ -164,7 +164,7 @@ def train(config: AutoencoderTrainConfig, resume: bool) -> None:
 
         distance = PerceptualDistance(stages=weights.perceptual_stages).to(accelerator.device)
     late = round(weights.late_start * loop.max_steps)
-    facts = {"pictures": source.fingerprint(), "training pictures": len(train_set)}
+    facts = {"images": source.fingerprint(), "training images": len(train_set)}
     if weights.perceptual or weights.adversarial:
         facts["late losses from step"] = late
     run.load_state(models, optimizers, facts | {"models": ", ".join(models)})
@@ -225,7 +225,7 @@ def export(
     save_autoencoder(Autoencoder(vae), folder)
     print(f"latent mean {mean.tolist()} std {std.tolist()} before folding")
     if scores:
-        print(f"held-out PSNR {sum(scores) / len(scores):.2f} dB over {len(scores)} pictures")
+        print(f"held-out PSNR {sum(scores) / len(scores):.2f} dB over {len(scores)} images")
     print(f"autoencoder written to {folder}")
 
 

@@ -1,4 +1,4 @@
-"""Train a small CLIP on captioned pictures: its vocabulary, its text tower, its image tower.
+"""Train a small CLIP on captioned images: its vocabulary, its text tower, its image tower.
 
     accelerate launch training/train_clip.py [--config FILE] [--resume] [a.b=value ...]
 
@@ -47,7 +47,7 @@ CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
 def batch_maker(
     source: Source, tokenizer: ClipTokenizer, run: Run[ClipTrainConfig]
 ) -> Callable[[int, int], tuple[Tensor, list[str], Tensor]]:
-    """Return (step, micro-batch) → (pictures, captions, their token ids (B, tokens)).
+    """Return (step, micro-batch) → (images, captions, their token ids (B, tokens)).
 
     Which of several captions it is is drawn from (seed, step).
     """
@@ -92,7 +92,7 @@ def check_step(shape: BatchShape) -> None:
     """Raises: UserError: a step is cut into micro-batches."""
     if shape.accumulation > 1:
         raise UserError(
-            "the contrastive loss compares all pictures of a step with each other, so a step "
+            "the contrastive loss compares all images of a step with each other, so a step "
             f"cannot be cut into {shape.accumulation} micro-batches. Set loop.batch_size="
             f"{shape.total // shape.processes} and loop.gradient_accumulation=1."
         )
@@ -119,7 +119,7 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
     prepared = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
     clip_step = run.optimizer_step(model, prepared["clip"])
     others = {"teacher": run.optimizer_step(distill, prepared["teacher"])} if distill else {}
-    facts = {"pictures": source.fingerprint(), "models": ", ".join(models)}
+    facts = {"images": source.fingerprint(), "models": ", ".join(models)}
     run.load_state(models, optimizers, facts)
     run.open_log()
     make_batch = batch_maker(source, tokenizer, run)

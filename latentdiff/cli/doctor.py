@@ -2,11 +2,11 @@
 
     latentdiff doctor DATASET [--output DIR] [--quarantine KINDS] [data key=value ...]
 
-DATASET is a folder or .zip of captioned pictures, a .parquet file or a folder of them, or a folder
+DATASET is a folder or .zip of captioned images, a .parquet file or a folder of them, or a folder
 of the `datasets` library; what else opening it needs is given as for training
 (data.caption_column=NAME), or by --config with the YAML file of a training run. Written are
 
-    report.html        tables, and pictures of what was found
+    report.html        tables, and images of what was found
     quarantine.jsonl   what training shall leave out: data.quarantine=DIR/quarantine.jsonl
     findings.jsonl     everything found, one line each
 """
@@ -40,7 +40,7 @@ class _Only:
     """The part of a training configuration that is of interest here."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The captioned pictures."""
+    """The captioned images."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--text-encoder", metavar="DIR", help="model folder or `embedded` whose tokenizer counts")
     add("--max-tokens", type=int, metavar="N", help="default: the text encoder's, else 77")
     add("--threads", type=int, default=min(8, os.cpu_count() or 1), help="default: %(default)s")
-    add("--show", type=int, default=40, metavar="N", help="pictures of each kind; %(default)s")
+    add("--show", type=int, default=40, metavar="N", help="images of each kind; %(default)s")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -101,7 +101,7 @@ def read_data(dataset: str, config: Path | None, overrides: Sequence[str]) -> Da
 def summary(order: Order, result: Result) -> str:
     """What is printed at the end."""
     lines = [
-        f"{result.pictures} pictures with captions, {result.readable} can be read "
+        f"{result.images} images with captions, {result.readable} can be read "
         f"({result.seconds:.1f} s; captions {order.counter.words})"
     ]
     for kind, count in result.counts.items():
@@ -111,7 +111,7 @@ def summary(order: Order, result: Result) -> str:
     lines += [
         "",
         f"report      {order.output / REPORT}",
-        f"quarantine  {result.quarantined} pictures; train without them: "
+        f"quarantine  {result.quarantined} images; train without them: "
         f"data.quarantine={order.output / LIST}",
         "No file of the data set was changed.",
     ]

@@ -18,7 +18,7 @@ from latentdiff.data.source import Skipped
 from latentdiff.errors import UserError
 
 #: No image that can be decoded needs more; a sparse file or a zip bomb claims more than fits.
-MAX_PICTURE_BYTES = 512 * 2**20
+MAX_IMAGE_BYTES = 512 * 2**20
 #: Captions of a whole set are held in memory, at several times this size.
 MAX_TABLE_BYTES = 2**30
 _LEAVES = "a link that leaves the data folder (it leads to {}); data.follow_links=true follows it"
@@ -116,7 +116,7 @@ class FolderTree:
             return "a link back to a folder that it lies in, which is not followed"
         return "a link that is followed under another name" * (place in links)
 
-    def read(self, name: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
+    def read(self, name: str, limit: int = MAX_IMAGE_BYTES) -> bytes:
         """Read one file. Raises: OSError, also for more than `limit` bytes."""
         return read_file(self._path(name), limit)
 
@@ -146,7 +146,7 @@ class ZipTree:
         members = [m.filename for m in self._archive.infolist() if not m.is_dir()]
         return sorted(m for m in members if not any(_is_litter(part) for part in m.split("/")))
 
-    def read(self, name: str, limit: int = MAX_PICTURE_BYTES) -> bytes:
+    def read(self, name: str, limit: int = MAX_IMAGE_BYTES) -> bytes:
         """Unpack one member. Raises: one of READ_ERRORS."""
         info = self._archive.getinfo(name)
         check_size(info.file_size, limit)
@@ -188,7 +188,7 @@ def is_inside(path: str | os.PathLike[str], *folders: str | os.PathLike[str]) ->
     return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
 
 
-def read_file(path: str | os.PathLike[str], limit: int = MAX_PICTURE_BYTES) -> bytes:
+def read_file(path: str | os.PathLike[str], limit: int = MAX_IMAGE_BYTES) -> bytes:
     """Read a regular file. Raises: OSError: a pipe or device, or more than `limit` bytes."""
     # Asked before opening: opening a pipe that nobody writes to would wait for ever.
     status = os.stat(path)

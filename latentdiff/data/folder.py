@@ -23,7 +23,7 @@ from latentdiff.errors import UserError, did_you_mean
 
 #: Ends the name of a mask file: cat.mask.png for cat.jpg.
 MASK_ENDING = ".mask.png"
-_LONELY_MASK = "a mask without its picture: none beside it has its name"
+_LONELY_MASK = "a mask without its image: none beside it has its name"
 _UNUSED_MASK = "a mask, which data.loss_mask=file uses"
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _FORMATS = (
@@ -130,9 +130,9 @@ class FolderSource(FileSource):
         if not any(entry.mask for entry in self._entries):
             found = few(lonely) or "there are none"
             raise UserError(
-                f"data.loss_mask=file: none of the {len(self._entries)} pictures with captions in "
+                f"data.loss_mask=file: none of the {len(self._entries)} images with captions in "
                 f"{display_name(self._tree.root)} has a mask ({found}). A mask stands beside its "
-                "picture: cat.mask.png for cat.jpg."
+                "image: cat.mask.png for cat.jpg."
             )
 
     def _captions_of_tables(
@@ -172,10 +172,10 @@ class FolderSource(FileSource):
         if not exists:
             return "not in the folder"
         if self.config.loss_mask == "file" and _mask_stem(given):
-            return "the mask of another picture, as its name says"
+            return "the mask of another image, as its name says"
         ending = splitext(given)[1] or "nothing"
         return (
-            f"not taken for a picture, as its name ends in {ending} and not in one of "
+            f"not taken for an image, as its name ends in {ending} and not in one of "
             f"{', '.join(IMAGE_ENDINGS)}"
         )
 
@@ -245,7 +245,7 @@ def unused_files(config: DataConfig) -> list[Skipped]:
         if ending.lower() != ".txt":
             reason = f"files ending in {ending or 'nothing'} are not looked for"
         elif _alike(stem) not in partners:
-            reason = "a text without a picture"
+            reason = "a text without an image"
         elif tables:
             reason = "captions are taken from the metadata file, not from texts"
         else:

@@ -129,7 +129,7 @@ def _decode(
     except Image.DecompressionBombError as error:
         raise UnreadableImage(
             label,
-            f"too large to decode safely ({error}). Shrink the picture, or if you trust it raise "
+            f"too large to decode safely ({error}). Shrink the image, or if you trust it raise "
             "PIL.Image.MAX_IMAGE_PIXELS",
         ) from error
     except FileNotFoundError as error:
@@ -153,9 +153,9 @@ def _what_else(source: str | os.PathLike[str] | bytes) -> str:
         with suppress(OSError), open(source, "rb") as file:
             head = file.read(HEAD)
     if not (head and (found := sniff(head))):
-        return "not a picture format that Pillow reads" if head else "the file is empty"
+        return "not an image format that Pillow reads" if head else "the file is empty"
     what, advice = found
-    return f"not a picture but {what}" + f"; {advice[:1].lower()}{advice[1:]}" * bool(advice)
+    return f"not an image but {what}" + f"; {advice[:1].lower()}{advice[1:]}" * bool(advice)
 
 
 @contextmanager

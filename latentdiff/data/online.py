@@ -206,7 +206,7 @@ class StreamLatents:
             if not captions:
                 raise UnreadableImage(name, "no caption")
             if data is None:
-                raise UnreadableImage(name, "the row has no picture")
+                raise UnreadableImage(name, "the row has no image")
             return decode(data, captions, name, self._config)
         except UnreadableImage as error:
             if len(self.skipped) < MOST_SKIPPED:
@@ -215,6 +215,6 @@ class StreamLatents:
 
     def _nothing(self) -> str:
         return (
-            f"{self._config.path}: 0 usable pictures for process {self._rank} of {self._ranks} "
+            f"{self._config.path}: 0 usable images for process {self._rank} of {self._ranks} "
             f"({few(self.skipped[-3:]) or 'it got no rows'})."
         )

@@ -87,7 +87,7 @@ class Unquarantined(View):
             *((name, f"in {file}, but not in the data") for name in listed if name in unknown),
         ]
         if not len(self):
-            raise UserError(f"data.quarantine: {file} lists all {len(source)} pictures.")
+            raise UserError(f"data.quarantine: {file} lists all {len(source)} images.")
 
     def __getitem__(self, index: int) -> Example:
         return self.source[self.source_indices[index]]

@@ -276,7 +276,7 @@ def open_whole(config: DataConfig) -> Source:
         raise UserError("\n".join(f"data.{text}" for text in problems))
     if config.streaming:
         raise UserError(
-            "data.streaming=true gives pictures in one order only, which train_latent.py alone can "
+            "data.streaming=true gives images in one order only, which train_latent.py alone can "
             "use. Set it to false here."
         )
     if config.kind == "folder":
@@ -334,7 +334,7 @@ class Readable:
                 if problem.name not in self.skipped:
                     self.skipped.add(problem.name)
                     print(f"left out: {printable(str(problem))}", flush=True)
-        raise UserError("no picture of the data set can be read; see the lines above.")
+        raise UserError("no image of the data set can be read; see the lines above.")
 
 
 def problems_of(source: object) -> list[Skipped]:
@@ -414,7 +414,7 @@ def report_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
     lines = [f"  {printable(name)}: {printable(reason)}" for name, reason in skipped[:limit]]
     if len(skipped) > limit:
         lines.append(f"  … and {len(skipped) - limit} more")
-    plural = "picture is" if len(skipped) == 1 else "pictures are"
+    plural = "image is" if len(skipped) == 1 else "images are"
     return "\n".join([f"{len(skipped)} {plural} left out (no file was changed):", *lines])
 
 

@@ -153,7 +153,7 @@ class TableSource(FileSource):
         if data is not None:
             return data
         if not path:
-            raise UnreadableImage(self.name(index), "the row has no picture")
+            raise UnreadableImage(self.name(index), "the row has no image")
         try:
             if self._homes is not None and not is_inside(self._root / path, *self._homes):
                 raise OSError(
@@ -184,7 +184,7 @@ def _check_column(
     likely = [name for name, feature in (features or {}).items() if isinstance(feature, Image)]
     if wanted not in names:
         hint = did_you_mean(wanted, names) or (
-            f" Pictures are in: {', '.join(likely)}." * bool(likely)
+            f" Images are in: {', '.join(likely)}." * bool(likely)
         )
         raise UserError(
             f"data.{key}: {label} has no column '{wanted}'; its columns are "
@@ -198,7 +198,7 @@ def _check_column(
     if not (isinstance(feature, Image) or is_struct or getattr(feature, "dtype", None) in plain):
         hint = f" Try: {', '.join(likely)}." * bool(likely)
         raise UserError(
-            f"data.{key}: the column '{wanted}' of {label} holds {feature}, not pictures "
+            f"data.{key}: the column '{wanted}' of {label} holds {feature}, not images "
             f"(file bytes, {{bytes, path}} or a path).{hint}"
         )
 

@@ -27,7 +27,7 @@ from latentdiff.data.captions import (
     choose_caption_column,
     decode_text,
 )
-from latentdiff.data.file_tree import MAX_PICTURE_BYTES, check_size, find_files
+from latentdiff.data.file_tree import MAX_IMAGE_BYTES, check_size, find_files
 from latentdiff.data.images import IMAGE_ENDINGS, UnreadableImage, display_name
 from latentdiff.data.source import DataConfig, FileSource, Skipped, few, left_out
 from latentdiff.errors import UserError
@@ -63,14 +63,14 @@ class TarSource(FileSource):
                 self._add(f"{shard.stem}/{display_name(key)}", members)
         if not len(self._names):
             raise UserError(
-                f"{config.path}: 0 usable pictures in {len(self._shards)} shards "
-                f"({few(self.problems) or 'they are empty'}). A sample is a picture and a .txt or "
+                f"{config.path}: 0 usable images in {len(self._shards)} shards "
+                f"({few(self.problems) or 'they are empty'}). A sample is an image and a .txt or "
                 ".json of the same name: 0001.jpg, 0001.txt."
             )
         if config.loss_mask == "file" and max(self._masks[::3]) < 0:
             raise UserError(
-                f"data.loss_mask=file: none of the {len(self)} pictures in {config.path} has a "
-                f"mask. A mask stands beside its picture: 0001.{_MASK_ENDING} for 0001.jpg."
+                f"data.loss_mask=file: none of the {len(self)} images in {config.path} has a "
+                f"mask. A mask stands beside its image: 0001.{_MASK_ENDING} for 0001.jpg."
             )
 
     def __len__(self) -> int:
@@ -121,17 +121,17 @@ class TarSource(FileSource):
 
     def _add(self, name: str, members: dict[str, _Place]) -> None:
         mask = members.pop(_MASK_ENDING, None)
-        picture = next((p for e, p in members.items() if f".{e}".endswith(IMAGE_ENDINGS)), None)
-        if picture is None:
-            self.problems.append((name, "a mask without its picture" if mask else "no picture"))
+        image = next((p for e, p in members.items() if f".{e}".endswith(IMAGE_ENDINGS)), None)
+        if image is None:
+            self.problems.append((name, "a mask without its image" if mask else "no image"))
             return
-        if picture.offset + picture.size > self._sizes[picture.shard]:
+        if image.offset + image.size > self._sizes[image.shard]:
             self.problems.append((name, "the shard ends before it does"))
             return
         captions = self.captions_or_skip(name, lambda: self._read_captions(members, name))
         if not captions:
             return
-        self._places.extend(picture)
+        self._places.extend(image)
         if mask is None or self.config.loss_mask != "file":
             mask = _Place(-1, 0, 0)
         self._masks.extend(mask)
@@ -158,7 +158,7 @@ class TarSource(FileSource):
         except OSError as error:
             raise UnreadableImage(self.name(index), f"cannot be read ({error})") from error
 
-    def _bytes(self, place: _Place, limit: int = MAX_PICTURE_BYTES) -> bytes:
+    def _bytes(self, place: _Place, limit: int = MAX_IMAGE_BYTES) -> bytes:
         check_size(place.size, limit)
         with open(self._shards[place.shard], "rb") as file:
             file.seek(place.offset)
@@ -189,7 +189,7 @@ def _shards(path: str, follow_links: bool) -> tuple[list[Path], list[Skipped]]:
     packed = [shard.name for shard in found if shard.suffix != ".tar"]
     if packed:
         raise UserError(
-            f"{', '.join(packed[:5])}: shards must be plain .tar files, so that pictures can be "
-            "read from their place; unpack compressed ones (gunzip). Pictures gain nothing by it."
+            f"{', '.join(packed[:5])}: shards must be plain .tar files, so that images can be "
+            "read from their place; unpack compressed ones (gunzip). Images gain nothing by it."
         )
     return found, problems

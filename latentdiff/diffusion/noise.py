@@ -63,7 +63,7 @@ def multi_resolution(fine: Tensor, coarse: Sequence[Tensor], share: float) -> Te
 
         ε = Σ_k s^k U_k(n_k) / √(Σ_k s^{2k}),    U_k the enlargement to full size, n_0 = fine
 
-    The large shapes and the mean colour of a picture then have to be found from noise too, which
+    The large shapes and the mean colour of an image then have to be found from noise too, which
     white noise hardly touches there.
 
     Args:    fine: (B, C, H, W).  coarse: (B, C, h, w) each, see `coarse_levels`.

@@ -224,7 +224,7 @@ def error_cost(error: Tensor, config: ObjectiveConfig) -> Tensor:
         huber:        e² up to δ, then δ (2|e| − δ)            (Huber 1964; twice torch's)
         pseudo_huber: 2δ (√(e² + δ²) − δ)                      (Charbonnier et al. 1997)
 
-    Both grow as 2δ|e|, so that a few odd pictures do not outvote the rest.
+    Both grow as 2δ|e|, so that a few odd images do not outvote the rest.
     """
     if config.loss == "squared":
         return error.square()

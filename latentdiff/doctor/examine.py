@@ -26,7 +26,7 @@ NAMED = 3
 class Result:
     """What was found, in numbers."""
 
-    pictures: int
+    images: int
     """Images looked at."""
     readable: int
     """Those that can be decoded."""

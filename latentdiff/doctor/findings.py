@@ -43,21 +43,21 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "unreadable": Kind("left out", "Pictures that cannot be read"),
-    "no-caption": Kind("left out", "Pictures without a caption"),
+    "unreadable": Kind("left out", "Images that cannot be read"),
+    "no-caption": Kind("left out", "Images without a caption"),
     "other": Kind("left out", "Other entries left out"),
     "ignored": Kind("left out", "Files that are not looked at"),
     "duplicate": Kind("doubtful", "The same file again"),
-    "tiny": Kind("doubtful", "Tiny pictures"),
-    "similar": Kind("doubtful", "Pictures that look the same"),
-    "one-colour": Kind("doubtful", "Pictures of one colour"),
+    "tiny": Kind("doubtful", "Tiny images"),
+    "similar": Kind("doubtful", "Images that look the same"),
+    "one-colour": Kind("doubtful", "Images of one colour"),
     "long-caption": Kind("cut", "Captions over the text encoder's limit"),
-    "narrow": Kind("cut", "Very wide or very tall pictures"),
+    "narrow": Kind("cut", "Very wide or very tall images"),
     "animated": Kind("cut", "Animations and files of several pages"),
-    "small": Kind("note", "Pictures smaller than the training square"),
-    "mode": Kind("note", "Pictures that are not 8-bit RGB"),
-    "transparent": Kind("note", "Transparent pictures"),
-    "rotated": Kind("note", "Pictures stored sideways"),
+    "small": Kind("note", "Images smaller than the training square"),
+    "mode": Kind("note", "Images that are not 8-bit RGB"),
+    "transparent": Kind("note", "Transparent images"),
+    "rotated": Kind("note", "Images stored sideways"),
     "ending": Kind("note", "Files whose ending names another format"),
 }
 #: Kinds that name images training could take, so that they can go on the quarantine list.

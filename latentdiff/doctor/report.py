@@ -52,7 +52,7 @@ def write_report(file: Path, result: Result, findings: Findings) -> None:
             ("Aspect ratios", bucket_table(records, order.data.image_size)),
             ("Formats and colour modes", mode_table(records)),
             ("Shorter side", size_table(records)),
-            ("Longest caption of a picture", caption_table(records, order.counter)),
+            ("Longest caption of an image", caption_table(records, order.counter)),
         ),
         sections=sections,
         in_quarantine=order.quarantine,
@@ -64,8 +64,8 @@ def _facts(result: Result, findings: Findings) -> list[tuple[str, str]]:
     """Name and value lines at the top."""
     order, counter = findings.order, findings.order.counter
     facts = [
-        ("pictures with captions", f"{result.pictures}, of which {result.readable} can be read"),
-        ("quarantine list", f"{result.quarantined} pictures: {', '.join(order.quarantine) or '—'}"),
+        ("images with captions", f"{result.images}, of which {result.readable} can be read"),
+        ("quarantine list", f"{result.quarantined} images: {', '.join(order.quarantine) or '—'}"),
         ("training square", f"{order.data.image_size} pixels, crop {order.data.crop}"),
         ("tokens", f"{counter.words}; the text encoder takes {counter.limit}"),
         ("looked at in", f"{result.seconds:.1f} s by {order.threads} threads"),

@@ -22,7 +22,7 @@ class Row(NamedTuple):
     """A line of a table: words, a count, a remark."""
 
     label: str
-    pictures: int
+    images: int
     remark: str
 
 

@@ -1,4 +1,4 @@
-"""The likelihood of captioned pictures under a model, in bits per latent dimension.
+"""The likelihood of captioned images under a model, in bits per latent dimension.
 
 x_0 is a draw of the autoencoder's posterior, as in training, given its caption. The figures are
 densities of latents: they compare models that share an autoencoder, and may be negative.
@@ -39,18 +39,18 @@ class LikelihoodSize:
     """How much is measured."""
 
     levels: int = 32
-    """Levels that each picture visits for the bound; the other levels stand for themselves."""
-    ode_pictures: int = 8
-    """Pictures of the probability-flow ODE; 0 leaves it out."""
+    """Levels that each image visits for the bound; the other levels stand for themselves."""
+    ode_images: int = 8
+    """Images of the probability-flow ODE; 0 leaves it out."""
     ode_steps: int = 50
     """Steps of the ODE, each two network calls and their gradients."""
     batch_size: int = 16
-    """Pictures per pass; does not change the figures."""
+    """Images per pass; does not change the figures."""
 
     def __post_init__(self) -> None:
         for name, least in (
             ("levels", 1),
-            ("ode_pictures", 0),
+            ("ode_images", 0),
             ("ode_steps", 1),
             ("batch_size", 1),
         ):
@@ -60,7 +60,7 @@ class LikelihoodSize:
 
 @dataclass
 class Likelihood:
-    """What was found of one set of pictures."""
+    """What was found of one set of images."""
 
     figures: dict[str, Any] = field(default_factory=dict)
     """Means by name, each followed by its standard error."""
@@ -75,7 +75,7 @@ def measure(
     """Both forms of the bound, and the ODE's.
 
     Args:    pipeline: a LatentDiffusionPipeline.  images: (N, 3, H, W) in [−1, 1].
-             captions: one for each picture.
+             captions: one for each image.
     """
     bounds: list[SampledBound] = []
     ode: list[Tensor] = []
@@ -84,7 +84,7 @@ def measure(
         x_0, denoiser = _latents(pipeline, images, rows), _denoiser(pipeline, captions, rows)
         with torch.no_grad():
             bounds.append(sampled_elbo(denoiser, x_0, pipeline.schedule, rows, size.levels))
-        few = [row for row in rows if row < size.ode_pictures]
+        few = [row for row in rows if row < size.ode_images]
         if few:
             denoiser = _denoiser(pipeline, captions, few)
             ode.append(_ode(denoiser, x_0[: len(few)], few, pipeline.schedule, size.ode_steps))
@@ -93,13 +93,13 @@ def measure(
     if ode:
         values = bits_per_dimension(torch.cat(ode), math.prod(shape))
         figures |= _mean("ODE and reconstruction", values)
-        figures["ODE pictures"] = len(values)
+        figures["ODE images"] = len(values)
     return Likelihood(figures, loss_curve(bounds, pipeline, math.prod(shape)))
 
 
 def summary(bounds: Sequence[SampledBound], dimensions: int) -> dict[str, Any]:
-    """The terms of both forms, averaged over pictures; the cost in bits, so lower is better."""
-    figures: dict[str, Any] = {"pictures": sum(len(b.timesteps) for b in bounds)}
+    """The terms of both forms, averaged over images; the cost in bits, so lower is better."""
+    figures: dict[str, Any] = {"images": sum(len(b.timesteps) for b in bounds)}
     for form, name in (("posterior_form", "DDPM"), ("lecture_form", "lecture")):
         for term, sign in (("reconstruction", 1), ("prior_matching", -1), ("denoising", -1)):
             nats = torch.cat([getattr(getattr(b, form), term) for b in bounds])
@@ -163,7 +163,7 @@ def check_plot() -> None:
 
 
 def _latents(pipeline: Any, images: Tensor, rows: Sequence[int]) -> Tensor:
-    """x_0 of some pictures, drawn from the autoencoder's posterior."""
+    """x_0 of some images, drawn from the autoencoder's posterior."""
     with torch.no_grad():
         moments = pipeline.autoencoder.encode_moments(images[list(rows)].to(pipeline.device))
         shape = (moments.shape[1] // 2, *moments.shape[2:])

@@ -1,6 +1,6 @@
 """Everything that evaluate.py measures of a model beside a reference of captioned images.
 
-What a classifier sees in pictures are EfficientNet-Lite0's pooled features. The weights of the
+What a classifier sees in images are EfficientNet-Lite0's pooled features. The weights of the
 field's standard distances are looked for in the local Hugging Face and torch caches only; nothing
 is downloaded. A metric whose weights are not there is reported as not measured, with the reason.
 
@@ -129,7 +129,7 @@ Features = Callable[[Sequence[Image.Image]], Tensor]
 
 
 def to_tensors(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Resize pictures to (N, 3, size, size) in [−1, 1]."""
+    """Resize images to (N, 3, size, size) in [−1, 1]."""
     pixels = [
         np.asarray(i.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)) for i in images
     ]
@@ -137,9 +137,9 @@ def to_tensors(images: Sequence[Image.Image], size: int) -> Tensor:
 
 
 class ClassifierFeatures:
-    """Pictures → (N, 1280), the mean over the last feature map.
+    """Images → (N, 1280), the mean over the last feature map.
 
-    Args:   device: where it runs.  batch_size: pictures at a time.
+    Args:   device: where it runs.  batch_size: images at a time.
     Raises: UserError: the packages of the `eval` extra are not installed.
     """
 
@@ -169,11 +169,11 @@ class ClassifierFeatures:
         return torch.cat(found)
 
 
-Pictures = list[Image.Image]
+Images = list[Image.Image]
 
 
 class Shown(NamedTuple):
-    """One generated picture on the page."""
+    """One generated image on the page."""
 
     prompt: str
     ours: Image.Image
@@ -184,22 +184,22 @@ class Shown(NamedTuple):
 
 @dataclass
 class Result:
-    """Figures by name, and the pictures behind them by section."""
+    """Figures by name, and the images behind them by section."""
 
     figures: dict[str, Any] = field(default_factory=dict)
     pages: dict[str, list[Shown]] = field(default_factory=dict)
 
 
 class Generator:
-    """Prompts to pictures in fixed batches, each prompt with a seed of its own; keeps the time."""
+    """Prompts to images in fixed batches, each prompt with a seed of its own; keeps the time."""
 
     def __init__(self, pipeline: Any, steps: int, guidance: float, batch_size: int) -> None:
         self.pipeline, self.steps, self.guidance = pipeline, steps, guidance
         self.batch_size, self.seconds, self.count = batch_size, 0.0, 0
 
-    def __call__(self, prompts: Sequence[str], seed: int = 0) -> Pictures:
+    def __call__(self, prompts: Sequence[str], seed: int = 0) -> Images:
         """Generate; prompt number i has seed + i."""
-        images: Pictures = []
+        images: Images = []
         for start in range(0, len(prompts), self.batch_size):
             began = time.perf_counter()
             images += self.pipeline(
@@ -215,16 +215,16 @@ class Generator:
 
 
 def as_tensors(images: Sequence[Image.Image]) -> Tensor:
-    """(N, 3, H, W) in [−1, 1] at the pictures' own size."""
+    """(N, 3, H, W) in [−1, 1] at the images' own size."""
     return torch.stack([to_tensor(image, image.width) for image in images])
 
 
 @torch.no_grad()
-def through_vae(images: Pictures, autoencoder: Any) -> Pictures:
-    """Encode and decode pictures."""
+def through_vae(images: Images, autoencoder: Any) -> Images:
+    """Encode and decode images."""
     from latentdiff.images import to_output
 
-    found: Pictures = []
+    found: Images = []
     for start in range(0, len(images), 32):
         pixels = as_tensors(images[start : start + 32]).to(autoencoder.device)
         found += to_output(autoencoder.decode(autoencoder.encode(pixels)), "pil")
@@ -232,7 +232,7 @@ def through_vae(images: Pictures, autoencoder: Any) -> Pictures:
 
 
 @torch.no_grad()
-def clean_latents(images: Pictures, autoencoder: Any) -> Tensor:
+def clean_latents(images: Images, autoencoder: Any) -> Tensor:
     """The clean latents (N, C, h, w) of images: the mean of what the encoder says."""
     found = []
     for start in range(0, len(images), 64):
@@ -264,8 +264,8 @@ def concepts(ours: Tensor, rebuilt: Tensor, gallery: Tensor, labels: Tensor) -> 
 
 
 @torch.no_grad()
-def diversity(groups: Sequence[Pictures], distance: PerceptualDistance) -> float:
-    """Mean LPIPS over all pairs of pictures of one prompt, averaged over prompts."""
+def diversity(groups: Sequence[Images], distance: PerceptualDistance) -> float:
+    """Mean LPIPS over all pairs of images of one prompt, averaged over prompts."""
     means = []
     for images in groups:
         pixels = as_tensors(images)
@@ -275,7 +275,7 @@ def diversity(groups: Sequence[Pictures], distance: PerceptualDistance) -> float
 
 
 @torch.no_grad()
-def reconstruction(real: Pictures, rebuilt: Pictures, distance: PerceptualDistance) -> Any:
+def reconstruction(real: Images, rebuilt: Images, distance: PerceptualDistance) -> Any:
     """PSNR and LPIPS of the autoencoder's round trip."""
     a, b = as_tensors(real), as_tensors(rebuilt)
     error = ((a - b) / 2).square().flatten(1).mean(1)
@@ -286,8 +286,8 @@ def reconstruction(real: Pictures, rebuilt: Pictures, distance: PerceptualDistan
     }
 
 
-def clip_score(prompts: Sequence[str], images: Pictures, scorer: ClipScorer) -> float:
-    """Mean cosine of text and picture by the model's own CLIP, times 100."""
+def clip_score(prompts: Sequence[str], images: Images, scorer: ClipScorer) -> float:
+    """Mean cosine of text and image by the model's own CLIP, times 100."""
     scores = scorer.text_features(prompts) * scorer.image_features(as_tensors(images))
     return 100 * float(scores.sum(1).mean())
 
@@ -300,7 +300,7 @@ _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 
 
 def hub_metrics(pages: Sequence[Shown], device: torch.device) -> dict[str, Any]:
-    """FID (Inception), FD-DINOv2 and CMMD of generated against real pictures.
+    """FID (Inception), FD-DINOv2 and CMMD of generated against real images.
 
     Source: arXiv:1706.08500, arXiv:2306.04675, arXiv:2401.09603.
     """
@@ -324,7 +324,7 @@ def hub_metrics(pages: Sequence[Shown], device: torch.device) -> dict[str, Any]:
 
 @torch.no_grad()
 def features(images: Sequence[Image.Image], network: Callable[..., Tensor]) -> Tensor:
-    """Features of pictures in batches of 16."""
+    """Features of images in batches of 16."""
     parts = [network(images[i : i + 16]).float().cpu() for i in range(0, len(images), 16)]
     return torch.cat(parts)
 

@@ -66,7 +66,7 @@ def measure(
         for image in images
     ]
     figures["diversity over seeds, LPIPS"] = metrics.diversity(groups, distance)
-    figures["seconds per picture"] = generator.seconds / generator.count
+    figures["seconds per image"] = generator.seconds / generator.count
     return result
 
 

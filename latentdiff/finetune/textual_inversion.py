@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextualInversionConfig:
-    """A word for what the pictures have in common; the model stays as it is."""
+    """A word for what the images have in common; the model stays as it is."""
 
     kind: Literal["textual_inversion"] = "textual_inversion"
     """textual_inversion: a new word's token embeddings; the run ends with

@@ -46,9 +46,9 @@ from latentdiff.weights import (
 #: What a Stable Diffusion U-Net with that many input channels is given besides four of latents.
 SPECIAL_INPUTS = {
     5: "a depth model (a depth map beside the latents)",
-    7: "an upscaler (a small picture beside the latents)",
-    8: "an InstructPix2Pix model (the latents of a picture to edit beside the noisy ones)",
-    9: "an inpainting model (a mask and the latents of the masked picture beside the noisy ones)",
+    7: "an upscaler (a small image beside the latents)",
+    8: "an InstructPix2Pix model (the latents of an image to edit beside the noisy ones)",
+    9: "an inpainting model (a mask and the latents of the masked image beside the noisy ones)",
 }
 
 

@@ -1,4 +1,4 @@
-"""Training the KL autoencoder that turns pictures into latents.
+"""Training the KL autoencoder that turns images into latents.
 
     L = ‖x − x̂‖₁ + ‖x − x̂‖² + λ_kl KL(q(z|x) ‖ N(0, I)) + λ_p LPIPS(x, x̂) + λ_a L_adv
 
@@ -86,16 +86,16 @@ class AutoencoderTrainConfig(RunConfig):
     output: str = field(default="runs/autoencoder", metadata=FREE)
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, vae/."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The pictures."""
+    """The images."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """The network."""
     crop_size: int | None = None
-    """Train on squares of this many pixels, cut out of the data.image_size pictures at random: the
-    network is convolutional, and a small square costs less. null trains on whole pictures."""
+    """Train on squares of this many pixels, cut out of the data.image_size images at random: the
+    network is convolutional, and a small square costs less. null trains on whole images."""
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     """The loss."""
     preload: bool = False
-    """Decode every picture once, before the first step, into memory (of the GPU if there is one):
+    """Decode every image once, before the first step, into memory (of the GPU if there is one):
     3 · size² bytes each, on every process. A GPU waits for decoding otherwise."""
     optimizer: OptimizerConfig = field(default_factory=lambda: small_optimizer((0.9, 0.99)))
     """AdamW and its learning rate."""
@@ -107,7 +107,7 @@ class AutoencoderTrainConfig(RunConfig):
         problems = []
         if self.preload and self.data.crop == "random":
             problems.append(
-                "preload keeps one crop of every picture; set data.crop=center, or preload=false."
+                "preload keeps one crop of every image; set data.crop=center, or preload=false."
             )
         unit, largest = self.autoencoder.downscale, self.data.image_size
         if self.crop_size is not None and (
@@ -137,7 +137,7 @@ def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> Autoencode
         }
     )
     # Every residual branch starts at zero (arXiv:1901.09321) and every convolution between them
-    # orthogonal (arXiv:1312.6120): the network begins linear, and pictures and gradients keep their
+    # orthogonal (arXiv:1312.6120): the network begins linear, and images and gradients keep their
     # size through its ten or twenty layers, where torch's default divides it by √3 in each.
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d) and not name.endswith(".conv1"):
@@ -145,14 +145,14 @@ def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> Autoencode
             assert module.bias is not None
             nn.init.zeros_(module.bias)
     assert isinstance(vae.quant_conv, nn.Conv2d) and vae.quant_conv.bias is not None
-    # Start with σ = e⁻², not 1, so that the decoder sees the picture from the first step.
+    # Start with σ = e⁻², not 1, so that the decoder sees the image from the first step.
     nn.init.zeros_(vae.quant_conv.weight[config.latent_channels :])
     nn.init.constant_(vae.quant_conv.bias[config.latent_channels :], -4.0)
     return vae
 
 
 class AutoencoderPass(nn.Module):
-    """One forward pass in training: picture → posterior → sampled latent → picture."""
+    """One forward pass in training: image → posterior → sampled latent → image."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class AutoencoderPass(nn.Module):
 
 
 def posterior(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance (B, C, h, w) of pictures' latents, the latter in −30 … 20."""
+    """Mean and log-variance (B, C, h, w) of images' latents, the latter in −30 … 20."""
     mean, logvar = vae.encode(images).chunk(2, dim=1)
     return mean, logvar.clamp(*LOGVAR_RANGE)
 
@@ -213,7 +213,7 @@ def fold_statistics(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 
 def psnr(images: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio in dB per picture for values in [−1, 1].
+    """Peak signal-to-noise ratio in dB per image for values in [−1, 1].
 
     Args:
         images, targets: (B, 3, H, W).

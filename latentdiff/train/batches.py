@@ -53,14 +53,14 @@ class CaptionConfig:
 
 
 def choose_caption(captions: Sequence[str], seed: int, sample: int) -> str:
-    """Choose one of a picture's captions for a global sample index."""
+    """Choose one of an image's captions for a global sample index."""
     if len(captions) == 1:
         return captions[0]
     return captions[mix(mix(seed, _CAPTION_STREAM), sample) % len(captions)]
 
 
 def say(captions: Sequence[str], seed: int, sample: int, config: CaptionConfig) -> str:
-    """The caption of a picture for a global sample index; at least one part of it is left."""
+    """The caption of an image for a global sample index; at least one part of it is left."""
     caption = choose_caption(captions, seed, sample)
     if not config.shuffle_tags and not config.tag_dropout:
         return caption

@@ -218,7 +218,10 @@ def delete_old(folder: Path, keep_last: int, keep_every: int | None = None) -> N
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return the facts that a checkpoint was written with, `step` among them."""
-    return json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+    # Earlier versions counted pictures.
+    facts = {key.replace("picture", "image"): fact for key, fact in manifest["facts"].items()}
+    return {**manifest, "facts": facts}
 
 
 def _together(action: Callable[[], T], step: int) -> list[T]:
@@ -386,8 +389,8 @@ def read_into(checkpoint: Path, name: str, targets: Mapping[str, Tensor]) -> Non
     )
     if missing := [key for key in targets if key not in stored]:
         raise UserError(
-            f"the checkpoint has no {missing[0]} in its {name}. Averages cannot be started half-way: go "
-            "on with the power_ema.every and power_ema.sigma_rel that the run began with, or "
+            f"the checkpoint's {name} lacks {missing[0]}. Averages cannot be started half-way: "
+            "go on with the power_ema.every and power_ema.sigma_rel that the run began with, or "
             "with power_ema.every=0."
         )
     for key, target in targets.items():
@@ -411,9 +414,9 @@ def _compare(
         for key in {**then, **now}
         if then.get(key, missing) != now.get(key, missing)
     ]
-    if then.get("pictures") != now.get("pictures"):
+    if then.get("images") != now.get("images"):
         lines.append(
-            "  (pictures is a hash of the images, how they are read and the autoencoder; embedded "
+            "  (images is a hash of the images, how they are read and the autoencoder; embedded "
             "colour profiles are converted to sRGB now, which earlier versions did not do)"
         )
     if lines:

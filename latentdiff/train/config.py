@@ -66,7 +66,7 @@ class ModelConfig:
     embedded one."""
     unet: UNetConfig = field(default_factory=_small_unet)
     """Shape of a U-Net that is trained from scratch. Channels in and out, cross_attention_dim and
-    sample_size follow from the frozen parts and the picture size when they are not given."""
+    sample_size follow from the frozen parts and the image size when they are not given."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """How attention is computed: torch's own, or xformers."""
     gradient_checkpointing: bool = False
@@ -80,24 +80,25 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LatentsConfig:
-    """Where the encoded pictures are kept."""
+    """Where the encoded images are kept."""
 
     removed: ClassVar = {"pack": None}
     cache_dir: str | None = None
     """Folder of the latent cache; null is ~/.cache/latentdiff."""
     online: bool = False
-    """Keep no latents: encode the pictures of every batch anew. Slower by the encoder's time; for
+    """Keep no latents: encode the images of every batch anew. Slower by the encoder's time; for
     sets larger than the disk, and for data.crop=random."""
     batch_size: AtLeastOne[int] = 32
-    """Pictures encoded at a time when the cache is filled."""
+    """Images encoded at a time when the cache is filled."""
     context_megabytes: NotNegative[int] = 1024
     """Memory for the text states of captions."""
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """The picture grid and the held-out loss, both with the averaged weights."""
+    """The image grid and the held-out loss, both with the averaged weights."""
 
+    renamed: ClassVar = {"pictures": "validation.images"}
     every: NotNegative[int] = 1000
     """Optimizer steps between validations; 0 validates at the end only."""
     at_start: bool = False
@@ -105,17 +106,17 @@ class ValidationConfig:
     raw: bool = True
     """Make a grid with the newest weights too, beside that of the averaged ones."""
     prompts: tuple[str, ...] = ()
-    """Prompts of the grid; empty takes captions of the held-out pictures."""
-    pictures: NotNegative[int] = 16
+    """Prompts of the grid; empty takes captions of the held-out images."""
+    images: NotNegative[int] = 16
     """How many captions are taken when no prompts are given; 0 makes no grid."""
     steps: AtLeastOne[int] = 25
     """DDIM steps."""
     guidance: NotNegative[float] = 4.0
     """Guidance scale; up to 1 is off."""
     seed: int = 0
-    """Seed of the first picture; the next one has the next seed."""
+    """Seed of the first image; the next one has the next seed."""
     samples: AtLeastOne[int] = 256
-    """Held-out samples (picture, timestep, noise) in the loss, the same ones every time."""
+    """Held-out samples (image, timestep, noise) in the loss, the same ones every time."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ _LOOP_KEYS = ("max_steps", "mixed_precision", "seed", "checkpoint_every", "log_e
 STAGE_KEYS = {
     "output": "output",
     "learning_rate": "optimizer.lr",
-    "batch_size": "loop.batch_size (and counts the pictures of one process)",
+    "batch_size": "loop.batch_size (and counts the images of one process)",
     **{key: f"loop.{key}" for key in _LOOP_KEYS},
     **{key: f"optimizer.{key}" for key in ("warmup_steps", "weight_decay", "clip_norm")},
 }
@@ -156,7 +157,7 @@ class RunConfig:
     output: str
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/ and the result."""
     data: DataConfig
-    """The captioned pictures."""
+    """The captioned images."""
     optimizer: OptimizerConfig
     """AdamW and its learning rate."""
     loop: LoopConfig
@@ -189,11 +190,11 @@ class TrainConfig(RunConfig):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What is learnt; `prediction` is a pretrained model's own when it is not given."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The captioned pictures."""
+    """The captioned images."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     """How captions vary from one use of an image to the next."""
     latents: LatentsConfig = field(default_factory=LatentsConfig, metadata=FREE)
-    """The encoded pictures."""
+    """The encoded images."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its learning rate."""
     loop: LatentLoopConfig = field(default_factory=LatentLoopConfig)

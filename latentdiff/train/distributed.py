@@ -235,7 +235,7 @@ def gather_state(module: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(module, options=whole)
 
 
-#: While one process encodes pictures the others wait longer than the default 10 minutes.
+#: While one process encodes images the others wait longer than the default 10 minutes.
 _PATIENCE = timedelta(hours=6)
 #: What `accelerate launch` and torchrun leave in the environment of those whom they start.
 _MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")

@@ -163,6 +163,6 @@ def _trend(finite: Sequence[dict[str, Any]]) -> str:
     if last["loss"] > RISE * first["loss"]:
         return f"{text}: it was diverging, so {_lower_rate(last)}."
     return (
-        f"{text}: no sign of divergence, so suspect single pictures; if those are fine, "
+        f"{text}: no sign of divergence, so suspect single images; if those are fine, "
         f"{_lower_rate(last)}."
     )

@@ -98,7 +98,7 @@ PEAKS: dict[str, tuple[float, float]] = {
 def count_flops(
     unet: UNet, latent_shape: tuple[int, ...], tokens: int, frozen: bool = False
 ) -> int:
-    """FLOPs of the forward and backward pass for one picture.
+    """FLOPs of the forward and backward pass for one image.
 
     Args:   latent_shape: (C, h, w).  tokens: positions of the context.
             frozen: gradients pass through the weights, and the weights themselves get none.

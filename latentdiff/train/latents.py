@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Latents:
-    """The encoded pictures and which of them are held out."""
+    """The encoded images and which of them are held out."""
 
     data: Any
     """A LatentCache, OnlineLatents or StreamLatents."""
@@ -33,8 +33,8 @@ class Latents:
         for index in self.train:
             digest.update("\x1f".join((*self.data.captions(index), "\x1e")).encode())
         return {
-            "pictures": self.data.fingerprint(),
-            "training pictures": len(self.train),
+            "images": self.data.fingerprint(),
+            "training images": len(self.train),
             "captions": digest.hexdigest(),
         }
 
@@ -42,7 +42,7 @@ class Latents:
 def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Latents:
     """Open the data; encode what is not in the cache yet, on one process of each machine.
 
-    Raises: UserError: no data, no captions, no usable picture.
+    Raises: UserError: no data, no captions, no usable image.
     """
     device = accelerator.device
     if config.data.streaming:
@@ -81,13 +81,13 @@ def _cached(source: Source, config: TrainConfig, autoencoder: Any, accelerator: 
 
 
 def none_held_out(latents: Latents, config: TrainConfig) -> list[str]:
-    """Say that no loss on unseen pictures will be measured, where that was not asked for."""
+    """Say that no loss on unseen images will be measured, where that was not asked for."""
     share = config.data.validation_share
     if latents.held_out or not share:  # a share of 0 is a decision, not a surprise
         return []
     if config.data.streaming:
         return [
-            "note: no picture is held out, so no validation loss is measured: a stream's pictures "
+            "note: no image is held out, so no validation loss is measured: a stream's images "
             "are not known beforehand. Set data.streaming=false to hold some out."
         ]
     more = max(0.2, min(2 * share, 0.5))
@@ -95,20 +95,20 @@ def none_held_out(latents: Latents, config: TrainConfig) -> list[str]:
         f"Raise it (for example data.validation_share={more:g}), try" if more > share else "Try"
     )
     return [
-        f"note: no picture is held out, so no validation loss is measured: of {len(latents.train)} "
-        f"pictures data.validation_share={share:g} chose none. {raising} another data.split_seed, "
+        f"note: no image is held out, so no validation loss is measured: of {len(latents.train)} "
+        f"images data.validation_share={share:g} chose none. {raising} another data.split_seed, "
         "or set it to 0 to train on all without this note."
     ]
 
 
 def bucket_table(data: Any) -> str:
-    """Say how many pictures each aspect-ratio bucket has, or "" where there is one."""
+    """Say how many images each aspect-ratio bucket has, or "" where there is one."""
     shapes = getattr(data, "shapes", ())
     if len(shapes) < 2:
         return ""
     numbers = data.buckets.tolist()
     lines = [f"  {h}x{w} latents: {numbers.count(i)}" for i, (_, h, w) in enumerate(shapes)]
-    return "\n".join(["pictures per bucket (height x width):", *lines])
+    return "\n".join(["images per bucket (height x width):", *lines])
 
 
 def long_captions(latents: Latents, text_encoder: Any, looked_at: int = 500) -> list[str]:

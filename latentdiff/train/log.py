@@ -109,12 +109,12 @@ class Tracker:
                 self._bar.refresh()
             self._has_shown = True
 
-    def image(self, name: str, step: int, picture: Tensor) -> None:
-        """Show a picture, uint8 (3, H, W), in TensorBoard and W&B."""
+    def image(self, name: str, step: int, image: Tensor) -> None:
+        """Show an image, uint8 (3, H, W), in TensorBoard and W&B."""
         if self._active:
-            with self.tolerate_failure("a picture for TensorBoard or W&B"):
+            with self.tolerate_failure("an image for TensorBoard or W&B"):
                 for writer in self._writers:
-                    writer.add_image(name, picture, step)
+                    writer.add_image(name, image, step)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -204,9 +204,9 @@ class WandbWriter:
         """Note one number."""
         self._run.log({name: value, "step": step})
 
-    def add_image(self, name: str, picture: Tensor, step: int) -> None:
-        """Note a picture, uint8 (3, H, W)."""
-        pixels = picture.permute(1, 2, 0).numpy()
+    def add_image(self, name: str, image: Tensor, step: int) -> None:
+        """Note an image, uint8 (3, H, W)."""
+        pixels = image.permute(1, 2, 0).numpy()
         self._run.log({name: self._wandb.Image(pixels), "step": step})
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ADVICE = (
     "Set model.gradient_checkpointing=true, loop.mixed_precision=bf16 or optimizer.kind=adamw8bit, "
-    "or train on smaller pictures (data.image_size) or a smaller U-Net."
+    "or train on smaller images (data.image_size) or a smaller U-Net."
 )
 
 
@@ -39,11 +39,11 @@ RAN_OUT = (
 def smaller(shape: BatchShape) -> BatchShape:
     """The same global batch in smaller parts: half, or a third where there is no half.
 
-    Raises: UserError: one picture at a time is what did not fit.
+    Raises: UserError: one image at a time is what did not fit.
     """
     if shape.per_process == 1:
         raise UserError(
-            "the GPU has not enough memory to train on even one picture at a time. " + ADVICE
+            "the GPU has not enough memory to train on even one image at a time. " + ADVICE
         )
     parts = next(n for n in range(2, shape.per_process + 1) if shape.per_process % n == 0)
     return dataclasses.replace(
@@ -61,18 +61,18 @@ def fit_micro_batch(
     """Cut the micro-batch until it fits.
 
     Args:
-        attempt: computes a micro-batch of so many pictures; raises torch.OutOfMemoryError.
+        attempt: computes a micro-batch of so many images; raises torch.OutOfMemoryError.
         all_fit: tells whether it went well on every process; all have to do the same.
-    Raises: UserError: not even one picture fits.
+    Raises: UserError: not even one image fits.
     """
     while not all_fit(_fits(attempt, shape.per_process)):
         shape = smaller(shape)
     return shape
 
 
-def _fits(attempt: Callable[[int], None], pictures: int) -> bool:
+def _fits(attempt: Callable[[int], None], images: int) -> bool:
     try:
-        attempt(pictures)
+        attempt(images)
     except torch.OutOfMemoryError:
         fits = False
     else:
@@ -98,16 +98,16 @@ def probe(
 
     Args:
         unet: the module itself, not its wrapper.
-        loss: number of pictures → a loss of the size that training will have.
+        loss: number of images → a loss of the size that training will have.
     """
     if accelerator.device.type == "cpu" or accelerator.is_fsdp2:
         return shape
 
-    def attempt(pictures: int) -> None:
+    def attempt(images: int) -> None:
         try:
             room = reserve(unet, optimizer)
             with accelerator.autocast():
-                value = loss(pictures)
+                value = loss(images)
             value.backward()
             del room
         finally:
@@ -119,7 +119,7 @@ def probe(
 def halved_note(wanted: int, shape: BatchShape) -> str:
     """A line that says what was changed."""
     return (
-        f"note: {wanted} pictures at a time do not fit into the GPU's memory; each step is "
+        f"note: {wanted} images at a time do not fit into the GPU's memory; each step is "
         f"computed in {shape.accumulation} parts of {shape.per_process}. The global batch stays "
         f"{shape.total}."
     )

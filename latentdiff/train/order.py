@@ -70,7 +70,7 @@ def rebalance(shape: BatchShape, total: int) -> BatchShape:
     share, rest = divmod(total, shape.processes)
     if rest or not share:
         raise UserError(
-            f"--resume: a step of this run is {total} pictures, which {shape.processes} processes "
+            f"--resume: a step of this run is {total} images, which {shape.processes} processes "
             "cannot share evenly. Launch it on a number of processes that divides "
             f"{total}."
         )
@@ -153,7 +153,7 @@ class BucketOrder:
 class StreamOrder:
     """For data that only ever come one after another: sample n is whatever comes next.
 
-    Args:    data: has take(samples, step), which fetches one picture per sample index.
+    Args:    data: has take(samples, step), which fetches one image per sample index.
              seed: the run's seed; noise and captions are still functions of it and n.
              total: samples per optimizer step over all processes.
     """
@@ -162,7 +162,7 @@ class StreamOrder:
         self._data, self.seed, self._total = data, seed, total
 
     def __call__(self, samples: Sequence[int]) -> list[int]:
-        """Fetch the next pictures and return the names under which the data keep them."""
+        """Fetch the next images and return the names under which the data keep them."""
         self._data.take(samples, samples[0] // self._total)
         return list(samples)
 
@@ -182,7 +182,7 @@ def make_order(
 
 
 def by_bucket(data: Any, indices: Sequence[int]) -> list[list[int]]:
-    """Positions in `indices`, grouped so that each group has pictures of one shape."""
+    """Positions in `indices`, grouped so that each group has images of one shape."""
     buckets = getattr(data, "buckets", None)
     if buckets is None:
         return [list(range(len(indices)))]

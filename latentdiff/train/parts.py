@@ -61,7 +61,7 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
 
 
 def resolve_image_size(config: TrainConfig, base: Components, is_given: bool) -> TrainConfig:
-    """Train at the pretrained model's picture size, or note in the model that it is another now."""
+    """Train at the pretrained model's image size, or note in the model that it is another now."""
     unet, scale = base.unet, base.autoencoder.downscale
     size = unet.config.sample_size
     if is_given:
@@ -97,7 +97,7 @@ def _new_unet(config: TrainConfig) -> UNet:
 
 
 def check_fit(components: Components, config: TrainConfig) -> None:
-    """Compare the sizes of the parts with each other and the picture size. Raises: UserError."""
+    """Compare the sizes of the parts with each other and the image size. Raises: UserError."""
     unet, autoencoder = components.unet.config, components.autoencoder
     latent = (autoencoder.latent_channels, "autoencoder's {} latent channels", "vae")
     text = (components.text_encoder.width, "text encoder's width {}", "text_encoder")
@@ -111,7 +111,7 @@ def check_fit(components: Components, config: TrainConfig) -> None:
                 f"the U-Net's {name} must equal the {whose.format(wanted)}; got {value}. Set "
                 f"model.unet.{name}={wanted}, or choose another model.{key}."
             )
-    if config.validation.prompts or config.validation.pictures:
+    if config.validation.prompts or config.validation.images:
         try:
             timestep_grid(NoiseSchedule(config.schedule), config.validation.steps)
         except UserError as error:
@@ -134,9 +134,9 @@ def check_fit(components: Components, config: TrainConfig) -> None:
 
 
 def frozen_autoencoder(given: Given) -> tuple[Any, TrainConfig]:
-    """The autoencoder and picture size that train_latent.py takes for the same configuration.
+    """The autoencoder and image size that train_latent.py takes for the same configuration.
 
-    The U-Net and the text encoder stay closed: of a pretrained model only its picture size is read.
+    The U-Net and the text encoder stay closed: of a pretrained model only its image size is read.
     Raises: UserError: no such model.
     """
     from latentdiff.formats.model import latent_size, open_autoencoder

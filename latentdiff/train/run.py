@@ -126,7 +126,7 @@ class Run(Generic[Config]):
             self.output / CHECKPOINTS,
             config.loop.keep_last,
             config.loop.keep_every,
-            {**deciding_facts(config), "pictures per step": self.shape.total, **facts},
+            {**deciding_facts(config), "images per step": self.shape.total, **facts},
             averages or {},
             whole,
             defaults=default_facts(config),
@@ -200,7 +200,7 @@ def batch_shape(
     """How the global batch is cut up in this launch, and a note if that is not as configured.
 
     Args:    before: manifest of the checkpoint to go on from. When another number of processes
-             wrote it, the pictures per step stay as many as they were.
+             wrote it, the images per step stay as many as they were.
     """
     loop, count = config.loop, accelerator.num_processes
     shape = BatchShape(
@@ -208,12 +208,12 @@ def batch_shape(
     )
     if before is None or before["processes"] == count:
         return shape, []
-    kept = rebalance(shape, before["facts"]["pictures per step"])
+    kept = rebalance(shape, before["facts"]["images per step"])
     if kept == shape:
         return shape, []
     return kept, [
         f"note: {count} processes go on where {before['processes']} were; a step stays "
-        f"{kept.total} pictures with loop.batch_size={kept.per_process} and "
+        f"{kept.total} images with loop.batch_size={kept.per_process} and "
         f"loop.gradient_accumulation={kept.accumulation}."
     ]
 

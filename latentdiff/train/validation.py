@@ -83,7 +83,7 @@ class Validator:
         self._context, self._ema, self._tracker = context, ema, tracker
         self._accelerator = accelerator
         self._schedule = NoiseSchedule(config.schedule)
-        self._prompts = config.validation.prompts or self._captions(config.validation.pictures)
+        self._prompts = config.validation.prompts or self._captions(config.validation.images)
 
     def due(self, step: int) -> bool:
         """Whether to validate after so many steps (the end comes by itself)."""

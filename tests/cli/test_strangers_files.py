@@ -141,14 +141,14 @@ def test_a_reader_that_leaves(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `latentdiff … | head` when head has ended."""
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
-    (tmp_path / "pictures" / "a.txt").write_text("a square")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a square")
     report = ["--output", str(tmp_path / "report")]
     for arguments in (
         ["inspect", "--keys", str(folder)],
         ["convert", str(folder), str(tmp_path / "new")],
-        ["doctor", str(tmp_path / "pictures"), *report, "data.image_size=8"],
+        ["doctor", str(tmp_path / "images"), *report, "data.image_size=8"],
         ["--help"],
     ):
         reading, writing = os.pipe()

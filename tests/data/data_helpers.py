@@ -25,11 +25,11 @@ def png(seed: int) -> bytes:
 def write_folder(
     folder: Path, count: int = 6, rows: list[Mapping[str, object]] | None = None
 ) -> Path:
-    """Make images/0.png …, with metadata.jsonl (caption "picture i" unless rows are given)."""
+    """Make images/0.png …, with metadata.jsonl (caption "image i" unless rows are given)."""
     (folder / "images").mkdir(parents=True)
     for i in range(count):
         (folder / "images" / f"{i}.png").write_bytes(png(i))
     if rows is None:
-        rows = [{"file_name": f"images/{i}.png", "text": f"picture {i}"} for i in range(count)]
+        rows = [{"file_name": f"images/{i}.png", "text": f"image {i}"} for i in range(count)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder

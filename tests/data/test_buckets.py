@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets and loss masks, from the picture to what a batch reads."""
+"""Aspect-ratio buckets and loss masks, from the image to what a batch reads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_bucket_sizes_fill_the_area(size: int, step: int, ratio: float) -> None:
         assert height * width <= size * size < (max(height, width) + step) * min(height, width)
 
 
-def test_a_picture_goes_to_the_nearest_shape() -> None:
+def test_a_image_goes_to_the_nearest_shape() -> None:
     sizes = bucket_sizes(512, 64, 2.0)
     for height, width in sizes:
         assert sizes[nearest(sizes, 3 * width, 3 * height)] == (height, width)
@@ -43,7 +43,7 @@ def bucketed(folder: Path, **options: object) -> DataConfig:
     folder.mkdir()
     for number, size in enumerate([(30, 30), (60, 24), (24, 60), (31, 30), (62, 25)]):
         sample_image(number, size).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture {number}")
+        (folder / f"{number}.txt").write_text(f"image {number}")
     settings = {"image_size": 16, "buckets": True, "bucket_step": 8, **options}
     return config_of(folder, **settings)
 
@@ -86,9 +86,9 @@ def test_one_bucket_is_a_mistake(tmp_path: Path) -> None:
         build(bucketed(tmp_path / "d"), tmp_path / "c")
 
 
-def test_masks_are_cut_as_their_pictures_and_averaged() -> None:
+def test_masks_are_cut_as_their_images_and_averaged() -> None:
     mask = np.zeros((16, 32), np.uint8)
-    mask[:, :16] = 255  # the left half of a wide picture counts
+    mask[:, :16] = 255  # the left half of a wide image counts
     wide = Image.fromarray(mask)
     middle = latent_mask(wide, (32, 16), (16, 16), "center", (4, 4))
     assert middle[:, 0].min() > 0.95 and middle[:, 3].max() < 0.05
@@ -107,14 +107,14 @@ def test_masks_are_kept_beside_the_moments(tmp_path: Path, kind: str) -> None:
     folder.mkdir()
     for number in range(3):
         image, mask = sample_image(number, (16, 16)), Image.new("L", (16, 16), 255)
-        if number != 2:  # one picture has none
+        if number != 2:  # one image has none
             mask.paste(0, (8, 0, 16, 16))
             if kind == "alpha":
                 image.putalpha(mask)
             else:
                 mask.save(folder / f"{number}.mask.png")
         image.save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture {number}")
+        (folder / f"{number}.txt").write_text(f"image {number}")
     config = config_of(folder, loss_mask=kind)
     model = StubAutoencoder()
     cache = build(config, tmp_path / "c", model)
@@ -138,7 +138,7 @@ def test_online_latents_cut_at_random_by_their_seed_and_pass_over_what_is_broken
     tmp_path: Path,
 ) -> None:
     config = bucketed(tmp_path / "d", buckets=False, crop="random")
-    (tmp_path / "d" / "3.png").write_bytes(b"no picture")
+    (tmp_path / "d" / "3.png").write_bytes(b"no image")
     online = OnlineLatents(open_source(config), StubAutoencoder(), config)
     one, two, three = (online.read([1, 2], seeds).moments for seeds in ([1, 2], [3, 2], [1, 2]))
     assert torch.equal(one, three) and torch.equal(one[1], two[1])

@@ -104,7 +104,7 @@ def _rows(parts: list[Path], tmp_path: Path) -> int:
     return len(Shards(tmp_path / "copy", (8, 4, 4)))
 
 
-def test_unreadable_pictures_are_listed_once_in_their_order(
+def test_unreadable_images_are_listed_once_in_their_order(
     config: DataConfig, tmp_path: Path
 ) -> None:
     assert config.path
@@ -159,7 +159,7 @@ def test_who_am_i(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _command(folder: Path, *more: str) -> list[str]:
     script = str(ROOT / "training" / "cache_latents.py")
-    own = ["data.kind=folder", f"data.path={folder / 'pictures'}", "data.image_size=16"]
+    own = ["data.kind=folder", f"data.path={folder / 'images'}", "data.image_size=16"]
     own += [f"model.vae={folder / 'parts'}", f"latents.cache_dir={folder / 'cache'}"]
     return [script, *own, *more]
 
@@ -183,10 +183,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.slow
 def test_the_script_under_accelerate_and_after_a_kill(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
-    from tiny_training import make_parts, make_pictures
+    from tiny_training import make_images, make_parts
 
     make_parts(tmp_path / "parts")
-    make_pictures(tmp_path / "pictures", 700)
+    make_images(tmp_path / "images", 700)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     # One of two is killed while it stores its second block …
     killed = subprocess.run(
@@ -208,11 +208,11 @@ def test_the_script_under_accelerate_and_after_a_kill(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "process 0 of 2" in run.stdout and "process 1 of 2" in run.stdout
-    assert run.stdout.count("complete: 700 pictures") >= 1
+    assert run.stdout.count("complete: 700 images") >= 1
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
     again = subprocess.run(
         [sys.executable, *_command(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert "all 700 pictures" in again.stdout and "nothing to do" in again.stdout
+    assert "all 700 images" in again.stdout and "nothing to do" in again.stdout
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
     assert before == after

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import sample_image, png, write_folder
+from data_helpers import png, sample_image, write_folder
 
 from latentdiff.data import file_tree
 from latentdiff.data.images import UnreadableImage
@@ -35,10 +35,10 @@ def captions_of(source: Source) -> dict[str, tuple[str, ...]]:
 def test_jsonl(tmp_path: Path) -> None:
     source = open_folder(write_folder(tmp_path / "d", 3))
     assert isinstance(source, Source)
-    assert captions_of(source) == {f"images/{i}.png": (f"picture {i}",) for i in range(3)}
+    assert captions_of(source) == {f"images/{i}.png": (f"image {i}",) for i in range(3)}
     example = source[1]
     assert np.array_equal(np.asarray(example.image), np.asarray(sample_image(1)))
-    assert (example.captions, example.name) == (("picture 1",), "images/1.png")
+    assert (example.captions, example.name) == (("image 1",), "images/1.png")
     assert source.problems == []
 
 
@@ -89,7 +89,7 @@ SENTENCE = "eine Katze, größer als ein Hund"
         ("кошка", "cp1251", False), ("红发女孩", "gb18030", False),
     ],
 )  # fmt: skip
-def test_texts_are_read_in_their_encoding_or_reported_by_picture(
+def test_texts_are_read_in_their_encoding_or_reported_by_image(
     tmp_path: Path, text: str, encoding: str, readable: bool
 ) -> None:
     for name in ("a.png", "b.png"):
@@ -111,13 +111,13 @@ def test_a_table_in_utf_16_as_spreadsheets_save_it(tmp_path: Path) -> None:
     assert captions_of(open_folder(tmp_path)) == {"a.png": (SENTENCE,)}
 
 
-def test_masks_without_pictures_are_listed_and_none_at_all_is_an_error(tmp_path: Path) -> None:
+def test_masks_without_images_are_listed_and_none_at_all_is_an_error(tmp_path: Path) -> None:
     for name in ("cat.jpg", "dog.jpg", "é.png"):
         (tmp_path / name).write_bytes(png(0))
         (tmp_path / name).with_suffix(".txt").write_text(name)
     (tmp_path / "Cat.mask.png").write_bytes(png(1))
     (tmp_path / "bird.mask.png").write_bytes(png(1))
-    with pytest.raises(UserError, match=r"none of the 3 pictures.*bird\.mask\.png.*cat\.mask\.png"):
+    with pytest.raises(UserError, match=r"none of the 3 images.*bird\.mask\.png.*cat\.mask\.png"):
         open_folder(tmp_path, loss_mask="file")
     (tmp_path / "dog.MASK.PNG").write_bytes(png(2))
     (tmp_path / (unicodedata.normalize("NFD", "é") + ".mask.png")).write_bytes(png(3))
@@ -125,7 +125,7 @@ def test_masks_without_pictures_are_listed_and_none_at_all_is_an_error(tmp_path:
     masked = {source[i].name for i in range(3) if source[i].mask is not None}
     assert masked == {"dog.jpg", "é.png"}
     assert [name for name, _ in source.problems] == ["Cat.mask.png", "bird.mask.png"]
-    assert all("without its picture" in reason for _, reason in source.problems)
+    assert all("without its image" in reason for _, reason in source.problems)
 
 
 def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_links_that_leave_the_folder_are_followed_if_asked_for(tmp_path: Path) -
         (other / f"{name}.txt").write_text(text)
     os.symlink(other, root / "far")
     os.symlink(other / "1.png", root / "one.png")
-    (root / "one.txt").write_text("a picture elsewhere")
+    (root / "one.txt").write_text("an image elsewhere")
     (root / "two.png").write_bytes(png(2))
     os.symlink(other / "2.txt", root / "two.txt")  # such as /proc/self/environ
     os.symlink("..", other / "back")
@@ -185,7 +185,7 @@ def test_links_that_leave_the_folder_are_followed_if_asked_for(tmp_path: Path) -
     assert all("data.follow_links=true" in reason for reason in reasons.values())
     assert captions_of(open_folder(root, follow_links=True)) == {
         "far/1.png": ("one",), "far/2.png": ("two",), "images/0.png": ("inside",),
-        "one.png": ("a picture elsewhere",), "two.png": ("two",),
+        "one.png": ("an image elsewhere",), "two.png": ("two",),
     }  # fmt: skip
     (root / "images" / "0.png").unlink()
     with pytest.raises(UserError, match=r"0 usable images of 2.*data\.follow_links=true"):
@@ -268,11 +268,11 @@ def test_entries_that_cannot_be_used_are_reported_and_left_out(tmp_path: Path) -
     assert "not in the folder" in reasons["../secret.png"]
     assert reasons["metadata.jsonl entry 5"].startswith("no file_name")
     text = report_skipped(source.problems, limit=2)
-    assert text.startswith("5 pictures are left out") and text.endswith("… and 3 more")
+    assert text.startswith("5 images are left out") and text.endswith("… and 3 more")
     assert report_skipped([]) == ""
 
 
-def test_metadata_that_names_a_text_file_says_that_it_is_no_picture(tmp_path: Path) -> None:
+def test_metadata_that_names_a_text_file_says_that_it_is_no_image(tmp_path: Path) -> None:
     rows: list[Any] = [
         {"file_name": "images/0.png", "text": "fine"},
         {"file_name": "images/notes.txt", "text": "what I thought"},
@@ -322,7 +322,7 @@ def test_names_that_differ_in_case_or_spaces_still_match_where_only_one_does(
     found = open_folder(tmp_path / "side")
     expected = {"IMG_1.JPG": ("one",), "IMG_2.jpg": ("two",), "a.png": ("small",)}
     assert captions_of(found) == expected | {"b.png": ("b",), "e\u0301.png": ("accent",)}
-    assert found.problems == [("A.png", "no caption")]  # a.txt is another picture's
+    assert found.problems == [("A.png", "no caption")]  # a.txt is another image's
 
     rows = [
         "file_name,text",
@@ -414,7 +414,7 @@ def test_pipes_and_dead_links_do_not_stop_or_hang_anything(tmp_path: Path) -> No
     assert "a regular file" in dict(open_folder(tmp_path, follow_links=True).problems)["d.png"]
 
 
-def test_files_larger_than_any_picture_are_not_read(tmp_path: Path) -> None:
+def test_files_larger_than_any_image_are_not_read(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(0))
         (tmp_path / name).with_suffix(".txt").write_text("x")
@@ -513,11 +513,11 @@ def test_half_an_emoji_in_a_table(tmp_path: Path) -> None:
     assert len(source.problems) == 1 and source.problems[0][0].encode("utf-8")
 
 
-def test_fingerprint_follows_pictures_not_captions(tmp_path: Path) -> None:
+def test_fingerprint_follows_images_not_captions(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", 2)
     before = open_folder(folder).fingerprint()
     metadata = (folder / "metadata.jsonl").read_text()
-    (folder / "metadata.jsonl").write_text(metadata.replace("picture", "photo"))
+    (folder / "metadata.jsonl").write_text(metadata.replace("image", "photo"))
     assert open_folder(folder).fingerprint() == before
     assert open_folder(folder, background=(0, 0, 0)).fingerprint() != before
     (folder / "images" / "0.png").write_bytes(png(9))

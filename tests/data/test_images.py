@@ -1,4 +1,4 @@
-"""Odd pictures come out as a viewer would show them; broken ones say their name."""
+"""Odd images come out as a viewer would show them; broken ones say their name."""
 
 from __future__ import annotations
 
@@ -225,11 +225,11 @@ def test_the_transparent_colour_of_a_png_shows_the_background(
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
-def test_deep_grey_takes_no_multiple_of_the_picture_in_memory(kind: type) -> None:
+def test_deep_grey_takes_no_multiple_of_the_image_in_memory(kind: type) -> None:
     values = (np.arange(2**22) % 65536).astype(kind).reshape(2048, 2048)
-    picture = encode(Image.fromarray(values), "TIFF")
+    image = encode(Image.fromarray(values), "TIFF")
     tracemalloc.start()
-    shown = open_image(picture)
+    shown = open_image(image)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert np.array_equal(np.asarray(shown)[..., 0], np.rint(values.astype(np.float64) / 257))
@@ -265,10 +265,10 @@ def test_no_damage_ever_escapes_as_another_exception() -> None:
             open_image(bytes(broken))
 
 
-def test_what_is_no_picture(tmp_path: Path) -> None:
+def test_what_is_no_image(tmp_path: Path) -> None:
     for data, reason in [
         (b"", "empty"),
-        (b"hello", "not a picture but a text file that begins with 'hello'"),
+        (b"hello", "not an image but a text file that begins with 'hello'"),
     ]:
         with pytest.raises(UnreadableImage, match=reason):
             open_image(data, "x")
@@ -285,15 +285,15 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"%PDF-1.7\n1 0 obj", "a PDF document"),
         (b'<?xml version="1.0"?>\n<svg width="3">', "an SVG drawing"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "an HEIC picture"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "an HEIC image"),
         ("Grüße\n".encode() * 300, "a text file that begins with 'Grüße'"),
         ("é".encode() * 400 + b"x", "a text file"),  # cut within a letter or not
         (b"x" + "é".encode() * 400, "a text file"),
-        (b"\x89\x00\x01\x02" * 30, "not a picture format that Pillow reads"),
-        (b"letters\x00and zeros", "not a picture format that Pillow reads"),
+        (b"\x89\x00\x01\x02" * 30, "not an image format that Pillow reads"),
+        (b"letters\x00and zeros", "not an image format that Pillow reads"),
     ],
 )
-def test_what_is_no_picture_is_called_what_it_is(data: bytes, words: str, tmp_path: Path) -> None:
+def test_what_is_no_image_is_called_what_it_is(data: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(data)
     for source in (data, tmp_path / "cat.png"):
         with pytest.raises(UnreadableImage) as error:
@@ -313,7 +313,7 @@ def test_postscript_is_not_run() -> None:
         open_image(data, "drawing.png")
 
 
-def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentdiff.data.images.LARGE_PIXELS", 100)
     inside, most, wait = [0], [0], threading.Event()
     decode = Image.Image.copy
@@ -332,7 +332,7 @@ def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatc
     assert most[0] == 1
 
 
-def test_broken_exif_does_not_cost_the_picture() -> None:
+def test_broken_exif_does_not_cost_the_image() -> None:
     data = encode(left_red_right_blue(), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
     assert pixel(data) == (255, 0, 0)
 

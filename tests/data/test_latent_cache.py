@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import sample_image, png, write_folder
+from data_helpers import png, sample_image, write_folder
 from torch import Tensor, nn
 
 from latentdiff.data import latents
@@ -43,7 +43,7 @@ def config_of(folder: Path, **options: Any) -> DataConfig:
 def build(
     config: DataConfig, cache_dir: Path, model: StubAutoencoder | None = None, **options: Any
 ) -> tuple[LatentCache, int]:
-    """Build; also say how many pictures were encoded (the shape probe's one is not counted)."""
+    """Build; also say how many images were encoded (the shape probe's one is not counted)."""
     model = model or StubAutoencoder()
     fresh = not list(cache_dir.glob("*/about.json"))
     before = sum(model.batches)
@@ -74,7 +74,7 @@ def test_moments_are_the_encoders_in_fp16(config: DataConfig, tmp_path: Path) ->
         image = to_tensor(source[i].image, 16)[None]
         assert moments.dtype == torch.float16
         assert torch.allclose(moments.float(), model.conv(image)[0], atol=2e-3)
-        assert (cache.captions(i), cache.name(i)) == ((f"picture {i}",), f"images/{i}.png")
+        assert (cache.captions(i), cache.name(i)) == ((f"image {i}",), f"images/{i}.png")
     assert torch.equal(row(cache, [7, 2, 7], 1), row(cache, 2))
     assert torch.equal(cache.read(torch.tensor([5])).moments[0], row(cache, 5))
 
@@ -90,7 +90,7 @@ def test_second_run_encodes_nothing(config: DataConfig, tmp_path: Path) -> None:
     assert first.fingerprint() == second.fingerprint()
 
 
-def test_one_changed_picture_is_one_new_row(config: DataConfig, tmp_path: Path) -> None:
+def test_one_changed_image_is_one_new_row(config: DataConfig, tmp_path: Path) -> None:
     first, _ = build(config, tmp_path / "c")
     assert config.path
     (Path(config.path) / "images" / "4.png").write_bytes(png(99))
@@ -113,7 +113,7 @@ def test_changed_captions_take_effect_without_encoding(config: DataConfig, tmp_p
     build(config, tmp_path / "c")
     assert config.path
     metadata = Path(config.path) / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("picture", "photo"))
+    metadata.write_text(metadata.read_text().replace("image", "photo"))
     cache, encoded = build(config, tmp_path / "c")
     assert encoded == 0 and cache.captions(3) == ("photo 3",)
 
@@ -131,16 +131,16 @@ def test_what_changes_the_moments_changes_the_key(
     assert build(config_of(Path(config.path), **options), tmp_path / "c", model)[1] == 10
 
 
-def test_equal_pictures_are_encoded_once(tmp_path: Path) -> None:
+def test_equal_images_are_encoded_once(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", 6)
     for i in range(6):
         (folder / "images" / f"{i}.png").write_bytes(png(i % 2))
     cache, encoded = build(config_of(folder), tmp_path / "c", batch_size=1)
     assert (len(cache), encoded) == (6, 2)
-    assert torch.equal(row(cache, 0), row(cache, 4)) and cache.captions(4) == ("picture 4",)
+    assert torch.equal(row(cache, 0), row(cache, 4)) and cache.captions(4) == ("image 4",)
 
 
-def test_unreadable_pictures_are_skipped_by_name_and_batches_stay_full(tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_by_name_and_batches_stay_full(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", 10)
     broken = folder / "images" / "3.png"
     broken.write_bytes(png(3)[:60])
@@ -158,7 +158,7 @@ def test_unreadable_pictures_are_skipped_by_name_and_batches_stay_full(tmp_path:
     assert sorted(train + held_out) == list(range(9))
 
 
-def test_zero_usable_pictures(tmp_path: Path) -> None:
+def test_zero_usable_images(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", 2)
     for i in range(2):
         (folder / "images" / f"{i}.png").write_bytes(b"no")

@@ -48,7 +48,7 @@ def test_a_list_that_is_not_there_stops_the_run(tmp_path: Path) -> None:
         open_source(DataConfig(kind="folder", path=str(folder), quarantine="nowhere"))
 
 
-def test_listed_pictures_are_left_out_and_named(tmp_path: Path) -> None:
+def test_listed_images_are_left_out_and_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", 5)
     (folder / "images" / "extra.png").write_bytes(b"")
     names = ("images/1.png", "images/3.png", "images/extra.png", "not/there.png")
@@ -111,7 +111,7 @@ def test_optional_methods_are_there_only_if_the_source_has_them(tmp_path: Path) 
 def test_a_list_of_everything_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", 2)
     listed = listing(tmp_path, "images/0.png", "images/1.png")
-    with pytest.raises(UserError, match="lists all 2 pictures"):
+    with pytest.raises(UserError, match="lists all 2 images"):
         open_source(DataConfig(kind="folder", path=str(folder), quarantine=listed))
 
 

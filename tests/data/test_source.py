@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import sample_image, png
+from data_helpers import png, sample_image
 from PIL import Image
 from test_latent_cache import StubAutoencoder
 
@@ -56,7 +56,7 @@ def test_a_source_of_files_gives_bytes_and_captions_and_gets_the_rest(tmp_path: 
     assert source.problems == [("file 1", "no caption")]
     assert np.array_equal(np.asarray(source[0].image), np.asarray(sample_image(0)))
     assert source[2].captions == ("d", "e") and source[2].mask is None
-    with pytest.raises(UnreadableImage, match="file 2: not a picture but a text file"):
+    with pytest.raises(UnreadableImage, match="file 2: not an image but a text file"):
         source[1]
     key = hashlib.blake2b(png(0) + bytes((1, 2, 3)), digest_size=16).hexdigest()
     assert source.content_key(0) == key

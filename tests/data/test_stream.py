@@ -26,7 +26,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table = datasets.Dataset.from_dict(
             {
                 "image": [{"bytes": png(n) if n != 5 else b"broken", "path": None} for n in rows],
-                "text": [f"picture {n}" if n != 6 else "" for n in rows],
+                "text": [f"image {n}" if n != 6 else "" for n in rows],
             }
         )
         table.to_parquet(folder / f"train-{part}.parquet")
@@ -44,7 +44,7 @@ def taken(stream: StreamLatents, count: int, step: int = 0) -> list[str]:
 
 
 def test_every_usable_row_comes_once_a_pass_and_processes_share_them(shards: Path) -> None:
-    usable = sorted(f"picture {n}" for n in range(COUNT) if n not in (5, 6))
+    usable = sorted(f"image {n}" for n in range(COUNT) if n not in (5, 6))
     stream = StreamLatents(config(shards), StubAutoencoder())
     first = taken(stream, 10)
     assert sorted(first) == usable and first != usable
@@ -88,7 +88,7 @@ def test_refusals(shards: Path, tmp_path: Path) -> None:
         tmp_path / "d.parquet"
     )
     broken = StreamLatents(config(tmp_path), StubAutoencoder())
-    with pytest.raises(UserError, match="0 usable pictures"):
+    with pytest.raises(UserError, match="0 usable images"):
         broken.take(range(1), 0)
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     text = pa.array([b"caf\xe9"]).cast(pa.string(), False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import sample_image, png
+from data_helpers import png, sample_image
 
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import DataConfig, Source, open_source
@@ -78,7 +78,7 @@ def test_bytes_paths_lists_and_class_labels(tmp_path: Path) -> None:
     assert source[0].captions == ("a", "b")
     with pytest.raises(UnreadableImage, match="row 1"):
         source[1]
-    with pytest.raises(UnreadableImage, match="row 2: the row has no picture"):
+    with pytest.raises(UnreadableImage, match="row 2: the row has no image"):
         source[2]
     source = open_table("parquet", path, image_column="file", caption_column="label")
     assert source[0].captions == ("tabby cat",)
@@ -190,8 +190,8 @@ def test_columns_that_do_not_fit(tmp_path: Path) -> None:
     for options, words in [
         ({"caption_column": "txt"}, "columns are image, text, n. Did you mean 'text'"),
         ({"image_column": "imag"}, "no column 'imag'.*Did you mean 'image'"),
-        ({"image_column": "pixels"}, "Pictures are in: image"),
-        ({"image_column": "n"}, "not pictures.*Try: image"),
+        ({"image_column": "pixels"}, "Images are in: image"),
+        ({"image_column": "n"}, "not images.*Try: image"),
     ]:
         with pytest.raises(UserError, match=words):
             open_table("parquet", path, **options)

@@ -31,7 +31,7 @@ def shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
 def samples(numbers: range) -> list[tuple[str, bytes]]:
     found = []
     for n in numbers:
-        found += [(f"{n:04}.png", png(n)), (f"{n:04}.txt", f"picture {n}\nalso {n}".encode())]
+        found += [(f"{n:04}.png", png(n)), (f"{n:04}.txt", f"image {n}\nalso {n}".encode())]
     return found
 
 
@@ -46,7 +46,7 @@ def test_shards_read_as_a_folder_does(tmp_path: Path) -> None:
     source = open_source(config(tmp_path / "s"))
     assert isinstance(source, Source) and len(source) == 6
     assert [source.name(i) for i in (0, 5)] == ["a/0000", "b/0005"]
-    assert source.captions(4) == ("picture 4", "also 4")
+    assert source.captions(4) == ("image 4", "also 4")
     folder = config_of(write_folder(tmp_path / "d"))
     as_files = open_source(folder)
     for i in range(6):
@@ -54,7 +54,7 @@ def test_shards_read_as_a_folder_does(tmp_path: Path) -> None:
     made = build_latent_cache(
         source, StubAutoencoder(), config(tmp_path / "s"), tmp_path / "c", progress=False
     )
-    model = StubAutoencoder()  # the pictures' bytes are the same, so nothing is encoded again
+    model = StubAutoencoder()  # the images' bytes are the same, so nothing is encoded again
     again = build_latent_cache(as_files, model, folder, tmp_path / "c", progress=False)
     assert model.batches == []
     assert torch.equal(made.read(range(6)).moments, again.read(range(6)).moments)
@@ -70,12 +70,12 @@ def test_odd_samples(tmp_path: Path) -> None:
     path = shard(
         tmp_path / "a.tar",
         [
-            ("x/1.v2.jpg", b"the ending is v2.jpg, which is no picture"),
+            ("x/1.v2.jpg", b"the ending is v2.jpg, which is no image"),
             ("x/2.png", png(2)),
             ("x/2.json", row),
             ("x/3.png", png(3)),
             ("y/3.txt", b"another folder, another sample"),
-            ("4.txt", b"no picture"),
+            ("4.txt", b"no image"),
             ("5.png", png(5)),
             ("5.txt", b"  \n"),
             ("6.png", png(6)),
@@ -95,7 +95,7 @@ def test_odd_samples(tmp_path: Path) -> None:
 def test_a_shard_cut_off_in_the_middle_keeps_what_is_whole(tmp_path: Path) -> None:
     whole = shard(tmp_path / "whole.tar", samples(range(8)))
     data = whole.read_bytes()
-    for size in (9216, 9216 + 100, 9216 + 700, 9216 + 1500):  # between, in a header, in a picture
+    for size in (9216, 9216 + 100, 9216 + 700, 9216 + 1500):  # between, in a header, in an image
         (tmp_path / "cut.tar").write_bytes(data[:size])
         source = open_source(config(tmp_path / "cut.tar"))
         assert 2 <= len(source) < 8
@@ -186,7 +186,7 @@ def test_masks_in_shards(tmp_path: Path) -> None:
     members = [*samples(range(1)), ("0000.mask.png", png(9))]
     source = open_source(config(shard(tmp_path / "a.tar", members), loss_mask="file"))
     plain = open_source(config(tmp_path / "a.tar"))
-    # In the order of their names the mask comes first: it is not taken for the picture.
+    # In the order of their names the mask comes first: it is not taken for the image.
     sorted_members = sorted(members)
     assert sorted_members[0][0] == "0000.mask.png"
     again = open_source(config(shard(tmp_path / "c.tar", sorted_members)))
@@ -195,11 +195,11 @@ def test_masks_in_shards(tmp_path: Path) -> None:
     assert mask is not None and mask.mode == "L" and mask.size == (20, 16)
     assert open_source(config(tmp_path / "a.tar"))[0].mask is None
     members = [*samples(range(1)), ("0001.mask.png", png(9))]
-    with pytest.raises(UserError, match=r"none of the 1 pictures .*0001\.mask\.png for 0001\.jpg"):
+    with pytest.raises(UserError, match=r"none of the 1 images .*0001\.mask\.png for 0001\.jpg"):
         open_source(config(shard(tmp_path / "b.tar", members), loss_mask="file"))
     members = [("0000.mask.png", png(9)), *members]
     source = open_source(config(shard(tmp_path / "b.tar", members), loss_mask="file"))
-    assert source.problems == [("b/0001", "a mask without its picture")]  # type: ignore[attr-defined]
+    assert source.problems == [("b/0001", "a mask without its image")]  # type: ignore[attr-defined]
 
 
 def test_texts_round_trip() -> None:

@@ -1,6 +1,6 @@
-"""Pictures of correlated Gaussian values, for which the bound and the ODE have closed forms.
+"""Images of correlated Gaussian values, for which the bound and the ODE have closed forms.
 
-A picture is a row of independent blocks; the values of a block have covariance Q diag(λ) Qᵀ.
+An image is a row of independent blocks; the values of a block have covariance Q diag(λ) Qᵀ.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Blocks:
         return denoise
 
     def log_density(self, x_0: Tensor) -> Tensor:
-        """ln p of each picture, nats."""
+        """ln p of each image, nats."""
         inside = (x_0 - self.mean).reshape(len(x_0), -1, BLOCK) @ self.basis
         each = inside.square() / self.variances + (2 * math.pi * self.variances).log()
         return -0.5 * each.flatten(1).sum(1)
@@ -116,7 +116,7 @@ class Blocks:
         return self.reconstruction(schedule) - float(log_p.mean() + entropy) / LN2
 
     def ode_log_density(self, x: Tensor, schedule: NoiseSchedule, start: int) -> Tensor:
-        """ln of the exact ODE's density at x, nats per picture."""
+        """ln of the exact ODE's density at x, nats per image."""
         mean, variance = self.ode(schedule, start)
         inside = x.reshape(len(x), -1, BLOCK) @ self.basis
         each = (inside - mean).square() / variance + (2 * math.pi * variance).log()

@@ -40,7 +40,7 @@ WAYS = ("every level", "the lecture's chain", "sampled levels", "ODE")
 
 
 def bits(nats: Tensor) -> Tensor:
-    """Negative log-likelihood in bits per dimension of each picture."""
+    """Negative log-likelihood in bits per dimension of each image."""
     return -nats / (DIMENSIONS * LN2)
 
 
@@ -71,7 +71,7 @@ def signs(count: int, seed: int = 4):
 def above_the_entropy(name: str, way: str, count: int) -> tuple[float, float, float]:
     """Estimate − ln p and its standard error, and what it is exactly, in bits per dimension.
 
-    Against ln p of the same pictures, which takes the spread of the data out of the mean.
+    Against ln p of the same images, which takes the spread of the data out of the mean.
     """
     schedule = NoiseSchedule(SCHEDULES[name])
     x_0, denoiser = DATA.draw(count), DATA.denoiser(schedule)
@@ -144,7 +144,7 @@ def test_sampled_levels_are_unbiased_for_each_form_of_a_fixed_function() -> None
         assert abs(found - function(t).sum().item()) < 4 * error
 
 
-def test_a_picture_has_the_same_bound_in_any_batch() -> None:
+def test_a_image_has_the_same_bound_in_any_batch() -> None:
     schedule = NoiseSchedule(ScheduleConfig())
     x_0, denoiser = DATA.draw(6), DATA.denoiser(schedule)
     whole = sampled_elbo(denoiser, x_0, schedule, range(6), 8)
@@ -186,7 +186,7 @@ def hadamard() -> Tensor:
     return torch.kron(torch.kron(two, two), two)
 
 
-def test_the_ode_starts_anywhere_above_the_clean_picture() -> None:
+def test_the_ode_starts_anywhere_above_the_clean_image() -> None:
     schedule = NoiseSchedule(SCHEDULES["linear"])
     x_t = schedule.q_sample(DATA.draw(8), noise_of(8)(0), 30)
     found = ode_log_likelihood(

@@ -154,7 +154,7 @@ def odd_mode(n: int) -> File:
 
 
 def flipped(n: int) -> File:
-    """Single bytes changed somewhere: some decoders notice, some show another picture."""
+    """Single bytes changed somewhere: some decoders notice, some show another image."""
     kind, rng = FORMATS[n % len(FORMATS)], random.Random(n)
     data = bytearray(encode(sample_image(n), kind))
     for _ in range(5):
@@ -180,7 +180,7 @@ def again(n: int) -> File:
 
 
 def alike(n: int) -> File:
-    """One picture, each time scaled and packed anew."""
+    """One image, each time scaled and packed anew."""
     side = 90 + 7 * (n % 40)
     image = sample_image(2 * 10**6, (640, 512)).resize((side, round(side * 0.8)))
     expected = ("similar", "duplicate") if n > 0 else ()
@@ -232,7 +232,7 @@ NAMES = (
 
 
 def write_damaged(folder: Path, count: int) -> dict[str, tuple[str, ...]]:
-    """Write `count` damaged or odd files, and one good picture for every twenty of them.
+    """Write `count` damaged or odd files, and one good image for every twenty of them.
 
     Returns: name → kinds of finding of which one must name it; () when it may pass unnoticed.
     """
@@ -247,12 +247,12 @@ def write_damaged(folder: Path, count: int) -> dict[str, tuple[str, ...]]:
         expected[name + made.ending] = made.expected
     for n in range(max(3, count // 20)):
         (folder / f"good-{n}.png").write_bytes(encode(sample_image(5 * 10**6 + n), "PNG"))
-        (folder / f"good-{n}.txt").write_text(f"a good picture, number {n}")
+        (folder / f"good-{n}.txt").write_text(f"a good image, number {n}")
     return expected
 
 
 def write_caption(file: Path, n: int, made: File) -> None:
-    text = f"picture number {n}" if made.caption is None else made.caption
+    text = f"image number {n}" if made.caption is None else made.caption
     file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
 
 

@@ -148,26 +148,26 @@ def write_good(folder: Path, count: int = 6) -> Path:
     folder.mkdir()
     for n in range(count):
         (folder / f"{n}.png").write_bytes(encode(sample_image(n), "PNG"))
-        (folder / f"{n}.txt").write_text(f"picture {n}")
+        (folder / f"{n}.txt").write_text(f"image {n}")
     return folder
 
 
-def test_nothing_is_said_of_good_pictures(tmp_path: Path, capsys) -> None:
+def test_nothing_is_said_of_good_images(tmp_path: Path, capsys) -> None:
     folder = write_good(tmp_path / "d")
     assert main([str(folder), "--output", str(tmp_path / "o")]) == 0
     assert (tmp_path / "o" / "findings.jsonl").read_text() == ""
     assert "all is well" in (tmp_path / "o" / "report.html").read_text("utf-8")
     printed = capsys.readouterr().out
-    assert "6 pictures with captions, 6 can be read" in printed and "quarantine  0" in printed
+    assert "6 images with captions, 6 can be read" in printed and "quarantine  0" in printed
 
 
-def test_a_text_named_like_a_picture_is_called_a_text(tmp_path: Path) -> None:
+def test_a_text_named_like_a_image_is_called_a_text(tmp_path: Path) -> None:
     folder = write_good(tmp_path / "d", 2)
     (folder / "1.png").write_text("my notes about cats\nand dogs")
     assert main([str(folder), "--output", str(tmp_path / "o")]) == 0
     entry = json.loads((tmp_path / "o" / "findings.jsonl").read_text("utf-8"))
     assert (entry["kind"], entry["name"]) == ("unreadable", "1.png")
-    assert entry["reason"] == "not a picture but a text file that begins with 'my notes about cats'"
+    assert entry["reason"] == "not an image but a text file that begins with 'my notes about cats'"
 
 
 def test_links_masks_and_encodings_are_reported_as_training_reports_them(tmp_path: Path) -> None:
@@ -214,9 +214,9 @@ def test_masks_that_training_does_not_use_are_called_masks(tmp_path: Path, capsy
     assert "0.mask.png" in [source.name(i) for i in range(len(source))]
 
 
-def test_a_broken_mask_makes_its_picture_unreadable_as_in_training(tmp_path: Path) -> None:
+def test_a_broken_mask_makes_its_image_unreadable_as_in_training(tmp_path: Path) -> None:
     folder = write_good(tmp_path / "d", 3)
-    for n, data in enumerate((b"no picture", encode(sample_image(1).convert("L"), "PNG"), b"")):
+    for n, data in enumerate((b"no image", encode(sample_image(1).convert("L"), "PNG"), b"")):
         (folder / f"{n}.mask.png").write_bytes(data)
     options = ["data.loss_mask=file", "--similar", "-1"]
     assert main([str(folder), "--output", str(tmp_path / "o"), *options]) == 0
@@ -344,7 +344,7 @@ def test_a_table_is_examined_too(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_fault_in_one_picture_does_not_end_the_examination(tmp_path: Path, monkeypatch) -> None:
+def test_a_fault_in_one_image_does_not_end_the_examination(tmp_path: Path, monkeypatch) -> None:
     def fail(image: Image.Image) -> None:
         raise MemoryError("no room")
 

@@ -25,7 +25,7 @@ def packed(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(data).convert("RGB")
 
 
-def test_scaled_and_repacked_pictures_are_found_and_others_are_not() -> None:
+def test_scaled_and_repacked_images_are_found_and_others_are_not() -> None:
     whole = [sample_image(n, (320, 256)) for n in range(30)]
     changed = [packed(p.resize((150 + 5 * n, 120 + 4 * n)), 60) for n, p in enumerate(whole)]
     found, complete = similar_to(*described(whole + changed), 6)
@@ -33,7 +33,7 @@ def test_scaled_and_repacked_pictures_are_found_and_others_are_not() -> None:
 
 
 @pytest.mark.parametrize("change", [ImageOps.invert, ImageOps.mirror, ImageOps.flip])
-def test_another_picture_of_the_same_things_is_not_the_same(change: Any) -> None:
+def test_another_image_of_the_same_things_is_not_the_same(change: Any) -> None:
     image = sample_image(1, (320, 256))
     assert similar_to(*described([image, change(image)]), 6)[0] == {}
 

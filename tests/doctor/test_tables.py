@@ -30,11 +30,11 @@ def records_of(sizes: list[tuple[int, int]], **facts: object) -> Records:
     return records
 
 
-def test_a_picture_counts_for_the_nearest_ratio() -> None:
+def test_a_image_counts_for_the_nearest_ratio() -> None:
     sizes = [(w * 100, h * 100) for w, h in RATIOS] + [(101, 100), (1, 9000), (9000, 1)]
     table = {row.label: row for row in bucket_table(records_of(sizes), 64)}
     expected = {f"{w}:{h}": 1 for w, h in RATIOS} | {"1:1": 2, "1:3": 2, "3:1": 2}
-    assert {label: row.pictures for label, row in table.items()} == expected
+    assert {label: row.images for label, row in table.items()} == expected
     assert "cuts 50% away" in table["2:1"].remark and "cuts 50% away" in table["1:2"].remark
 
 
@@ -48,11 +48,11 @@ def test_buckets_have_about_the_area_of_the_square(size: int) -> None:
         assert (height, width) == bucket_sides(h / w, size)
 
 
-def test_unreadable_pictures_are_in_no_table() -> None:
+def test_unreadable_images_are_in_no_table() -> None:
     records = records_of([(10, 10), (20, 20)])
     records.put(0, {"flags": 0}, "broken")
     for rows in (bucket_table(records, 64), mode_table(records), size_table(records)):
-        assert sum(row.pictures for row in rows) == 1
+        assert sum(row.images for row in rows) == 1
     nothing = Records(0)
     assert bucket_table(nothing, 64) == mode_table(nothing) == size_table(nothing) == []
 
@@ -60,11 +60,11 @@ def test_unreadable_pictures_are_in_no_table() -> None:
 def test_sizes_and_captions_by_powers_of_two() -> None:
     records = records_of([(64, 900), (127, 127), (128, 500)])
     records.table["longest"], records.table["too_long"] = [7, 8, 90], [0, 0, 1]
-    assert [(r.label, r.pictures) for r in size_table(records)] == [
+    assert [(r.label, r.images) for r in size_table(records)] == [
         ("64…127 pixels", 2),
         ("128…255 pixels", 1),
     ]
-    counted = [(r.label, r.pictures) for r in caption_table(records, open_counter("embedded", 77))]
+    counted = [(r.label, r.images) for r in caption_table(records, open_counter("embedded", 77))]
     assert counted == [
         ("4…7 tokens", 1),
         ("8…15 tokens", 1),

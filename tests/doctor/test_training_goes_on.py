@@ -48,7 +48,7 @@ def test_the_cache_holds_all_that_can_be_read(tmp_path: Path) -> None:
     assert broken | set(special) <= set(skipped) and not used & set(skipped)
     assert {f"good-{n}.png" for n in range(5)} <= used
     assert used | set(skipped) >= {n for n, kinds in expected.items() if kinds != ("ignored",)}
-    assert f"{len(skipped)} pictures are left out" in report_skipped(cache.skipped)
+    assert f"{len(skipped)} images are left out" in report_skipped(cache.skipped)
 
     listed = sorted(used)[:3] + sorted(skipped)[:3]
     write_quarantine(tmp_path / "q", [(name, "listed") for name in listed])
@@ -71,7 +71,7 @@ def test_doctor_and_trainer_against_a_thousand_damaged_files(tmp_path: Path, cap
         more = [f"data.quarantine={quarantine}"] if quarantine else []
         run = tmp_path / name
         assert main(arguments(parts, folder, run, *more)) == 0
-        assert "pictures are left out (no file was changed):" in capsys.readouterr().out
+        assert "images are left out (no file was changed):" in capsys.readouterr().out
         assert len(losses(run)) == 6 and (run / "model" / "unet").is_dir()
     assert snapshot(folder) == before
     assert len(read_quarantine(output / "quarantine.jsonl")) > 400

@@ -34,17 +34,17 @@ def images(count: int) -> torch.Tensor:
 
 def test_terms_add_up_and_batches_do_not_matter(pipeline: LatentDiffusionPipeline) -> None:
     captions = ["a cat", "dog", "pain"]
-    size = LikelihoodSize(levels=4, ode_pictures=2, ode_steps=2, batch_size=2)
+    size = LikelihoodSize(levels=4, ode_images=2, ode_steps=2, batch_size=2)
     found = measure(pipeline, images(3), captions, size)
     figures = found.figures
-    assert figures["pictures"] == 3 and figures["ODE pictures"] == 2
+    assert figures["images"] == 3 and figures["ODE images"] == 2
     assert math.isfinite(figures["ODE and reconstruction"])
     for form in FORMS:
         terms = [
             figures[f"{form}: {t}"] for t in ("reconstruction", "prior matching", "consistency")
         ]
         assert figures[f"{form}: sum of the three"] == pytest.approx(sum(terms), rel=1e-4)
-    whole = measure(pipeline, images(3), captions, LikelihoodSize(levels=4, ode_pictures=0))
+    whole = measure(pipeline, images(3), captions, LikelihoodSize(levels=4, ode_images=0))
     assert "ODE and reconstruction" not in whole.figures
     for form in FORMS:
         name = f"{form}: sum of the three"
@@ -57,7 +57,7 @@ def test_terms_add_up_and_batches_do_not_matter(pipeline: LatentDiffusionPipelin
 
 
 def test_the_caption_matters(pipeline: LatentDiffusionPipeline) -> None:
-    size = LikelihoodSize(levels=4, ode_pictures=0)
+    size = LikelihoodSize(levels=4, ode_images=0)
     name = "DDPM: consistency"
     one, other = (
         measure(pipeline, images(2), [c, c], size).figures[name] for c in ("a cat", "pain")
@@ -69,7 +69,7 @@ def test_a_network_that_answers_zero_has_the_curve_of_its_target(
     pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model predicts ε, of mean square 1 at every timestep; the answer 0 costs just that."""
-    size = LikelihoodSize(levels=32, ode_pictures=0)
+    size = LikelihoodSize(levels=32, ode_images=0)
     monkeypatch.setattr(pipeline.unet, "forward", lambda x, t, kv=None: torch.zeros_like(x))
     curve = measure(pipeline, images(8), ["a"] * 8, size).curve
     assert len(curve["loss"]) == BINS
@@ -89,7 +89,7 @@ def test_plot_and_sizes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_measures_the_embedded_model(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    sizes = ["--pictures", "4", "--levels", "4", "--ode-pictures", "0"]
+    sizes = ["--images", "4", "--levels", "4", "--ode-images", "0"]
     result = subprocess.run(
         [sys.executable, str(SCRIPT), "--likelihood", *sizes, "--output", str(tmp_path)],
         capture_output=True,
@@ -98,6 +98,6 @@ def test_the_command_measures_the_embedded_model(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "likelihood.json").read_text())
-    assert figures["pictures"] == 4 and figures["reference"] == "twemoji"
+    assert figures["images"] == 4 and figures["reference"] == "twemoji"
     assert (tmp_path / "likelihood.png").is_file()
     assert set(figures["loss by timestep"]) == {"timestep", "loss", "bits"}

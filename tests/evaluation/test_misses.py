@@ -1,4 +1,4 @@
-"""What the evaluation's page says of pictures that are not what was asked for."""
+"""What the evaluation's page says of images that are not what was asked for."""
 
 from __future__ import annotations
 

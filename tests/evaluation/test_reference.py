@@ -49,7 +49,7 @@ def test_fewer_concepts_are_the_first_of_more_with_all_their_images() -> None:
 
 
 def test_what_cannot_be_read_is_left_out_and_named(folder: Path, capsys) -> None:
-    (folder / "0-dog.png").write_bytes(b"no picture")
+    (folder / "0-dog.png").write_bytes(b"no image")
     (folder / "0-cat.png").write_bytes(b"")
     found = open_reference(DataConfig(path=str(folder)), 300, 16)
     assert sorted(found.prompts) == ["a cat", "a owl"] and len(found.images) == 2

@@ -33,7 +33,7 @@ def test_frechet_distance_equals_the_matrix_root_form():
     assert frechet_distance(*sets()) == pytest.approx(expected, rel=1e-6)
 
 
-def test_frechet_distance_with_fewer_pictures_than_features():
+def test_frechet_distance_with_fewer_images_than_features():
     first, second = sets(20, 50)
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(first, first + 1) == pytest.approx(50, rel=1e-5)

@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 import killing  # noqa: E402
 from launching import launch  # noqa: E402
 from random_models import make_pipeline  # noqa: E402
-from tiny_training import losses, make_pictures  # noqa: E402
+from tiny_training import losses, make_images  # noqa: E402
 
 from latentdiff.formats.lora import read_lora  # noqa: E402
 
@@ -28,10 +28,10 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, pictures, and the run that nobody disturbs."""
+    """A model, images, and the run that nobody disturbs."""
     folder = tmp_path_factory.mktemp("lora")
     make_pipeline().save_pretrained(folder / "model")
-    make_pictures(folder / "pictures", 10)
+    make_images(folder / "images", 10)
     from train_latent import main
 
     assert main(given(folder, "straight")) == 0
@@ -43,7 +43,7 @@ def given(folder: Path, name: str, *more: str) -> list[str]:
         f"model.pretrained={folder / 'model'}",
         "finetune={kind: lora, rank: 3, alpha: 5, text_encoder: true, fuse: true}",
         "data.kind=folder",
-        f"data.path={folder / 'pictures'}",
+        f"data.path={folder / 'images'}",
         "data.validation_share=0.2",
         f"latents.cache_dir={folder / 'cache'}",
         "objective.condition_dropout=0.3",
@@ -60,7 +60,7 @@ def given(folder: Path, name: str, *more: str) -> list[str]:
         "validation.every=4",
         "validation.samples=4",
         "validation.steps=2",
-        "validation.pictures=2",
+        "validation.images=2",
         f"output={folder / name}",
         *more,
     ]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "tests")]
 
 from random_models import TEXT_WIDTH, make_pipeline  # noqa: E402
-from tiny_training import losses, make_pictures  # noqa: E402
+from tiny_training import losses, make_images  # noqa: E402
 
 from latentdiff.errors import UserError  # noqa: E402
 from latentdiff.finetune.textual_inversion import (  # noqa: E402
@@ -33,7 +33,7 @@ STEPS = 6
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words")
     make_pipeline().save_pretrained(folder / "model")
-    make_pictures(folder / "pictures", 8)
+    make_images(folder / "images", 8)
     return folder
 
 
@@ -42,7 +42,7 @@ def given(folder: Path, name: str, *more: str) -> list[str]:
         f"model.pretrained={folder / 'model'}",
         "finetune={kind: textual_inversion, token: <sq>, vectors: 2, initial: cat}",
         "data.kind=folder",
-        f"data.path={folder / 'pictures'}",
+        f"data.path={folder / 'images'}",
         "data.validation_share=0.25",
         f"latents.cache_dir={folder / 'cache'}",
         "objective.condition_dropout=0.3",
@@ -59,7 +59,7 @@ def given(folder: Path, name: str, *more: str) -> list[str]:
         "validation.every=0",
         "validation.samples=2",
         "validation.steps=1",
-        "validation.pictures=1",
+        "validation.images=1",
         f"output={folder / name}",
         *more,
     ]

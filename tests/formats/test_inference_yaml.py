@@ -163,7 +163,7 @@ def test_what_cannot_be_is_refused(params: Any, words: str, opened: Any) -> None
         opened("1", params)
 
 
-@pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "data:\n  path: pictures"])
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "data:\n  path: images"])
 def test_yaml_of_something_else_is_left_out_aloud(text: str, opened: Any) -> None:
     with pytest.warns(UserWarning, match="is left out: it is no inference configuration"):
         assert opened("1", text).prediction == "eps"

@@ -55,7 +55,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def test_the_same_outputs_and_picture(folder: Path, form: str) -> None:
+def test_the_same_outputs_and_image(folder: Path, form: str) -> None:
     from diffusers import StableDiffusionPipeline
 
     options: dict[str, Any] = {k: v for k, v in FORMS[form].items() if k == "variant"}

@@ -98,7 +98,7 @@ def test_folder_to_file_to_folder(folder: Path, file: Path, tmp_path: Path) -> N
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_same_picture_as_diffusers_from_the_same_latents(folder: Path, file: Path) -> None:
+def test_the_same_image_as_diffusers_from_the_same_latents(folder: Path, file: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None)

@@ -63,7 +63,7 @@ OTHERS = {
     "a text file that begins with 'Datei nicht gefunden: ä": "Datei nicht gefunden: ä".encode(),
     "is empty": b"",
     "unfinished download": bytes(4096),
-    "a PNG picture": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    "a PNG image": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
     "a GGUF file": b"GGUF\3\0\0\0\0\0\0\0",
     "a 7-Zip archive.*Unpack": b"7z\xbc\xaf\x27\x1c\0\4",
     r"a ZIP archive \(model.safetensors\).*Unpack": archive(**{"model.safetensors": b"x"}),

@@ -85,7 +85,7 @@ def test_networks_of_a1111_say_how_they_are_loaded(pipeline: LatentDiffusionPipe
     assert "not supported" in hyper and "--lora" not in hyper
 
 
-def test_the_pipeline_warns_of_prompts_negatives_and_inverted_pictures(
+def test_the_pipeline_warns_of_prompts_negatives_and_inverted_images(
     pipeline: LatentDiffusionPipeline,
 ) -> None:
     with pytest.warns(UserWarning, match="'<dog>'"):

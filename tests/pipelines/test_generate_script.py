@@ -38,7 +38,7 @@ def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
         sys.exit(code)
 
 
-def test_one_picture(
+def test_one_image(
     script: ModuleType,
     model: str,
     tmp_path: Path,
@@ -185,15 +185,15 @@ def test_lora_option(
     name = "unet.mid_block.attentions.0.proj_in"
     file = tmp_path / "style.safetensors"
     write_lora(file, {name: LowRank(torch.randn(2, 32), torch.randn(32, 2), 2.0)})
-    pictures = []
+    images = []
     fast = ("a cat", "--model", model, "--steps", "2", "--seed", "3", "--quiet", "--output")
     for lora in ([], [f"{file}"], [f"{file}:0.5"], [f"{file}:0"]):
         options = ["--lora", *lora] if lora else []
-        output = tmp_path / f"{len(pictures)}.png"
+        output = tmp_path / f"{len(images)}.png"
         call(script, monkeypatch, *fast, str(output), *options)
-        pictures.append(output.read_bytes())
-    assert pictures[0] == pictures[3]
-    assert len(set(pictures)) == 3
+        images.append(output.read_bytes())
+    assert images[0] == images[3]
+    assert len(set(images)) == 3
     for given, message in (
         (f"{file}:much", "--lora must be FILE or FILE:WEIGHT; got "),
         ("none", "no LoRA file at none"),

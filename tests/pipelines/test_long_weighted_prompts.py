@@ -32,7 +32,7 @@ def pipeline(folder: Path) -> LatentDiffusionPipeline:
     return LatentDiffusionPipeline.from_pretrained(folder)
 
 
-def test_neighbours_of_other_lengths_do_not_change_a_picture(
+def test_neighbours_of_other_lengths_do_not_change_a_image(
     pipeline: LatentDiffusionPipeline,
 ) -> None:
     prompts, negatives = ["a cat", LONG, "dog BREAK cat"], [LONG, "", "pain"]
@@ -52,7 +52,7 @@ def test_neighbours_of_other_lengths_do_not_change_a_picture(
         assert alone.std() > 0.02
 
 
-def test_plain_text_gives_the_same_picture_in_every_reading(
+def test_plain_text_gives_the_same_image_in_every_reading(
     pipeline: LatentDiffusionPipeline,
 ) -> None:
     plain = pipeline("a cat", negative_prompt="dog", seed=0, **FAST).images

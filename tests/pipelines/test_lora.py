@@ -145,7 +145,7 @@ def open_theirs(folder: Path) -> Any:
     return theirs
 
 
-def assert_same_picture(theirs: Any, ours: LatentDiffusionPipeline) -> None:
+def assert_same_image(theirs: Any, ours: LatentDiffusionPipeline) -> None:
     """At most 2/255 apart, not flat."""
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     options = {"num_inference_steps": 10, "guidance_scale": 4.0, "latents": noise}
@@ -163,7 +163,7 @@ def test_diffusers_reads_what_is_written_here(model: Path, tmp_path: Path, layou
     theirs.load_lora_weights(tmp_path, weight_name=file.name)
     ours.load_lora(file)
     assert (sample_image(ours) - plain).abs().max() > 0.05
-    assert_same_picture(theirs, ours)
+    assert_same_image(theirs, ours)
 
 
 def test_what_diffusers_writes_is_read_here(model: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_what_diffusers_writes_is_read_here(model: Path, tmp_path: Path) -> None
     )
     ours.load_lora(tmp_path)
     assert (sample_image(ours) - plain).abs().max() > 0.05
-    assert_same_picture(theirs, ours)
+    assert_same_image(theirs, ours)
 
 
 def comfy_names(model: Path, folder: Path) -> dict[str, str]:

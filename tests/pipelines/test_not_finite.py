@@ -140,9 +140,7 @@ def test_a_decoder_that_overflows_in_float16_decodes_in_float32(loud: Autoencode
 @pytest.mark.filterwarnings("ignore:the autoencoder's decoder overflowed")
 @pytest.mark.parametrize("loud", ["kl"], indirect=True)  # the tiny one bounds its input
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_what_float32_cannot_hold_either_is_no_picture(
-    loud: Autoencoder, dtype: torch.dtype
-) -> None:
+def test_what_float32_cannot_hold_either_is_no_image(loud: Autoencoder, dtype: torch.dtype) -> None:
     loud.module.to(dtype)
     with pytest.raises(NotFiniteError, match=r"decoder failed: its pixels.*its weights do not"):
         loud.decode(torch.full((1, 4, 8, 8), 3e38))

@@ -1,4 +1,4 @@
-"""The same folder, noise and sampler give the same picture here and in diffusers."""
+"""The same folder, noise and sampler give the same image here and in diffusers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from tests.random_models import make_pipeline
 
 PROMPTS = ["a cat", "pain pain dog"]
-#: The second leaves to the seed what is drawn; of what is named the embedded model has one picture.
+#: The second leaves to the seed what is drawn; of what is named the embedded model has one image.
 #: Of a named thing the embedded model draws nearly the same with every seed.
-TRAINED = ["a painting", "a picture"]
+TRAINED = ["a painting", "an image"]
 CASES: dict[str, dict[str, Any]] = {
     "eps": {},
     "v, zero terminal SNR": {
@@ -50,13 +50,13 @@ def open_theirs(folder: Path) -> Any:
     return theirs
 
 
-def assert_same_pictures(
+def assert_same_images(
     theirs: Any, ours: LatentDiffusionPipeline, prompts: list[str], sampler: str | None = "ddim"
 ) -> None:
-    """At most 2/255 apart; not flat; another seed gives another picture."""
+    """At most 2/255 apart; not flat; another seed gives another image."""
     height, width = (side // ours.autoencoder.downscale for side in ours.default_size)
     shape = (len(prompts), ours.autoencoder.latent_channels, height, width)
-    pictures = []
+    images = []
     for seed in (0, 1):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         options = {
@@ -67,11 +67,11 @@ def assert_same_pictures(
         }
         expected = np.stack([np.asarray(i, int) for i in theirs(prompts, **options).images])
         found = ours(prompts, **options, sampler=sampler, progress=False).images
-        pictures.append(np.stack([np.asarray(image, int) for image in found]))
-        assert np.abs(pictures[-1] - expected).max() <= 2
-        assert min(picture.std() for picture in pictures[-1]) >= 20
-    assert np.abs(pictures[0] - pictures[1]).mean() > 5
-    assert np.abs(pictures[0][0] - pictures[0][1]).mean() > 5
+        images.append(np.stack([np.asarray(image, int) for image in found]))
+        assert np.abs(images[-1] - expected).max() <= 2
+        assert min(image.std() for image in images[-1]) >= 20
+    assert np.abs(images[0] - images[1]).mean() > 5
+    assert np.abs(images[0][0] - images[0][1]).mean() > 5
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,17 +80,17 @@ def test_theirs_opens_in_ours_and_ours_in_theirs(case: str, tmp_path: Path) -> N
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = LatentDiffusionPipeline.from_pretrained(tmp_path / "theirs")
-    assert_same_pictures(theirs, ours, PROMPTS)
+    assert_same_images(theirs, ours, PROMPTS)
     ours.save_pretrained(tmp_path / "ours", max_shard_bytes=300_000)
-    assert_same_pictures(open_theirs(tmp_path / "ours"), ours, PROMPTS)
+    assert_same_images(open_theirs(tmp_path / "ours"), ours, PROMPTS)
 
 
 def test_tiny_autoencoder(tmp_path: Path) -> None:
     make_pipeline(vae_kind="tiny").save_pretrained(tmp_path / "theirs")
     ours = LatentDiffusionPipeline.from_pretrained(tmp_path / "theirs")
-    assert_same_pictures(open_theirs(tmp_path / "theirs"), ours, PROMPTS)
+    assert_same_images(open_theirs(tmp_path / "theirs"), ours, PROMPTS)
     ours.save_pretrained(tmp_path / "ours")
-    assert_same_pictures(open_theirs(tmp_path / "ours"), ours, PROMPTS)
+    assert_same_images(open_theirs(tmp_path / "ours"), ours, PROMPTS)
 
 
 def test_ddim_in_place_of_the_folders_solver(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_ddim_in_place_of_the_folders_solver(tmp_path: Path) -> None:
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(tmp_path)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
-    assert_same_pictures(theirs, LatentDiffusionPipeline.from_pretrained(tmp_path), PROMPTS)
+    assert_same_images(theirs, LatentDiffusionPipeline.from_pretrained(tmp_path), PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_ddim_in_place_of_the_folders_solver(tmp_path: Path) -> None:
 def test_the_folders_solver_and_grid_are_used(
     name: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Without a sampler's name, the picture is the one that diffusers makes of the folder."""
+    """Without a sampler's name, the image is the one that diffusers makes of the folder."""
     import diffusers
 
     levels = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -133,7 +133,7 @@ def test_the_folders_solver_and_grid_are_used(
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(tmp_path)
     ours = LatentDiffusionPipeline.from_pretrained(tmp_path)
-    assert_same_pictures(theirs, ours, PROMPTS, sampler=None)
+    assert_same_images(theirs, ours, PROMPTS, sampler=None)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,6 @@ def test_flow_folder_opens_in_theirs(tmp_path: Path) -> None:
 )
 def test_embedded_model(tmp_path: Path) -> None:
     ours = LatentDiffusionPipeline.from_pretrained()
-    assert_same_pictures(open_theirs(EMBEDDED_MODEL), ours, TRAINED)
+    assert_same_images(open_theirs(EMBEDDED_MODEL), ours, TRAINED)
     ours.save_pretrained(tmp_path / "again")
-    assert_same_pictures(open_theirs(tmp_path / "again"), ours, TRAINED)
+    assert_same_images(open_theirs(tmp_path / "again"), ours, TRAINED)

@@ -73,7 +73,7 @@ def test_the_noise_leads_back_to_the_latents(pipeline: LatentDiffusionPipeline) 
     assert error < 0.02 * start
 
 
-def test_pictures_are_alone_and_together_the_same(pipeline: LatentDiffusionPipeline) -> None:
+def test_images_are_alone_and_together_the_same(pipeline: LatentDiffusionPipeline) -> None:
     given = [sample_image(k) for k in range(3)]
     together = pipeline.invert(given, "a cat", num_inference_steps=3)
     chunks = pipeline.invert(given, "a cat", num_inference_steps=3, batch_size=2)
@@ -140,7 +140,7 @@ def test_the_script_writes_a_row_and_the_noise(
     )
     assert Image.open(output).size == (5 * 34 - 2, 32)
     assert load_file(noise)["latents"].shape == (1, 4, 16, 16)
-    assert re.search(r"own picture: \d+\.\d dB", capsys.readouterr().out)
+    assert re.search(r"own image: \d+\.\d dB", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_embedded_models_round_trip_reaches_25_db(tmp_path: Path) -> None:
     command = Path(__file__).parents[2] / "benchmarks" / "inversion.py"
     output = tmp_path / "figures.json"
     result = subprocess.run(
-        [sys.executable, str(command), "--pictures", "2", "--output", str(output)],
+        [sys.executable, str(command), "--images", "2", "--output", str(output)],
         capture_output=True,
         text=True,
         timeout=900,

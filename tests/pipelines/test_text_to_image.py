@@ -36,7 +36,7 @@ def test_image_k_has_seed_plus_k(pipeline: LatentDiffusionPipeline) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_batches_do_not_change_pictures(pipeline: LatentDiffusionPipeline, sampler: str) -> None:
+def test_batches_do_not_change_images(pipeline: LatentDiffusionPipeline, sampler: str) -> None:
     together = pipeline("a cat", num_images_per_prompt=5, seed=1, sampler=sampler, **FAST)
     chunks = pipeline(
         "a cat", num_images_per_prompt=5, seed=1, sampler=sampler, batch_size=2, **FAST
@@ -44,7 +44,7 @@ def test_batches_do_not_change_pictures(pipeline: LatentDiffusionPipeline, sampl
     assert (together.images - chunks.images).abs().max() <= 1 / 255
 
 
-def test_drawn_seed_gives_the_picture_again(pipeline: LatentDiffusionPipeline) -> None:
+def test_drawn_seed_gives_the_image_again(pipeline: LatentDiffusionPipeline) -> None:
     first, other = pipeline("a cat", **FAST), pipeline("a cat", **FAST)
     assert first.seeds != other.seeds
     assert torch.equal(pipeline("a cat", seed=first.seeds[0], **FAST).images, first.images)
@@ -56,9 +56,9 @@ def test_output_types(pipeline: LatentDiffusionPipeline) -> None:
     assert 0 <= unit.min() < unit.max() <= 1
     array = pipeline("a cat", **{**call, "output_type": "np"}).images
     np.testing.assert_array_equal(array, unit.permute(0, 2, 3, 1).numpy())
-    picture = pipeline("a cat", **{**call, "output_type": "pil"}).images[0]
-    assert (picture.size, picture.mode) == ((32, 32), "RGB")
-    np.testing.assert_array_equal(np.asarray(picture), (array[0] * 255).round().astype(np.uint8))
+    image = pipeline("a cat", **{**call, "output_type": "pil"}).images[0]
+    assert (image.size, image.mode) == ((32, 32), "RGB")
+    np.testing.assert_array_equal(np.asarray(image), (array[0] * 255).round().astype(np.uint8))
     latents = pipeline("a cat", **{**call, "output_type": "latent"}).images
     torch.testing.assert_close(pipeline.autoencoder.decode(latents) / 2 + 0.5, unit)
 
@@ -121,7 +121,7 @@ def test_one_guidance_scale_for_each_prompt(pipeline: LatentDiffusionPipeline) -
 def test_up_to_one_guidance_is_off_and_a_negative_prompt_does_nothing(
     pipeline: LatentDiffusionPipeline, scale: Any
 ) -> None:
-    """The picture is the conditional network's own; sd-turbo is drawn with 0."""
+    """The image is the conditional network's own; sd-turbo is drawn with 0."""
     call = {**FAST, "seed": 1, "guidance_scale": scale}
     expected = pipeline("a cat", **{**call, "guidance_scale": 1.0}).images
     sizes: list[int] = []
@@ -161,7 +161,7 @@ def test_a_start_at_the_clean_end_is_warned_of(pipeline: LatentDiffusionPipeline
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipeline("a cat", **{**FAST, "num_inference_steps": 1, "timestep_spacing": "trailing"})
-        x_100 = torch.zeros(1, 4, 16, 16)  # one's own start, such as a picture with some noise
+        x_100 = torch.zeros(1, 4, 16, 16)  # one's own start, such as an image with some noise
         pipeline("a cat", **{**FAST, "timesteps": [100, 50], "latents": x_100})
 
 

@@ -6,10 +6,10 @@ for folder in (Path(__file__).parents[1], Path(__file__).parents[2] / "training"
         sys.path.insert(0, str(folder))
 
 import pytest  # noqa: E402
-from tiny_training import make_pictures  # noqa: E402
+from tiny_training import make_images  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight captioned pictures of coloured squares."""
-    return make_pictures(tmp_path_factory.mktemp("pictures") / "squares")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight captioned images of coloured squares."""
+    return make_images(tmp_path_factory.mktemp("images") / "squares")

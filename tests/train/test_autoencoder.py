@@ -56,7 +56,7 @@ def test_psnr_by_hand_and_only_inside_the_mask():
     assert psnr(image, target).item() == pytest.approx(20 + 10 * math.log10(2), abs=1e-4)
 
 
-def test_an_untrained_network_keeps_the_size_of_pictures_and_knows_its_noise():
+def test_an_untrained_network_keeps_the_size_of_images_and_knows_its_noise():
     torch.manual_seed(0)
     config = AutoencoderConfig((16, 32, 48, 96, 160), latent_channels=32, mid_block_attention=False)
     vae = build_autoencoder(config, 64)
@@ -72,7 +72,7 @@ def test_an_untrained_network_keeps_the_size_of_pictures_and_knows_its_noise():
     torch.testing.assert_close(logvar, torch.full_like(logvar, -4.0))
 
 
-def test_folding_standardises_latents_and_leaves_pictures_alone():
+def test_folding_standardises_latents_and_leaves_images_alone():
     torch.manual_seed(0)
     vae = build_autoencoder(TINY, 16).double()
     with torch.no_grad():
@@ -121,13 +121,13 @@ class KilledError(BaseException):
 
 
 @pytest.fixture
-def command(picture_folder, tmp_path):
-    """The script on a few pictures, with every loss term on when the weights are there."""
+def command(image_folder, tmp_path):
+    """The script on a few images, with every loss term on when the weights are there."""
     perceptual = 0.1 if find_weights() is not None else 0.0
 
     def run(output: str, *extra: str) -> list[str]:
         return [
-            sys.executable, str(SCRIPT), "data.kind=folder", f"data.path={picture_folder}",
+            sys.executable, str(SCRIPT), "data.kind=folder", f"data.path={image_folder}",
             "data.image_size=32", "data.validation_share=0.3", "loop.mixed_precision=no",
             "autoencoder.block_out_channels=[8,16]", "autoencoder.norm_num_groups=4",
             f"loss.perceptual={perceptual}", "loss.adversarial=0.05", "loss.late_start=0.5",
@@ -181,9 +181,9 @@ def test_script_trains_resumes_exactly_and_writes_a_diffusers_folder(
     assert here(command("cut")) == 2 and "--resume" in capsys.readouterr().err
 
 
-def test_preloaded_pictures_are_the_decoded_ones(picture_folder):
+def test_preloaded_images_are_the_decoded_ones(image_folder):
     script = runpy.run_path(str(SCRIPT))
-    data = DataConfig(kind="folder", path=str(picture_folder), image_size=32)
+    data = DataConfig(kind="folder", path=str(image_folder), image_size=32)
     source = open_source(data)
     indices = list(range(len(source)))[::-1]
     chosen = [1, 0, 1]
@@ -201,7 +201,7 @@ def test_random_squares_are_where_their_places_say():
     torch.testing.assert_close(squares, torch.stack(expected))
 
 
-def test_script_trains_on_crops_of_the_pictures(command, tmp_path, monkeypatch):
+def test_script_trains_on_crops_of_the_images(command, tmp_path, monkeypatch):
     script = runpy.run_path(str(SCRIPT))
     seen = []
     forward = AutoencoderPass.forward
@@ -217,7 +217,7 @@ def test_script_trains_on_crops_of_the_pictures(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", (33, 15, 0, 48))
-def test_crops_fit_into_the_pictures_and_the_network(size):
+def test_crops_fit_into_the_images_and_the_network(size):
     wrong = [f"crop_size={size}", "data.image_size=32", "autoencoder.block_out_channels=[8,16]"]
     with pytest.raises(UserError, match=f"multiple of 2, .* at most data.image_size=32.*{size}"):
         load_config(AutoencoderTrainConfig, None, wrong)

@@ -1,4 +1,4 @@
-"""Buckets: one per step, every picture equally often, nothing remembered."""
+"""Buckets: one per step, every image equally often, nothing remembered."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def order(seed: int = 0) -> BucketOrder:
     return BucketOrder(ROWS, BUCKETS, seed, TOTAL)
 
 
-def test_every_step_is_from_one_bucket_and_a_cycle_has_each_picture_equally_often() -> None:
+def test_every_step_is_from_one_bucket_and_a_cycle_has_each_image_equally_often() -> None:
     ours = order()
     for cycle in range(2):
         rows = ours(range(cycle * CYCLE, (cycle + 1) * CYCLE))
@@ -27,7 +27,7 @@ def test_every_step_is_from_one_bucket_and_a_cycle_has_each_picture_equally_ofte
             assert len({BUCKETS[row - 100] for row in rows[start : start + TOTAL]}) == 1
 
 
-def test_buckets_are_never_far_from_their_share_nor_pictures_from_theirs() -> None:
+def test_buckets_are_never_far_from_their_share_nor_images_from_theirs() -> None:
     rows = order(3)(range(CYCLE))
     steps = [BUCKETS[rows[k] - 100] for k in range(0, CYCLE, TOTAL)]
     for bucket in range(3):
@@ -50,7 +50,7 @@ def test_a_function_of_seed_and_sample_alone() -> None:
 
 
 @pytest.mark.parametrize(("per_process", "accumulation", "processes"), [(1, 2, 2), (2, 2, 1)])
-def test_any_cut_of_the_global_batch_sees_the_same_pictures(
+def test_any_cut_of_the_global_batch_sees_the_same_images(
     per_process: int, accumulation: int, processes: int
 ) -> None:
     whole = order()(range(40))

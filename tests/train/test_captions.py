@@ -1,4 +1,4 @@
-"""What is said about a picture: decided by the sample index, never empty."""
+"""What is said about an image: decided by the sample index, never empty."""
 
 from collections import Counter
 

@@ -115,7 +115,7 @@ def test_offsets_that_are_damaged_name_the_file(tmp_path: Path, offsets: str) ->
         ({"a": 1, "b": 0}, {"a": 1}, ""),  # b is gone since
         ({"a": 1, "b": 5}, {"a": 1}, "b: 5 then, 0 now"),
         ({"a": 1}, {"a": 2}, "a: 1 then, 2 now"),
-        ({"a": 1, "pictures": "x"}, {"a": 1, "pictures": "y"}, "colour profiles"),
+        ({"a": 1, "images": "x"}, {"a": 1, "images": "y"}, "colour profiles"),
     ],
 )
 def test_an_option_that_one_side_lacks_has_its_default(

@@ -100,11 +100,9 @@ def test_trimming_changes_no_feature_and_the_text_tower_stands_alone(tokenizer, 
 
 
 @pytest.mark.slow
-def test_script_learns_to_tell_pictures_apart_and_keeps_a_frozen_text_tower(
-    picture_folder, tmp_path
-):
+def test_script_learns_to_tell_images_apart_and_keeps_a_frozen_text_tower(image_folder, tmp_path):
     common = [
-        sys.executable, str(SCRIPT), "data.kind=folder", f"data.path={picture_folder}",
+        sys.executable, str(SCRIPT), "data.kind=folder", f"data.path={image_folder}",
         "data.image_size=32", "clip.text_width=32", "clip.text_layers=1", "clip.image_width=32",
         "clip.image_layers=1", "clip.vocabulary=600", "loop.mixed_precision=no",
         "loop.batch_size=8", "loop.tensorboard=false", "optimizer.lr=3e-3",

@@ -311,7 +311,7 @@ def test_the_model_is_looked_at_when_its_checkpoint_is_written(tmp_path: Path) -
 
     def after_step(done: int) -> None:
         if done == 8:
-            raise UserError("no memory for pictures")
+            raise UserError("no memory for images")
 
     with pytest.raises(UserError, match="no memory"):
         run(after_step=after_step)

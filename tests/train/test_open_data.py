@@ -1,4 +1,4 @@
-"""What is said of the pictures of a run before its first step."""
+"""What is said of the images of a run before its first step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def said(train: int, held_out: int, **data: object) -> str:
 
 def test_a_set_too_small_for_a_held_out_part_is_told_so_with_the_way_out() -> None:
     text = said(8, 0, validation_share=0.05)
-    assert "no picture is held out" in text
-    assert "of 8 pictures data.validation_share=0.05 chose none" in text
+    assert "no image is held out" in text
+    assert "of 8 images data.validation_share=0.05 chose none" in text
     assert "data.validation_share=0.2)" in text and "data.split_seed" in text
 
 

@@ -7,7 +7,7 @@ from latentdiff.train.batches import choose_caption
 from latentdiff.train.order import BatchShape, Order, rebalance
 
 
-def test_every_epoch_holds_every_picture_once_in_its_own_order() -> None:
+def test_every_epoch_holds_every_image_once_in_its_own_order() -> None:
     order = Order(range(10, 20), seed=3)
     epochs = [order(range(n, n + 10)) for n in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10, 20)) for epoch in epochs)
@@ -33,7 +33,7 @@ def test_processes_and_micro_batches_share_out_the_same_samples(
         assert sorted(found) == list(range(8 * step, 8 * step + 8))
 
 
-def test_all_captions_of_a_picture_are_used_evenly() -> None:
+def test_all_captions_of_a_image_are_used_evenly() -> None:
     chosen = Counter(choose_caption(("a", "b", "c"), 0, n) for n in range(3000))
     assert set(chosen) == {"a", "b", "c"}
     assert max(chosen.values()) - min(chosen.values()) < 200
@@ -55,5 +55,5 @@ def test_another_number_of_processes_makes_the_same_steps(processes: int) -> Non
 
 @pytest.mark.parametrize("processes", [5, 48])
 def test_a_step_that_cannot_be_shared_out_is_refused(processes: int) -> None:
-    with pytest.raises(UserError, match="a step of this run is 24 pictures"):
+    with pytest.raises(UserError, match="a step of this run is 24 images"):
         rebalance(BatchShape(4, 3, processes), 24)

@@ -19,9 +19,9 @@ from latentdiff.train.order import BatchShape, Order
 def fits_up_to(limit: int) -> Any:
     tried = []
 
-    def attempt(pictures: int) -> None:
-        tried.append(pictures)
-        if pictures > limit:
+    def attempt(images: int) -> None:
+        tried.append(images)
+        if images > limit:
             raise torch.OutOfMemoryError("out of memory")
 
     attempt.tried = tried  # type: ignore[attr-defined]
@@ -42,7 +42,7 @@ def test_the_micro_batch_is_halved_until_it_fits_and_the_samples_stay() -> None:
     assert samples(found) == samples(shape)
 
 
-def test_odd_micro_batches_are_divided_too_and_one_picture_is_the_end() -> None:
+def test_odd_micro_batches_are_divided_too_and_one_image_is_the_end() -> None:
     assert smaller(BatchShape(15)).per_process == 5
     assert smaller(BatchShape(7)) == BatchShape(1, 7)
     with pytest.raises(UserError, match="gradient_checkpointing"):
@@ -50,7 +50,7 @@ def test_odd_micro_batches_are_divided_too_and_one_picture_is_the_end() -> None:
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
-    def attempt(pictures: int) -> None:
+    def attempt(images: int) -> None:
         raise RuntimeError("a shape is wrong")
 
     with pytest.raises(RuntimeError, match="a shape is wrong"):
@@ -99,11 +99,11 @@ def test_the_probe_runs_the_training_loss_and_leaves_no_trace() -> None:
     make = BatchMaker(data, order, shape, lambda texts: tokens, objective, schedule, cpu)
     seen = []
 
-    def watched(pictures: int) -> torch.Tensor:
-        seen.append(pictures)
-        if pictures > 2:
+    def watched(images: int) -> torch.Tensor:
+        seen.append(images)
+        if images > 2:
             raise torch.OutOfMemoryError("out of memory")
-        batch = make.trial(pictures)
+        batch = make.trial(images)
         x_0 = autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
         return per_sample_loss(unet, x_0, batch.context, batch.draw, schedule, objective).mean()
 

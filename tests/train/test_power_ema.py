@@ -130,7 +130,7 @@ def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_script_writes_a_model_folder_from_a_run(tmp_path: Path, picture_folder: Path) -> None:
+def test_the_script_writes_a_model_folder_from_a_run(tmp_path: Path, image_folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
     from reconstruct_ema import main
     from train_latent import main as train
@@ -139,7 +139,7 @@ def test_the_script_writes_a_model_folder_from_a_run(tmp_path: Path, picture_fol
 
     parts, output = make_parts(tmp_path / "parts"), tmp_path / "run"
     given = ["power_ema.every=2", "power_ema.dtype=float32", "export.dtype=float32"]
-    assert train(arguments(parts, picture_folder, output, *given)) == 0
+    assert train(arguments(parts, image_folder, output, *given)) == 0
     assert [s.step for s in snapshots(output)] == [2, 4, 6]
     assert main([str(output), "--sigma-rel", "0.1", "0.05"]) == 0
     wanted = reconstruct(output, 0.1).weights

@@ -48,7 +48,7 @@ def test_flops_of_layers_against_their_closed_forms() -> None:
     assert count_module_flops(conv, image) == 3 * (2 * 25 * 9 * 4 * 8)
 
 
-def test_a_picture_of_four_times_the_area_costs_four_times_as_much_without_attention() -> None:
+def test_a_image_of_four_times_the_area_costs_four_times_as_much_without_attention() -> None:
     unet = UNet.from_config(
         {
             "sample_size": 8,
@@ -116,7 +116,7 @@ class FakeRun:
         self.finished = True
 
 
-def test_wandb_gets_numbers_and_pictures_and_the_same_run_after_a_resume(
+def test_wandb_gets_numbers_and_images_and_the_same_run_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, options = [FakeRun(), FakeRun()], list[dict[str, Any]]()
@@ -280,14 +280,14 @@ def test_the_diagnosis_fits_the_record_the_weights_and_the_arithmetic(
 
 
 @pytest.mark.slow
-def test_a_run_writes_all_that_there_is_to_see(tmp_path: Path, picture_folder: Path) -> None:
+def test_a_run_writes_all_that_there_is_to_see(tmp_path: Path, image_folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
     from train_latent import main
 
-    given = ["data.validation_share=0.3", "validation.samples=16", "validation.pictures=2"]
+    given = ["data.validation_share=0.3", "validation.samples=16", "validation.images=2"]
     given += ["validation.steps=2", "loop.tensorboard=true"]
     output = tmp_path / "run"
-    assert main(arguments(make_parts(tmp_path / "parts"), picture_folder, output, *given)) == 0
+    assert main(arguments(make_parts(tmp_path / "parts"), image_folder, output, *given)) == 0
     rows = read_metrics(output / "metrics.jsonl")
     log_points = [row for row in rows if "mfu" in row]
     assert [row["step"] for row in log_points] == [2, 4, 6]

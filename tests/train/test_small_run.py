@@ -69,9 +69,9 @@ def test_a_new_folder_is_made_and_left_empty(tmp_path: Path) -> None:
     ("files", "resume", "words"),
     [
         (["config.yaml", "metrics.jsonl"], False, r"not empty .* another output=FOLDER"),
-        (["picture.png"], False, r"not empty \(it holds picture.png\)"),
+        (["image.png"], False, r"not empty \(it holds image.png\)"),
         ([], True, "no complete checkpoint"),
-        (["picture.png"], True, "no complete checkpoint"),
+        (["image.png"], True, "no complete checkpoint"),
         (["state.pt", "metrics.jsonl"], True, "state.pt is a checkpoint of an earlier version"),
         (["state.pt", "metrics.jsonl"], False, "not empty"),
     ],
@@ -151,12 +151,12 @@ def test_every_option_of_today_is_one_of_those_that_the_old_section_points_to() 
 
 
 def test_a_step_of_contrastive_loss_is_not_cut_up(
-    tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import runpy
 
     script = Path(__file__).parents[2] / "training" / "train_clip.py"
-    given = [f"output={tmp_path}", "data.kind=folder", f"data.path={picture_folder}"]
+    given = [f"output={tmp_path}", "data.kind=folder", f"data.path={image_folder}"]
     given.append("loop.mixed_precision=no")
     main = runpy.run_path(str(script))["main"]
     assert main([*given, "loop.batch_size=4", "loop.gradient_accumulation=2"]) == 2

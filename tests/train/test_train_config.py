@@ -96,7 +96,7 @@ def test_an_objective_without_a_finite_weight_is_refused_before_anything_is_open
         ("validation.guidance=-1", 0),
         ("validation.steps=0", 1),
         ("validation.samples=0", 1),
-        ("validation.pictures=-1", 0),
+        ("validation.images=-1", 0),
         ("validation.every=-1", 0),
         ("latents.batch_size=0", 1),
         ("latents.context_megabytes=-1", 0),
@@ -120,7 +120,7 @@ def test_validation_guidance_must_be_finite(given: str) -> None:
     ("given", "pixels", "sample"), [([], 16, 8), (["data.image_size=32"], 32, 16)]
 )
 @pytest.mark.parametrize("name", ["model", "model.safetensors"])
-def test_a_fine_tune_keeps_the_picture_size_unless_told(
+def test_a_fine_tune_keeps_the_image_size_unless_told(
     name, given, pixels, sample, tmp_path
 ) -> None:
     make_pipeline(sample_size=8).save_pretrained(tmp_path / "model")
