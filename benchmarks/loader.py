@@ -35,9 +35,8 @@ import torch
 from latentdiff.data.latents import LatentCache, LatentIndex, Shards, key_array, write_shard
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import UserError, command
-from latentdiff.train.batches import BatchMaker, Prefetch, choose_caption
+from latentdiff.train.batches import BatchMaker, BatchShape, Order, Prefetch, choose_caption
 from latentdiff.train.config import TrainConfig
-from latentdiff.train.order import BatchShape, Order
 
 SHAPE = (8, 16, 16)
 BATCH = 24

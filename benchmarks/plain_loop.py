@@ -29,11 +29,9 @@ from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import command
 from latentdiff.formats.folder import save_components
 from latentdiff.precision import has_fast_bf16
-from latentdiff.train.batches import BatchMaker, ContextCache
+from latentdiff.train.batches import BatchMaker, ContextCache, Order
 from latentdiff.train.config import read_config
-from latentdiff.train.latents import open_latents
-from latentdiff.train.order import Order
-from latentdiff.train.parts import load_parts, prepare_unet
+from latentdiff.train.parts import load_parts, open_latents, prepare_unet
 from latentdiff.train.run import batch_shape
 
 #: train_text_to_image.py at its defaults.

@@ -43,12 +43,18 @@ from latentdiff.data.source import DataConfig, open_source
 from latentdiff.diffusion.objective import ObjectiveConfig, per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.formats.folder import load_components
-from latentdiff.train.batches import BatchMaker, ContextCache, LatentBatch, Prefetch
+from latentdiff.train.batches import (
+    BatchMaker,
+    BatchShape,
+    ContextCache,
+    LatentBatch,
+    Order,
+    Prefetch,
+)
 from latentdiff.train.ema import Ema
-from latentdiff.train.gauges import count_flops
+from latentdiff.train.log import count_flops
 from latentdiff.train.loop import OptimizerStep
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
-from latentdiff.train.order import BatchShape, Order
 from latentdiff.train.parts import prefers_channels_last
 
 OBJECTIVE = ObjectiveConfig(prediction="eps", weighting="none", condition_dropout=0.0)

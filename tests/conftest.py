@@ -23,7 +23,7 @@ def flops_of_a_network_are_counted_once() -> Iterator[None]:
 
     The tests of the count itself call it directly.
     """
-    from latentdiff.train import gauges as flops
+    from latentdiff.train import log as flops
 
     count, known = flops.count_flops, dict[str, int]()
 

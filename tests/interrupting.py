@@ -76,7 +76,7 @@ def _run(main: Callable[[list[str]], int], words: list[str], log: Path, at: int)
                 sys.setprofile(None)
                 signal.raise_signal(signal.SIGINT)
 
-    from latentdiff.train import gauges as flops
+    from latentdiff.train import log as flops
 
     flops.count_flops = lambda *given, **more: 1  # a quarter of a tiny training
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -27,6 +27,7 @@ from killing import Fate, arm  # noqa: E402
 
 from latentdiff.models.unet import UNet  # noqa: E402
 from latentdiff.models.unet_config import UNetConfig  # noqa: E402
+from latentdiff.train.batches import BatchShape, Order  # noqa: E402
 from latentdiff.train.checkpoint import TrainingState  # noqa: E402
 from latentdiff.train.distributed import (  # noqa: E402
     gather_state,
@@ -43,7 +44,6 @@ from latentdiff.train.loop import (  # noqa: E402
     training_loop,
 )
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
-from latentdiff.train.order import BatchShape, Order  # noqa: E402
 from latentdiff.train.rendezvous import was_restarted  # noqa: E402
 
 IMAGES = 7

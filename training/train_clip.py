@@ -23,7 +23,7 @@ from latentdiff.data.source import Readable, Source, open_source
 from latentdiff.errors import UserError, command
 from latentdiff.files import whole_folder
 from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
-from latentdiff.train.batches import to_device
+from latentdiff.train.batches import BatchShape, to_device
 from latentdiff.train.clip import (
     ClipFeatures,
     ClipTrainConfig,
@@ -37,7 +37,6 @@ from latentdiff.train.clip import (
 )
 from latentdiff.train.distributed import on_first
 from latentdiff.train.optimizer import make_optimizer
-from latentdiff.train.order import BatchShape
 from latentdiff.train.run import Run, save_config
 from latentdiff.train.teacher import open_teacher
 

@@ -36,8 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.buckets import nearest
-from latentdiff.data.encoder import Encoder, Shape
+from latentdiff.data.encoder import Encoder, Shape, nearest
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import (
     DataConfig,

@@ -13,16 +13,21 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.finetune.method import Loss, Method
 from latentdiff.finetune.registry import make_method
 from latentdiff.train import memory
-from latentdiff.train.batches import BatchMaker, ContextCache, LatentBatch
+from latentdiff.train.batches import BatchMaker, ContextCache, LatentBatch, make_order
 from latentdiff.train.config import Given, TrainConfig
 from latentdiff.train.distributed import on_first, prepare
 from latentdiff.train.ema import Ema, PowerEmas, averages
-from latentdiff.train.gauges import MEBI, make_gauges, peak_memory
-from latentdiff.train.latents import long_captions, none_held_out, open_latents
+from latentdiff.train.log import MEBI, make_gauges, peak_memory
 from latentdiff.train.loop import Step
 from latentdiff.train.optimizer import make_optimizer
-from latentdiff.train.order import make_order
-from latentdiff.train.parts import gathered, load_parts, prepare_unet
+from latentdiff.train.parts import (
+    gathered,
+    load_parts,
+    long_captions,
+    none_held_out,
+    open_latents,
+    prepare_unet,
+)
 from latentdiff.train.run import Run
 from latentdiff.train.validation import Validator
 

@@ -30,13 +30,12 @@ from torch import Tensor, nn
 from latentdiff.config import FREE, AtLeastOne, Positive
 from latentdiff.diffusion.noise import mix
 from latentdiff.errors import Interrupted, UserError
-from latentdiff.train.batches import Prefetch
+from latentdiff.train.batches import BatchShape, Prefetch
 from latentdiff.train.checkpoint import CheckpointError
 from latentdiff.train.distributed import is_sharded, whole
 from latentdiff.train.divergence import BadSteps, finite_or_none
 from latentdiff.train.log import Tracker
 from latentdiff.train.optimizer import set_learning_rate, step_if_finite
-from latentdiff.train.order import BatchShape
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.train.batches import BatchShape
 from latentdiff.train.distributed import share
-from latentdiff.train.order import BatchShape
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -11,7 +11,7 @@ from data_helpers import sample_image
 from PIL import Image
 from test_latent_cache import StubAutoencoder, config_of
 
-from latentdiff.data.buckets import bucket_sizes, nearest
+from latentdiff.data.encoder import bucket_sizes, nearest
 from latentdiff.data.images import latent_mask, to_tensor
 from latentdiff.data.latents import LatentCache, build_latent_cache
 from latentdiff.data.online import OnlineLatents

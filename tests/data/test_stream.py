@@ -12,7 +12,7 @@ from test_latent_cache import StubAutoencoder
 from latentdiff.data.online import OnlineLatents, StreamLatents
 from latentdiff.data.source import DataConfig, open_source
 from latentdiff.errors import UserError
-from latentdiff.train.order import StreamOrder, make_order
+from latentdiff.train.batches import StreamOrder, make_order
 
 datasets = pytest.importorskip("datasets")
 COUNT = 12

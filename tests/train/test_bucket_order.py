@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from latentdiff.train.order import BatchShape, BucketOrder, Order, by_bucket, make_order
+from latentdiff.train.batches import BatchShape, BucketOrder, Order, by_bucket, make_order
 
 BUCKETS = [0] * 13 + [1] * 5 + [2] * 2
 ROWS = list(range(100, 120))

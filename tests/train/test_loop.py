@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from latentdiff.config import load_config
 from latentdiff.errors import UserError
 from latentdiff.train import log as tracking
-from latentdiff.train.batches import Prefetch
+from latentdiff.train.batches import BatchShape, Prefetch
 from latentdiff.train.checkpoint import CheckpointError
 from latentdiff.train.divergence import MAX_BAD_STEPS
 from latentdiff.train.log import Tracker, forget_after, read_metrics
 from latentdiff.train.loop import LoopConfig, OptimizerStep, Step, training_loop
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
-from latentdiff.train.order import BatchShape
 
 
 class Run:

@@ -20,12 +20,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from latentdiff.diffusion.objective import ObjectiveConfig, draw, per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.models.unet import UNet
-from latentdiff.train.batches import LatentBatch
+from latentdiff.train.batches import BatchShape, LatentBatch
 from latentdiff.train.ema import Ema, PowerEmaConfig, PowerEmas
 from latentdiff.train.log import Tracker, read_metrics
 from latentdiff.train.loop import LoopConfig, OptimizerStep, training_loop
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer, step_if_finite
-from latentdiff.train.order import BatchShape
 
 SHAPE = (4, 8, 8)
 OBJECTIVE, SCHEDULE = ObjectiveConfig(), NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from latentdiff.train.config import TrainConfig
-from latentdiff.train.latents import Latents, none_held_out
+from latentdiff.train.parts import Latents, none_held_out
 
 
 def said(train: int, held_out: int, **data: object) -> str:

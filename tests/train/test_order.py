@@ -3,8 +3,7 @@ from collections import Counter
 import pytest
 
 from latentdiff.errors import UserError
-from latentdiff.train.batches import choose_caption
-from latentdiff.train.order import BatchShape, Order, rebalance
+from latentdiff.train.batches import BatchShape, Order, choose_caption, rebalance
 
 
 def test_every_epoch_holds_every_image_once_in_its_own_order() -> None:

@@ -10,10 +10,9 @@ from latentdiff.diffusion.objective import ObjectiveConfig, per_sample_loss
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import UserError
 from latentdiff.models.unet import UNet
-from latentdiff.train.batches import BatchMaker
+from latentdiff.train.batches import BatchMaker, BatchShape, Order
 from latentdiff.train.memory import fit_micro_batch, probe, reserve, smaller
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
-from latentdiff.train.order import BatchShape, Order
 
 
 def fits_up_to(limit: int) -> Any:

@@ -14,20 +14,18 @@ from torch import nn
 from latentdiff.config import load_config
 from latentdiff.errors import UserError
 from latentdiff.models.unet import UNet
-from latentdiff.train import gauges as flops
+from latentdiff.train import log as flops
 from latentdiff.train.batches import to_device
 from latentdiff.train.config import TrainConfig
 from latentdiff.train.divergence import diagnose
-from latentdiff.train.gauges import (
+from latentdiff.train.log import (
     Gauges,
+    Tracker,
     count_flops,
     count_module_flops,
     measured_peak,
     peak_flops,
     peak_memory,
-)
-from latentdiff.train.log import (
-    Tracker,
     read_environment,
     read_metrics,
     write_environment,
