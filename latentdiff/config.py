@@ -31,7 +31,6 @@ from annotated_types import Ge, Gt, Interval
 
 from latentdiff.errors import UserError, did_you_mean, wrong_word
 from latentdiff.plain_yaml import parse_yaml, read_yaml, to_inline
-from latentdiff.plain_yaml import to_yaml as to_yaml
 
 T = TypeVar("T")
 #: (dotted path, what is wrong there)

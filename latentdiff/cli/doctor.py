@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentdiff.config import load_config, read_yaml, to_inline
+from latentdiff.config import load_config
 from latentdiff.data.source import DataConfig, guess_kind
 from latentdiff.doctor.examine import LIST, NAMED, REPORT, Result, examine
 from latentdiff.doctor.findings import (
@@ -33,6 +33,7 @@ from latentdiff.doctor.findings import (
 from latentdiff.doctor.records import open_counter
 from latentdiff.errors import UserError, command, printable
 from latentdiff.files import free_folder
+from latentdiff.plain_yaml import read_yaml, to_inline
 
 
 @dataclass(frozen=True)

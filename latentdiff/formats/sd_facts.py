@@ -32,7 +32,6 @@ from typing import Any
 import torch
 import yaml
 
-from latentdiff.config import parse_yaml
 from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError, choice_error, printable
 from latentdiff.formats.scheduler import (
@@ -44,6 +43,7 @@ from latentdiff.formats.scheduler import (
 from latentdiff.models.clip_text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig, config_to_dict
+from latentdiff.plain_yaml import parse_yaml
 from latentdiff.weights import TensorFile
 
 #: Width of the text states → version.

@@ -21,10 +21,11 @@ from typing import IO, Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import to_dict, to_yaml
+from latentdiff.config import to_dict
 from latentdiff.data.source import EXAMPLE, DataConfig
 from latentdiff.errors import UserError
 from latentdiff.files import write_text
+from latentdiff.plain_yaml import to_yaml
 from latentdiff.train.batches import BatchShape, Order, rebalance
 from latentdiff.train.checkpoint import (
     CHECKPOINTS,

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from latentdiff.config import load_config, read_yaml, to_dict
+from latentdiff.config import load_config, to_dict
+from latentdiff.plain_yaml import read_yaml
 from latentdiff.train.autoencoder import AutoencoderTrainConfig
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "emoji"
