@@ -80,7 +80,10 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
         with _plain_warnings(), _ctrl_c() as signals:
             try:
                 try:
-                    return main(*args, **kwargs) or 0
+                    code = main(*args, **kwargs) or 0
+                    if signals.came and code == 0:  # the exception was dropped
+                        raise KeyboardInterrupt
+                    return code
                 finally:
                     print(end="", flush=True)
             except BrokenPipeError:  # the reader of the output has left, as `| head` does
@@ -133,11 +136,25 @@ def _ctrl_c() -> Iterator[_CtrlC]:
     if before is not signal.default_int_handler or not in_main_thread:
         yield before if isinstance(before, _CtrlC) else _CtrlC()
         return
-    handler = _CtrlC()
+    handler, report, timers = _CtrlC(), sys.unraisablehook, list[threading.Timer]()
+
+    def again(error: sys.UnraisableHookArgs) -> None:
+        """Send a SIGINT anew that came within a `__del__`, where Python drops exceptions."""
+        if not isinstance(error.exc_value, KeyboardInterrupt):
+            return report(error)
+        timers.append(threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]))
+        timers[-1].start()
+
     signal.signal(signal.SIGINT, handler)
+    sys.unraisablehook = again
     try:
         yield handler
     finally:
+        sys.unraisablehook = report
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for timer in timers:
+            timer.cancel()
+            timer.join()
         signal.signal(signal.SIGINT, before)
 
 

@@ -179,7 +179,7 @@ def test_the_demo_waits_for_its_training_to_stop(tmp_path: Path) -> None:
     )
     code = (
         "import sys, pathlib, demo; demo.HERE = pathlib.Path('.')\n"
-        "demo.draw = demo.save = lambda *_: []\n"
+        "demo.draw = demo.save = demo.make_images = lambda *_: []\n"
         "sys.exit(demo.main([]))"
     )
     process = subprocess.Popen(
@@ -197,6 +197,26 @@ def test_the_demo_waits_for_its_training_to_stop(tmp_path: Path) -> None:
     _, error = process.communicate(timeout=60)
     assert process.returncode == DONE and error == ""
     assert (tmp_path / "saved").read_text() == "all"
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_signal_within_a_destructor_is_not_lost(
+    goes_on: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from latentdiff.errors import command
+
+    class Closed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def main() -> int:
+        Closed()
+        while goes_on:
+            time.sleep(0.001)
+        return 0
+
+    assert command(main)() == DONE
+    assert capsys.readouterr().err == "stopped by Ctrl-C; no file was left half-written.\n"
 
 
 def test_a_signal_in_the_last_moment_of_the_loop_is_not_lost() -> None:

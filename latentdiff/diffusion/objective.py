@@ -208,13 +208,14 @@ def loss_weight(t: Tensor, schedule: NoiseSchedule, config: ObjectiveConfig) -> 
         return alpha * sigma / squared
     signal, noise = alpha.square(), gamma * sigma.square()
     # W σ² without dividing by σ²: of v and flow the clean end needs no special case.
-    capped = (
-        torch.minimum(signal, noise)
-        if config.weighting == "min_snr"
-        else signal * noise / (signal + noise)
-    )
+    if config.weighting == "min_snr":
+        capped = torch.minimum(signal, noise)
+    elif config.weighting == "soft_min_snr":
+        capped = signal * noise / (signal + noise)
+    else:
+        raise choice_error("weighting", config.weighting, get_args(Weighting))
     weight = capped / squared
-    # For x0 det² = σ² vanishes at flow's clean end, where the weight is W at infinite SNR.
+    # For x0 det² = σ² vanishes at flow's clean end, where both W are γ.
     return torch.where(sigma == 0, gamma, weight) if config.prediction == "x0" else weight
 
 
@@ -233,6 +234,8 @@ def error_cost(error: Tensor, config: ObjectiveConfig) -> Tensor:
         return 2 * torch.nn.functional.huber_loss(
             error, torch.zeros_like(error), reduction="none", delta=delta
         )
+    if config.loss != "pseudo_huber":
+        raise choice_error("loss", config.loss, get_args(Loss))
     # Written without the difference of two near numbers.
     return 2 * error.square() / (1 + torch.sqrt(1 + (error / delta).square()))
 

@@ -308,8 +308,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return the facts that a checkpoint was written with, `step` among them."""
     manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
     # Earlier versions counted pictures.
-    facts = {key.replace("picture", "image"): fact for key, fact in manifest["facts"].items()}
-    return {**manifest, "facts": facts}
+    facts = manifest.get("facts", {}).items()
+    return {**manifest, "facts": {key.replace("picture", "image"): fact for key, fact in facts}}
 
 
 def _together(action: Callable[[], T], step: int) -> list[T]:

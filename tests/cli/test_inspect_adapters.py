@@ -56,7 +56,7 @@ def test_every_spelling(down: str, up: str, start: str, tmp_path: Path) -> None:
     assert found["layout"] == ("peft" if "base_model" in start else "diffusers")
     assert (found["rank"], found["changes"]) == ("4", "1 layers of the U-Net")
     assert found["made for"] == "Stable Diffusion 1.x"
-    assert found["alpha"].startswith("not said in the file, which means alpha = rank")
+    assert found["alpha"].startswith("not stated in the file, which means alpha = rank")
 
 
 def test_alpha_is_found_wherever_it_is_said(tmp_path: Path) -> None:

@@ -517,7 +517,7 @@ def test_fingerprint_follows_images_not_captions(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", 2)
     before = open_folder(folder).fingerprint()
     metadata = (folder / "metadata.jsonl").read_text()
-    (folder / "metadata.jsonl").write_text(metadata.replace("image", "photo"))
+    (folder / "metadata.jsonl").write_text(metadata.replace('"image ', '"photo '))
     assert open_folder(folder).fingerprint() == before
     assert open_folder(folder, background=(0, 0, 0)).fingerprint() != before
     (folder / "images" / "0.png").write_bytes(png(9))

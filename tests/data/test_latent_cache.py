@@ -113,7 +113,7 @@ def test_changed_captions_take_effect_without_encoding(config: DataConfig, tmp_p
     build(config, tmp_path / "c")
     assert config.path
     metadata = Path(config.path) / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("image", "photo"))
+    metadata.write_text(metadata.read_text().replace('"image ', '"photo '))
     cache, encoded = build(config, tmp_path / "c")
     assert encoded == 0 and cache.captions(3) == ("photo 3",)
 
