@@ -43,23 +43,38 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", help="folder, single file or Hugging Face id; default: the embedded model")
     add("--revision", help="branch, tag or commit on the hub")
     add("--variant", help="which weights, where there are several: fp16, non_ema")
-    add("--prediction", choices=("eps", "v"), help="instead of what the model says")
+    add(
+        "--prediction",
+        choices=("eps", "v"),
+        help="what the U-Net predicts; default: as the model says",
+    )
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="may be repeated")
     syntax = parser.add_mutually_exclusive_group().add_argument
-    syntax("--long", action="store_true", help="prompts of any length; else what is over is cut")
-    syntax("--weighted", action="store_true", help="so too, with (red:1.3), [red] and BREAK")
+    syntax(
+        "--long", action="store_true", help="take prompts of any length, which are cut otherwise"
+    )
+    syntax("--weighted", action="store_true", help="any length, with (red:1.3), [red] and BREAK")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     add("--guidance", help="up to 1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
     add("--guidance-interval", metavar="LOW,HIGH", help="guide only at these timesteps")
     add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLER_NAMES)}; default: the model's")
-    add("--spacing", metavar="NAME", help="of the steps: leading, trailing, linspace, karras, …")
-    add("--timesteps", metavar="T,T,…", help="your own, decreasing, instead of --steps")
-    add("--seed", type=int, help="of the first image; default: drawn and printed")
+    add("--spacing", metavar="NAME", help="spacing of the steps: leading, trailing, karras, …")
+    add(
+        "--timesteps",
+        metavar="T,T,…",
+        help="the timesteps themselves, decreasing, in place of --steps",
+    )
+    add("--seed", type=int, help="seed of the first image; default: random, printed")
     add("--num-images", type=int, default=1, metavar="N", help="per prompt; default: %(default)s")
     add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
-    add("--columns", type=int, metavar="N", help="of the grid; default: --num-images, or square")
+    add(
+        "--columns",
+        type=int,
+        metavar="N",
+        help="columns of the grid; default: --num-images, or square",
+    )
     add("--separate", action="store_true", help="numbered files instead of a grid")
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

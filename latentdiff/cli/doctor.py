@@ -1,13 +1,13 @@
-"""Look a data set over before training on it; nothing in it is changed.
+"""Examine a data set before training on it; nothing in it is changed.
 
-    latentdiff doctor DATASET [--output DIR] [--quarantine KINDS] [data key=value ...]
+    latentdiff doctor DATASET [--output DIR] [--quarantine KINDS] [data.key=value ...]
 
 DATASET is a folder or .zip of captioned images, a .parquet file or a folder of them, or a folder
 of the `datasets` library; what else opening it needs is given as for training
-(data.caption_column=NAME), or by --config with the YAML file of a training run. Written are
+(data.caption_column=NAME), or by --config with the YAML file of a training run. It writes
 
     report.html        tables, and images of what was found
-    quarantine.jsonl   what training shall leave out: data.quarantine=DIR/quarantine.jsonl
+    quarantine.jsonl   what training leaves out, with data.quarantine=DIR/quarantine.jsonl
     findings.jsonl     everything found, one line each
 """
 

@@ -1,4 +1,4 @@
-"""A person's own images: a folder (or .zip) with metadata.jsonl/.csv, or a .txt beside each."""
+"""A user's own images: a folder (or .zip) with metadata.jsonl/.csv, or a .txt beside each."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ class FolderSource(FileSource):
 
 
 class _Names:
-    """Files, found by what people call them, who are used to Windows and macOS."""
+    """Files by name, as on Windows and macOS: case and Unicode form may differ."""
 
     def __init__(self, files: Iterable[str]) -> None:
         self._exact = {_normal(file): file for file in files}

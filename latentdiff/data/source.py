@@ -2,7 +2,8 @@
 
 A source is a map from an index to an RGB image with its captions. Sources never resize and never
 touch tensors; `images` and `latents` do that. A new kind of source is a `FileSource` in a file of
-its own, a word in `DataConfig.kind` and two lines in `open_whole`.
+its own, a word in `DataConfig.kind` and two lines in `open_whole`; a new form of captions within a
+folder is a name in `folder.METADATA_NAMES` and a branch in `captions.read_table`.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def scan(source: Source, counter: TokenCounter, threads: int, progress: bool = T
     with warnings.catch_warnings():
         # Pillow warns of large images and broken EXIF; the bar would be torn, the report says it.
         warnings.filterwarnings("ignore", module=r"PIL\b")
-        bar = tqdm(looked, "looking", len(source), unit="img", disable=not progress)
+        bar = tqdm(looked, "examining", len(source), unit="img", disable=not progress)
         for index, (facts, reason) in enumerate(bar):
             records.put(index, facts, reason)
     return records

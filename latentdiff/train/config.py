@@ -102,7 +102,7 @@ class ValidationConfig:
     every: NotNegative[int] = 1000
     """Optimizer steps between validations; 0 validates at the end only."""
     at_start: bool = False
-    """Validate before the first step too (fine-tuning: what the start was like)."""
+    """Validate before the first step too, to compare a fine-tuned model with its start."""
     raw: bool = True
     """Make a grid with the newest weights too, beside that of the averaged ones."""
     prompts: tuple[str, ...] = ()
@@ -202,7 +202,7 @@ class TrainConfig(RunConfig):
     power_ema: PowerEmaConfig = field(default_factory=PowerEmaConfig, metadata=FREE)
     """Averages of the weights for choosing their length after the run."""
     validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=FREE)
-    """How progress is looked at."""
+    """Validation."""
     export: ExportConfig = field(default_factory=ExportConfig, metadata=FREE)
     """What is written at the end."""
 

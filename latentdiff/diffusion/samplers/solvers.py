@@ -245,7 +245,7 @@ def dpmpp_2s_ancestral(
         yield SamplerState(step.number, now.t, x, x_0)
 
 
-def weights(ratios: list[float], h: float) -> list[float]:
+def unipc_weights(ratios: list[float], h: float) -> list[float]:
     """ρ_k for the points at r_k; 1/2 for a single one, which is second order as well."""
     if len(ratios) == 1:
         return [0.5]
@@ -259,7 +259,7 @@ def weights(ratios: list[float], h: float) -> list[float]:
     return list(np.linalg.solve(matrix, np.array(right)))
 
 
-def combined(
+def unipc_estimate(
     history: History,
     now: Level,
     to: Level,
@@ -288,7 +288,7 @@ def combined(
     if arrived is not None:
         ratios.append(1.0)
         differences.append(arrived - newest)
-    rho = weights(ratios, h) if ratios else []
+    rho = unipc_weights(ratios, h) if ratios else []
     return sum((w * d for w, d in zip(rho, differences, strict=True)), newest)
 
 
@@ -312,12 +312,12 @@ def unipc(
         if history:  # the state before, and the estimates up to it
             (t_before, x_before), *known = history
             before = steps.level(t_before)
-            estimate = combined(tuple(known), before, step.now, steps, x_0)
+            estimate = unipc_estimate(tuple(known), before, step.now, steps, x_0)
             x = advance(x_before, estimate, before, step.now)
         # The corrector of this step must use as many estimates as its predictor.
         most = min(order, step.remaining) if whole else order
         used = ((step.now.t, x_0), *history[1:])[:most]
-        estimate = combined(used, step.now, step.next, steps)
+        estimate = unipc_estimate(used, step.now, step.next, steps)
         history = ((step.now.t, x), *used)
         x = advance(x, estimate, step.now, step.next)
         yield SamplerState(step.number, step.now.t, x, x_0, history)

@@ -140,9 +140,9 @@ class Steps:
         return self.after.history if self.after else ()
 
     def ends_at(self, t: float | None) -> bool:
-        """Whether a sampler ends at t: the first noise level, or below it (None: the clean image).
+        """Whether sampling is complete at t: at the first noise level or below (None: clean image).
 
-        A run that is cut off at a higher level is a part of one that goes on.
+        A run that stops at a higher level, as inversion does, is resumed from there.
         """
         return t is None or t <= self.schedule.clean_timestep + 1
 
