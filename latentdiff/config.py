@@ -8,7 +8,8 @@ Of a dataclass the engine also knows
     validate(self) -> list[str]   complaints about fields that do not go together
     removed: ClassVar             keys it had → their values for "off", at which they may stand in
                                   saved files; of a section, the keys that switched it on
-    renamed: ClassVar             keys it had → what they are called now; for a section, by key
+    renamed: ClassVar             names its fields had → those of today, which both are read; for a
+                                  section that it had, its keys → their places, which are errors
 """
 
 from __future__ import annotations
@@ -288,6 +289,7 @@ def _section(variants: list[type], default: Any, given: Any, path: str, problems
     cls = _variant(variants, default, given, path, problems)
     if cls is None:
         return None
+    given = _with_new_names(cls, given)
     problems += _misplaced(cls, given, path)
     before = len(problems)
     values, is_own = {}, isinstance(default, cls)
@@ -378,6 +380,13 @@ def _wording(error: dict[str, Any], given: Any, tp: Any) -> str:
 
 def _takes_null(tp: Any) -> bool:
     return types.NoneType in options(tp)
+
+
+def _with_new_names(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What is given under an earlier name of a field, under its name of today."""
+    renamed = getattr(cls, "renamed", {})
+    names = {old: new for old, new in renamed.items() if isinstance(new, str) and new not in given}
+    return {names.get(key, key): value for key, value in given.items()}
 
 
 def _misplaced(cls: Any, given: dict[Any, Any], path: str) -> Iterator[tuple[str, str]]:

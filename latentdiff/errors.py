@@ -160,7 +160,7 @@ def _ctrl_c() -> Iterator[_CtrlC]:
 
 @contextmanager
 def ctrl_c_held() -> Iterator[None]:
-    """Let SIGINT act at the end of the block.
+    """Let a first SIGINT act at the end of the block.
 
     An exception between taking and releasing a lock of `concurrent.futures` would leave it taken,
     and the pool's threads, for which the process waits at its end, would never end.
@@ -172,6 +172,8 @@ def ctrl_c_held() -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal came
+        if came:  # the second one does not wait
+            raise KeyboardInterrupt
         came = True
 
     before = signal.signal(signal.SIGINT, note)

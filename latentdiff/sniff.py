@@ -56,7 +56,7 @@ def sniff(head: bytes) -> tuple[str, str] | None:
     if small.startswith(b"<"):
         if b"<svg" in small:
             return "an SVG drawing", "Export it as a PNG"
-        return "a web page, with which a server answered", f"{_AGAIN}, where needed logged in"
+        return "a web page, probably a server's answer", f"{_AGAIN}, logged in if that needs it"
     line = _first_line(head)
     return (f"a text file that begins with {line!r}", "") if line else None
 

@@ -14,6 +14,7 @@ from latentdiff.config import describe, load_config, to_dict
 from latentdiff.data.source import DataConfig, open_source
 from latentdiff.errors import UserError
 from latentdiff.plain_yaml import parse_yaml, to_inline, to_yaml
+from latentdiff.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -346,3 +347,9 @@ def test_removed_keys_that_were_on_say_so(key: str, on: object) -> None:
     with pytest.raises(UserError, match=rf"\n  {key}: this option was removed \(given ") as refused:
         load_config(Run, overrides=["path=a", f"{key}={on}"])
     assert len(str(refused.value).splitlines()) == 2
+
+
+def test_an_earlier_name_of_a_field_is_read_unless_both_are_given() -> None:
+    assert load_config(TrainConfig, None, ["validation.pictures=3"]).validation.images == 3
+    with pytest.raises(UserError, match=r"validation\.pictures: is called images now"):
+        load_config(TrainConfig, None, ["validation.pictures=3", "validation.images=4"])

@@ -31,7 +31,7 @@ def test_every_format_that_passes_the_check_can_be_written(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "side"), [("wide.webp", 16_384), ("wide.jpg", 65_501), ("wide.gif", 65_536)]
 )
-def test_a_image_too_large_for_its_format_becomes_a_png(
+def test_an_image_too_large_for_its_format_becomes_a_png(
     name: str, side: int, tmp_path: Path
 ) -> None:
     wide = Image.new("RGB", (side, 1), RED)

@@ -62,7 +62,8 @@ def make_images(folder: Path) -> None:
     from PIL import ImageOps
 
     folder.mkdir()
-    prompts = [f"a {' '.join(name.split())}" for name in CONCEPTS.split(";")]
+    names = [" ".join(name.split()) for name in CONCEPTS.split(";")]
+    prompts = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
     for prompt, image in zip(prompts, draw(prompts), strict=True):
         file = folder / f"{prompt.replace(' ', '_')}.png"
         ImageOps.colorize(image.convert("L"), *COLOURS).save(file)

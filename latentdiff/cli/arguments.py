@@ -29,7 +29,9 @@ def config_parser(
     )
     words = "YAML file over the defaults listed below" + "; default: %(default)s" * bool(default)
     parser.add_argument("--config", type=Path, default=default, help=words)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override one key"
+    )
     return parser
 
 

@@ -139,7 +139,17 @@ class ZipTree:
     def __init__(self, root: str) -> None:
         self.root = root
         self.problems: list[Skipped] = []
-        self._archive = zipfile.ZipFile(root)
+        self._open()
+
+    def _open(self) -> zipfile.ZipFile:
+        self._archive, self._pid = zipfile.ZipFile(self.root), os.getpid()
+        return self._archive
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"root": self.root}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__init__(state["root"])  # type: ignore[misc]
 
     def names(self) -> list[str]:
         """List the members."""
@@ -148,13 +158,15 @@ class ZipTree:
 
     def read(self, name: str, limit: int = MAX_IMAGE_BYTES) -> bytes:
         """Unpack one member. Raises: one of READ_ERRORS."""
-        info = self._archive.getinfo(name)
+        # A forked worker would share the file position with its parent: each process opens its own.
+        archive = self._archive if self._pid == os.getpid() else self._open()
+        info = archive.getinfo(name)
         check_size(info.file_size, limit)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             # zipfile unpacks a piece of bzip2 or LZMA whole, whatever size the archive states.
             raise OSError("packed by another method than store and deflate; pack it again")
         try:
-            with self._archive.open(info) as member:
+            with archive.open(info) as member:
                 return member.read(info.file_size)
         except EOFError as error:
             raise OSError("the archive ends within it") from error

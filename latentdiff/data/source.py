@@ -23,7 +23,7 @@ from PIL import Image
 from latentdiff.config import FREE
 from latentdiff.data.captions import clean_captions
 from latentdiff.data.images import UnreadableImage, open_grey, open_image, open_with_alpha
-from latentdiff.errors import UserError, ctrl_c_held, printable
+from latentdiff.errors import UserError, choice_error, ctrl_c_held, printable
 
 T = TypeVar("T")
 #: Captioned drawings to try things with; in the repository, not in an installed package.
@@ -290,7 +290,10 @@ def open_whole(config: DataConfig) -> Source:
         return TarSource(config)
     from latentdiff.data.table import open_hub, open_parquet
 
-    return open_parquet(config) if config.kind == "parquet" else open_hub(config)
+    openers = {"parquet": open_parquet, "hub": open_hub}
+    if config.kind not in openers:
+        raise choice_error("data.kind", config.kind, ("folder", "webdataset", *openers))
+    return openers[config.kind](config)
 
 
 class View:

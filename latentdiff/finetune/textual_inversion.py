@@ -42,7 +42,7 @@ class TextualInversionConfig:
     initial: str = ""
     """Words that come near what is learned, to start from; empty starts from the mean token."""
     template: str = "{caption} in the style of {token}"
-    """Put before captions that do not name the word themselves; for one thing in all images
+    """What a caption becomes that does not name the word itself; for one thing in all images
     `a photo of {token}`."""
 
     def validate(self) -> list[str]:

@@ -517,7 +517,7 @@ def _alphas_text(alphas: list[float | None], rslora: bool) -> str:
         text = "not stated in the file, which means alpha = rank"
     elif None in alphas:
         text += f"; {alphas.count(None)} layers say none, which means alpha = rank"
-    return text + (", over the root of the rank (rank-rslora)" if rslora else "")
+    return text + (", over the root of the rank (rank-stabilised)" if rslora else "")
 
 
 def _rank(roles: Mapping[str, Tensor]) -> int | None:

@@ -476,11 +476,13 @@ def read_into(checkpoint: Path, name: str, targets: Mapping[str, Tensor]) -> Non
         checkpoint, name, lambda key: rows(targets[key]) if key in targets else nothing
     )
     if missing := [key for key in targets if key not in stored]:
-        raise UserError(
-            f"the checkpoint's {name} lacks {missing[0]}. Averages cannot be started half-way: "
-            "go on with the power_ema.every and power_ema.sigma_rel that the run began with, or "
-            "with power_ema.every=0."
+        advice = (
+            "Averages cannot be started half-way: go on with the power_ema.every and "
+            "power_ema.sigma_rel that the run began with, or with power_ema.every=0."
+            if name == "ema"
+            else "It is of another model: start in another output folder."
         )
+        raise UserError(f"the checkpoint's {name} lacks {missing[0]}. {advice}")
     for key, target in targets.items():
         local(target).copy_(stored[key])
 

@@ -98,7 +98,7 @@ class LatentsConfig:
 class ValidationConfig:
     """The image grid and the held-out loss, both with the averaged weights."""
 
-    renamed: ClassVar = {"pictures": "validation.images"}
+    renamed: ClassVar = {"pictures": "images"}
     every: NotNegative[int] = 1000
     """Optimizer steps between validations; 0 validates at the end only."""
     at_start: bool = False

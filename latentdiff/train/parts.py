@@ -47,9 +47,15 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     # The maths is checked before anything else is opened.
     check_objective(config.objective, config.schedule)
     vae, text = model.vae, model.text_encoder
-    autoencoder = base.autoencoder if base and not vae else open_autoencoder(vae or EMBEDDED_MODEL)
+    autoencoder = (
+        base.autoencoder
+        if base is not None and vae is None
+        else open_autoencoder(EMBEDDED_MODEL if vae is None else vae)
+    )
     text_encoder = (
-        base.text_encoder if base and not text else open_text_encoder(text or EMBEDDED_MODEL)
+        base.text_encoder
+        if base is not None and text is None
+        else open_text_encoder(EMBEDDED_MODEL if text is None else text)
     )
     if base is None:
         config = fit_unet(config, given.keys, autoencoder, text_encoder)
@@ -148,9 +154,9 @@ def frozen_autoencoder(given: Given) -> tuple[Any, TrainConfig]:
     from latentdiff.formats.model import latent_size, open_autoencoder
 
     config, model = given.config, given.config.model
-    base = model.pretrained or EMBEDDED_MODEL
+    base = EMBEDDED_MODEL if model.pretrained is None else model.pretrained
     revision = model.revision if model.vae is None else None
-    autoencoder = open_autoencoder(model.vae or base, revision)
+    autoencoder = open_autoencoder(base if model.vae is None else model.vae, revision)
     if model.pretrained is None or "data.image_size" in given.keys:
         return autoencoder, config
     size = latent_size(base, model.revision)

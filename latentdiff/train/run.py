@@ -73,8 +73,8 @@ class Run(Generic[Config]):
         self.resumes = resume or (was_restarted() and is_started(self.output))
         check_output(self.output, self.resumes)
         before = stored_facts(self.output / CHECKPOINTS) if self.resumes else None
-        self.shape, rebalance = batch_shape(config, self.accelerator, before)
-        self.notes = rebalance + check_steps_left(before, loop.max_steps)
+        self.shape, self.notes = batch_shape(config, self.accelerator, before)
+        self.notes += check_steps_left(before, loop.max_steps)
         self.notes += never_at_peak(config.optimizer, loop.max_steps)
         self.notes += on_the_example(config.data)
         self._lock: IO[str] | None = None

@@ -31,7 +31,7 @@ def test_bucket_sizes_fill_the_area(size: int, step: int, ratio: float) -> None:
         assert height * width <= size * size < (max(height, width) + step) * min(height, width)
 
 
-def test_a_image_goes_to_the_nearest_shape() -> None:
+def test_an_image_goes_to_the_nearest_shape() -> None:
     sizes = bucket_sizes(512, 64, 2.0)
     for height, width in sizes:
         assert sizes[nearest(sizes, 3 * width, 3 * height)] == (height, width)

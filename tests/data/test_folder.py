@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import struct
 import subprocess
@@ -589,3 +590,14 @@ def test_a_real_zip() -> None:
     example = source[0]
     assert example.image.size == (128, 128) and example.captions == ("mahjong red dragon",)
     assert example.image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_archive_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    file = tmp_path / "a.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.txt", "a cat")
+    tree = pickle.loads(pickle.dumps(file_tree.ZipTree(str(file))))
+    assert tree.names() == ["a.txt"] and tree.read("a.txt") == b"a cat"
+    tree._pid = -1  # as in a worker that was forked
+    before = tree._archive
+    assert tree.read("a.txt") == b"a cat" and tree._archive is not before

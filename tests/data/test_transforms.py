@@ -23,7 +23,7 @@ def test_range_shape_and_channel_order() -> None:
     assert tensor[:, 0, 0].tolist() == pytest.approx([1.0, -1.0, -0.6])
 
 
-def test_a_image_of_the_right_size_is_untouched() -> None:
+def test_an_image_of_the_right_size_is_untouched() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     back = ((to_tensor(Image.fromarray(noise), 16) + 1) * 127.5).round().permute(1, 2, 0)
     assert np.array_equal(back.numpy(), noise)

@@ -91,7 +91,7 @@ def test_the_states_are_the_samplers_in_reverse_order() -> None:
         torch.testing.assert_close(above.x_t, below.x_t, rtol=0, atol=2e-3)
 
 
-def test_a_image_is_inverted_the_same_in_any_batch() -> None:
+def test_an_image_is_inverted_the_same_in_any_batch() -> None:
     schedule = NoiseSchedule(SCHEDULES["zero_snr"])
     x_0, grid = normal((3, 1, 4, 4)), timestep_grid(schedule, 5)
     whole = inverted(bent(schedule), x_0, schedule, grid)

@@ -144,7 +144,7 @@ def test_sampled_levels_are_unbiased_for_each_form_of_a_fixed_function() -> None
         assert abs(found - function(t).sum().item()) < 4 * error
 
 
-def test_a_image_has_the_same_bound_in_any_batch() -> None:
+def test_an_image_has_the_same_bound_in_any_batch() -> None:
     schedule = NoiseSchedule(ScheduleConfig())
     x_0, denoiser = DATA.draw(6), DATA.denoiser(schedule)
     whole = sampled_elbo(denoiser, x_0, schedule, range(6), 8)

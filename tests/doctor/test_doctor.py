@@ -161,7 +161,7 @@ def test_nothing_is_said_of_good_images(tmp_path: Path, capsys) -> None:
     assert "6 images with captions, 6 can be read" in printed and "quarantine  0" in printed
 
 
-def test_a_text_named_like_a_image_is_called_a_text(tmp_path: Path) -> None:
+def test_a_text_named_like_an_image_is_called_a_text(tmp_path: Path) -> None:
     folder = write_good(tmp_path / "d", 2)
     (folder / "1.png").write_text("my notes about cats\nand dogs")
     assert main([str(folder), "--output", str(tmp_path / "o")]) == 0

@@ -30,7 +30,7 @@ def records_of(sizes: list[tuple[int, int]], **facts: object) -> Records:
     return records
 
 
-def test_a_image_counts_for_the_nearest_ratio() -> None:
+def test_an_image_counts_for_the_nearest_ratio() -> None:
     sizes = [(w * 100, h * 100) for w, h in RATIOS] + [(101, 100), (1, 9000), (9000, 1)]
     table = {row.label: row for row in bucket_table(records_of(sizes), 64)}
     expected = {f"{w}:{h}": 1 for w, h in RATIOS} | {"1:1": 2, "1:3": 2, "3:1": 2}

@@ -32,7 +32,7 @@ def pipeline(folder: Path) -> LatentDiffusionPipeline:
     return LatentDiffusionPipeline.from_pretrained(folder)
 
 
-def test_neighbours_of_other_lengths_do_not_change_a_image(
+def test_neighbours_of_other_lengths_do_not_change_an_image(
     pipeline: LatentDiffusionPipeline,
 ) -> None:
     prompts, negatives = ["a cat", LONG, "dog BREAK cat"], [LONG, "", "pain"]

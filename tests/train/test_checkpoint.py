@@ -1,3 +1,4 @@
+import json
 import os
 import resource
 import signal
@@ -125,3 +126,9 @@ def test_an_option_that_one_side_lacks_has_its_default(
         return _compare(then, now, {"a": 1, "b": 0}, Path("x"))
     with pytest.raises(UserError, match=refused):
         _compare(then, now, {"a": 1, "b": 0}, Path("x"))
+
+
+def test_facts_of_earlier_versions_have_the_names_of_today(tmp_path: Path) -> None:
+    facts = {"pictures per step": 4, "training pictures": 9}
+    (tmp_path / "manifest.json").write_text(json.dumps({"step": 1, "facts": facts}))
+    assert read_manifest(tmp_path)["facts"] == {"images per step": 4, "training images": 9}

@@ -32,7 +32,7 @@ def test_processes_and_micro_batches_share_out_the_same_samples(
         assert sorted(found) == list(range(8 * step, 8 * step + 8))
 
 
-def test_all_captions_of_a_image_are_used_evenly() -> None:
+def test_all_captions_of_an_image_are_used_evenly() -> None:
     chosen = Counter(choose_caption(("a", "b", "c"), 0, n) for n in range(3000))
     assert set(chosen) == {"a", "b", "c"}
     assert max(chosen.values()) - min(chosen.values()) < 200

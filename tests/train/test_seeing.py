@@ -46,7 +46,7 @@ def test_flops_of_layers_against_their_closed_forms() -> None:
     assert count_module_flops(conv, image) == 3 * (2 * 25 * 9 * 4 * 8)
 
 
-def test_a_image_of_four_times_the_area_costs_four_times_as_much_without_attention() -> None:
+def test_an_image_of_four_times_the_area_costs_four_times_as_much_without_attention() -> None:
     unet = UNet.from_config(
         {
             "sample_size": 8,
