@@ -3,7 +3,7 @@
     caption = [artist's words] things [on … background]
     things  = "a blue apple" | "two cats" | "a dog left of a tree"
 
-Colours and grounds other than white are always said. The artist is said in one of a picture's three
+Colours and grounds other than white are always said. The artist is said in one of an image's three
 captions and left open in the others; one caption uses another name of the thing, if it has any.
 """
 

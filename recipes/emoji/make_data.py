@@ -1,10 +1,10 @@
-"""Make the training pictures: composed scenes of emoji with captions, as tar shards.
+"""Make the training images: composed scenes of emoji with captions, as tar shards.
 
     python recipes/emoji/make_data.py OUTPUT --packages node_modules [--count 96000]
 
 Writes OUTPUT/train-00000.tar … (WebDataset: 00000000.png and 00000000.json with the captions under
-"text"), metadata.jsonl (the same facts for all pictures) and vocabulary.json (the things, who drew
-them, and what is held out). Picture i is a function of (seed, i) alone.
+"text"), metadata.jsonl (the same facts for all images) and vocabulary.json (the things, who drew
+them, and what is held out). Image i is a function of (seed, i) alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _drawings() -> Drawings:
 
 
 def picture(things: list[Thing], seed: int, index: int) -> tuple[Image.Image, dict[str, Any]]:
-    """Picture `index` of the set, and what is said and known about it."""
+    """Image `index` of the set, and what is said and known about it."""
     choose, drawings = Chooser(seed, index), _drawings()
     scene = compose(things, drawings, choose)
     return draw(scene, drawings, choose), {
@@ -58,7 +58,7 @@ def _facts(scene: Scene) -> dict[str, Any]:
 def write_shard(
     output: str, packages: str, size: int, seed: int, start: int, stop: int
 ) -> list[str]:
-    """Write pictures `start` … `stop` − 1 as one shard; return their lines of metadata.jsonl."""
+    """Write images `start` … `stop` − 1 as one shard; return their lines of metadata.jsonl."""
     things, lines = _things(packages, size), []
     path = Path(output) / f"train-{start // SHARD:05d}.tar"
     partial = path.with_suffix(".partial")

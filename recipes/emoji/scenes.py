@@ -1,6 +1,6 @@
-"""Scenes: what stands where, in which colour, on which ground; and the picture of it.
+"""Scenes: what stands where, in which colour, on which ground; and the image of it.
 
-Every choice is a hash of (seed, index of the picture, name of the choice), so that a picture
+Every choice is a hash of (seed, index of the image, name of the choice), so that an image
 depends on nothing but its number.
 """
 
@@ -55,7 +55,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's content."""
+    """One image's content."""
 
     placed: tuple[Placed, ...]
     relation: str | None
@@ -65,7 +65,7 @@ class Scene:
 
 
 class Chooser:
-    """Named choices of one picture."""
+    """Named choices of one image."""
 
     def __init__(self, seed: int, index: int) -> None:
         self._key = (seed, index)
@@ -134,7 +134,7 @@ class Drawings:
 
 
 def compose(things: Sequence[Thing], drawings: Drawings, choose: Chooser) -> Scene:
-    """Decide a picture's content."""
+    """Decide an image's content."""
     kind = choose.share("kind")
     artist = choose.pick("artist", tuple(ARTISTS))
     first = choose.pick("first", things)
@@ -169,7 +169,7 @@ def _partner(things: Sequence[Thing], first: Thing, choose: Chooser) -> Thing:
 
 
 def _artist(thing: Thing, wanted: str, choose: Chooser) -> str:
-    """The picture's artist, or another where that one's drawing is not there."""
+    """The image's artist, or another where that one's drawing is not there."""
     return wanted if wanted in thing.artists else choose.pick("other artist", thing.artists)
 
 
@@ -260,7 +260,7 @@ def _drawing(one: Placed, drawings: Drawings) -> Image.Image:
 
 
 def draw(scene: Scene, drawings: Drawings, choose: Chooser) -> Image.Image:
-    """The picture of a scene, RGB, SIDE × SIDE pixels."""
+    """The image of a scene, RGB, SIDE × SIDE pixels."""
     picture = Image.new("RGB", (SIDE, SIDE), _shade(scene.ground[0], choose))
     if len(scene.ground) == 2:
         picture.paste(_shade(scene.ground[1], choose), (SIDE // 2, 0, SIDE, SIDE))
@@ -277,7 +277,7 @@ def draw(scene: Scene, drawings: Drawings, choose: Chooser) -> Image.Image:
 
 
 def _shade(ground: str, choose: Chooser) -> tuple[int, int, int]:
-    """A ground's colour, a little different in every picture; white is white."""
+    """A ground's colour, a little different in every image; white is white."""
     if ground == "white":
         return GROUNDS[ground]
     red, green, blue = (
