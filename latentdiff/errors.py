@@ -140,10 +140,11 @@ def _ctrl_c() -> Iterator[_CtrlC]:
 
     def again(error: sys.UnraisableHookArgs) -> None:
         """Send a SIGINT anew that came within a `__del__`, where Python drops exceptions."""
-        if not isinstance(error.exc_value, KeyboardInterrupt):
-            return report(error)
-        timers.append(threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]))
-        timers[-1].start()
+        if isinstance(error.exc_value, KeyboardInterrupt):
+            timers.append(threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]))
+            timers[-1].start()
+        elif not handler.came:  # what was half made when it came may fail in its own `__del__`
+            report(error)
 
     signal.signal(signal.SIGINT, handler)
     sys.unraisablehook = again
