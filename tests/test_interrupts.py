@@ -199,19 +199,26 @@ def test_the_demo_waits_for_its_training_to_stop(tmp_path: Path) -> None:
     assert (tmp_path / "saved").read_text() == "all"
 
 
-def test_what_a_signal_left_half_made_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    from latentdiff.errors import command
+HALF_MADE = """
+import signal, sys
+from latentdiff.errors import command
 
-    class Bar:
-        def __init__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
-            self.closed = False
+class Bar:
+    def __init__(self):
+        signal.raise_signal(signal.SIGINT)
+        self.closed = False
 
-        def __del__(self) -> None:
-            assert self.closed
+    def __del__(self):
+        assert self.closed
 
-    assert command(lambda: Bar() and 0)() == DONE
-    assert capsys.readouterr().err == "stopped by Ctrl-C; no file was left half-written.\n"
+sys.exit(command(lambda: Bar() and 0)())
+"""
+
+
+def test_what_a_signal_left_half_made_says_nothing() -> None:
+    child = subprocess.run([sys.executable, "-c", HALF_MADE], stderr=subprocess.PIPE, check=False)
+    assert child.returncode == DONE
+    assert child.stderr == b"stopped by Ctrl-C; no file was left half-written.\n"
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
