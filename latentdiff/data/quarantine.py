@@ -16,12 +16,13 @@ from typing import Any
 
 from latentdiff.data.source import Example, Skipped, Source, View, problems_of
 from latentdiff.errors import UserError, printable
+from latentdiff.files import atomic_file
 
 
 def write_quarantine(file: Path, entries: Iterable[Skipped]) -> int:
     """Write (name, reason) pairs as JSON lines; return how many."""
     count = 0
-    with file.open("w", encoding="utf-8") as lines:
+    with atomic_file(file) as new, new.open("w", encoding="utf-8") as lines:
         for name, reason in entries:
             lines.write(json_line({"name": name, "reason": reason}))
             count += 1
