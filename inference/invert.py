@@ -30,7 +30,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("image", type=Path, help="any image file; cropped and resized to the model's size")
-    add("--prompt", default="", help="what it shows; default: nothing said")
+    add("--prompt", default="", help="what it shows; default: empty")
     add("--edit", action="append", default=[], metavar="TEXT", help="another prompt; repeatable")
     add("--output", "-o", type=Path, default=Path("inverted.png"), help="default: %(default)s")
     add("--noise", type=Path, metavar="FILE", help="write x_T there as safetensors, key `latents`")

@@ -1,7 +1,7 @@
 """Images as users hold them: tensors → PIL and NumPy, grids, and files.
 
-What cannot be written is said before the work (`check_image_file`), and no image that was made is
-lost (`save_image`). Imports nothing heavy, so that scripts check their arguments at once.
+What cannot be written is refused before sampling (`check_image_file`), and no image that was made
+is lost (`save_image`). Imports nothing heavy, so that scripts check their arguments at once.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def save(rows: Sequence[Sequence[Image]], target: Path) -> None:
 
 def train(words: Sequence[str]) -> int:
     """Run train_latent.py with these words. Returns: its exit code."""
-    # Ctrl-C reaches the training too; it writes its checkpoint and says so, and is waited for.
+    # Ctrl-C reaches the training too; it is waited for while it writes its checkpoint.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         script = [sys.executable, str(HERE / "train_latent.py")]

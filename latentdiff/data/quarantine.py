@@ -70,7 +70,7 @@ def read_quarantine(file: str | Path) -> dict[str, str]:
 class Unquarantined(View):
     """A source without the images on a quarantine list.
 
-    What a source may have besides (content_key, read) is here too if it is there.
+    What a source may have besides (content_key, read, decoded) is here too if it is there.
 
     Attributes: problems: those of the source; each image left out by the list; names on the list
         that are not in the data.
@@ -94,10 +94,10 @@ class Unquarantined(View):
         return self.source[self.source_indices[index]]
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("content_key", "read"):
+        if name not in ("content_key", "read", "decoded"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         method = getattr(self.source, name)
-        return lambda index: method(self.source_indices[index])
+        return lambda index, *data: method(self.source_indices[index], *data)
 
     def fingerprint(self) -> str:
         """Hash the source's fingerprint and which of its images are kept."""

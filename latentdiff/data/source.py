@@ -33,7 +33,7 @@ Skipped = tuple[str, str]
 
 
 class Example(NamedTuple):
-    """One image (RGB), everything that is said about it, and a name for messages."""
+    """One image (RGB), all its captions, and a name for messages."""
 
     image: Image.Image
     captions: tuple[str, ...]
@@ -46,10 +46,8 @@ class Example(NamedTuple):
 class Source(Protocol):
     """A map-style data set of captioned images.
 
-    Optional, looked up by name: `group(i) -> str`, images that must stay on one side of the
-    train/validation split; `content_key(i) -> str`, a hash that changes with the image and is
-    cheaper than decoding it; `read(i) -> bytes`, its file, as `latentdiff doctor` looks at it;
-    `problems: list[(name, reason)]`, entries left out when opening.
+    Optional, looked up by name: `content_key(i) -> str`, a hash that changes with the image and is
+    cheaper than decoding it; `problems: list[(name, reason)]`, entries left out when opening.
     """
 
     def __len__(self) -> int: ...
@@ -219,8 +217,12 @@ class FileSource(Source):
 
     def __getitem__(self, index: int) -> Example:
         """Decode one image. Raises: UnreadableImage."""
+        return self.decoded(index, self.read(index))
+
+    def decoded(self, index: int, data: bytes) -> Example:
+        """Decode what `read` has returned. Raises: UnreadableImage."""
         captions, name = self.captions(index), self.name(index)
-        return decode(self.read(index), captions, name, self.config, self.read_mask(index))
+        return decode(data, captions, name, self.config, self.read_mask(index))
 
     def captions_or_skip(self, name: str, read: Callable[[], object]) -> tuple[str, ...]:
         """Read and clean an image's captions; where there are none, list it as left out.
@@ -297,7 +299,7 @@ def open_whole(config: DataConfig) -> Source:
 
 
 class View:
-    """Some images of a source, with the captions, names and groups that they have there.
+    """Some images of a source, with the captions and names that they have there.
 
     Attributes: source_indices: which image of the source each is.
     """
@@ -317,10 +319,6 @@ class View:
     def name(self, index: int) -> str:
         """Return the name of one image."""
         return self.source.name(int(self.source_indices[index]))
-
-    def group(self, index: int) -> str:
-        """Return the key that `split` keeps together."""
-        return group_of(self.source, int(self.source_indices[index]))
 
 
 class Readable:
@@ -346,20 +344,14 @@ def problems_of(source: object) -> list[Skipped]:
     return list(getattr(source, "problems", ()))
 
 
-def group_of(source: Captioned, index: int) -> str:
-    """Return the key that decides the side of the split: the source's group, else the name."""
-    group = getattr(source, "group", None)
-    return group(index) if callable(group) else source.name(index)
-
-
 def split(source: Captioned, share: float, seed: int = 0) -> tuple[list[int], list[int]]:
     """Divide a source into training and validation indices.
 
-    Each group is placed by a hash of (seed, group) alone, so that adding or removing images moves
+    Each image is placed by a hash of (seed, name) alone, so that adding or removing images moves
     no others. The validation share is therefore met on average, not exactly; a handful of images
     may leave validation empty. Training is never left empty.
 
-    Args:    share: expected share of validation groups, 0 ≤ share < 1.
+    Args:    share: expected share of validation images, 0 ≤ share < 1.
     Returns: (training indices, validation indices), each ascending.
     """
     if not 0 <= share < 1:
@@ -367,7 +359,7 @@ def split(source: Captioned, share: float, seed: int = 0) -> tuple[list[int], li
     train: list[int] = []
     held_out: list[int] = []
     for index in range(len(source)):
-        found = hashlib.blake2b(_encoded(f"{seed}\x1f{group_of(source, index)}"), digest_size=8)
+        found = hashlib.blake2b(_encoded(f"{seed}\x1f{source.name(index)}"), digest_size=8)
         place = int.from_bytes(found.digest(), "big") / 2**64
         (held_out if place < share else train).append(index)
     return (train, held_out) if train else (held_out, [])

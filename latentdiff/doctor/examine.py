@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 from latentdiff.data.folder import unused_files
 from latentdiff.data.quarantine import json_line, write_quarantine
-from latentdiff.data.source import DataConfig, open_source
+from latentdiff.data.source import DataConfig, FileSource, open_source
 from latentdiff.doctor.findings import KINDS, Finding, Findings, Order, quarantined
 from latentdiff.doctor.records import scan
 from latentdiff.doctor.report import write_report
@@ -46,7 +47,7 @@ def examine(order: Order, progress: bool = True) -> Result:
     Raises: UserError: as opening the data for training does; or the output cannot be written.
     """
     began = time.monotonic()
-    source = open_source(order.data)
+    source = cast(FileSource, open_source(order.data))  # all that a configuration opens are
     make_output(order.output, order.data)
     records = scan(source, order.counter, order.threads, progress)
     ignored = unused_files(order.data) if order.data.kind == "folder" else []

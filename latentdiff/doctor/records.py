@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.data.images import UnreadableImage
-from latentdiff.data.source import Source, map_ahead
+from latentdiff.data.source import FileSource, map_ahead
 from latentdiff.doctor.likeness import outline_and_colours
 from latentdiff.embedded import named
 from latentdiff.files import read_json
@@ -136,7 +136,7 @@ def _positions(folder: Path) -> int | None:
         return None
 
 
-def scan(source: Source, counter: TokenCounter, threads: int, progress: bool = True) -> Records:
+def scan(source: FileSource, counter: TokenCounter, threads: int, progress: bool = True) -> Records:
     """Look at every image of a source once.
 
     Args: threads: images looked at at a time.   progress: whether to draw a bar.
@@ -161,7 +161,9 @@ def scan(source: Source, counter: TokenCounter, threads: int, progress: bool = T
     return records
 
 
-def look_at(source: Source, index: int, counter: TokenCounter) -> tuple[dict[str, Any], str | None]:
+def look_at(
+    source: FileSource, index: int, counter: TokenCounter
+) -> tuple[dict[str, Any], str | None]:
     """Read, decode and measure one image exactly as training would.
 
     Returns: facts for `Records.put`, and why the image cannot be read (None when it can).
@@ -172,14 +174,13 @@ def look_at(source: Source, index: int, counter: TokenCounter) -> tuple[dict[str
         "longest": max(counts, default=0),
         "too_long": sum(count > counter.limit for count in counts),
     }
-    read = getattr(source, "read", None)
     try:
-        image = source[index].image
-        data = read(index) if read else image.tobytes()  # a source may draw its images
+        data = source.read(index)
+        image = source.decoded(index, data).image
     except UnreadableImage as error:
         return facts | {"flags": 0}, error.reason
     facts["digest"] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint8)
-    facts |= _header(data, source.name(index)) if read else {"mode": image.mode, "format": "drawn"}
+    facts |= _header(data, source.name(index))
     outline, colours, one_colour = outline_and_colours(image)
     flags = facts.get("flags", 0) | READABLE | ONE_COLOUR * one_colour
     size = {"width": image.width, "height": image.height}

@@ -102,27 +102,6 @@ def nearest_distance(queries: Tensor, gallery: Tensor) -> Tensor:
     return 1 - scores.max(1).values
 
 
-def fit_classifier(features: Tensor, labels: Tensor, classes: int, ridge: float = 1e-2) -> Tensor:
-    """Least-squares classifier on standardised features.
-
-    Args:    features: (N, D).  labels: (N,) int64.
-    Returns: (D + 1, classes) for `classify`; standardisation is folded in.
-    """
-    x = features.double()
-    mean, spread = x.mean(0), x.std(0) + 1e-6
-    scaled = torch.cat([(x - mean) / spread, torch.ones(len(x), 1, dtype=torch.double)], 1)
-    wanted = F.one_hot(labels, classes).double()
-    penalty = ridge * len(x) * torch.eye(scaled.shape[1], dtype=torch.double)
-    solved = torch.linalg.solve(scaled.T @ scaled + penalty, scaled.T @ wanted)
-    weights = solved[:-1] / spread[:, None]
-    return torch.cat([weights, (solved[-1] - mean @ weights)[None]])
-
-
-def classify(features: Tensor, classifier: Tensor) -> Tensor:
-    """Return the most likely class of each row, (N,) int64."""
-    return (features.double() @ classifier[:-1] + classifier[-1]).argmax(1)
-
-
 #: Side that the classifier was trained on.
 SIDE = 224
 Features = Callable[[Sequence[Image.Image]], Tensor]

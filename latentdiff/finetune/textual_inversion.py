@@ -58,7 +58,7 @@ class TextualInversionConfig:
 
 
 class TemplateCaptions:
-    """Captions → token ids (B, tokens) of what is said: the template, with the word in it.
+    """Captions → token ids (B, tokens) of the template filled in with caption and learned word.
 
     The empty caption, for guidance, stays empty. One that is too long loses its own last words, not
     the learned one.
@@ -69,9 +69,9 @@ class TemplateCaptions:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids, int64."""
-        return self._tokenizer([self.say(text) for text in texts])
+        return self._tokenizer([self.fill(text) for text in texts])
 
-    def say(self, caption: str) -> str:
+    def fill(self, caption: str) -> str:
         """The text that is trained on."""
         if not caption or self._token.lower() in caption.lower():
             return caption
@@ -110,7 +110,7 @@ class TextualInversion(Method):
         encoder.module.embeddings.token_embedding = self.rows
         self.module = TextConditioned(components.unet, encoder)
         self.encode = TemplateCaptions(encoder.tokenizer, config.token, config.template)
-        self.example = self.encode.say("a cat")
+        self.example = self.encode.fill("a cat")
 
     def export(self, components: Components, output: Path, dtype: torch.dtype) -> list[Path]:
         """Write the embedding, in float32: small, and rounding easily gives it another meaning."""

@@ -267,7 +267,7 @@ def _normalized(name: str) -> str:
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str], list[str]]:
-    """Layers by their plain names, keys without a role, keys that say what another says."""
+    """Layers by their plain names, keys without a role, keys that repeat another."""
     layers: Layers = {}
     unknown, twice = [], []
     for key, tensor in tensors.items():
@@ -312,7 +312,7 @@ def _check_complete(path: Path, layers: Layers, unknown: list[str], twice: list[
     kinds = {
         "keys that are no part of a LoRA": unknown,
         "layers with only half of their matrices": broken,
-        "keys that say again what another says": twice,
+        "keys that repeat another": twice,
     }
     wrong = [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds.items() if names]
     if wrong or not layers:

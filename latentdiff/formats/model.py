@@ -84,7 +84,7 @@ def open_text_encoder(name: str | Path, revision: str | None = None) -> TextEnco
 
 
 def latent_size(name: str | Path, revision: str | None = None) -> Any:
-    """Side of the latents that a model was trained on, (height, width), or None: not said."""
+    """(height, width) of the latents that a model was trained on; None: the file does not say."""
     if file := as_file(name):
         return latent_size_of_file(file)
     return read_json(resolve_folder(name, revision) / "unet" / "config.json").get("sample_size")

@@ -1,4 +1,4 @@
-"""What is said when a part of a model answers with NaN or infinity, which is drawn as black."""
+"""Errors for a part of a model whose output has NaN or infinity, which would be drawn as black."""
 
 from __future__ import annotations
 

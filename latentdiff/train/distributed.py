@@ -239,7 +239,7 @@ def gather_state(module: nn.Module) -> dict[str, Any]:
 _PATIENCE = timedelta(hours=6)
 #: What `accelerate launch` and torchrun leave in the environment of those whom they start.
 _MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-#: The option by which a person tells `accelerate launch` how many threads a process has.
+#: The option of `accelerate launch` for how many threads a process has.
 _THREADS = "num_cpu_threads_per_process"
 #: How launchers tell a process how many there are.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

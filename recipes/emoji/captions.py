@@ -1,10 +1,11 @@
-"""What is said about a scene: a small grammar.
+"""Captions of a scene, from a small grammar.
 
     caption = [artist's words] things [on … background]
     things  = "a blue apple" | "two cats" | "a dog left of a tree"
 
-Colours and grounds other than white are always said. The artist is said in one of an image's three
-captions and left open in the others; one caption uses another name of the thing, if it has any.
+Colours, and backgrounds other than white, are always named. The artist is named in one of an
+image's three captions and left open in the others; one caption uses another name of the thing, if
+it has any.
 """
 
 from __future__ import annotations

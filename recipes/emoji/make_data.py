@@ -38,7 +38,7 @@ def _drawings() -> Drawings:
 
 
 def picture(things: list[Thing], seed: int, index: int) -> tuple[Image.Image, dict[str, Any]]:
-    """Image `index` of the set, and what is said and known about it."""
+    """Image `index` of the set, and its row of metadata."""
     choose, drawings = Chooser(seed, index), _drawings()
     scene = compose(things, drawings, choose)
     return draw(scene, drawings, choose), {
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("output", type=Path)
     parser.add_argument("--packages", required=True, help="the node_modules folder of the packages")
-    parser.add_argument("--count", type=int, default=96_000, help="pictures")
+    parser.add_argument("--count", type=int, default=96_000, help="images")
     parser.add_argument("--things", type=int, default=400, help="size of the vocabulary")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())

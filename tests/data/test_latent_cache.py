@@ -186,9 +186,6 @@ class Rendered:
     def name(self, index: int) -> str:
         return str(index)
 
-    def group(self, index: int) -> str:
-        return str(index // 2)
-
     def fingerprint(self) -> str:
         return f"rendered-{self.count}"
 
@@ -199,7 +196,6 @@ def test_sources_without_files(tmp_path: Path) -> None:
     config = DataConfig(image_size=16)
     cache, encoded = build(config, tmp_path / "c", source=source)
     assert (len(cache), encoded, source.drawn) == (5, 5, 5)
-    assert cache.group(3) == "1"
     assert build(config, tmp_path / "c", source=source)[1] == 0 and source.drawn == 5
     assert build(config, tmp_path / "c", source=Rendered(7))[1] == 2
 

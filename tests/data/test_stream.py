@@ -1,4 +1,4 @@
-"""Streams: every row once a pass on exactly one process, and what is said if there is nothing."""
+"""Streams: every row once per epoch on exactly one process; an empty stream is an error."""
 
 from __future__ import annotations
 

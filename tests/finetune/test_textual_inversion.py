@@ -91,15 +91,15 @@ def test_only_the_new_rows_move(folder: Path) -> None:
 def test_captions_are_said_with_the_word(folder: Path) -> None:
     parts = load_components(folder / "model")
     TextualInversion(parts, TextualInversionConfig(token="<sq>"))
-    sayings = TemplateCaptions(parts.text_encoder.tokenizer, "<sq>", "a {caption} by {token}")
-    assert [sayings.say(text) for text in ("{cat}", "", "the <SQ> dog")] == [
+    captions = TemplateCaptions(parts.text_encoder.tokenizer, "<sq>", "a {caption} by {token}")
+    assert [captions.fill(text) for text in ("{cat}", "", "the <SQ> dog")] == [
         "a {cat} by <sq>",
         "",
         "the <SQ> dog",
     ]
-    assert sayings.say("cat " * 40) == "a " + "cat " * 10 + "by <sq>"  # `by` is two tokens here
+    assert captions.fill("cat " * 40) == "a " + "cat " * 10 + "by <sq>"  # `by` is two tokens here
     new = parts.text_encoder.tokenizer.backend.token_to_id("<sq>")
-    assert (sayings(["cat " * 40]) == new).sum() == 1
+    assert (captions(["cat " * 40]) == new).sum() == 1
 
 
 @pytest.mark.parametrize(

@@ -91,13 +91,15 @@ FORMS: dict[str, Callable[[Path], None]] = {
     ),
     "tokenizer.json": write_whole,
     "tokenizer.json and more": lambda f: write_whole(f, added_tokens={"<y>": NEXT + 2}),
-    "extra marks of the map": lambda f: write(
+    "additional special tokens": lambda f: write(
         f, special_tokens_map={"additional_special_tokens": ["<mark>"], "pad_token": "!"}
     ),
-    "extra marks of the configuration": lambda f: write(
+    "extra special tokens of the configuration": lambda f: write(
         f, {"extra_special_tokens": ["<mark>"]}, added_tokens={"<mark>": NEXT, "<x>": NEXT + 1}
     ),
-    "a mark out of the vocabulary (SD 2.x)": lambda f: write_plain_vocabulary(f, pad_token="!"),
+    "a special token out of the vocabulary (SD 2.x)": lambda f: write_plain_vocabulary(
+        f, pad_token="!"
+    ),
 }
 
 

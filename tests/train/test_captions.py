@@ -1,4 +1,4 @@
-"""What is said about an image: decided by the sample index, never empty."""
+"""An image's caption: a function of the sample index, never empty."""
 
 from collections import Counter
 

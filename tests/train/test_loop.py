@@ -104,7 +104,7 @@ def test_the_first_step_is_logged_at_once_and_then_every_log_every(
     # The bar itself may hold later steps back, but not the first.
     assert "1/10 [" in (err := capsys.readouterr().err) and shown[0][1]["loss"] in err
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    # The first step compiles and warms up: no speed is said of it, nor does it enter the next.
+    # The first step compiles and warms up: it is in no reported speed.
     assert [r["step"] for r in rows if "images_per_second" in r] == [4, 8, 10]
     assert set(shown[0][1]) == {"loss"} and "images/s" in shown[1][1]
 

@@ -1,4 +1,4 @@
-"""What is said of the images of a run before its first step."""
+"""Notes on the data of a run before its first step."""
 
 from __future__ import annotations
 
