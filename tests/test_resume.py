@@ -112,7 +112,8 @@ def events(folder: Path) -> list[str]:
 def test_killed_anywhere_it_goes_on_bit_for_bit(
     folder: Path, events: list[str], number: int
 ) -> None:
-    from latentdiff.train.checkpoint import checkpoints, is_started
+    from latentdiff.train.checkpoint import checkpoints
+    from latentdiff.train.output import is_started
 
     training = {"backward", "update", "log"}
     writes = [n for n, name in enumerate(events) if name not in training]
@@ -178,7 +179,7 @@ def test_a_batch_cut_up_differently_sees_the_same_samples(folder: Path) -> None:
 def test_two_runs_do_not_share_a_folder(folder: Path, capsys) -> None:
     from train_latent import main
 
-    from latentdiff.train.checkpoint import open_output
+    from latentdiff.train.output import open_output
 
     lock = open_output(folder / "straight")
     try:

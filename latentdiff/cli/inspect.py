@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from latentdiff.formats.identify import Identity
-    from latentdiff.weights import TensorFile
+    from latentdiff.tensor_file import TensorFile
 
 #: kohya's names have _ for every dot of the layer's: up to the block's number.
 _FLAT = re.compile(
@@ -73,7 +73,7 @@ def adapter_in(folder: Path) -> Path | None:
     from latentdiff.formats import embedding as embedding_file
     from latentdiff.formats import lora as lora_files
     from latentdiff.formats.folder import PARTS
-    from latentdiff.weights import usual_file
+    from latentdiff.tensor_file import usual_file
 
     if any((folder / part).is_dir() for part in PARTS) or (folder / "model_index.json").is_file():
         return None
@@ -82,7 +82,7 @@ def adapter_in(folder: Path) -> Path | None:
 
 def beside(file: Path) -> Rows:
     """The other files of weights in the folder, by name, for example the other layout's."""
-    from latentdiff.weights import ENDINGS
+    from latentdiff.tensor_file import ENDINGS
 
     others = [f for f in sorted(file.parent.iterdir()) if f.suffix.lower() in ENDINGS and f != file]
     names = joined([f"{f.name} ({size(f.stat().st_size)})" for f in others])
@@ -144,7 +144,7 @@ def inspect(name: str, keys: bool = False) -> list[tuple[str, str]]:
     """
     from latentdiff.formats.hub import resolve_folder
     from latentdiff.formats.model import as_file
-    from latentdiff.weights import read_tensor_file
+    from latentdiff.tensor_file import read_tensor_file
 
     if file := as_file(name):
         return _file(read_tensor_file(file), keys)

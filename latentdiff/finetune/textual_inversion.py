@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from latentdiff.errors import UserError
 from latentdiff.finetune.method import Method, TextConditioned
 from latentdiff.formats.embedding import FILE, write_embedding
-from latentdiff.models.prompts import TrainedRows, add_word, starting_vectors
+from latentdiff.models.clip_text import TextEncoder
+from latentdiff.models.prompts import add_word
 from latentdiff.models.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
@@ -115,3 +117,35 @@ class TextualInversion(Method):
     def export(self, components: Components, output: Path, dtype: torch.dtype) -> list[Path]:
         """Write the embedding, in float32: small, and rounding easily gives it another meaning."""
         return [write_embedding(output / FILE, self.token, self.rows.vectors)]
+
+
+def starting_vectors(encoder: TextEncoder, words: str, count: int) -> Tensor:
+    """Embeddings to start learning from, (count, width).
+
+    Args: words: their tokens' embeddings, spread over the vectors; empty: the mean of all.
+    """
+    table = encoder.module.embeddings.token_embedding.weight.detach().float()
+    ids = [token for piece in encoder.tokenizer.pieces(words) for token in piece]
+    if not ids:
+        return table.mean(0, keepdim=True).repeat(count, 1)
+    return table[[ids[i * len(ids) // count] for i in range(count)]].clone()
+
+
+class TrainedRows(nn.Module):
+    """An embedding table of which some rows are trained and the others can't move.
+
+    Args: table: as it is.  rows: ids of the trained rows, one after the other.
+    """
+
+    def __init__(self, table: nn.Embedding, rows: list[int]) -> None:
+        super().__init__()
+        self.table = table.requires_grad_(False)
+        self.first = rows[0]
+        self.vectors = nn.Parameter(table.weight.detach()[rows].clone())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings (B, T, width) of ids (B, T)."""
+        place = ids - self.first
+        inside = (place >= 0) & (place < len(self.vectors))
+        own = F.embedding(place.clamp(0, len(self.vectors) - 1), self.vectors)
+        return torch.where(inside[..., None], own, self.table(ids))

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from latentdiff.errors import UserError
 from latentdiff.files import written_file
-from latentdiff.weights import load_content, refuse_not_finite, save_tensors
+from latentdiff.tensor_file import load_content
+from latentdiff.weights import refuse_not_finite, save_tensors
 
 #: What diffusers looks for in a folder.
 FILE, PICKLE = "learned_embeds.safetensors", "learned_embeds.bin"

@@ -27,7 +27,8 @@ from latentdiff.errors import UserError, choice_error, some
 from latentdiff.files import parse_json, read_json, written_file
 from latentdiff.formats.name_patterns import NamePatterns, number
 from latentdiff.models.low_rank import LowRank
-from latentdiff.weights import TensorFile, load_content, refuse_not_finite, save_tensors, usual_file
+from latentdiff.tensor_file import TensorFile, load_content, usual_file
+from latentdiff.weights import refuse_not_finite, save_tensors
 
 #: What diffusers and others look for in a folder.
 FILE = "pytorch_lora_weights.safetensors"

@@ -22,7 +22,7 @@ from latentdiff.formats.single_file import (
 )
 from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
 from latentdiff.models.clip_text import TextEncoder, load_text_encoder
-from latentdiff.weights import ENDINGS
+from latentdiff.tensor_file import ENDINGS
 
 
 def load_model(

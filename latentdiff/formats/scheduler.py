@@ -41,10 +41,11 @@ _WORDS = ("_class_name", "prediction_type", "beta_schedule", "timestep_spacing")
 STEPS_OFFSET = 1
 #: How the names of schedulers begin whose noise levels are no schedule of β.
 _WITHOUT_BETAS = ("CMStochastic", "CosineDPM", "EDM", "KarrasVe", "ScoreSde", "VQDiffusion")
-#: The samplers that each of diffusers' two fields for the last level concerns. It has no such field
-#: for the others, which end at the clean image, as all do in k-diffusion.
-ALPHA_TO_ONE = ("ddim", "pndm")
-FINAL_SIGMAS = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+#: The samplers that each of diffusers' two fields for the last level concerns.
+ALPHA_TO_ONE, FINAL_SIGMAS = (
+    tuple(name for name, row in SAMPLERS.items() if row.last_level == field)
+    for field in ("set_alpha_to_one", "final_sigmas_type")
+)
 
 
 @dataclass(frozen=True)

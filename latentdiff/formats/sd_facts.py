@@ -44,7 +44,7 @@ from latentdiff.models.clip_text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig, config_to_dict
 from latentdiff.plain_yaml import parse_yaml
-from latentdiff.weights import TensorFile
+from latentdiff.tensor_file import TensorFile
 
 #: Width of the text states → version.
 VERSIONS = {768: "1", 1024: "2"}

@@ -63,14 +63,8 @@ from latentdiff.models.autoencoder import Autoencoder, empty_autoencoder, fill_a
 from latentdiff.models.clip_text import TextEncoder, empty_text_tower, fill_text_encoder
 from latentdiff.models.tokenizer import CLIP, tokenizer_of
 from latentdiff.models.unet_config import config_from_dict, per_level
-from latentdiff.weights import (
-    TensorFile,
-    read_tensor_file,
-    refuse_misfit,
-    save_tensors,
-    stored_dtype,
-    stored_tensor,
-)
+from latentdiff.tensor_file import TensorFile, read_tensor_file
+from latentdiff.weights import refuse_misfit, save_tensors, stored_dtype, stored_tensor
 
 ENDING = ".safetensors"
 #: Keys that no part of a text-to-image model needs: buffers of the schedule, what training keeps

@@ -44,7 +44,6 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from latentdiff.errors import UserError, choice_error, warn
 from latentdiff.models.clip_text import TextEncoder
@@ -441,38 +440,6 @@ def _check_word(tokenizer: ClipTokenizer, word: str) -> None:
             "with it would change. Choose another name with token=…, such as "
             f"{'<' + word.strip('<>') + '-2>'!r}."
         )
-
-
-def starting_vectors(encoder: TextEncoder, words: str, count: int) -> Tensor:
-    """Embeddings to start learning from, (count, width).
-
-    Args: words: their tokens' embeddings, spread over the vectors; empty: the mean of all.
-    """
-    table = encoder.module.embeddings.token_embedding.weight.detach().float()
-    ids = [token for piece in encoder.tokenizer.pieces(words) for token in piece]
-    if not ids:
-        return table.mean(0, keepdim=True).repeat(count, 1)
-    return table[[ids[i * len(ids) // count] for i in range(count)]].clone()
-
-
-class TrainedRows(nn.Module):
-    """An embedding table of which some rows are trained and the others can't move.
-
-    Args: table: as it is.  rows: ids of the trained rows, one after the other.
-    """
-
-    def __init__(self, table: nn.Embedding, rows: list[int]) -> None:
-        super().__init__()
-        self.table = table.requires_grad_(False)
-        self.first = rows[0]
-        self.vectors = nn.Parameter(table.weight.detach()[rows].clone())
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Embeddings (B, T, width) of ids (B, T)."""
-        place = ids - self.first
-        inside = (place >= 0) & (place < len(self.vectors))
-        own = F.embedding(place.clamp(0, len(self.vectors) - 1), self.vectors)
-        return torch.where(inside[..., None], own, self.table(ids))
 
 
 def _with_tokens(tokenizer: ClipTokenizer, names: list[str]) -> ClipTokenizer:

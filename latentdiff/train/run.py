@@ -27,19 +27,13 @@ from latentdiff.errors import UserError
 from latentdiff.files import write_text
 from latentdiff.plain_yaml import to_yaml
 from latentdiff.train.batches import BatchShape, Order, rebalance
-from latentdiff.train.checkpoint import (
-    CHECKPOINTS,
-    TrainingState,
-    check_output,
-    is_started,
-    open_output,
-    stored_facts,
-)
+from latentdiff.train.checkpoint import TrainingState, stored_facts
 from latentdiff.train.config import RunConfig, TrainConfig, deciding_facts, default_facts
 from latentdiff.train.distributed import start_processes
 from latentdiff.train.log import Tracker, environment, write_environment
 from latentdiff.train.loop import OptimizerStep, Step, training_loop
 from latentdiff.train.optimizer import learning_rate, never_at_peak
+from latentdiff.train.output import CHECKPOINTS, check_output, is_started, open_output
 from latentdiff.train.rendezvous import was_restarted
 
 Config = TypeVar("Config", bound=RunConfig)

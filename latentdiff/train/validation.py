@@ -20,11 +20,11 @@ from latentdiff.images import grid, to_output
 from latentdiff.models.finite import NotFiniteError
 from latentdiff.sampling import Network, SamplingPlan, build_denoiser, sample_latents
 from latentdiff.train.batches import ContextCache, by_bucket
-from latentdiff.train.checkpoint import SAMPLES
 from latentdiff.train.config import TrainConfig
 from latentdiff.train.distributed import is_sharded
 from latentdiff.train.ema import Ema
 from latentdiff.train.log import Tracker
+from latentdiff.train.output import SAMPLES
 from latentdiff.train.parts import Latents
 
 if TYPE_CHECKING:

@@ -143,7 +143,7 @@ def test_another_model_under_the_same_name_is_noticed(folder: Path, capsys) -> N
 def test_killed_anywhere_it_goes_on_bit_for_bit(folder: Path, number: int) -> None:
     from train_latent import main
 
-    from latentdiff.train.checkpoint import is_started
+    from latentdiff.train.output import is_started
 
     fate = killing.Fate()
     with pytest.MonkeyPatch.context() as patch:

@@ -21,9 +21,9 @@ from latentdiff.finetune.textual_inversion import (  # noqa: E402
     TemplateCaptions,
     TextualInversion,
     TextualInversionConfig,
+    starting_vectors,
 )
 from latentdiff.formats.folder import load_components  # noqa: E402
-from latentdiff.models.prompts import starting_vectors  # noqa: E402
 
 FILE = "learned_embeds.safetensors"
 STEPS = 6

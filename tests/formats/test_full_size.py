@@ -108,7 +108,7 @@ def test_full_size_unet(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["folder", "file", "ckpt"])
 def test_memory(form: str, tmp_path: Path) -> None:
     # A third of Stable Diffusion 1.5's U-Net: enough that the weights outweigh all else.
-    from latentdiff.weights import read_tensor_file
+    from latentdiff.tensor_file import read_tensor_file
 
     size = SIZES["1.5"] | {"block_out_channels": (192, 384, 768, 768)}
     model = tmp_path / "model"

@@ -16,7 +16,7 @@ from latentdiff.errors import UserError
 from latentdiff.formats import single_file as single_file
 from latentdiff.formats.folder import Components
 from latentdiff.formats.single_file import load_single_file
-from latentdiff.weights import TensorFile
+from latentdiff.tensor_file import TensorFile
 from tests.formats.test_single_file import virtual
 
 #: As in github.com/CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml.

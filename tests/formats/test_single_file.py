@@ -30,7 +30,7 @@ from latentdiff.formats.sd_facts import sd_configuration
 from latentdiff.formats.single_file import load_single_file, measured_prediction
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
-from latentdiff.weights import TensorFile
+from latentdiff.tensor_file import TensorFile
 from tests.formats.test_compvis_keys import parts
 from tests.formats.test_diffusers_folder import assert_same
 from tests.random_models import make_pipeline, make_text_model, make_vae
@@ -295,7 +295,7 @@ def test_pickles_of_training_libraries_open(file: Path, tmp_path: Path, monkeypa
 
 def load_single_file_of(file: Path) -> Any:
     """Without the patched reader."""
-    from latentdiff.weights import read_tensor_file
+    from latentdiff.tensor_file import read_tensor_file
 
     keep, single_file.read_tensor_file = single_file.read_tensor_file, read_tensor_file
     try:

@@ -19,7 +19,7 @@ from safetensors.torch import save, save_file
 from latentdiff.errors import UserError
 from latentdiff.formats.embedding import read_embedding
 from latentdiff.formats.model import load_model
-from latentdiff.weights import LONGEST_NAME, load_content, read_tensor_file
+from latentdiff.tensor_file import LONGEST_NAME, load_content, read_tensor_file
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.float16)}
 

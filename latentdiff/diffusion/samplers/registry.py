@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class Sampler:
     """Other names: the class of diffusers' scheduler, and what A1111 and ComfyUI call it."""
     grid: GridStyle = "whole"
     """How diffusers' scheduler reads leading and linspace spacing, see `timestep_grid`."""
+    last_level: Literal["set_alpha_to_one", "final_sigmas_type"] | None = None
+    """The field of diffusers' scheduler that says whether it ends at the clean image; it has none
+    for the others, which do."""
     spacing: str | None = None
     """The grid it wants when none is chosen; None: what suits the schedule."""
 
@@ -48,11 +51,12 @@ class Sampler:
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(solvers.ddpm, ("DDPMScheduler",)),
-    "ddim": Sampler(solvers.ddim, ("DDIMScheduler",)),
+    "ddim": Sampler(solvers.ddim, ("DDIMScheduler",), last_level="set_alpha_to_one"),
     "euler": Sampler(
         solvers.euler,
         ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "k_euler"),
         grid="real",
+        last_level="final_sigmas_type",
     ),
     "euler_ancestral": Sampler(
         solvers.euler_ancestral,
@@ -65,17 +69,28 @@ SAMPLERS: dict[str, Sampler] = {
         grid="real",
     ),
     "dpmpp_2m": Sampler(
-        solvers.dpmpp_2m, ("DPMSolverMultistepScheduler", "DPM++ 2M", "dpm++_2m"), grid="open"
+        solvers.dpmpp_2m,
+        ("DPMSolverMultistepScheduler", "DPM++ 2M", "dpm++_2m"),
+        grid="open",
+        last_level="final_sigmas_type",
     ),
-    "dpmpp_2m_sde": Sampler(solvers.dpmpp_2m_sde, ("DPM++ 2M SDE", "dpm++_2m_sde"), grid="open"),
+    "dpmpp_2m_sde": Sampler(
+        solvers.dpmpp_2m_sde,
+        ("DPM++ 2M SDE", "dpm++_2m_sde"),
+        grid="open",
+        last_level="final_sigmas_type",
+    ),
     "dpmpp_2s_ancestral": Sampler(
         solvers.dpmpp_2s_ancestral, ("DPM++ 2S a", "DPM++ 2S ancestral", "dpm++_2s_a"), grid="real"
     ),
     "unipc": Sampler(
-        solvers.unipc, ("UniPCMultistepScheduler", "uni_pc", "uni_pc_bh2"), grid="open"
+        solvers.unipc,
+        ("UniPCMultistepScheduler", "uni_pc", "uni_pc_bh2"),
+        grid="open",
+        last_level="final_sigmas_type",
     ),
     "lms": Sampler(solvers.lms, ("LMSDiscreteScheduler", "k_lms"), grid="real"),
-    "pndm": Sampler(solvers.pndm, ("PNDMScheduler", "PLMS")),
+    "pndm": Sampler(solvers.pndm, ("PNDMScheduler", "PLMS"), last_level="set_alpha_to_one"),
     "lcm": Sampler(solvers.lcm, ("LCMScheduler", "FlowMatchLCMScheduler"), spacing="lcm"),
 }
 
