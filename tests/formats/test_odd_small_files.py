@@ -129,10 +129,10 @@ def test_a_hostile_pattern_costs_no_time_and_the_next_one_counts(tmp_path: Path)
     assert dict(inspect.inspect(file))["alpha"] == "16"
 
 
-def test_a_key_that_says_again_what_another_says(tmp_path: Path) -> None:
+def test_a_key_that_repeats_another(tmp_path: Path) -> None:
     pair = {f"{NAME}.lora_A.weight": torch.ones(2, 4), f"{NAME}.lora_B.weight": torch.ones(4, 2)}
     save_file(pair | {f"{NAME}.lora_A.other.weight": torch.zeros(2, 4)}, tmp_path / "a.safetensors")
-    refused(tmp_path / "a.safetensors", f"{NAME}.lora_A", "say again")
+    refused(tmp_path / "a.safetensors", f"{NAME}.lora_A", "repeat another")
 
 
 def test_keys_that_are_no_texts(tmp_path: Path) -> None:
