@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.data.images import UnreadableImage, decode, to_grey, to_srgb
+from latentdiff.data.images import Source, UnreadableImage, decode, to_grey, to_srgb
 from latentdiff.errors import UserError
 from latentdiff.pipelines.inputs import check_pixels, for_each
 
-Picture = str | os.PathLike[str] | bytes | Image.Image
 #: One image or several: files, Pillow images, or a tensor in 0 … 1.
-PictureInput = Picture | Sequence[Picture] | Tensor
+PictureInput = Source | Sequence[Source] | Tensor
+_SOURCES = (str, os.PathLike, bytes, Image.Image)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def read_pictures(image: PictureInput, name: str = "image") -> Pictures:
 def read_masks(mask: PictureInput, size: tuple[int, int], count: int) -> Tensor:
     """Read masks: white where to paint, black where to keep, grey in between; clear is black.
 
-    A mask of another size with the same shape is enlarged by repeating its pixels, or averaged down.
+    A mask of another size and the same ratio is enlarged by repeating pixels, or averaged down.
 
     Args:    mask: as `image` of `read_pictures`, tensors with one channel or none.
              size: (height, width) of the images.  count: how many there are.
@@ -104,14 +104,12 @@ def read_masks(mask: PictureInput, size: tuple[int, int], count: int) -> Tensor:
     return torch.stack([_pixels(one) for one in masks]) / 255
 
 
-def _read(
-    image: Any, name: str, use: Callable[[Image.Image], Image.Image]
-) -> list[Image.Image]:
-    images = [image] if isinstance(image, Picture) else image
+def _read(image: Any, name: str, use: Callable[[Image.Image], Image.Image]) -> list[Image.Image]:
+    images = [image] if isinstance(image, _SOURCES) else image
     if (
         not isinstance(images, Sequence)
         or not images
-        or not all(isinstance(one, Picture) for one in images)
+        or not all(isinstance(one, _SOURCES) for one in images)
     ):
         raise UserError(
             f"{name} must be an image file, a PIL image, a list of them or a tensor; got "
