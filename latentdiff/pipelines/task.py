@@ -132,6 +132,8 @@ class Task:
     """Steers the model's denoiser, see `diffusion.guidance`."""
     extra: Callable[[Batch], Tensor] | None = None
     """Channels (B, E, h, w) that the U-Net takes after those of x_t."""
+    settle: Callable[[Tensor, Batch], Tensor] | None = None
+    """Sampled latents (B, C, h, w) → those that are decoded."""
     finish: Callable[[Tensor, Batch], Tensor] | None = None
     """Decoded images (B, 3, H, W) in [−1, 1] → those of the result."""
 
@@ -280,7 +282,8 @@ def _sampled(
     denoiser = build_denoiser(network, *both, scales, **guidance)
     if task.wrap is not None:
         denoiser = task.wrap(denoiser, batch)
-    return sample_latents(network, denoiser, x, batch.seeds, plan, on_step)
+    x_0 = sample_latents(network, denoiser, x, batch.seeds, plan, on_step)
+    return x_0 if task.settle is None else task.settle(x_0, batch)
 
 
 def passes(conditions: Sequence[Condition], batch_size: int) -> list[list[int]]:
