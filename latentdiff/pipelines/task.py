@@ -15,9 +15,9 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -40,14 +40,15 @@ from latentdiff.pipelines.inputs import (
     check_counts,
     check_latents,
     check_output_type,
-    check_seed,
     check_share,
     for_each,
     guidance_interval_of,
     guidance_scales,
     prompt_list,
+    seeds_of,
     warn_of_unused_negatives,
 )
+from latentdiff.pipelines.wildcards import Wildcards
 from latentdiff.sampling import SamplingPlan, build_denoiser, sample_latents
 
 if TYPE_CHECKING:
@@ -83,8 +84,12 @@ class SamplingOptions(TypedDict, total=False):
     """A name in SPACINGS; None: as the sampler or the folder says."""
     timesteps: Sequence[float] | None
     """Your own, decreasing, instead of num_inference_steps and a spacing."""
-    seed: int | None
-    """Of the first image, image k has seed + k, below 2^64; None: drawn, see `.seeds`."""
+    seed: int | Sequence[int] | None
+    """Of the first image, image k has seed + k, below 2^64; or of each image; None: drawn, see
+    `.seeds`."""
+    wildcards: str | Path | None
+    """A folder of text files: `__animal__` in a prompt is a line of animal.txt and `{a|b}` a or b,
+    drawn for each image from its own seed, see `wildcards`; None: they are text."""
     output_type: OutputType
     """pil, np, pt or latent; see `PipelineOutput`."""
     batch_size: int
@@ -103,7 +108,8 @@ class PipelineOutput:
     seeds: list[int]
     """The seed of each image: give it as `seed` to get that image again."""
     prompts: list[ReadPrompt] = field(default_factory=list)
-    """How each prompt was read: its tokens, its chunks, words that did not fit."""
+    """How each prompt was read: its tokens, its chunks, words that did not fit. With wildcards,
+    that of each image."""
     steps: int = 0
     """How many steps were run: those asked for, or `strength`'s share of them."""
 
@@ -167,7 +173,8 @@ def run_task(
     sampler_options: dict[str, Any] | None = None,
     timestep_spacing: str | None = None,
     timesteps: Sequence[float] | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    wildcards: str | Path | None = None,
     output_type: OutputType = "pil",
     batch_size: int = 16,
     progress: bool = True,
@@ -195,15 +202,21 @@ def run_task(
     interval = guidance_interval_of(guidance_interval)
     check_share("guidance_rescale", guidance_rescale)
     check_output_type(output_type)
-    read = {text: pipeline.read_prompt(text, prompt_syntax) for text in [*prompts, *negatives]}
     check_counts(
         num_images_per_prompt=num_images_per_prompt,
         num_inference_steps=num_inference_steps,
         batch_size=batch_size,
     )
     count = len(prompts) * num_images_per_prompt
-    first = secrets.randbelow(2**31) if seed is None else check_seed(seed, count)
-    seeds = [first + k for k in range(count)]
+    seeds = seeds_of(seed, count)
+    # By image, since wildcards make a text of its own of each.
+    texts = [[p, n] for p, n in zip(prompts, negatives, strict=True)]
+    texts = [text for text in texts for _ in range(num_images_per_prompt)]
+    if wildcards is not None:
+        choices = Wildcards(wildcards)
+        texts = [choices.expand(text, own) for text, own in zip(texts, seeds, strict=True)]
+    scales = [scale for scale in scales for _ in range(num_images_per_prompt)]
+    read = {text: pipeline.read_prompt(text, prompt_syntax) for both in texts for text in both}
     plan = pipeline.sampling_plan(
         num_inference_steps,
         sampler=sampler,
@@ -222,8 +235,7 @@ def run_task(
     context = _encoded(pipeline, read)
     conditions = [
         Condition(context[own], context[negative], scale)
-        for own, negative, scale in zip(prompts, negatives, scales, strict=True)
-        for _ in range(num_images_per_prompt)
+        for (own, negative), scale in zip(texts, scales, strict=True)
     ]
     batches = [
         Batch(own, [k // num_images_per_prompt for k in own], [seeds[k] for k in own])
@@ -242,7 +254,8 @@ def run_task(
                 x_0 = task.finish(x_0, batch) if task.finish else x_0
             found |= zip(batch.indices, x_0, strict=True)
     images = torch.stack([found[k] for k in range(count)])
-    read_prompts = [read[p] for p in prompts]
+    every = 1 if wildcards is not None else num_images_per_prompt
+    read_prompts = [read[own] for own, _ in texts[::every]]
     return PipelineOutput(to_output(images, output_type), seeds, read_prompts, len(plan.timesteps))
 
 
