@@ -39,6 +39,7 @@ from latentdiff.formats.model import load_model, save_model
 from latentdiff.formats.scheduler import STEPS_OFFSET
 from latentdiff.images import to_output
 from latentdiff.models.finite import check_finite
+from latentdiff.models.known_things import warn_of_unknown_things
 from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
@@ -232,6 +233,8 @@ class LatentDiffusionPipeline:
         x_T = batch_noise(seeds, shape) if latents is None else latents
         check_latents(x_T, (len(seeds), *shape))
         warn_of_unknown_words(self.text_encoder.tokenizer, read, prompt_syntax == "a1111")
+        known = self.components.sampling.known_things
+        warn_of_unknown_things(self.text_encoder, prompts, known)
 
         context = dict(zip(read, self._encode(list(read.values())), strict=True))
         conditions = [
