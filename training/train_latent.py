@@ -24,10 +24,10 @@ if importlib.util.find_spec("latentdiff") is None:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.cli.arguments import add_resume, config_parser
-from latentdiff.diffusion.objective import per_sample_loss
+from latentdiff.diffusion.objective import Model, per_sample_loss
 from latentdiff.errors import UserError, command
 from latentdiff.train.batches import LatentBatch
 from latentdiff.train.config import Given, TrainConfig, read_config
@@ -40,7 +40,7 @@ def train(given: Given, resume: bool) -> str:
     """Check everything, train, export. Returns: what was written, and how to use it."""
     run = LatentRun(given, resume)
 
-    def denoising_loss(model: nn.Module, batch: LatentBatch) -> Tensor:
+    def denoising_loss(model: Model, batch: LatentBatch) -> Tensor:
         """Algorithm 1 (Ho et al. 2020): w_t · mean |y − model(α_t x_0 + σ_t ε, t, context)|²."""
         x_0 = run.autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
         return per_sample_loss(
