@@ -159,7 +159,8 @@ class Task:
     wrap: Callable[[Denoiser, Batch], Denoiser] | None = None
     """Steers the model's denoiser, see `diffusion.guidance`."""
     extra: Callable[[Batch], Tensor] | None = None
-    """Channels (B, E, h, w) that the U-Net takes after those of x_t."""
+    """Channels (B, E, h, w) that the U-Net takes after those of x_t; None: an inpainting U-Net
+    finds everything masked."""
     settle: Callable[[Tensor, Batch], Tensor] | None = None
     """Sampled latents (B, C, h, w) → those that are decoded."""
     finish: Callable[[Tensor, Batch], Tensor] | None = None
@@ -340,6 +341,8 @@ def _sampled(
     network = pipeline.network
     if task.extra is not None:
         network = replace(network, extra=task.extra(batch).to(device))
+    elif pipeline.unet.config.inpaints:
+        network = replace(network, extra=pipeline.autoencoder.all_masked(task.size))
     both = torch.stack(contexts), torch.stack(negatives)
     denoiser = build_denoiser(network, *both, scales, **guidance)
     if task.wrap is not None:
