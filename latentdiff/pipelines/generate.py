@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from latentdiff.formats.embedding import read_embedding
 from latentdiff.formats.folder import Components
 from latentdiff.formats.model import load_model, save_model
 from latentdiff.formats.scheduler import STEPS_OFFSET
+from latentdiff.images import to_output
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.preview import apply_linear, linear_decoder
 from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
@@ -34,8 +37,18 @@ from latentdiff.pipelines.inputs import (
 )
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
-from latentdiff.pipelines.task import PipelineOutput, SamplingOptions, Task, run_task
+from latentdiff.pipelines.task import (
+    PipelineOutput,
+    Progress,
+    SamplingOptions,
+    Task,
+    run_task,
+    stream_task,
+)
 from latentdiff.sampling import Network, SamplingPlan
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 #: Guidance scale when neither the caller nor the model's folder gives one.
 DEFAULT_GUIDANCE = 5.0
@@ -60,6 +73,10 @@ class LatentDiffusionPipeline:
         self.schedule = NoiseSchedule(components.schedule)
         self.prediction = components.prediction
         self.loras = Loras(parts_of(components))
+        self.preview_decoder: Autoencoder | None = None
+        """A tiny autoencoder (AutoencoderTiny) with this one's latents, see `preview`."""
+        self._linear_decoder: Tensor | None = None
+        self._interrupt = False
 
     @classmethod
     def from_pretrained(
@@ -113,6 +130,33 @@ class LatentDiffusionPipeline:
         """
         task = Task(self.image_size(height, width))
         return run_task(self, prompt, task, latents=latents, **options)
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Progress | PipelineOutput]:
+        """Generate images and look on: a `Progress` after each step, then the result.
+
+        To stop at once, leave the loop and drop (or `close`) the generator; to have what is there,
+        set `pipeline._interrupt` first.
+
+        Args, Raises: as for a call.
+        """
+        task = Task(self.image_size(height, width))
+        return stream_task(self, prompt, task, latents=latents, **options)
+
+    def preview(self, latents: Tensor) -> list[Image]:
+        """Rough images of latents (B, C, h, w): `preview_decoder`'s, or as large as the latents."""
+        if self.preview_decoder is not None:
+            return to_output(self.preview_decoder.decode(latents), "pil")
+        if self._linear_decoder is None:
+            self._linear_decoder = linear_decoder(self.autoencoder)
+        return to_output(apply_linear(self._linear_decoder, latents), "pil")
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.

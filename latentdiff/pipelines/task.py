@@ -15,17 +15,19 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 
 from __future__ import annotations
 
+import gc
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.diffusion.noise import batch_noise
-from latentdiff.diffusion.samplers import Denoiser, warn_of_late_start
+from latentdiff.diffusion.samplers import Denoiser, SamplerState, warn_of_late_start
+from latentdiff.errors import UserError, choice_error, warn
 from latentdiff.images import to_output
 from latentdiff.models.finite import check_finite
 from latentdiff.models.prompts import (
@@ -47,10 +49,17 @@ from latentdiff.pipelines.inputs import (
     prompt_list,
     warn_of_unused_negatives,
 )
-from latentdiff.sampling import SamplingPlan, build_denoiser, sample_latents
+from latentdiff.sampling import SamplingPlan, build_denoiser, finite_states, sampled_states
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
+
+
+Callback = Callable[[Any, int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
+#: What a callback may ask for.
+CALLBACK_TENSORS = ("latents", "denoised")
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -90,6 +99,12 @@ class SamplingOptions(TypedDict, total=False):
     """Images per pass, default 16; does not change them."""
     progress: bool
     """Show a bar on the terminal."""
+    callback_on_step_end: Callback | None
+    """Called after each step of each pass as (pipeline, step, timestep, tensors), with the step of
+    0 … and the `callback_on_step_end_tensor_inputs` by name. It may return other latents under that
+    name, and set `pipeline._interrupt` to end here."""
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    """latents, the state (B, C, h, w) after the step; denoised, its estimate of the clean ones."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,30 @@ class PipelineOutput:
     """How each prompt was read: its tokens, its chunks, words that did not fit."""
     steps: int = 0
     """How many steps were run: those asked for, or `strength`'s share of them."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a call is after a step."""
+
+    step: int
+    """1 … total, through all passes."""
+    total: int
+    timestep: float
+    """The one just left."""
+    indices: list[int]
+    """Which of the call's images these are."""
+    latents: Tensor
+    """(B, C, h, w), the state after the step."""
+    denoised: Tensor
+    """(B, C, h, w), the step's estimate of the clean latents."""
+    show: Callable[[Tensor], list[Image]] = field(repr=False)
+    """The pipeline's `preview`."""
+
+    @property
+    def preview(self) -> list[Image]:
+        """How the images look so far."""
+        return self.show(self.denoised)
 
 
 class Batch(NamedTuple):
@@ -146,8 +185,23 @@ class Condition(NamedTuple):
     """Of guidance."""
 
 
-@torch.no_grad()
 def run_task(
+    pipeline: LatentDiffusionPipeline,
+    prompt: str | Sequence[str],
+    task: Task,
+    *,
+    latents: Tensor | None = None,
+    **options: Unpack[SamplingOptions],
+) -> PipelineOutput:
+    """Do a task for each prompt; arguments: `stream_task`."""
+    for event in stream_task(pipeline, prompt, task, latents=latents, **options):
+        output = event
+    assert isinstance(output, PipelineOutput)
+    return output
+
+
+@torch.no_grad()
+def stream_task(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
     task: Task,
@@ -168,8 +222,10 @@ def run_task(
     output_type: OutputType = "pil",
     batch_size: int = 16,
     progress: bool = True,
-) -> PipelineOutput:
-    """Do a task for each prompt.
+    callback_on_step_end: Callback | None = None,
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+) -> Iterator[Progress | PipelineOutput]:
+    """Do a task for each prompt: a `Progress` after each step, then the result.
 
     Args:    latents: initial noise (B, C, h, w) instead of the seeds'.
              Others: see `SamplingOptions`.
@@ -192,6 +248,7 @@ def run_task(
         num_inference_steps=num_inference_steps,
         batch_size=batch_size,
     )
+    on_step = _hook(pipeline, callback_on_step_end, callback_on_step_end_tensor_inputs)
     count = len(prompts) * num_images_per_prompt
     first = secrets.randbelow(2**31) if seed is None else check_seed(seed, count)
     seeds = [first + k for k in range(count)]
@@ -221,20 +278,34 @@ def run_task(
         for own in passes(conditions, batch_size)
     ]
     guidance = {"rescale": guidance_rescale, "interval": interval}
-    found = dict[int, Tensor]()
-    total = len(plan.timesteps) * len(batches)
-    with tqdm(total=total, unit="step", leave=False, disable=not progress) as bar:
-        for batch in batches:
-            own = [conditions[k] for k in batch.indices]
-            noise = x_T[batch.indices]
-            x_0 = _sampled(pipeline, task, own, batch, noise, plan, guidance, bar.update)
-            if output_type != "latent":
-                x_0 = pipeline.autoencoder.decode(x_0)
-                x_0 = task.finish(x_0, batch) if task.finish else x_0
-            found |= zip(batch.indices, x_0, strict=True)
-    images = torch.stack([found[k] for k in range(count)])
+    call = _Call(pipeline, task, conditions, x_T, plan, guidance, output_type, on_step)
+    with tqdm(unit="step", leave=False, disable=not progress) as bar:
+        found = yield from call.run(batches, bar)
+    order = sorted(found)  # not all, where it was interrupted
+    images = to_output(torch.stack([found[k] for k in order]), output_type)
     read_prompts = [read[p] for p in prompts]
-    return PipelineOutput(to_output(images, output_type), seeds, read_prompts, len(plan.timesteps))
+    yield PipelineOutput(images, [seeds[k] for k in order], read_prompts, len(plan.timesteps))
+
+
+def _hook(
+    pipeline: LatentDiffusionPipeline, callback: Callback | None, names: Sequence[str]
+) -> Callable[[SamplerState], None]:
+    """What a caller has done after each step. Raises: UserError: an unknown name."""
+    for name in names:
+        if name not in CALLBACK_TENSORS:
+            raise choice_error("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS)
+
+    def after(state: SamplerState) -> None:
+        if callback is None:
+            return
+        tensors = {"latents": state.x_t, "denoised": state.x_0}
+        asked = {name: tensors[name] for name in names}
+        changed = (callback(pipeline, state.step, state.t, asked) or {}).get("latents")
+        if changed is not None and changed is not state.x_t:
+            check_latents(changed, tuple(state.x_t.shape))
+            state.x_t.copy_(changed)  # the sampler goes on from this very tensor
+
+    return after
 
 
 def _encoded(
@@ -247,33 +318,103 @@ def _encoded(
     return dict(zip(read, states, strict=True))
 
 
-def _sampled(
-    pipeline: LatentDiffusionPipeline,
-    task: Task,
-    conditions: Sequence[Condition],
-    batch: Batch,
-    noise: Tensor,
-    plan: SamplingPlan,
-    guidance: Mapping[str, Any],
-    on_step: Callable[[], Any],
-) -> Tensor:
-    """The latents x_0 of one pass, from its noise (B, C, h, w)."""
-    x, device = noise.to(pipeline.device, torch.float32), pipeline.device
-    if task.start is not None and task.strength < 1:
-        x_0 = task.start(batch).to(device, torch.float32)
-        if not len(plan.timesteps):
+@dataclass(frozen=True)
+class _Call:
+    """What all passes of a call share."""
+
+    pipeline: LatentDiffusionPipeline
+    task: Task
+    conditions: Sequence[Condition]
+    noise: Tensor
+    plan: SamplingPlan
+    guidance: Mapping[str, Any]
+    output_type: OutputType
+    on_step: Callable[[SamplerState], None]
+
+    def run(self, batches: list[Batch], bar: Any) -> Generator[Progress, None, dict[int, Tensor]]:
+        """All passes, or those until `pipeline._interrupt` was set.
+
+        A pass that runs out of memory is done again in halves, and so are those behind it.
+
+        Returns: the images, or latents, by their numbers.
+        Raises:  UserError: no memory for one image at a time.
+        """
+        found, done = dict[int, Tensor](), 0
+        self.pipeline._interrupt = False
+        while batches and not self.pipeline._interrupt:
+            batch, images = batches[0], None
+            bar.total = done + len(self.plan.timesteps) * len(batches)
+            try:
+                x, states = self.start(batch)
+                for state in states:
+                    x, done = state.x_t, done + 1
+                    bar.update()
+                    self.on_step(state)
+                    tensors = state.x_t, state.x_0, self.pipeline.preview
+                    yield Progress(done, bar.total, state.t, batch.indices, *tensors)
+                    if self.pipeline._interrupt:
+                        x = state.x_0
+                        break
+                images = self.finished(x, batch)
+            except torch.OutOfMemoryError as error:
+                batches = _halved(batches, error)
+            if images is None:
+                _free_memory()  # here, since the handler keeps what was computed alive
+            else:
+                found |= zip(batch.indices, images, strict=True)
+                batches = batches[1:]
+        return found
+
+    def start(self, batch: Batch) -> tuple[Tensor, Iterable[SamplerState]]:
+        """Where a pass begins, (B, C, h, w), and the states behind it."""
+        pipeline, task, plan, device = self.pipeline, self.task, self.plan, self.pipeline.device
+        x = self.noise[batch.indices].to(device, torch.float32)
+        if task.start is not None and task.strength < 1:
+            x_0 = task.start(batch).to(device, torch.float32)
+            if not len(plan.timesteps):
+                return x_0, ()
+            t = plan.timesteps[0]
+            x = pipeline.schedule.alpha(t) * x_0 + pipeline.schedule.sigma(t) * x
+        own = [self.conditions[k] for k in batch.indices]
+        contexts, negatives, scales = zip(*own, strict=True)
+        network = pipeline.network
+        if task.extra is not None:
+            network = replace(network, extra=task.extra(batch).to(device))
+        both = torch.stack(contexts), torch.stack(negatives)
+        denoiser = build_denoiser(network, *both, scales, **self.guidance)
+        if task.wrap is not None:
+            denoiser = task.wrap(denoiser, batch)
+        return x, finite_states(network, sampled_states(network, denoiser, x, batch.seeds, plan))
+
+    def finished(self, x_0: Tensor, batch: Batch) -> Tensor:
+        """Images (B, 3, H, W) in [−1, 1] of latents, or these."""
+        if self.output_type == "latent":
             return x_0
-        t = plan.timesteps[0]
-        x = pipeline.schedule.alpha(t) * x_0 + pipeline.schedule.sigma(t) * x
-    contexts, negatives, scales = zip(*conditions, strict=True)
-    network = pipeline.network
-    if task.extra is not None:
-        network = replace(network, extra=task.extra(batch).to(device))
-    both = torch.stack(contexts), torch.stack(negatives)
-    denoiser = build_denoiser(network, *both, scales, **guidance)
-    if task.wrap is not None:
-        denoiser = task.wrap(denoiser, batch)
-    return sample_latents(network, denoiser, x, batch.seeds, plan, on_step)
+        images = self.pipeline.autoencoder.decode(x_0)
+        return self.task.finish(images, batch) if self.task.finish else images
+
+
+def _halved(batches: Sequence[Batch], error: torch.OutOfMemoryError) -> list[Batch]:
+    """The same images in passes of half as many as the first, with a note."""
+    many = len(batches[0].indices)
+    if many == 1:
+        raise UserError(
+            "the memory does not hold even one image at a time. Draw a smaller one, or call "
+            "pipeline.enable_vae_tiling() and pipeline.enable_model_cpu_offload() before."
+        ) from error
+    few = many // 2
+    warn(f"out of memory with {many} images at a time; going on with {few}. The images stay.")
+    return [
+        Batch(*(part[k : k + few] for part in batch))
+        for batch in batches
+        for k in range(0, len(batch.indices), few)
+    ]
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def passes(conditions: Sequence[Condition], batch_size: int) -> list[list[int]]:
