@@ -71,6 +71,9 @@ class SamplingOptions(TypedDict, total=False):
     """plain: what does not fit into the text encoder is cut off, with a warning; long: it goes on
     in further chunks; a1111: so too, with weights such as (red:1.3) and with BREAK, see
     `prompts.parse`. For negative prompts too."""
+    clip_skip: int | None
+    """How many of the text encoder's last layers are left out, for negative prompts too; 1 is what
+    A1111 calls Clip skip 2. None: as many as in the model's training."""
     num_inference_steps: int
     """1 … T, default 25; more is finer and slower."""
     guidance_scale: float | Sequence[float] | None
@@ -209,6 +212,7 @@ def stream_task(
     latents: Tensor | None = None,
     negative_prompt: str | Sequence[str] | None = None,
     prompt_syntax: PromptSyntax = "plain",
+    clip_skip: int | None = None,
     num_inference_steps: int = 25,
     guidance_scale: float | Sequence[float] | None = None,
     guidance_rescale: float = 0.0,
@@ -248,6 +252,7 @@ def stream_task(
         num_inference_steps=num_inference_steps,
         batch_size=batch_size,
     )
+    clip_skip = pipeline.text_encoder.checked_skip(clip_skip)
     on_step = _hook(pipeline, callback_on_step_end, callback_on_step_end_tensor_inputs)
     count = len(prompts) * num_images_per_prompt
     first = secrets.randbelow(2**31) if seed is None else check_seed(seed, count)
@@ -267,7 +272,7 @@ def stream_task(
     check_latents(x_T, (count, *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
 
-    context = _encoded(pipeline, read)
+    context = _encoded(pipeline, read, clip_skip)
     conditions = [
         Condition(context[own], context[negative], scale)
         for own, negative, scale in zip(prompts, negatives, scales, strict=True)
@@ -309,11 +314,11 @@ def _hook(
 
 
 def _encoded(
-    pipeline: LatentDiffusionPipeline, read: Mapping[str, ReadPrompt]
+    pipeline: LatentDiffusionPipeline, read: Mapping[str, ReadPrompt], clip_skip: int | None
 ) -> dict[str, Tensor]:
     """The context (tokens, width) of each text."""
     encoder = pipeline.text_encoder
-    states = encode_prompts(encoder, list(read.values()))
+    states = encode_prompts(encoder, list(read.values()), clip_skip)
     check_finite(torch.cat(states), "its states", "the text encoder", encoder.module)
     return dict(zip(read, states, strict=True))
 
