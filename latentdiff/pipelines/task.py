@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.samplers import Denoiser, warn_of_late_start
-from latentdiff.images import to_output
+from latentdiff.errors import UserError
+from latentdiff.images import check_image_file, numbered, to_output
 from latentdiff.models.finite import check_finite
 from latentdiff.models.prompts import (
     PromptSyntax,
@@ -47,6 +48,8 @@ from latentdiff.pipelines.inputs import (
     seeds_of,
     warn_of_unused_negatives,
 )
+from latentdiff.pipelines.metadata import write
+from latentdiff.pipelines.settings import image_settings
 from latentdiff.pipelines.wildcards import Wildcards
 from latentdiff.sampling import SamplingPlan, build_denoiser, sample_latents
 
@@ -111,6 +114,20 @@ class PipelineOutput:
     that of each image."""
     steps: int = 0
     """How many steps were run: those asked for, or `strength`'s share of them."""
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    """How each image was made, as `save` writes it; see `settings.image_settings`."""
+
+    def save(self, file: str | Path) -> list[Path]:
+        """Write the images and how they were made: one as `file`, several as file-000.png ….
+
+        Raises:  UserError: `output_type` was not pil, or a file cannot be written.
+        """
+        file = Path(file)
+        check_image_file(file, "file")
+        if not isinstance(self.images, list):
+            raise UserError("only images of output_type='pil' can be saved.")
+        files = numbered(file, len(self.images))
+        return [write(*one) for one in zip(self.images, files, self.settings, strict=True)]
 
 
 class Batch(NamedTuple):
@@ -129,6 +146,11 @@ class Task:
 
     size: tuple[int, int]
     """(height, width) in pixels of what the U-Net works on."""
+    name: str = "text_to_image"
+    """The method of the pipeline that it is."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the method was given besides prompt and `SamplingOptions`, to be recorded; see
+    `settings.given`."""
     start: Callable[[Batch], Tensor] | None = None
     """Latents (B, C, h, w) to begin from, with noise in `strength`'s measure; None: pure noise."""
     strength: float = 1.0
@@ -150,6 +172,8 @@ class Condition(NamedTuple):
     """The same of its negative prompt."""
     scale: float
     """Of guidance."""
+    prompt: str
+    negative_prompt: str
 
 
 @torch.no_grad()
@@ -225,7 +249,7 @@ def run_task(
 
     context = _encoded(pipeline, read)
     conditions = [
-        Condition(context[own], context[negative], scale)
+        Condition(context[own], context[negative], scale, own, negative)
         for (own, negative), scale in zip(texts, scales, strict=True)
     ]
     batches = [
@@ -246,8 +270,30 @@ def run_task(
             found |= zip(batch.indices, x_0, strict=True)
     images = torch.stack([found[k] for k in range(count)])
     every = 1 if wildcards is not None else num_images_per_prompt
-    read_prompts = [read[own] for own, _ in texts[::every]]
-    return PipelineOutput(to_output(images, output_type), seeds, read_prompts, len(plan.timesteps))
+    call = {
+        "task": task.name,
+        "arguments": dict(task.arguments),
+        "prompt_syntax": prompt_syntax,
+        "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
+        "steps_run": len(plan.timesteps),
+        "sampler": plan.sampler,
+        "sampler_options": dict(plan.options),
+        "timestep_spacing": plan.spacing,
+        "timesteps": None if timesteps is None else list(timesteps),
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": interval,
+        "height": task.size[0],
+        "width": task.size[1],
+        "batch_size": batch_size,
+        **({} if latents is None else {"latents": "given"}),
+    }
+    return PipelineOutput(
+        to_output(images, output_type),
+        seeds,
+        [read[own] for own, _ in texts[::every]],
+        len(plan.timesteps),
+        image_settings(pipeline, batches, conditions, call),
+    )
 
 
 def _encoded(
@@ -278,7 +324,7 @@ def _sampled(
             return x_0
         t = plan.timesteps[0]
         x = pipeline.schedule.alpha(t) * x_0 + pipeline.schedule.sigma(t) * x
-    contexts, negatives, scales = zip(*conditions, strict=True)
+    contexts, negatives, scales, *_ = zip(*conditions, strict=True)
     network = pipeline.network
     if task.extra is not None:
         network = replace(network, extra=task.extra(batch).to(device))
