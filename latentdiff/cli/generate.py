@@ -84,15 +84,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def image_size(text: str | None) -> tuple[int | None, int | None]:
+def image_size(text: str | None, option: str = "--size") -> tuple[int | None, int | None]:
     """(height, width) from "64" or "64x128". Raises: UserError: anything else, or too many."""
     if text is None:
         return None, None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and len(part) < 10 for part in parts):
-        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r:.40}.")
+        raise UserError(f"{option} must be like 64 or 64x128 (height x width); got {text!r:.40}.")
     height, width = int(parts[0]), int(parts[-1])
-    check_pixels(height, width, "--size")
+    check_pixels(height, width, option)
     return height, width
 
 
