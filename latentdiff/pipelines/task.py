@@ -117,6 +117,18 @@ class PipelineOutput:
     settings: list[dict[str, Any]] = field(default_factory=list)
     """How each image was made, as `save` writes it; see `settings.image_settings`."""
 
+    def only(self, k: int) -> PipelineOutput:
+        """The k-th image alone."""
+        own = slice(k, k + 1)
+        prompt = k * len(self.prompts) // len(self.seeds)
+        return replace(
+            self,
+            images=self.images[own],
+            seeds=self.seeds[own],
+            prompts=self.prompts[prompt : prompt + 1],
+            settings=self.settings[own],
+        )
+
     def save(self, file: str | Path) -> list[Path]:
         """Write the images and how they were made: one as `file`, several as file-000.png ….
 
@@ -146,11 +158,6 @@ class Task:
 
     size: tuple[int, int]
     """(height, width) in pixels of what the U-Net works on."""
-    name: str = "text_to_image"
-    """The method of the pipeline that it is."""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What the method was given besides prompt and `SamplingOptions`, to be recorded; see
-    `settings.given`."""
     start: Callable[[Batch], Tensor] | None = None
     """Latents (B, C, h, w) to begin from, with noise in `strength`'s measure; None: pure noise."""
     strength: float = 1.0
@@ -271,8 +278,6 @@ def run_task(
     images = torch.stack([found[k] for k in range(count)])
     every = 1 if wildcards is not None else num_images_per_prompt
     call = {
-        "task": task.name,
-        "arguments": dict(task.arguments),
         "prompt_syntax": prompt_syntax,
         "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
         "steps_run": len(plan.timesteps),
