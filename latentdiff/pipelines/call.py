@@ -180,8 +180,6 @@ def stream_task(
         found, done = yield from call.run(batches, bar)
     order = sorted(found)  # not all, where it was interrupted
     shared = {
-        "task": task.name,
-        "arguments": dict(task.arguments),
         "prompt_syntax": prompt_syntax,
         "clip_skip": clip_skip,
         "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),

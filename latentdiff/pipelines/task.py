@@ -7,7 +7,7 @@ becomes of the decoded images. Text to image is the task that says nothing; `cal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -97,6 +97,18 @@ class PipelineOutput:
     settings: list[dict[str, Any]] = field(default_factory=list)
     """How each image was made, as `save` writes it; see `settings.image_settings`."""
 
+    def only(self, k: int) -> PipelineOutput:
+        """The k-th image alone."""
+        own = slice(k, k + 1)
+        prompt = k * len(self.prompts) // len(self.seeds)
+        return replace(
+            self,
+            images=self.images[own],
+            seeds=self.seeds[own],
+            prompts=self.prompts[prompt : prompt + 1],
+            settings=self.settings[own],
+        )
+
     def save(self, file: str | Path) -> list[Path]:
         """Write the images and how they were made: one as `file`, several as file-000.png ….
 
@@ -150,11 +162,6 @@ class Task:
 
     size: tuple[int, int]
     """(height, width) in pixels of what the U-Net works on."""
-    name: str = "text_to_image"
-    """The method of the pipeline that it is."""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What the method was given besides prompt and `SamplingOptions`, to be recorded; see
-    `settings.given`."""
     start: Callable[[Batch], Tensor] | None = None
     """Latents (B, C, h, w) to begin from, with noise in `strength`'s measure; None: pure noise."""
     strength: float = 1.0
