@@ -103,6 +103,7 @@ def inpaint(
     if padding_mask_crop is not None:
         check_whole(padding_mask_crop=padding_mask_crop)
     pictures = read_pictures(image)
+    seen = pictures.rgb
     if mask_image is not None:
         mask = read_masks(mask_image, pictures.size, len(pictures))
     else:
@@ -114,7 +115,9 @@ def inpaint(
             )
     if (mask == 1).all():
         warn("the mask is white everywhere, so nothing of the image is kept.")
-    return _paint(pipeline, prompt, pictures, mask, strength, mask_blur, padding_mask_crop, options)
+    return _paint(
+        pipeline, prompt, pictures, seen, mask, strength, mask_blur, padding_mask_crop, options
+    )
 
 
 def outpaint(
@@ -148,7 +151,8 @@ def outpaint(
     margins = (left, right, top, bottom)
     mask = F.pad(pictures.clear, margins, value=1.0)
     larger = Pictures(F.pad(pictures.given[:, :3], margins, mode="replicate"))
-    return _paint(pipeline, prompt, larger, mask, strength, mask_blur, None, options)
+    seen = F.pad(pictures.rgb, margins, mode="replicate")
+    return _paint(pipeline, prompt, larger, seen, mask, strength, mask_blur, None, options)
 
 
 def variations(
@@ -167,17 +171,21 @@ def _paint(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
     pictures: Pictures,
+    seen: Tensor,
     mask: Tensor,
     strength: float,
     blur: int,
     padding: int | None,
     options: SamplingOptions,
 ) -> PipelineOutput:
-    """Paint where the mask is above 0, and put it over the pictures with the mask widened."""
+    """Paint where the mask is above 0, and put it over the pictures with the mask widened.
+
+    Args:    seen: the pictures as the network sees them, (N, 3, H, W).
+    """
     soft = widened(mask, blur)
     region = Region.of(soft, padding, pipeline.default_size)
     down = pipeline.autoencoder.downscale
-    canvas = padded(region.cut(pictures.rgb, "bicubic").clamp(-1, 1), down)
+    canvas = padded(region.cut(seen, "bicubic").clamp(-1, 1), down)
     paint = (padded(region.cut(mask, "area"), down) > 0).float()
     known = _Latents(pipeline, canvas)
 
