@@ -32,10 +32,10 @@ from latentdiff.models.prompts import (
     add_word,
     read_prompt,
 )
+from latentdiff.pipelines import edit
 from latentdiff.pipelines.hashes import model_name
-from latentdiff.pipelines.inputs import (
-    check_pixels,
-)
+from latentdiff.pipelines.inputs import check_pixels
+from latentdiff.pipelines.interpolate import interpolate
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.pipelines.task import PipelineOutput, SamplingOptions, Task, run_task
@@ -126,6 +126,12 @@ class LatentDiffusionPipeline:
         task = Task(self.image_size(height, width))
         return run_task(self, prompt, task, latents=latents, **options)
 
+    image_to_image = edit.image_to_image
+    inpaint = edit.inpaint
+    outpaint = edit.outpaint
+    variations = edit.variations
+    interpolate = interpolate
+
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.
 
@@ -207,6 +213,11 @@ class LatentDiffusionPipeline:
         self.autoencoder.check_image_size(size)
         check_pixels(*size)
         return size
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of `size`, (height, width)."""
+        down = self.autoencoder.downscale
+        return self.autoencoder.latent_channels, size[0] // down, size[1] // down
 
     @property
     def default_guidance(self) -> float:

@@ -15,7 +15,6 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,12 +40,12 @@ from latentdiff.pipelines.inputs import (
     check_counts,
     check_latents,
     check_output_type,
-    check_seed,
     check_share,
     for_each,
     guidance_interval_of,
     guidance_scales,
     prompt_list,
+    seeds_of,
     warn_of_unused_negatives,
 )
 from latentdiff.pipelines.metadata import write
@@ -86,8 +85,9 @@ class SamplingOptions(TypedDict, total=False):
     """A name in SPACINGS; None: as the sampler or the folder says."""
     timesteps: Sequence[float] | None
     """Your own, decreasing, instead of num_inference_steps and a spacing."""
-    seed: int | None
-    """Of the first image, image k has seed + k, below 2^64; None: drawn, see `.seeds`."""
+    seed: int | Sequence[int] | None
+    """Of the first image, image k has seed + k, below 2^64; or of each image; None: drawn, see
+    `.seeds`."""
     output_type: OutputType
     """pil, np, pt or latent; see `PipelineOutput`."""
     batch_size: int
@@ -161,6 +161,10 @@ class Task:
     """Steers the model's denoiser, see `diffusion.guidance`."""
     extra: Callable[[Batch], Tensor] | None = None
     """Channels (B, E, h, w) that the U-Net takes after those of x_t."""
+    blend: Callable[[list[Condition]], list[Condition]] | None = None
+    """Conditions of all images → those to use."""
+    settle: Callable[[Tensor, Batch], Tensor] | None = None
+    """Sampled latents (B, C, h, w) → those that are decoded."""
     finish: Callable[[Tensor, Batch], Tensor] | None = None
     """Decoded images (B, 3, H, W) in [−1, 1] → those of the result."""
 
@@ -196,7 +200,7 @@ def run_task(
     sampler_options: dict[str, Any] | None = None,
     timestep_spacing: str | None = None,
     timesteps: Sequence[float] | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     output_type: OutputType = "pil",
     batch_size: int = 16,
     progress: bool = True,
@@ -208,6 +212,12 @@ def run_task(
     Raises:  UserError: any argument outside what is described there, before any work.
              NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
     """
+    if pipeline.unet.config.inpaints and task.extra is None:
+        raise UserError(
+            "this is an inpainting model: it paints a masked part of an image and draws nothing "
+            "without one. Call inpaint or outpaint (latentdiff edit inpaint), or take a "
+            "text-to-image model."
+        )
     prompts = prompt_list(prompt, "prompt")
     negative = "" if negative_prompt is None else negative_prompt
     negatives = prompt_list(negative, "negative_prompt")
@@ -225,8 +235,7 @@ def run_task(
         batch_size=batch_size,
     )
     count = len(prompts) * num_images_per_prompt
-    first = secrets.randbelow(2**31) if seed is None else check_seed(seed, count)
-    seeds = [first + k for k in range(count)]
+    seeds = seeds_of(seed, count)
     plan = pipeline.sampling_plan(
         num_inference_steps,
         sampler=sampler,
@@ -236,8 +245,7 @@ def run_task(
     ).shortened(task.strength)
     if latents is None and task.strength == 1:
         warn_of_late_start(pipeline.schedule, plan.timesteps)
-    down = pipeline.autoencoder.downscale
-    shape = (pipeline.autoencoder.latent_channels, task.size[0] // down, task.size[1] // down)
+    shape = pipeline.latent_shape(task.size)
     x_T = batch_noise(seeds, shape) if latents is None else latents
     check_latents(x_T, (count, *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
@@ -248,6 +256,8 @@ def run_task(
         for own, negative, scale in zip(prompts, negatives, scales, strict=True)
         for _ in range(num_images_per_prompt)
     ]
+    if task.blend is not None:
+        conditions = task.blend(conditions)
     batches = [
         Batch(own, [k // num_images_per_prompt for k in own], [seeds[k] for k in own])
         for own in passes(conditions, batch_size)
@@ -325,7 +335,8 @@ def _sampled(
     denoiser = build_denoiser(network, *both, scales, **guidance)
     if task.wrap is not None:
         denoiser = task.wrap(denoiser, batch)
-    return sample_latents(network, denoiser, x, batch.seeds, plan, on_step)
+    x_0 = sample_latents(network, denoiser, x, batch.seeds, plan, on_step)
+    return x_0 if task.settle is None else task.settle(x_0, batch)
 
 
 def passes(conditions: Sequence[Condition], batch_size: int) -> list[list[int]]:
