@@ -52,6 +52,7 @@ from latentdiff.pipelines.task import (
     CALLBACK_TENSORS,
     Batch,
     Callback,
+    Condition,
     PipelineOutput,
     Progress,
     SamplingOptions,
@@ -69,17 +70,6 @@ class Wanted(NamedTuple):
 
     prompt: str
     negative_prompt: str
-    scale: float
-    """Of guidance."""
-
-
-class Condition(NamedTuple):
-    """What the denoiser of one image is given."""
-
-    context: Tensor
-    """(tokens, width) of its prompt."""
-    negative: Tensor
-    """The same of its negative prompt."""
     scale: float
     """Of guidance."""
 
@@ -158,8 +148,7 @@ def stream_task(
     ).shortened(task.strength)
     if latents is None and task.strength == 1:
         warn_of_late_start(pipeline.schedule, plan.timesteps)
-    down = pipeline.autoencoder.downscale
-    shape = (pipeline.autoencoder.latent_channels, task.size[0] // down, task.size[1] // down)
+    shape = pipeline.latent_shape(task.size)
     x_T = batch_noise(seeds, shape) if latents is None else latents
     check_latents(x_T, (len(seeds), *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
@@ -170,6 +159,8 @@ def stream_task(
     conditions = [
         Condition(context[one.prompt], context[one.negative_prompt], one.scale) for one in wanted
     ]
+    if task.blend is not None:
+        conditions = task.blend(conditions)
     batches = [
         Batch(own, [k // every for k in own], [seeds[k] for k in own])
         for own in passes(conditions, batch_size)

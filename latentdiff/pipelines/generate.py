@@ -39,6 +39,7 @@ from latentdiff.pipelines import edit
 from latentdiff.pipelines.call import run_task, stream_task
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
+from latentdiff.pipelines.interpolate import interpolate
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.pipelines.task import (
@@ -145,6 +146,7 @@ class LatentDiffusionPipeline:
     inpaint = edit.inpaint
     outpaint = edit.outpaint
     variations = edit.variations
+    interpolate = interpolate
 
     def stream(
         self,
@@ -262,6 +264,11 @@ class LatentDiffusionPipeline:
         self.autoencoder.check_image_size(size)
         check_pixels(*size)
         return size
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of `size`, (height, width)."""
+        down = self.autoencoder.downscale
+        return self.autoencoder.latent_channels, size[0] // down, size[1] // down
 
     @property
     def default_guidance(self) -> float:

@@ -156,6 +156,17 @@ class Batch(NamedTuple):
     seeds: list[int]
 
 
+class Condition(NamedTuple):
+    """What the denoiser of one image is given."""
+
+    context: Tensor
+    """(tokens, width) of its prompt."""
+    negative: Tensor
+    """The same of its negative prompt."""
+    scale: float
+    """Of guidance."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is made besides an image of a prompt; its functions are called pass by pass."""
@@ -171,6 +182,8 @@ class Task:
     extra: Callable[[Batch], Tensor] | None = None
     """Channels (B, E, h, w) that the U-Net takes after those of x_t; None: an inpainting U-Net
     finds everything masked."""
+    blend: Callable[[list[Condition]], list[Condition]] | None = None
+    """Conditions of all images → those to use."""
     settle: Callable[[Tensor, Batch], Tensor] | None = None
     """Sampled latents (B, C, h, w) → those that are decoded."""
     finish: Callable[[Tensor, Batch], Tensor] | None = None
