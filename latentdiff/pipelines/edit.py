@@ -34,6 +34,7 @@ from latentdiff.pipelines.inputs import (
 )
 from latentdiff.pipelines.masks import composite, crop_box, in_latents, padded, widened
 from latentdiff.pipelines.pictures import PictureInput, Pictures, read_masks, read_pictures
+from latentdiff.pipelines.settings import recorded
 from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task, run_task
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 MAX_BLUR = 256
 
 
+@recorded
 def image_to_image(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
@@ -74,6 +76,7 @@ def image_to_image(
     return run_task(pipeline, _prompts(prompt, pictures), task, **options)
 
 
+@recorded
 def inpaint(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
@@ -120,6 +123,7 @@ def inpaint(
     )
 
 
+@recorded
 def outpaint(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
@@ -155,6 +159,7 @@ def outpaint(
     return _paint(pipeline, prompt, larger, seen, mask, strength, mask_blur, None, options)
 
 
+@recorded
 def variations(
     pipeline: LatentDiffusionPipeline,
     image: PictureInput,

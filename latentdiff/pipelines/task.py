@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.samplers import Denoiser, warn_of_late_start
 from latentdiff.errors import UserError
-from latentdiff.images import to_output
+from latentdiff.images import check_image_file, numbered, to_output
 from latentdiff.models.finite import check_finite
 from latentdiff.models.prompts import (
     PromptSyntax,
@@ -47,6 +48,8 @@ from latentdiff.pipelines.inputs import (
     seeds_of,
     warn_of_unused_negatives,
 )
+from latentdiff.pipelines.metadata import write
+from latentdiff.pipelines.settings import image_settings
 from latentdiff.sampling import SamplingPlan, build_denoiser, sample_latents
 
 if TYPE_CHECKING:
@@ -106,6 +109,32 @@ class PipelineOutput:
     """How each prompt was read: its tokens, its chunks, words that did not fit."""
     steps: int = 0
     """How many steps were run: those asked for, or `strength`'s share of them."""
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    """How each image was made, as `save` writes it; see `settings.image_settings`."""
+
+    def only(self, k: int) -> PipelineOutput:
+        """The k-th image alone."""
+        own = slice(k, k + 1)
+        prompt = k * len(self.prompts) // len(self.seeds)
+        return replace(
+            self,
+            images=self.images[own],
+            seeds=self.seeds[own],
+            prompts=self.prompts[prompt : prompt + 1],
+            settings=self.settings[own],
+        )
+
+    def save(self, file: str | Path) -> list[Path]:
+        """Write the images and how they were made: one as `file`, several as file-000.png ….
+
+        Raises:  UserError: `output_type` was not pil, or a file cannot be written.
+        """
+        file = Path(file)
+        check_image_file(file, "file")
+        if not isinstance(self.images, list):
+            raise UserError("only images of output_type='pil' can be saved.")
+        files = numbered(file, len(self.images))
+        return [write(*one) for one in zip(self.images, files, self.settings, strict=True)]
 
 
 class Batch(NamedTuple):
@@ -149,6 +178,8 @@ class Condition(NamedTuple):
     """The same of its negative prompt."""
     scale: float
     """Of guidance."""
+    prompt: str
+    negative_prompt: str
 
 
 @torch.no_grad()
@@ -221,7 +252,7 @@ def run_task(
 
     context = _encoded(pipeline, read)
     conditions = [
-        Condition(context[own], context[negative], scale)
+        Condition(context[own], context[negative], scale, own, negative)
         for own, negative, scale in zip(prompts, negatives, scales, strict=True)
         for _ in range(num_images_per_prompt)
     ]
@@ -244,8 +275,28 @@ def run_task(
                 x_0 = task.finish(x_0, batch) if task.finish else x_0
             found |= zip(batch.indices, x_0, strict=True)
     images = torch.stack([found[k] for k in range(count)])
-    read_prompts = [read[p] for p in prompts]
-    return PipelineOutput(to_output(images, output_type), seeds, read_prompts, len(plan.timesteps))
+    call = {
+        "prompt_syntax": prompt_syntax,
+        "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
+        "steps_run": len(plan.timesteps),
+        "sampler": plan.sampler,
+        "sampler_options": dict(plan.options),
+        "timestep_spacing": plan.spacing,
+        "timesteps": None if timesteps is None else list(timesteps),
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": interval,
+        "height": task.size[0],
+        "width": task.size[1],
+        "batch_size": batch_size,
+        **({} if latents is None else {"latents": "given"}),
+    }
+    return PipelineOutput(
+        to_output(images, output_type),
+        seeds,
+        [read[p] for p in prompts],
+        len(plan.timesteps),
+        image_settings(pipeline, batches, conditions, call),
+    )
 
 
 def _encoded(
@@ -276,7 +327,7 @@ def _sampled(
             return x_0
         t = plan.timesteps[0]
         x = pipeline.schedule.alpha(t) * x_0 + pipeline.schedule.sigma(t) * x
-    contexts, negatives, scales = zip(*conditions, strict=True)
+    contexts, negatives, scales, *_ = zip(*conditions, strict=True)
     network = pipeline.network
     if task.extra is not None:
         network = replace(network, extra=task.extra(batch).to(device))
