@@ -11,6 +11,8 @@ from latentdiff.errors import command
 COMMANDS = {
     "generate": ("latentdiff.cli.generate", "generate images from prompts"),
     "edit": ("latentdiff.cli.edit", "paint into images, beyond them, between them"),
+    "train": ("latentdiff.train.__main__", "train a U-Net, or fine-tune a model"),
+    "evaluate": ("latentdiff.cli.evaluate", "measure a model beside captioned images"),
     "inspect": (
         "latentdiff.cli.inspect",
         "say what a file of weights is, or how an image was made",

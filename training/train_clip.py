@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from latentdiff.cli.arguments import command_line
 from latentdiff.data.images import to_tensor
 from latentdiff.data.source import Readable, Source, open_source
 from latentdiff.errors import UserError, command
 from latentdiff.files import whole_folder
 from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
+from latentdiff.train.arguments import command_line
 from latentdiff.train.batches import BatchShape, to_device
 from latentdiff.train.clip import (
     ClipFeatures,

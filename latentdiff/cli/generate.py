@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.errors import UserError, command, warn
 from latentdiff.images import check_image_file
 from latentdiff.pipelines.inputs import check_pixels
+from latentdiff.pipelines.styles import read_styles, styled
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -68,6 +69,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
     add("--negative", metavar="TEXT", help="what to steer away from")
+    add("--style", action="append", default=[], metavar="NAME", help="may be repeated")
+    add("--styles", type=Path, default=Path("styles.csv"), metavar="FILE", help="%(default)s")
+    add("--wildcards", metavar="DIR", help="draw __name__ from DIR/name.txt, and {a|b}")
     add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="may be repeated")
     syntax = parser.add_mutually_exclusive_group().add_argument
     syntax(
@@ -98,15 +102,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
 
-def image_size(text: str | None) -> tuple[int | None, int | None]:
+def image_size(text: str | None, option: str = "--size") -> tuple[int | None, int | None]:
     """(height, width) from "64" or "64x128". Raises: UserError: anything else, or too many."""
     if text is None:
         return None, None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and len(part) < 10 for part in parts):
-        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r:.40}.")
+        raise UserError(f"{option} must be like 64 or 64x128 (height x width); got {text!r:.40}.")
     height, width = int(parts[0]), int(parts[-1])
-    check_pixels(height, width, "--size")
+    check_pixels(height, width, option)
     return height, width
 
 
@@ -168,9 +172,14 @@ def files_of(recorded: Iterable[Mapping[str, Any]], name: str) -> list[tuple[str
 def given(args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's options, of those that were given."""
     height, width = image_size(args.size)
+    prompts, negatives = args.prompts, args.negative
+    if args.style and prompts:
+        styles = read_styles(args.styles)
+        both = [styled(styles, args.style, prompt, negatives or "") for prompt in prompts]
+        prompts, negatives = map(list, zip(*both, strict=True))
     options = {
-        "prompt": args.prompts or None,
-        "negative_prompt": args.negative,
+        "prompt": prompts or None,
+        "negative_prompt": negatives,
         "prompt_syntax": "a1111" if args.weighted else "long" if args.long else None,
         "height": height,
         "width": width,
@@ -182,6 +191,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         "timestep_spacing": args.spacing,
         "timesteps": numbers("--timesteps", args.timesteps),
         "seed": args.seed,
+        "wildcards": args.wildcards,
     }
     return {name: value for name, value in options.items() if value is not None}
 
@@ -219,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         columns = columns or replay.settings.get("columns")
     else:
         output = opened(args, {})(**options, progress=not args.quiet)
-    if args.long or args.weighted:
+    if args.long or args.weighted or args.wildcards:
         for read in output.prompts:
             print(f"{read.text[:40]!r}: {read}", file=sys.stderr)
     if columns is None and (args.num_images or 1) > 1:
