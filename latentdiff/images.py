@@ -75,6 +75,13 @@ def grid(
     return canvas
 
 
+def numbered(file: Path, count: int) -> list[Path]:
+    """The file itself, or cat-000.png, cat-001.png … for several."""
+    if count == 1:
+        return [file]
+    return [file.with_name(f"{file.stem}-{k:03d}{file.suffix}") for k in range(count)]
+
+
 def save_animation(images: Sequence[Image], file: Path, seconds: float = 0.1) -> Path:
     """Write images as the frames of an endless GIF, all at once.
 
@@ -94,13 +101,6 @@ def save_animation(images: Sequence[Image], file: Path, seconds: float = 0.1) ->
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror or error}).") from error
     return file
-
-
-def numbered(file: Path, count: int) -> list[Path]:
-    """The file itself, or cat-000.png, cat-001.png … for several."""
-    if count == 1:
-        return [file]
-    return [file.with_name(f"{file.stem}-{k:03d}{file.suffix}") for k in range(count)]
 
 
 def check_image_file(file: Path, option: str) -> None:

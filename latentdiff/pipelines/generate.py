@@ -265,8 +265,9 @@ class LatentDiffusionPipeline:
             return SamplingPlan(custom_grid(self.schedule, timesteps), name, options)
         row = SAMPLERS[name]
         if spacing is None:
-            spacing = named_spacing or row.spacing or defaults.spacing
-        spacing = get_spacing(spacing or usual_spacing(self.schedule))
+            usual = defaults.spacing or usual_spacing(self.schedule)
+            spacing = named_spacing or row.spacing or usual
+        spacing = get_spacing(spacing)
         grid = timestep_grid(self.schedule, steps, spacing, STEPS_OFFSET, style=row.grid)
         return SamplingPlan(grid, name, options, spacing)
 

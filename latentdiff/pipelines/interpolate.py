@@ -9,7 +9,7 @@ Contexts lie on a line; noise turns by the angle θ between its ends, which keep
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 
@@ -21,6 +21,12 @@ from latentdiff.pipelines.task import Condition, PipelineOutput, SamplingOptions
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
+
+#: Options that there may be one of for each prompt.
+_EACH: tuple[Literal["negative_prompt", "guidance_scale"], ...] = (
+    "negative_prompt",
+    "guidance_scale",
+)
 
 
 @recorded
@@ -74,13 +80,19 @@ def interpolate(
     if isinstance(scales := options.get("guidance_scale"), list):
         scales = for_each(scales, keys, "guidance_scale", "number")
         frame_options["guidance_scale"] = [scales[i] for i in near]
-    return run_task(
+    output = run_task(
         pipeline,
         [prompts[i] for i in near],
         Task(size, blend=blend),
         latents=torch.stack([slerp(noise[i], noise[i + 1], place - i) for i, place in ends]),
         **frame_options,
     )
+    call = {"prompt": prompts, "seed": seeds, "frames": frames, "height": size[0], "width": size[1]}
+    call |= {name: options[name] for name in _EACH if name in options}
+    for k, settings in enumerate(output.settings):
+        settings |= {"task": "interpolate", "arguments": {**call, "frame": k}}
+        del settings["latents"]  # which follow from these
+    return output
 
 
 def _between(first: Condition, second: Condition, w: float) -> Condition:

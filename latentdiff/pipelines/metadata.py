@@ -159,11 +159,12 @@ _KINDS: dict[str, Any] = {
     "dtype": ("float32", "bfloat16", "float16"),
     **dict.fromkeys(("timesteps", "guidance_interval"), list | None),
     **dict.fromkeys(("sampler_options", "versions"), dict),
-    "arguments": {"image": _PICTURE, "mask_image": _PICTURE},
+    "arguments": {"image": _PICTURE, "mask_image": _PICTURE, "frames": range(10_000)},
     "model": dict.fromkeys(("source", "name", "hash", "variant", "revision"), str | None),
     "loras": [{"file": str, "weight": int | float}],
     "embeddings": [{"file": str, "token": str}],
     "batch": {"size": range(1, 1025), "place": range(1024), "guided": bool},
+    "batch_size": int,
     "threads": range(1, 1025),
 }
 _KINDS["images"] = [_KINDS]

@@ -106,6 +106,8 @@ def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]
         for k, settings in enumerate(output.settings):
             own = {n: of[k // each % len(of)] for n, of in pictures.items() if of}
             settings |= {"task": method.__name__, "arguments": {**given, **own}}
+            if isinstance(output.images, list):
+                settings["width"], settings["height"] = output.images[k].size
         return output
 
     return run
