@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.noise import batch_noise, mix
+from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.objective import draw, per_sample_loss
 from latentdiff.diffusion.samplers import timestep_grid, warn_of_late_start
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -131,8 +131,7 @@ class Validator:
             captions = [plainly(data.captions(row), config.captions) for row in rows]
             states = self._context(captions).to(self._device)
             weight = None if mask is None else mask.float().to(self._device)
-            seeds = [mix(seed, n) for n in numbers]
-            extra = None if self._extra is None else self._extra(data, rows, seeds)
+            extra = None if self._extra is None else self._extra(data, rows, numbers)
             model = with_extra(self._model, extra)
             loss = per_sample_loss(model, x_0, states, random, self._schedule, objective, weight)
             total += float(loss.double().sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -300,6 +301,11 @@ def test_pictures_are_those_that_were_encoded(buckets: bool, folder: Path, tmp_p
         dark = picture.pixels[0] < 0
         assert float((dark == picture.mask).float().mean()) > 0.95
     if not buckets:
+        moving = OnlineLatents(source, vae, dataclasses.replace(config, crop="random"))
+        cut = torch.stack([p.pixels for p in moving.pixels(indices, seeds)])
+        with torch.no_grad():
+            torch.testing.assert_close(vae.encode_moments(cut), moving.read(indices, seeds).moments)
+        assert not torch.equal(cut, pixels)
         online = OnlineLatents(source, vae, config).pixels(indices, seeds)
         for ours, theirs in zip(online, pictures, strict=True):
             assert torch.equal(ours.pixels, theirs.pixels)
