@@ -22,6 +22,7 @@ _PATTERNS = [
     "*/*.json",
     "tokenizer/*.txt",
     *(f"{part}/{stem}*.safetensors" for part, stem in _STEMS.items()),
+    f"{VAE_STEM}*.safetensors",  # of an autoencoder alone
 ]
 _VARIANTS = (*STAND_INS, "non_ema")
 

@@ -226,7 +226,8 @@ def with_generation(
     sampling: SamplingDefaults, data: Mapping[str, Any], where: object
 ) -> SamplingDefaults:
     """Take them over. Raises: UserError: a value outside its range."""
-    scale, counts = data.get("guidance_scale"), {name: data.get(name) for name in _LEAST}
+    scale = data.get("guidance_scale")
+    counts: dict[str, Any] = {name: data.get(name) for name in _LEAST}
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if scale is not None and not (number and math.isfinite(scale) and scale >= 0):
         raise UserError(f"guidance_scale in {where} must be a number of at least 0; got {scale!r}.")

@@ -87,6 +87,7 @@ class LatentDiffusionPipeline:
         revision: str | None = None,
         variant: str | None = None,
         prediction: str | None = None,
+        vae: str | Path | None = None,
     ) -> Self:
         """Load a model: a folder of diffusers' Stable Diffusion layout, or a single file.
 
@@ -96,6 +97,7 @@ class LatentDiffusionPipeline:
                  revision: branch, tag or commit on the hub.
                  variant: which weights, where there are several: fp16, non_ema.
                  prediction: eps or v instead of what the model says.
+                 vae: an autoencoder instead of the model's own, see `load_model`.
         Raises:  UserError: missing, incomplete, unsupported or inconsistent.
         """
         if folder_or_hub_id is None:
@@ -106,7 +108,7 @@ class LatentDiffusionPipeline:
                 )
             folder_or_hub_id = EMBEDDED_MODEL
         options = {"revision": revision, "variant": variant, "prediction": prediction}
-        return cls(load_model(folder_or_hub_id, dtype=dtype, **options))
+        return cls(load_model(folder_or_hub_id, dtype=dtype, vae=vae, **options))
 
     def __call__(
         self,
