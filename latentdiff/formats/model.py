@@ -50,7 +50,7 @@ def load_model(
     Raises:  UserError: missing, damaged, unsupported, or parts that do not fit each other.
     """
     file = as_file(name)
-    folder = None if file else resolve_folder(name, revision, variant)
+    folder = Path() if file else resolve_folder(name, revision, variant)
     autoencoder = None
     if vae is not None:
         autoencoder = open_autoencoder(vae, like=_vae_configuration(file, folder))
@@ -77,11 +77,11 @@ def save_model(
     return save_components(path, components, dtype, max_shard_bytes=max_shard_bytes)
 
 
-def _vae_configuration(file: Path | None, folder: Path | None) -> Any:
+def _vae_configuration(file: Path | None, folder: Path) -> Any:
     """That of a model's own autoencoder, if it says it."""
     if file:
         return vae_configuration(file)
-    own = Path(folder or "") / "vae" / "config.json"
+    own = folder / "vae" / "config.json"
     return read_json(own) if own.is_file() else None
 
 

@@ -66,6 +66,9 @@ class SamplingDefaults:
     clip_skip: int | None = None
     """How many of the text encoder's last layers were left out in training
     (generation_config.json), see `TextEncoder.checked_skip`; None: none."""
+    known_things: tuple[str, ...] = ()
+    """Names of what the model was trained to draw (generation_config.json); a prompt that has none
+    of them is warned of. Empty: any prompt is as good."""
 
     def final_timestep(self, sampler: str) -> int | None:
         """Where the last step of a sampler leads: None the clean image, 0 the first noise level."""
@@ -219,6 +222,7 @@ _LEAST = {"chunk_tokens": 1, "clip_skip": 0}
 def generation_defaults(sampling: SamplingDefaults) -> dict[str, Any]:
     """What the file says; empty when there is nothing to say."""
     own = {name: getattr(sampling, name) for name in ("guidance_scale", *_LEAST)}
+    own["known_things"] = list(sampling.known_things) or None
     return {key: value for key, value in own.items() if value is not None}
 
 
@@ -237,5 +241,9 @@ def with_generation(
             raise UserError(
                 f"{name} in {where} must be a whole number of at least {least}; got {value!r:.80}."
             )
+    things = data.get("known_things") or []
+    if not isinstance(things, list) or not all(isinstance(t, str) and t.strip() for t in things):
+        raise UserError(f"known_things in {where} must be a list of names; got {things!r:.80}.")
     scale = None if scale is None else float(scale)
-    return dataclasses.replace(sampling, guidance_scale=scale, **counts)
+    known = {"known_things": tuple(things), **counts}
+    return dataclasses.replace(sampling, guidance_scale=scale, **known)

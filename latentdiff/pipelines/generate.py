@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -13,8 +14,10 @@ from latentdiff.diffusion.samplers import (
     SAMPLERS,
     check_options,
     custom_grid,
+    get_spacing,
     split_name,
     timestep_grid,
+    usual_spacing,
 )
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
@@ -32,9 +35,9 @@ from latentdiff.models.prompts import (
     add_word,
     read_prompt,
 )
-from latentdiff.pipelines.inputs import (
-    check_pixels,
-)
+from latentdiff.pipelines import edit
+from latentdiff.pipelines.hashes import model_name
+from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.pipelines.task import (
@@ -46,6 +49,7 @@ from latentdiff.pipelines.task import (
     stream_task,
 )
 from latentdiff.sampling import Network, SamplingPlan
+from latentdiff.weights import raw_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,6 +81,10 @@ class LatentDiffusionPipeline:
         """A tiny autoencoder (AutoencoderTiny) with this one's latents, see `preview`."""
         self._linear_decoder: Tensor | None = None
         self._interrupt = False
+        #: Learned words, as `settings` records them.
+        self.embeddings: list[dict[str, Any]] = []
+        #: The model, as `settings` records it; its hash is added when it is needed.
+        self.model: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -100,6 +108,7 @@ class LatentDiffusionPipeline:
                  vae: an autoencoder instead of the model's own, see `load_model`.
         Raises:  UserError: missing, incomplete, unsupported or inconsistent.
         """
+        source = "embedded" if folder_or_hub_id is None else str(folder_or_hub_id)
         if folder_or_hub_id is None:
             if not EMBEDDED_MODEL.is_dir():
                 raise UserError(
@@ -107,8 +116,11 @@ class LatentDiffusionPipeline:
                     "Give a model folder or a Hugging Face id."
                 )
             folder_or_hub_id = EMBEDDED_MODEL
-        options = {"revision": revision, "variant": variant, "prediction": prediction}
-        return cls(load_model(folder_or_hub_id, dtype=dtype, vae=vae, **options))
+        options: dict[str, Any] = {"revision": revision, "variant": variant}
+        options |= {"prediction": prediction, "vae": None if vae is None else str(vae)}
+        pipeline = cls(load_model(folder_or_hub_id, dtype=dtype, **options))
+        pipeline.model = {"source": source, "name": model_name(source), **options}
+        return pipeline
 
     def __call__(
         self,
@@ -159,6 +171,11 @@ class LatentDiffusionPipeline:
         if self._linear_decoder is None:
             self._linear_decoder = linear_decoder(self.autoencoder)
         return to_output(apply_linear(self._linear_decoder, latents), "pil")
+
+    image_to_image = edit.image_to_image
+    inpaint = edit.inpaint
+    outpaint = edit.outpaint
+    variations = edit.variations
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.
@@ -268,6 +285,8 @@ class LatentDiffusionPipeline:
         word = read_embedding(path)
         name = word.token if token is None else token
         add_word(self.text_encoder, name, word.vectors)
+        hashed = hashlib.sha256(raw_bytes(word.vectors)).hexdigest()[:10]
+        self.embeddings.append({"file": str(path), "token": name, "hash": hashed})
         return name
 
     def sampling_plan(
@@ -295,8 +314,9 @@ class LatentDiffusionPipeline:
         row = SAMPLERS[name]
         if spacing is None:
             spacing = named_spacing or row.spacing or defaults.spacing
+        spacing = get_spacing(spacing or usual_spacing(self.schedule))
         grid = timestep_grid(self.schedule, steps, spacing, STEPS_OFFSET, style=row.grid)
-        return SamplingPlan(grid, name, options)
+        return SamplingPlan(grid, name, options, spacing)
 
     @property
     def network(self) -> Network:

@@ -16,9 +16,9 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 from __future__ import annotations
 
 import gc
-import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
@@ -28,8 +28,9 @@ from tqdm import tqdm
 from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.samplers import Denoiser, SamplerState, warn_of_late_start
 from latentdiff.errors import UserError, choice_error, warn
-from latentdiff.images import to_output
+from latentdiff.images import check_image_file, numbered, to_output
 from latentdiff.models.finite import check_finite
+from latentdiff.models.known_things import warn_of_unknown_things
 from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
@@ -41,14 +42,17 @@ from latentdiff.pipelines.inputs import (
     check_counts,
     check_latents,
     check_output_type,
-    check_seed,
     check_share,
     for_each,
     guidance_interval_of,
     guidance_scales,
     prompt_list,
+    seeds_of,
     warn_of_unused_negatives,
 )
+from latentdiff.pipelines.metadata import write
+from latentdiff.pipelines.settings import image_settings
+from latentdiff.pipelines.wildcards import Wildcards
 from latentdiff.sampling import SamplingPlan, build_denoiser, finite_states, sampled_states
 
 if TYPE_CHECKING:
@@ -94,8 +98,12 @@ class SamplingOptions(TypedDict, total=False):
     """A name in SPACINGS; None: as the sampler or the folder says."""
     timesteps: Sequence[float] | None
     """Your own, decreasing, instead of num_inference_steps and a spacing."""
-    seed: int | None
-    """Of the first image, image k has seed + k, below 2^64; None: drawn, see `.seeds`."""
+    seed: int | Sequence[int] | None
+    """Of the first image, image k has seed + k, below 2^64; or of each image; None: drawn, see
+    `.seeds`."""
+    wildcards: str | Path | None
+    """A folder of text files: `__animal__` in a prompt is a line of animal.txt and `{a|b}` a or b,
+    drawn for each image from its own seed, see `wildcards`; None: they are text."""
     output_type: OutputType
     """pil, np, pt or latent; see `PipelineOutput`."""
     batch_size: int
@@ -120,9 +128,24 @@ class PipelineOutput:
     seeds: list[int]
     """The seed of each image: give it as `seed` to get that image again."""
     prompts: list[ReadPrompt] = field(default_factory=list)
-    """How each prompt was read: its tokens, its chunks, words that did not fit."""
+    """How each prompt was read: its tokens, its chunks, words that did not fit. With wildcards,
+    that of each image."""
     steps: int = 0
     """How many steps were run: those asked for, or `strength`'s share of them."""
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    """How each image was made, as `save` writes it; see `settings.image_settings`."""
+
+    def save(self, file: str | Path) -> list[Path]:
+        """Write the images and how they were made: one as `file`, several as file-000.png ….
+
+        Raises:  UserError: `output_type` was not pil, or a file cannot be written.
+        """
+        file = Path(file)
+        check_image_file(file, "file")
+        if not isinstance(self.images, list):
+            raise UserError("only images of output_type='pil' can be saved.")
+        files = numbered(file, len(self.images))
+        return [write(*one) for one in zip(self.images, files, self.settings, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -165,6 +188,11 @@ class Task:
 
     size: tuple[int, int]
     """(height, width) in pixels of what the U-Net works on."""
+    name: str = "text_to_image"
+    """The method of the pipeline that it is."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the method was given besides prompt and `SamplingOptions`, to be recorded; see
+    `settings.given`."""
     start: Callable[[Batch], Tensor] | None = None
     """Latents (B, C, h, w) to begin from, with noise in `strength`'s measure; None: pure noise."""
     strength: float = 1.0
@@ -173,6 +201,8 @@ class Task:
     """Steers the model's denoiser, see `diffusion.guidance`."""
     extra: Callable[[Batch], Tensor] | None = None
     """Channels (B, E, h, w) that the U-Net takes after those of x_t."""
+    settle: Callable[[Tensor, Batch], Tensor] | None = None
+    """Sampled latents (B, C, h, w) → those that are decoded."""
     finish: Callable[[Tensor, Batch], Tensor] | None = None
     """Decoded images (B, 3, H, W) in [−1, 1] → those of the result."""
 
@@ -186,6 +216,8 @@ class Condition(NamedTuple):
     """The same of its negative prompt."""
     scale: float
     """Of guidance."""
+    prompt: str
+    negative_prompt: str
 
 
 def run_task(
@@ -222,7 +254,8 @@ def stream_task(
     sampler_options: dict[str, Any] | None = None,
     timestep_spacing: str | None = None,
     timesteps: Sequence[float] | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    wildcards: str | Path | None = None,
     output_type: OutputType = "pil",
     batch_size: int = 16,
     progress: bool = True,
@@ -236,6 +269,12 @@ def stream_task(
     Raises:  UserError: any argument outside what is described there, before any work.
              NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
     """
+    if pipeline.unet.config.inpaints and task.extra is None:
+        raise UserError(
+            "this is an inpainting model: it paints a masked part of an image and draws nothing "
+            "without one. Call inpaint or outpaint (latentdiff edit inpaint), or take a "
+            "text-to-image model."
+        )
     prompts = prompt_list(prompt, "prompt")
     negative = "" if negative_prompt is None else negative_prompt
     negatives = prompt_list(negative, "negative_prompt")
@@ -246,7 +285,6 @@ def stream_task(
     interval = guidance_interval_of(guidance_interval)
     check_share("guidance_rescale", guidance_rescale)
     check_output_type(output_type)
-    read = {text: pipeline.read_prompt(text, prompt_syntax) for text in [*prompts, *negatives]}
     check_counts(
         num_images_per_prompt=num_images_per_prompt,
         num_inference_steps=num_inference_steps,
@@ -255,8 +293,15 @@ def stream_task(
     clip_skip = pipeline.text_encoder.checked_skip(clip_skip)
     on_step = _hook(pipeline, callback_on_step_end, callback_on_step_end_tensor_inputs)
     count = len(prompts) * num_images_per_prompt
-    first = secrets.randbelow(2**31) if seed is None else check_seed(seed, count)
-    seeds = [first + k for k in range(count)]
+    seeds = seeds_of(seed, count)
+    # By image, since wildcards make a text of its own of each.
+    texts = [[p, n] for p, n in zip(prompts, negatives, strict=True)]
+    texts = [text for text in texts for _ in range(num_images_per_prompt)]
+    if wildcards is not None:
+        choices = Wildcards(wildcards)
+        texts = [choices.expand(text, own) for text, own in zip(texts, seeds, strict=True)]
+    scales = [scale for scale in scales for _ in range(num_images_per_prompt)]
+    read = {text: pipeline.read_prompt(text, prompt_syntax) for both in texts for text in both}
     plan = pipeline.sampling_plan(
         num_inference_steps,
         sampler=sampler,
@@ -271,12 +316,13 @@ def stream_task(
     x_T = batch_noise(seeds, shape) if latents is None else latents
     check_latents(x_T, (count, *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
+    known = pipeline.components.sampling.known_things
+    warn_of_unknown_things(pipeline.text_encoder, prompts, known)
 
     context = _encoded(pipeline, read, clip_skip)
     conditions = [
-        Condition(context[own], context[negative], scale)
-        for own, negative, scale in zip(prompts, negatives, scales, strict=True)
-        for _ in range(num_images_per_prompt)
+        Condition(context[own], context[negative], scale, own, negative)
+        for (own, negative), scale in zip(texts, scales, strict=True)
     ]
     batches = [
         Batch(own, [k // num_images_per_prompt for k in own], [seeds[k] for k in own])
@@ -285,11 +331,36 @@ def stream_task(
     guidance = {"rescale": guidance_rescale, "interval": interval}
     call = _Call(pipeline, task, conditions, x_T, plan, guidance, output_type, on_step)
     with tqdm(unit="step", leave=False, disable=not progress) as bar:
-        found = yield from call.run(batches, bar)
+        done = yield from call.run(batches, bar)
+    found = {k: one for batch, images in done for k, one in zip(batch.indices, images, strict=True)}
     order = sorted(found)  # not all, where it was interrupted
-    images = to_output(torch.stack([found[k] for k in order]), output_type)
-    read_prompts = [read[p] for p in prompts]
-    yield PipelineOutput(images, [seeds[k] for k in order], read_prompts, len(plan.timesteps))
+    every = 1 if wildcards is not None else num_images_per_prompt
+    read_prompts = [read[own] for own, _ in texts[::every]]
+    shared = {
+        "task": task.name,
+        "arguments": dict(task.arguments),
+        "prompt_syntax": prompt_syntax,
+        "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
+        "steps_run": len(plan.timesteps),
+        "sampler": plan.sampler,
+        "sampler_options": dict(plan.options),
+        "timestep_spacing": plan.spacing,
+        "timesteps": None if timesteps is None else list(timesteps),
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": interval,
+        "height": task.size[0],
+        "width": task.size[1],
+        "batch_size": batch_size,
+        "clip_skip": clip_skip,
+        **({} if latents is None else {"latents": "given"}),
+    }
+    yield PipelineOutput(
+        to_output(torch.stack([found[k] for k in order]), output_type),
+        [seeds[k] for k in order],
+        read_prompts,
+        len(plan.timesteps),
+        image_settings(pipeline, [batch for batch, _ in done], conditions, shared),
+    )
 
 
 def _hook(
@@ -336,15 +407,17 @@ class _Call:
     output_type: OutputType
     on_step: Callable[[SamplerState], None]
 
-    def run(self, batches: list[Batch], bar: Any) -> Generator[Progress, None, dict[int, Tensor]]:
+    def run(
+        self, batches: list[Batch], bar: Any
+    ) -> Generator[Progress, None, list[tuple[Batch, Tensor]]]:
         """All passes, or those until `pipeline._interrupt` was set.
 
         A pass that runs out of memory is done again in halves, and so are those behind it.
 
-        Returns: the images, or latents, by their numbers.
+        Returns: the passes with their images, or latents.
         Raises:  UserError: no memory for one image at a time.
         """
-        found, done = dict[int, Tensor](), 0
+        found, done = list[tuple[Batch, Tensor]](), 0
         self.pipeline._interrupt = False
         while batches and not self.pipeline._interrupt:
             batch, images = batches[0], None
@@ -366,7 +439,7 @@ class _Call:
             if images is None:
                 _free_memory()  # here, since the handler keeps what was computed alive
             else:
-                found |= zip(batch.indices, images, strict=True)
+                found.append((batch, images))
                 batches = batches[1:]
         return found
 
@@ -381,7 +454,7 @@ class _Call:
             t = plan.timesteps[0]
             x = pipeline.schedule.alpha(t) * x_0 + pipeline.schedule.sigma(t) * x
         own = [self.conditions[k] for k in batch.indices]
-        contexts, negatives, scales = zip(*own, strict=True)
+        contexts, negatives, scales, *_ = zip(*own, strict=True)
         network = pipeline.network
         if task.extra is not None:
             network = replace(network, extra=task.extra(batch).to(device))
@@ -393,6 +466,7 @@ class _Call:
 
     def finished(self, x_0: Tensor, batch: Batch) -> Tensor:
         """Images (B, 3, H, W) in [−1, 1] of latents, or these."""
+        x_0 = x_0 if self.task.settle is None else self.task.settle(x_0, batch)
         if self.output_type == "latent":
             return x_0
         images = self.pipeline.autoencoder.decode(x_0)
