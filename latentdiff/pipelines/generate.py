@@ -40,6 +40,7 @@ from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
+from latentdiff.pipelines.offload import Offload
 from latentdiff.pipelines.task import (
     PipelineOutput,
     Progress,
@@ -81,6 +82,7 @@ class LatentDiffusionPipeline:
         """A tiny autoencoder (AutoencoderTiny) with this one's latents, see `preview`."""
         self._linear_decoder: Tensor | None = None
         self._interrupt = False
+        self._offload: Offload | None = None
         #: Learned words, as `settings` records them.
         self.embeddings: list[dict[str, Any]] = []
         #: The model, as `settings` records it; its hash is added when it is needed.
@@ -231,10 +233,28 @@ class LatentDiffusionPipeline:
 
         The autoencoder stays float32: Stable Diffusion's decoders overflow in float16.
         """
+        if device is not None and self._offload is not None:
+            self._offload.remove()
+            self._offload = None
         self.unet.to(device=device, dtype=dtype)
         self.text_encoder.to(device=device, dtype=dtype)
         self.autoencoder.to(device=device)
         return self
+
+    def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> None:
+        """Keep the parts on the CPU and each on the device only while it computes; `to` ends it.
+
+        Args:    device: None: cuda or mps, whichever there is.
+        Raises:  UserError: there is none.
+        """
+        if device is None and not torch.accelerator.is_available():
+            raise UserError(
+                "enable_model_cpu_offload needs another device than the CPU (cuda, mps), and this "
+                "machine has none; leave it out."
+            )
+        self.to("cpu")
+        chosen = torch.accelerator.current_accelerator() if device is None else device
+        self._offload = Offload(self, torch.device(chosen or "cpu"))
 
     def enable_vae_slicing(self) -> None:
         """Encode and decode one image at a time, which takes less memory."""
@@ -246,8 +266,8 @@ class LatentDiffusionPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is."""
-        return self.unet.device
+        """Where the U-Net computes."""
+        return self.unet.device if self._offload is None else self._offload.device
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -320,5 +340,7 @@ class LatentDiffusionPipeline:
 
     @property
     def network(self) -> Network:
-        """The U-Net as sampling uses it."""
-        return Network(self.unet, self.schedule, self.prediction)
+        """The U-Net as sampling uses it, on its device."""
+        if self._offload is not None:
+            self._offload.bring("unet")
+        return Network(self.unet, self.schedule, self.prediction, device=self.device)
