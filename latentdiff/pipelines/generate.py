@@ -35,7 +35,7 @@ from latentdiff.models.prompts import (
     add_word,
     read_prompt,
 )
-from latentdiff.pipelines import edit
+from latentdiff.pipelines import edit, two_pass
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.inversion import Inversion, invert
@@ -46,7 +46,7 @@ from latentdiff.pipelines.task import (
     Progress,
     SamplingOptions,
     Task,
-    run_task,
+    result_of,
     stream_task,
 )
 from latentdiff.sampling import Network, SamplingPlan
@@ -131,6 +131,8 @@ class LatentDiffusionPipeline:
         height: int | None = None,
         width: int | None = None,
         latents: Tensor | None = None,
+        hires_scale: float | None = None,
+        hires_strength: float = two_pass.STRENGTH,
         **options: Unpack[SamplingOptions],
     ) -> PipelineOutput:
         """Generate images.
@@ -139,13 +141,17 @@ class LatentDiffusionPipeline:
                  height, width: in pixels, multiples of the autoencoder's downscale, at most
                  `MAX_PIXELS` in all; None: the size of the training.
                  latents: initial noise (B, C, h, w) instead of the seeds'.
+                 hires_scale: draw in two passes, the second so many times as wide and tall, begun
+                 from the first enlarged, see `two_pass`; None: in one.
+                 hires_strength: 0 … 1, how much of the way from noise the second pass goes.
                  options: steps, guidance, sampler, seed …, see `SamplingOptions`.
         Returns: images, their seeds, and how the prompts were read.
         Raises:  UserError: any argument outside what is described here, before any work.
                  NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
         """
-        task = Task(self.image_size(height, width))
-        return run_task(self, prompt, task, latents=latents, **options)
+        given = {"height": height, "width": width, "latents": latents}
+        hires = {"hires_scale": hires_scale, "hires_strength": hires_strength}
+        return result_of(self.stream(prompt, **given, **hires, **options))  # type: ignore[arg-type]
 
     def stream(
         self,
@@ -154,6 +160,8 @@ class LatentDiffusionPipeline:
         height: int | None = None,
         width: int | None = None,
         latents: Tensor | None = None,
+        hires_scale: float | None = None,
+        hires_strength: float = two_pass.STRENGTH,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Progress | PipelineOutput]:
         """Generate images and look on: a `Progress` after each step, then the result.
@@ -163,8 +171,11 @@ class LatentDiffusionPipeline:
 
         Args, Raises: as for a call.
         """
-        task = Task(self.image_size(height, width))
-        return stream_task(self, prompt, task, latents=latents, **options)
+        size = self.image_size(height, width)
+        if hires_scale is None:
+            return stream_task(self, prompt, Task(size), latents=latents, **options)
+        hires = hires_scale, hires_strength
+        return two_pass.stream_two_passes(self, prompt, size, *hires, latents, {**options})
 
     def preview(self, latents: Tensor) -> list[Image]:
         """Rough images of latents (B, C, h, w): `preview_decoder`'s, or as large as the latents."""

@@ -229,7 +229,12 @@ def run_task(
     **options: Unpack[SamplingOptions],
 ) -> PipelineOutput:
     """Do a task for each prompt; arguments: `stream_task`."""
-    for event in stream_task(pipeline, prompt, task, latents=latents, **options):
+    return result_of(stream_task(pipeline, prompt, task, latents=latents, **options))
+
+
+def result_of(events: Iterable[Progress | PipelineOutput]) -> PipelineOutput:
+    """What a stream gives last."""
+    for event in events:
         output = event
     assert isinstance(output, PipelineOutput)
     return output
