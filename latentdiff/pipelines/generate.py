@@ -24,6 +24,7 @@ from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.formats.embedding import read_embedding
 from latentdiff.formats.folder import Components
+from latentdiff.formats.hub import resolve_folder
 from latentdiff.formats.model import load_model, save_model
 from latentdiff.formats.scheduler import STEPS_OFFSET
 from latentdiff.images import to_output
@@ -35,6 +36,7 @@ from latentdiff.models.prompts import (
     add_word,
     read_prompt,
 )
+from latentdiff.models.safety_checker import SafetyChecker, load_safety_checker
 from latentdiff.pipelines import edit, two_pass
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
@@ -81,6 +83,8 @@ class LatentDiffusionPipeline:
         self.preview_decoder: Autoencoder | None = None
         """A tiny autoencoder (AutoencoderTiny) with this one's latents, see `preview`."""
         self._linear_decoder: Tensor | None = None
+        self.safety_checker: SafetyChecker | None = None
+        """Says of each image whether it shows what it should not, see `load_safety_checker`."""
         self._interrupt = False
         self._offload: Offload | None = None
         #: Learned words, as `settings` records them.
@@ -229,6 +233,16 @@ class LatentDiffusionPipeline:
         """
         return self.loras.load(path, weight, name)
 
+    def load_safety_checker(self, name: str | Path) -> None:
+        """Have images checked; `PipelineOutput.flagged` says of which, and nothing is blackened.
+
+        Args:    name: a folder or Hugging Face id of Stable Diffusion's safety checker, such as
+                 CompVis/stable-diffusion-safety-checker, or of a model that has one.
+        Raises:  UserError: there is none.
+        """
+        checker = load_safety_checker(resolve_folder(name))
+        self.safety_checker = checker.to(self.device)
+
     def fuse_lora(self) -> None:
         """Add the attached LoRA files to the weights: the same images, no more to compute."""
         self.loras.fuse()
@@ -250,6 +264,8 @@ class LatentDiffusionPipeline:
         self.unet.to(device=device, dtype=dtype)
         self.text_encoder.to(device=device, dtype=dtype)
         self.autoencoder.to(device=device)
+        if self.safety_checker is not None:
+            self.safety_checker.to(device=device)
         return self
 
     def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> None:

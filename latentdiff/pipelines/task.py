@@ -134,6 +134,9 @@ class PipelineOutput:
     """How many steps were run: those asked for, or `strength`'s share of them."""
     settings: list[dict[str, Any]] = field(default_factory=list)
     """How each image was made, as `save` writes it; see `settings.image_settings`."""
+    flagged: list[bool] | None = None
+    """What the safety checker says of each image; None: there is none, or the images are latents.
+    They are as they were drawn all the same."""
 
     def save(self, file: str | Path) -> list[Path]:
         """Write the images and how they were made: one as `file`, several as file-000.png ….
@@ -359,12 +362,15 @@ def stream_task(
         "clip_skip": clip_skip,
         **({} if latents is None else {"latents": "given"}),
     }
+    images = torch.stack([found[k] for k in order])
+    check = None if output_type == "latent" else pipeline.safety_checker
     yield PipelineOutput(
-        to_output(torch.stack([found[k] for k in order]), output_type),
+        to_output(images, output_type),
         [seeds[k] for k in order],
         read_prompts,
         len(plan.timesteps),
         image_settings(pipeline, [batch for batch, _ in done], conditions, shared),
+        None if check is None else [f for one in images[:, :3].split(1) for f in check(one)],
     )
 
 
