@@ -41,7 +41,7 @@ def image_settings(
     wanted: Sequence[Wanted],
     call: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """The settings of each image of a call.
+    """The settings of each image of these passes.
 
     Args:    batches: the passes that were made.  wanted: one per image.
              call: what is the same for all of them.
