@@ -44,7 +44,7 @@ def image_settings(
 
     Args:    conditions: one per image.  call: what is the same for all of them.
     """
-    shared = {**call, **_surroundings(pipeline)}
+    shared = {**call, **surroundings(pipeline)}
     found = dict[int, dict[str, Any]]()
     for batch in batches:
         guided = needs_unconditional([conditions[k].scale for k in batch.indices])
@@ -62,7 +62,8 @@ def image_settings(
     return [found[k] for k in range(len(conditions))]
 
 
-def _surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+def surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+    """What is the same for all images of a pipeline: model, adapters, machine, versions."""
     from latentdiff import __version__
 
     source = pipeline.components.source
