@@ -32,10 +32,9 @@ from latentdiff.models.prompts import (
     add_word,
     read_prompt,
 )
+from latentdiff.pipelines import edit
 from latentdiff.pipelines.hashes import model_name
-from latentdiff.pipelines.inputs import (
-    check_pixels,
-)
+from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.pipelines.task import PipelineOutput, SamplingOptions, Task, run_task
@@ -126,6 +125,11 @@ class LatentDiffusionPipeline:
         task = Task(self.image_size(height, width))
         return run_task(self, prompt, task, latents=latents, **options)
 
+    image_to_image = edit.image_to_image
+    inpaint = edit.inpaint
+    outpaint = edit.outpaint
+    variations = edit.variations
+
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.
 
@@ -184,6 +188,14 @@ class LatentDiffusionPipeline:
         self.text_encoder.to(device=device, dtype=dtype)
         self.autoencoder.to(device=device)
         return self
+
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode one image at a time, which takes less memory."""
+        self.autoencoder.slicing = True
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode in bands of rows: less memory, the same pixels; see `models.bands`."""
+        self.autoencoder.tiling = True
 
     @property
     def device(self) -> torch.device:

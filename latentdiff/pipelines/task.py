@@ -29,6 +29,7 @@ from latentdiff.diffusion.samplers import Denoiser, warn_of_late_start
 from latentdiff.errors import UserError
 from latentdiff.images import check_image_file, numbered, to_output
 from latentdiff.models.finite import check_finite
+from latentdiff.models.known_things import warn_of_unknown_things
 from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
@@ -166,6 +167,8 @@ class Task:
     """Steers the model's denoiser, see `diffusion.guidance`."""
     extra: Callable[[Batch], Tensor] | None = None
     """Channels (B, E, h, w) that the U-Net takes after those of x_t."""
+    settle: Callable[[Tensor, Batch], Tensor] | None = None
+    """Sampled latents (B, C, h, w) → those that are decoded."""
     finish: Callable[[Tensor, Batch], Tensor] | None = None
     """Decoded images (B, 3, H, W) in [−1, 1] → those of the result."""
 
@@ -214,6 +217,12 @@ def run_task(
     Raises:  UserError: any argument outside what is described there, before any work.
              NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
     """
+    if pipeline.unet.config.inpaints and task.extra is None:
+        raise UserError(
+            "this is an inpainting model: it paints a masked part of an image and draws nothing "
+            "without one. Call inpaint or outpaint (latentdiff edit inpaint), or take a "
+            "text-to-image model."
+        )
     prompts = prompt_list(prompt, "prompt")
     negative = "" if negative_prompt is None else negative_prompt
     negatives = prompt_list(negative, "negative_prompt")
@@ -253,6 +262,8 @@ def run_task(
     x_T = batch_noise(seeds, shape) if latents is None else latents
     check_latents(x_T, (count, *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
+    known = pipeline.components.sampling.known_things
+    warn_of_unknown_things(pipeline.text_encoder, (own for own, _ in texts), known)
 
     context = _encoded(pipeline, read)
     conditions = [
@@ -277,6 +288,7 @@ def run_task(
             found |= zip(batch.indices, x_0, strict=True)
     images = torch.stack([found[k] for k in range(count)])
     every = 1 if wildcards is not None else num_images_per_prompt
+    read_prompts = [read[own] for own, _ in texts[::every]]
     call = {
         "prompt_syntax": prompt_syntax,
         "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
@@ -295,7 +307,7 @@ def run_task(
     return PipelineOutput(
         to_output(images, output_type),
         seeds,
-        [read[own] for own, _ in texts[::every]],
+        read_prompts,
         len(plan.timesteps),
         image_settings(pipeline, batches, conditions, call),
     )
@@ -337,7 +349,8 @@ def _sampled(
     denoiser = build_denoiser(network, *both, scales, **guidance)
     if task.wrap is not None:
         denoiser = task.wrap(denoiser, batch)
-    return sample_latents(network, denoiser, x, batch.seeds, plan, on_step)
+    x_0 = sample_latents(network, denoiser, x, batch.seeds, plan, on_step)
+    return x_0 if task.settle is None else task.settle(x_0, batch)
 
 
 def passes(conditions: Sequence[Condition], batch_size: int) -> list[list[int]]:
