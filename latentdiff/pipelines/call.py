@@ -158,7 +158,7 @@ def stream_task(
     check_latents(x_T, (len(seeds), *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
     known = pipeline.components.sampling.known_things
-    warn_of_unknown_things(pipeline.text_encoder, prompts, known)
+    warn_of_unknown_things(pipeline.text_encoder, (one.prompt for one in wanted), known)
 
     context = _encoded(pipeline, read, clip_skip)
     conditions = [
