@@ -1,4 +1,4 @@
-"""From nothing to the first image: generate.py against diffusers on the same folder.
+"""From nothing to the first image: `latentdiff generate` against diffusers on the same folder.
 
     python benchmarks/cold_start.py [--model FOLDER] [--repeats 5] [--output FILE.json]
 

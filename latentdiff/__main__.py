@@ -9,6 +9,7 @@ from latentdiff.errors import command
 
 #: word → (module, what it is for).
 COMMANDS = {
+    "generate": ("latentdiff.cli.generate", "generate images from prompts"),
     "inspect": ("latentdiff.cli.inspect", "say what a file or folder of weights is"),
     "convert": ("latentdiff.cli.convert", "turn a model into a folder or a single file"),
     "doctor": ("latentdiff.cli.doctor", "look a data set over before training on it"),

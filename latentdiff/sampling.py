@@ -11,7 +11,7 @@ the estimate wraps one denoiser in another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class Network:
     where weights are sharded: they are whole only while the U-Net is called."""
     upcast: bool = True
     """Whether a 16-bit answer is turned to x_t's type before it is guided, or after."""
+    extra: Tensor | None = None
+    """(B, E, h, w), what the U-Net takes in channels after those of x_t."""
 
     def on_context(self, context: Tensor) -> Predict:
         """(x_t, t) → prediction, given a context (B, tokens, width)."""
@@ -51,10 +53,16 @@ class Network:
         given = {"kv": self.unet.project_context(context)} if self.project else {"context": context}
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            y = self.unet(x_t.to(dtype), t, **given)
+            y = self.unet(self._input(x_t).to(dtype), t, **given)
             return y.to(x_t.dtype) if self.upcast else y
 
         return predict
+
+    def _input(self, x_t: Tensor) -> Tensor:
+        if self.extra is None:
+            return x_t
+        copies = len(x_t) // len(self.extra)  # 2 in a doubled batch
+        return torch.cat([x_t, self.extra.to(x_t.dtype).repeat(copies, 1, 1, 1)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,15 @@ class SamplingPlan:
     """A name in SAMPLERS."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The sampler's own, such as eta."""
+
+    def shortened(self, strength: float) -> SamplingPlan:
+        """The last `strength` of the steps, 0 … 1; at least one, unless it is 0.
+
+        Source:  SDEdit (Meng et al. 2022, arXiv:2108.01073); the number of steps is diffusers'.
+        """
+        count = len(self.timesteps)
+        steps = max(int(count * strength), 1) if strength > 0 else 0
+        return replace(self, timesteps=self.timesteps[count - steps :])
 
 
 def build_denoiser(

@@ -47,8 +47,8 @@ def test_warnings_of_a_command_are_printable() -> None:
 
 
 def test_a_warning_names_the_user_s_own_line() -> None:
-    # The pipeline's call is wrapped by torch.no_grad, whose frame lies between.
-    pipeline = LatentDiffusionPipeline.__new__(LatentDiffusionPipeline)
+    # What the call shares with other tasks is wrapped by torch.no_grad, whose frame lies between.
+    pipeline = LatentDiffusionPipeline.from_pretrained()
     with warnings.catch_warnings(record=True) as found, pytest.raises(UserError, match="output_t"):
         warnings.simplefilter("always")
         pipeline("a", negative_prompt="b", guidance_scale=1, output_type="none")  # type: ignore[arg-type]

@@ -3,14 +3,19 @@
 import re
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from latentdiff.__main__ import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("latentdiff", "training", "inference", "benchmarks", "examples")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = sorted(p for name in ("training", "inference") for p in (ROOT / name).glob("*.py"))
+FILES = sorted(p for name in ("training", "inference") for p in (ROOT / name).glob("*.py"))
+#: As the docs write them, without the `python` before a file.
+PROGRAMS = [f"{p.parent.name}/{p.name}" for p in FILES] + [f"latentdiff {w}" for w in COMMANDS]
 ROW = re.compile(r"( *)([\w./-]+(?:, [\w./-]+)*)(?: +(\S.*))?$")
 
 
@@ -49,28 +54,30 @@ def test_the_tree_is_read_by_level() -> None:
     assert "latentdiff/evaluation/likelihood.py" in found
 
 
-def commands(script: str) -> list[tuple[str, str]]:
-    """(page, command) for every mention of a script in a command of the docs, joined lines too."""
+def commands(program: str) -> list[tuple[str, str]]:
+    """(page, command) for every mention of a program in a command of the docs, joined lines too."""
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in text.splitlines():
             for part in re.split(r"`|&&|\|", line):
-                if f"{script} " in part and "python" in part + line:
-                    found.append((page.name, part.split(script, 1)[1]))
+                if re.match(rf"(.*(python|launch).* )?{program} ", part.strip().removeprefix("$ ")):
+                    found.append((page.name, part.split(program, 1)[1]))
     return found
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_is_there_and_has_the_options_that_the_docs_use(
-    script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    program: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(script), run_name="__main__")
+        if program.endswith(".py"):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        import_module(COMMANDS[program.split()[1]][0]).main(["--help"])
     assert end.value.code in (0, None)
     help_text = capsys.readouterr().out
     known = set(re.findall(r"--[a-z][a-z0-9-]*", help_text.split("usage", 1)[1]))
-    for page, command in commands(f"{script.parent.name}/{script.name}"):
+    for page, command in commands(program):
         used = set(re.findall(r"(?<=\s)--[a-z][a-z0-9-]*", command))
         assert used <= known, f"{page}: {command!r}"

@@ -39,7 +39,8 @@ class Method:
             parameters that require a gradient are trained, averaged and checkpointed.
         encode: captions (B) → batch.context, what the module takes third: the frozen text
             encoder's states, or token ids where the text encoder is part of the module.
-        usage: how generate.py is told to use what was saved: its options, with {output} in them.
+        usage: how `latentdiff generate` is told to use what was saved: its options, with {output}
+               in them.
         example: a prompt that shows what was learned.
     """
 

@@ -367,7 +367,7 @@ def _misread(tokenizer: ClipTokenizer, text: str, a1111: bool) -> Iterator[str]:
     if not a1111 and (weight := _WEIGHT.search(text)):
         yield (
             f"the prompt holds {weight[0][:60]!r}, which weighs words or begins a chunk in A1111; "
-            "here it is read as words and signs. Draw with generate.py --weighted, or "
+            "here it is read as words and signs. Draw with latentdiff generate --weighted, or "
             "prompt_syntax='a1111'."
         )
     for word in _WORD.findall(text):
@@ -375,7 +375,7 @@ def _misread(tokenizer: ClipTokenizer, text: str, a1111: bool) -> Iterator[str]:
         if len(tokenizer.pieces(word)) != 1:
             yield (
                 f"the prompt holds {word!r}, which is not a word that this model has learned; it "
-                "is read as signs and letters. Load a textual inversion with generate.py "
+                "is read as signs and letters. Load a textual inversion with latentdiff generate "
                 f'--embedding "FILE={word}", or pipeline.load_embedding(file, {word!r}).'
             )
 
@@ -390,7 +390,7 @@ def _how_to_load(network: re.Match[str]) -> str:
     number = given.group() if given else "1"
     file = "FILE" if not name else name if _ENDING.search(name) else f"{name}.safetensors"
     return (
-        f"load the file with generate.py --lora {file}:{number}, or "
+        f"load the file with latentdiff generate --lora {file}:{number}, or "
         f"pipeline.load_lora('{file}', {number})"
     )
 

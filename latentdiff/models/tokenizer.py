@@ -175,8 +175,8 @@ class ClipTokenizer:
         if left_out:
             warn(
                 f"the text encoder takes {self.max_length} tokens and this prompt has "
-                f"{self.count(text)}; cut off: {left_out!r} (prompt_syntax='long', or generate.py "
-                "--long, takes them all)"
+                f"{self.count(text)}; cut off: {left_out!r} (prompt_syntax='long', or "
+                "latentdiff generate --long, takes them all)"
             )
 
     def save(self, folder: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdiff.pipelines.generate import LatentDiffusionPipeline, PipelineOutput
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+    from latentdiff.pipelines.task import PipelineOutput
 
 
 class EmbeddedPipeline:

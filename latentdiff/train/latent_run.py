@@ -173,4 +173,4 @@ def closing_message(config: TrainConfig, written: list[Path], method: Method) ->
     model = "" if not method.adds or base in (None, "embedded") else f"--model {quote(base)} "
     files = "".join(f"\nmodel: {path}" for path in written)
     usage = model + method.usage.replace("{output}", output)
-    return f'{files}\nuse it: python inference/generate.py "{method.example}" {usage}'
+    return f'{files}\nuse it: latentdiff generate "{method.example}" {usage}'

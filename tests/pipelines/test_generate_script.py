@@ -1,10 +1,10 @@
-"""inference/generate.py as a user calls it."""
+"""`latentdiff generate` as a user calls it; inference/generate.py is the same main()."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -12,8 +12,6 @@ import pytest
 from PIL import Image
 
 from tests.random_models import TEXT_WIDTH, make_pipeline
-
-SCRIPT = Path(__file__).parents[2] / "inference" / "generate.py"
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +22,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return import_module("latentdiff.cli.generate")
 
 
 def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

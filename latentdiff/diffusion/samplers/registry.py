@@ -1,7 +1,7 @@
 """The samplers by name, and running one, with the estimate of x_0 kept in range if asked.
 
 A new sampler is one generator function in `solvers`, one row of SAMPLERS and its name in the help
-of inference/generate.py; docs/diffusion.md has an example.
+of cli/generate.py; docs/diffusion.md has an example.
 """
 
 from __future__ import annotations
