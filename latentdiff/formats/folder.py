@@ -3,7 +3,7 @@
     model_index.json   unet/   vae/   text_encoder/   tokenizer/   scheduler/
 
 What is written opens in diffusers.StableDiffusionPipeline.from_pretrained, and the other way
-round.
+round; where the U-Net is given a masked image, in StableDiffusionInpaintPipeline.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ SPECIAL_INPUTS = {
     5: "a depth model (a depth map beside the latents)",
     7: "an upscaler (a small image beside the latents)",
     8: "an InstructPix2Pix model (the latents of an image to edit beside the noisy ones)",
-    9: "an inpainting model (a mask and the latents of the masked image beside the noisy ones)",
 }
 
 
@@ -84,7 +83,7 @@ class Components:
         unet, latent = self.unet.config, self.autoencoder.latent_channels
         check_inputs(unet, latent)
         for name, value in (("in_channels", unet.in_channels), ("out_channels", unet.out_channels)):
-            if value != latent:
+            if value != latent and not (name == "in_channels" and unet.inpaints):
                 raise UserError(
                     f"the U-Net's {name} must equal the autoencoder's latent channels ({latent}); "
                     f"got {value}. They come from different models."
@@ -108,12 +107,12 @@ class Components:
 
 
 def check_inputs(unet: UNetConfig, latent_channels: int = 4) -> None:
-    """Refuse by name a U-Net that is given more than noisy latents. Raises: UserError."""
+    """Refuse by name a U-Net that is given what we have nothing for. Raises: UserError."""
     special = SPECIAL_INPUTS.get(unet.in_channels)
     if special and unet.out_channels == latent_channels == 4:
         raise UserError(
-            f"this is {special}: its U-Net has {unet.in_channels} in_channels. Only text-to-image "
-            "models, with 4, are supported."
+            f"this is {special}: its U-Net has {unet.in_channels} in_channels. Text-to-image "
+            "models, with 4, and inpainting models, with 9, are supported."
         )
 
 
@@ -146,7 +145,6 @@ SMALL_SHARDS = 15 * 2**20 - 2**16
 OTHER_MODELS = {
     "StableDiffusionXL": "Stable Diffusion XL",
     "StableDiffusion3": "Stable Diffusion 3",
-    "StableDiffusionInpaint": "a Stable Diffusion inpainting model",
     "StableDiffusionDepth": "a Stable Diffusion depth model",
     "StableDiffusionUpscale": "a Stable Diffusion upscaler",
     "StableDiffusionLatentUpscale": "a Stable Diffusion upscaler",
@@ -285,7 +283,7 @@ def check_layout(folder: Path) -> None:
         if kind.startswith(start) and not kind.endswith("Legacy"):
             raise UserError(
                 f"{folder} is {name} (diffusers' {kind}), which is not supported. Stable Diffusion "
-                "1.x and 2.x for text to image are."
+                "1.x and 2.x for text to image and inpainting are."
             )
     missing = [name for name in PARTS if not (folder / name).is_dir()]
     if missing:
@@ -317,8 +315,9 @@ def run_hint(folder: Path) -> str:
 
 
 def _model_index(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    kind = "Inpaint" if config_from_dict(config["unet"]).inpaints else ""
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{kind}Pipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],

@@ -20,6 +20,8 @@ CONFIGURATION = "latentdiff.configuration"
 _WORD_WIDTH, _WORD_VECTORS = 64, 75
 _WORD = re.compile(r"^string_to_param\.|^emb_params$|^<.*>$|^clip_[lg]$")
 _FIRST = UNET_PREFIX + "input_blocks.0.0.weight"
+#: Input channels of a Stable Diffusion that opens → what it is for, besides text to image.
+INPUTS = {4: "", 9: " for inpainting"}
 #: Beginning or middle of a key → what has such keys; the first that is found counts.
 _OTHERS = (
     (r"^conditioner\.embedders\.1\.", "Stable Diffusion XL"),
@@ -43,15 +45,15 @@ class Identity:
     """What a file is."""
 
     name: str
-    """For people: Stable Diffusion 1.x, an inpainting model …"""
+    """For people: Stable Diffusion 1.x, a depth model …"""
     version: str | None = None
-    """1 or 2 for a text-to-image Stable Diffusion, `own` for a file with its configuration."""
+    """1 or 2 for a Stable Diffusion that opens, `own` for a file with its configuration."""
     kind: Literal["model", "adapter", "word"] = "model"
     """Whole or part of a model; a LoRA or its kin; a textual inversion."""
 
     @property
     def is_supported(self) -> bool:
-        """Whether it opens as a text-to-image model."""
+        """Whether it opens as a model."""
         return self.version is not None
 
 
@@ -98,7 +100,7 @@ def _is_bare_word(shapes: Shapes) -> bool:
 
 
 def _stable_diffusion(shapes: Shapes) -> Identity:
-    channels, width = shapes[_FIRST][1], context_width(shapes)
+    channels, width = input_channels(shapes), context_width(shapes)
     version = VERSIONS.get(width or 0)
     if any(key.startswith(UNET_PREFIX + "label_emb.") for key in shapes):
         other = "Stable unCLIP" if version == "2" else "Stable Diffusion XL (its U-Net)"
@@ -106,15 +108,21 @@ def _stable_diffusion(shapes: Shapes) -> Identity:
     of = f" of Stable Diffusion {version}.x" if version else ""
     if channels in SPECIAL_INPUTS:
         return Identity(SPECIAL_INPUTS[channels] + of)
-    if version is None or channels != 4:
+    if version is None or channels not in INPUTS:
         return Identity(
             f"a diffusion model of a size of its own ({channels} input channels, context of "
             f"{width}) that does not say its configuration"
         )
-    lacking = [name for name, found in _other_parts(shapes).items() if not found]
+    lacking = [part for part, found in _other_parts(shapes).items() if not found]
+    name = f"Stable Diffusion {version}.x{INPUTS[channels]}"
     if lacking:
-        return Identity(f"Stable Diffusion {version}.x without its {' and '.join(lacking)}")
-    return Identity(f"Stable Diffusion {version}.x", version)
+        return Identity(f"{name} without its {' and '.join(lacking)}")
+    return Identity(name, version)
+
+
+def input_channels(shapes: Shapes) -> int:
+    """Channels of the first convolution of a U-Net in CompVis' layout."""
+    return shapes[_FIRST][1]
 
 
 def _other_parts(shapes: Shapes) -> dict[str, bool]:

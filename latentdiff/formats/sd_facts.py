@@ -59,19 +59,22 @@ _TEXT = {
 _TOKENS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
 
 
-def sd_configuration(version: str, prediction: str, *, zero_snr: bool = False) -> dict[str, Any]:
+def sd_configuration(
+    version: str, prediction: str, *, zero_snr: bool = False, in_channels: int = 4
+) -> dict[str, Any]:
     """The configuration files of a Stable Diffusion model, by the names of their folders.
 
     What the networks here take for a field that is left out is left out.
 
     Args:    version: 1 or 2.  prediction: eps, v, …: version 2 with v was trained on 768 pixels.
              zero_snr: trained on a schedule that ends in pure noise.
+             in_channels: 9 for inpainting.
     """
     size = 96 if version == "2" and prediction == "v" else 64
     schedule = ScheduleConfig(zero_terminal_snr=zero_snr)
     sampling = SamplingDefaults(end_noisy=() if zero_snr else ALPHA_TO_ONE)
     return {
-        "unet": config_to_dict(_unet(version, size)),
+        "unet": config_to_dict(_unet(version, size, in_channels)),
         "vae": {
             "_class_name": "AutoencoderKL",
             "block_out_channels": _WIDTHS,
@@ -86,8 +89,8 @@ def sd_configuration(version: str, prediction: str, *, zero_snr: bool = False) -
     }
 
 
-def _unet(version: str, sample_size: int) -> UNetConfig:
-    first = UNetConfig(sample_size=sample_size, attention_head_dim=8, cross_attention_dim=768)
+def _unet(version: str, sample_size: int, in_channels: int) -> UNetConfig:
+    first = UNetConfig(sample_size, in_channels, attention_head_dim=8, cross_attention_dim=768)
     if version == "1":
         return first
     # Scores of version 2 exceed float16, which its YAML (use_fp16 with xformers) does not say.
@@ -199,7 +202,11 @@ def _section(data: Any, *names: str) -> dict[str, Any]:
 #: and those of diffusers and of trainers that stand in their place.
 _WORDS = {"epsilon": "eps", "v": "v", "eps": "eps", "v_prediction": "v", "v_pred": "v",
           "sample": "x0", "x0": "x0"}  # fmt: skip
-_ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"}
+_ARCHITECTURES = {
+    "stable-diffusion-v2-512": "eps",
+    "stable-diffusion-v2-768-v": "v",
+    "stable-diffusion-v2-inpainting": "eps",
+}
 #: Steps of the original trainings whose weights predict eps although they are of version 2.
 #: Source: the .ckpt files' global_step, as in diffusers' loaders/single_file_utils.py.
 _EPS_STEPS = (875_000,)
@@ -257,5 +264,6 @@ def measured_prediction(unet: UNet, text_encoder: TextEncoder, size: int = 16) -
     noise = torch.randn(1, unet.config.in_channels, size, size, generator=generator)
     context = text_encoder.encode([""])
     answer = unet(noise.to(unet.dtype), 999, context.to(unet.dtype)).float()
+    noise = noise[:, : unet.config.out_channels]  # an inpainting model's latents come first
     correlation = torch.corrcoef(torch.stack([noise.flatten(), answer.flatten()]))[0, 1]
     return "eps" if float(correlation) > 0.5 else "v"

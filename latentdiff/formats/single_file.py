@@ -37,7 +37,14 @@ from latentdiff.formats.folder import (
     empty_unet,
     fill_unet,
 )
-from latentdiff.formats.identify import CONFIGURATION, Identity, identify, refuse_unsupported
+from latentdiff.formats.identify import (
+    CONFIGURATION,
+    Identity,
+    Shapes,
+    identify,
+    input_channels,
+    refuse_unsupported,
+)
 from latentdiff.formats.key_map import (
     CLIP_PREFIX,
     PARTS,
@@ -164,7 +171,8 @@ def _assemble(opened: _Parsed, dtype: torch.dtype | None, prediction: str | None
     text = opened.text_encoder(dtype)
     if opened.is_measured:
         found = measured_prediction(unet, text)
-        config = sd_configuration("2", found, zero_snr=has_zero_snr(opened.file) and found == "v")
+        zero_snr, channels = has_zero_snr(opened.file) and found == "v", unet.config.in_channels
+        config = sd_configuration("2", found, zero_snr=zero_snr, in_channels=channels)
         unet.config = config_from_dict(config["unet"])
         opened.networks["vae"].config["sample_size"] = config["vae"]["sample_size"]
     schedule, said, sampling = read_scheduler(config["scheduler"], path)
@@ -191,7 +199,7 @@ def _parse(found: TensorFile, variant: str | None = None, prediction: str | None
     shapes = {k: tuple(t.shape) for k, t in found.tensors.items()}
     identity = identify(shapes, found.metadata)
     refuse_unsupported(identity, path)
-    config, is_measured = _configuration(found, identity, prediction)
+    config, is_measured = _configuration(found, identity, prediction, shapes)
     unet_config = config_from_dict(config["unet"])
     check_inputs(unet_config)
     networks: dict[str, Any] = {
@@ -207,7 +215,7 @@ def _parse(found: TensorFile, variant: str | None = None, prediction: str | None
 
 
 def _configuration(
-    file: TensorFile, identity: Identity, prediction: str | None
+    file: TensorFile, identity: Identity, prediction: str | None, shapes: Shapes
 ) -> tuple[dict[str, Any], bool]:
     """Configuration files by the names of their folders; whether the weights must tell the rest."""
     if identity.version == "own":
@@ -222,7 +230,8 @@ def _configuration(
     version, beside = str(identity.version), yaml_beside(file.path)
     stated = prediction or stated_prediction(file, beside)
     said = stated or ("eps" if version == "1" else "v")
-    config = sd_configuration(version, said, zero_snr=has_zero_snr(file) and said == "v")
+    zero_snr, channels = has_zero_snr(file) and said == "v", input_channels(shapes)
+    config = sd_configuration(version, said, zero_snr=zero_snr, in_channels=channels)
     if beside is not None:
         beside.check(config["unet"]["in_channels"], config["unet"]["cross_attention_dim"])
         beside.overlay(config)
@@ -328,7 +337,9 @@ def modelspec(components: Components, title: str) -> dict[str, str]:
     height, width = (size, size) if isinstance(size, int) else size
     scale = components.autoencoder.downscale
     names = {"1": "stable-diffusion-v1", "2": "stable-diffusion-v2-512"}
-    if (version, prediction) == ("2", "v"):
+    if components.unet.config.inpaints:
+        names = {v: f"stable-diffusion-v{v}-inpainting" for v in names}
+    elif (version, prediction) == ("2", "v"):
         names["2"] = "stable-diffusion-v2-768-v"
     return {
         "modelspec.sai_model_spec": "1.0.0",
@@ -370,7 +381,8 @@ def sd_differences(components: Components) -> dict[str, list[str]]:
 
     The version to compare with is the one whose text states are as wide, 1.x where none is.
     """
-    sd = sd_configuration(VERSIONS.get(_context(components), "1"), "eps")
+    channels = components.unet.config.in_channels if components.unet.config.inpaints else 4
+    sd = sd_configuration(VERSIONS.get(_context(components), "1"), "eps", in_channels=channels)
     own = configuration(components)
     facts = {"U-Net": _unet_facts, "autoencoder": _vae_facts, "text encoder": _text_facts}
     found = {

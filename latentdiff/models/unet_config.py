@@ -71,7 +71,7 @@ class UNetConfig:
     sample_size: int | tuple[int, int] | None = None
     """Side of the latents that the model was trained on, or (height, width)."""
     in_channels: int = 4
-    """Channels of the noisy latents."""
+    """Channels of the noisy latents; of an inpainting model with those of `inpaints`."""
     out_channels: int = 4
     """Channels of the prediction."""
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -137,6 +137,11 @@ class UNetConfig:
     def heads(self) -> tuple[int, ...]:
         """Number of attention heads per resolution, finest first."""
         return per_level(self.attention_head_dim, len(self.block_out_channels))
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether a mask and the latents of the masked image are given beside the noisy latents."""
+        return self.in_channels == 2 * self.out_channels + 1
 
     @property
     def downscale(self) -> int:

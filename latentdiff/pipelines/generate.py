@@ -29,9 +29,8 @@ from latentdiff.models.prompts import (
     add_word,
     read_prompt,
 )
-from latentdiff.pipelines.inputs import (
-    check_pixels,
-)
+from latentdiff.pipelines import edit
+from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.pipelines.task import PipelineOutput, SamplingOptions, Task, run_task
@@ -113,6 +112,11 @@ class LatentDiffusionPipeline:
         """
         task = Task(self.image_size(height, width))
         return run_task(self, prompt, task, latents=latents, **options)
+
+    image_to_image = edit.image_to_image
+    inpaint = edit.inpaint
+    outpaint = edit.outpaint
+    variations = edit.variations
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.

@@ -111,6 +111,15 @@ def check_counts(**counts: Any) -> None:
             raise UserError(f"{name} must be a whole number of at least 1; got {value!r}.")
 
 
+def check_whole(most: int = MAX_PIXELS, /, **pixels: Any) -> None:
+    """Refuse what is not a whole number of pixels in 0 … most; the keywords are the names."""
+    for name, value in pixels.items():
+        if not is_number(value, int, most) or value < 0:
+            raise UserError(
+                f"{name} must be a whole number of pixels in 0 … {most}; got {value!r:.80}."
+            )
+
+
 def check_seed(seed: Any, count: int) -> int:
     """Refuse the seed of the first of `count` images unless all have one in 0 … 2⁶⁴ − 1."""
     most = 2**64 - count

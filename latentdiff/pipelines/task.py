@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.samplers import Denoiser, warn_of_late_start
+from latentdiff.errors import UserError
 from latentdiff.images import to_output
 from latentdiff.models.finite import check_finite
 from latentdiff.models.prompts import (
@@ -176,6 +177,12 @@ def run_task(
     Raises:  UserError: any argument outside what is described there, before any work.
              NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
     """
+    if pipeline.unet.config.inpaints and task.extra is None:
+        raise UserError(
+            "this is an inpainting model: it paints a masked part of an image and draws nothing "
+            "without one. Call inpaint or outpaint (latentdiff edit inpaint), or take a "
+            "text-to-image model."
+        )
     prompts = prompt_list(prompt, "prompt")
     negative = "" if negative_prompt is None else negative_prompt
     negatives = prompt_list(negative, "negative_prompt")

@@ -218,7 +218,7 @@ def test_other_folders_are_refused_by_name(theirs: Any, tmp_path: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     for kind, name in (
         ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
-        ("StableDiffusionInpaintPipeline", "inpainting model"),
+        ("StableDiffusionDepth2ImgPipeline", "depth model"),
         ("FluxPipeline", "FLUX"),
     ):
         (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
@@ -226,8 +226,8 @@ def test_other_folders_are_refused_by_name(theirs: Any, tmp_path: Path) -> None:
             load_components(folder)
     (folder / "model_index.json").write_text(json.dumps(index))
     check_layout(folder)
-    make_unet(in_channels=9).save_pretrained(folder / "unet")
-    with pytest.raises(UserError, match=r"an inpainting model .* 9 in_channels"):
+    make_unet(in_channels=8).save_pretrained(folder / "unet")
+    with pytest.raises(UserError, match=r"an InstructPix2Pix model .* 8 in_channels"):
         load_components(folder)
     shutil.rmtree(folder / "unet")
     with pytest.raises(UserError, match="unet missing"):

@@ -36,6 +36,8 @@ from tests.formats.test_diffusers_folder import assert_same
 from tests.random_models import make_pipeline, make_text_model, make_vae
 
 KINDS = ("sd1", "sd2")
+UNET = "model.diffusion_model."
+FIRST = f"{UNET}input_blocks.0.0.weight"
 
 
 def theirs(kind: str) -> Any:
@@ -349,6 +351,66 @@ def test_stable_diffusion_by_its_keys_alone(
     assert row == [49406, 320, 1125, 539, 320, 2368, 49407] + [pad] * 70
 
 
+@pytest.mark.parametrize(
+    ("version", "metadata"),
+    [("1", {}), ("2", {"modelspec.architecture": "stable-diffusion-v2-inpainting"})],
+)
+def test_stable_diffusion_for_inpainting(
+    version: str, metadata: dict[str, str], monkeypatch: Any, tmp_path: Path
+) -> None:
+    tensors = virtual(version, **{FIRST: torch.zeros(1).expand(320, 9, 3, 3)})
+    whole = TensorFile(tmp_path / "sd.ckpt", tensors, metadata)
+    monkeypatch.setattr(single_file, "read_tensor_file", lambda _: whole)
+    found = load_single_file(tmp_path / "sd.ckpt", dtype=None)
+    unet = found.unet.config
+    assert (found.prediction, unet.sample_size, unet.in_channels, unet.inpaints) == (
+        *("eps", 64, 9),
+        True,
+    )
+    named = single_file.modelspec(found, "x")["modelspec.architecture"]
+    assert named == f"stable-diffusion-v{version}-inpainting"
+
+
+@pytest.mark.parametrize("name", ["model", "model.safetensors"])
+def test_inpainting_models_go_to_diffusers_and_back(name: str, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline
+
+    pipe = make_pipeline(in_channels=9)
+    parts = {part: getattr(pipe, part) for part in ("vae", "unet", "scheduler", "tokenizer")}
+    parts |= {"text_encoder": pipe.text_encoder, "safety_checker": None, "feature_extractor": None}
+    folder = tmp_path / "theirs"
+    StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+    ours = save_model(tmp_path / name, load_components(folder))
+    if ours.is_dir():
+        read = DiffusionPipeline.from_pretrained(ours, safety_checker=None)
+    else:
+        options = {"config": str(folder), "safety_checker": None, "local_files_only": True}
+        read = StableDiffusionInpaintPipeline.from_single_file(str(ours), **options)
+    assert isinstance(read, StableDiffusionInpaintPipeline)
+    expected, found = pipe.unet.state_dict(), read.unet.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert_same(load_model(ours), load_components(folder))
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize(("gain", "expected"), [(1.0, "eps"), (-0.07, "v"), (0.0, "v")])
+def test_prediction_from_what_the_network_does(
+    gain: float, expected: str, channels: int, file: Path
+) -> None:
+    components = load_single_file(file)
+
+    class Network:
+        config = dataclasses.replace(components.unet.config, in_channels=channels)
+        dtype = torch.float32
+
+        def __call__(self, x_t: Tensor, timestep: float, context: Tensor) -> Tensor:
+            assert x_t.shape[1] == channels
+            return gain * x_t[:, :4] + 0.3 * torch.roll(x_t[:, :4], 1, dims=-1)
+
+    assert measured_prediction(Network(), components.text_encoder) == expected  # type: ignore[arg-type]
+
+
 def test_a_step_count_or_a_mark_tells_the_prediction(monkeypatch: Any, tmp_path: Path) -> None:
     for extra, facts, expected in (
         ({}, {"global_step": 875_000}, ("eps", False)),
@@ -360,25 +422,11 @@ def test_a_step_count_or_a_mark_tells_the_prediction(monkeypatch: Any, tmp_path:
         assert (found.prediction, found.schedule.zero_terminal_snr) == expected
 
 
-@pytest.mark.parametrize(("gain", "expected"), [(1.0, "eps"), (-0.07, "v"), (0.0, "v")])
-def test_prediction_from_what_the_network_does(gain: float, expected: str, file: Path) -> None:
-    components = load_single_file(file)
-
-    class Network:
-        config, dtype = components.unet.config, torch.float32
-
-        def __call__(self, x_t: Tensor, timestep: float, context: Tensor) -> Tensor:
-            return gain * x_t + 0.3 * torch.roll(x_t, 1, dims=-1)
-
-    assert measured_prediction(Network(), components.text_encoder) == expected  # type: ignore[arg-type]
-
-
 def other(key: str, *shape: int) -> dict[str, Tensor]:
     return {key: torch.zeros(shape)}
 
 
-UNET = "model.diffusion_model."
-FIRST, READS = f"{UNET}input_blocks.0.0.weight", f"{UNET}input_blocks.1.1.attn2.to_k.weight"
+READS = f"{UNET}input_blocks.1.1.attn2.to_k.weight"
 VAE, TEXT = "first_stage_model.quant_conv.bias", "cond_stage_model.transformer.text_model.x"
 SD1 = other(FIRST, 320, 4, 3, 3) | other(READS, 320, 768)
 
@@ -396,8 +444,8 @@ SD1 = other(FIRST, 320, 4, 3, 3) | other(READS, 320, 768)
         (other("down_blocks.0.resnets.0.conv1.weight", 2), "U-Net of a diffusers folder"),
         (other("encoder.down.0.block.0.conv1.weight", 2), "an autoencoder alone"),
         (other("weird", 2), "something unknown"),
-        (other(FIRST, 320, 9, 3, 3) | other(READS, 320, 768), "inpainting model"),
-        (other(FIRST, 320, 9, 3, 3) | other(READS, 320, 1024), r"inpainting .* of Stable .* 2\.x"),
+        (other(FIRST, 320, 9, 3, 3) | other(READS, 320, 768), r"1\.x for inpainting without its"),
+        (other(FIRST, 320, 9, 3, 3) | other(READS, 320, 555), r"of its own \(9 input channels"),
         (other(FIRST, 320, 5, 3, 3) | other(READS, 320, 1024), "a depth model"),
         (other(FIRST, 320, 8, 3, 3) | other(READS, 320, 768), "InstructPix2Pix"),
         (other(FIRST, 320, 4, 3, 3) | other(READS, 320, 555), "does not say its configuration"),
