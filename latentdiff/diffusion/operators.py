@@ -34,6 +34,10 @@ class Operator(ABC):
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """A⁺ y."""
 
+    def correction(self, y: Tensor) -> Tensor:
+        """A step by which A x becomes more like y, and small errors of y do not grow."""
+        return self.pseudo_inverse(y)
+
 
 class Identity(Operator):
     """Nothing is lost; what there is to remove is noise."""
@@ -105,6 +109,9 @@ class Blur(Separable):
     def __init__(self, size: tuple[int, int], sigma: float) -> None:
         """Args: size: (H, W).  sigma: the Gaussian's standard deviation, pixels."""
         super().__init__(*(_blur_matrix(side, sigma) for side in size))
+
+    def correction(self, y: Tensor) -> Tensor:
+        return self.adjoint(y)  # no singular value is above 1, and many are near 0
 
 
 class Downsample(Separable):
