@@ -181,18 +181,24 @@ def _paint(
     paint = (padded(region.cut(mask, "area"), down) > 0).float()
     known = _Latents(pipeline, canvas)
 
+    def here(batch: Batch) -> Tensor:
+        return in_latents(paint[_own(batch, len(paint))], down).to(pipeline.device)
+
     def wrap(denoiser: Denoiser, batch: Batch) -> Denoiser:
         own = known.of(batch)
-        here = in_latents(paint[_own(batch, len(paint))], down).to(own.device)
         noise = batch_noise(batch.seeds, own.shape[1:]).to(own.device)
-        return keep_known(denoiser, pipeline.schedule, own, here, noise)
+        return keep_known(denoiser, pipeline.schedule, own, here(batch), noise)
+
+    def settle(latents: Tensor, batch: Batch) -> Tensor:
+        """Without the noise of a sampler that ends above the clean image."""
+        return torch.where(here(batch) > 0, latents, known.of(batch))
 
     emptied = _Latents(pipeline, canvas * (1 - paint))
 
     def extra(batch: Batch) -> Tensor:
         own = emptied.of(batch)
-        here = F.interpolate(paint[_own(batch, len(paint))], size=own.shape[-2:])
-        return torch.cat([here.to(own.device), own], dim=1)
+        nearest = F.interpolate(paint[_own(batch, len(paint))], size=own.shape[-2:])
+        return torch.cat([nearest.to(own.device), own], dim=1)
 
     def finish(images: Tensor, batch: Batch) -> Tensor:
         own = _own(batch, len(pictures))
@@ -202,8 +208,10 @@ def _paint(
         return composite(region.put(images, given.rgb), given, soft[own].to(images.device))
 
     task = Task(_size(canvas), start=known.of, strength=strength, finish=finish)
-    given_mask = pipeline.unet.config.inpaints
-    task = replace(task, extra=extra) if given_mask else replace(task, wrap=wrap)
+    if pipeline.unet.config.inpaints:
+        task = replace(task, extra=extra)
+    else:
+        task = replace(task, wrap=wrap, settle=settle)
     return run_task(pipeline, _prompts(prompt, pictures), task, **options)
 
 

@@ -2,17 +2,18 @@
 
     x̃_t = m x_t + (1 − m)(α_t x_known + σ_t ε),      x̂_0 = m D(x̃_t, t) + (1 − m) x_known
 
-with m = 1 where to paint and ε the noise that the sampler started from. The network sees the known
+with m = 1 where to paint and ε the noise that the sampler starts from. The network sees the known
 part at the noise level that it expects, always with the same noise, and a deterministic sampler
-moves the rest as if it were sampling that part too.
+moves the rest as if it were sampling that part too. Only a start in pure noise, x_t = ε, is seen as
+it is: then this is diffusers' StableDiffusionInpaintPipeline for U-Nets without mask channels.
 
-Source: Lugmayr et al. 2022, eq. 8, arXiv:2201.09865 (without its resampling); Avrahami et al. 2023,
-        arXiv:2206.02779, in latents; the noise is kept as diffusers' StableDiffusionInpaintPipeline
-        does for U-Nets without mask channels.
+Source: Lugmayr et al. 2022, eq. 8, arXiv:2201.09865 (without its resampling); in latents Avrahami
+        et al. 2023, arXiv:2206.02779.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from latentdiff.diffusion.prediction import Denoiser
@@ -31,6 +32,8 @@ def inpaint(
 
     def painted(x_t: Tensor, t: Tensor) -> Tensor:
         seen = mask * x_t + (1 - mask) * schedule.q_sample(known, noise, t)
+        is_noise = (x_t == noise).flatten(1).all(1)
+        seen = torch.where(is_noise[:, None, None, None], x_t, seen)
         return mask * denoiser(seen, t) + (1 - mask) * known
 
     return painted
