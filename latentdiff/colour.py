@@ -31,9 +31,7 @@ def to_lab(rgb: Tensor) -> Tensor:
     rgb = rgb.double()
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).clamp(min=0) ** 2.4, rgb / 12.92)
     xyz = _mix(_TO_XYZ, linear)
-    root = torch.where(
-        xyz > _EDGE**3, xyz.clamp(min=0) ** (1 / 3), xyz / (3 * _EDGE**2) + 4 / 29
-    )
+    root = torch.where(xyz > _EDGE**3, xyz.clamp(min=0) ** (1 / 3), xyz / (3 * _EDGE**2) + 4 / 29)
     lab = _mix(_TO_LAB, root)
     lab[:, 0] -= 16
     return lab
@@ -59,7 +57,7 @@ def with_lightness(rgb: Tensor, lightness: Tensor) -> Tensor:
     chroma = to_lab(rgb)[:, 1:]
     low, high = torch.zeros_like(chroma[:, :1]), torch.ones_like(chroma[:, :1])
     fits = _shown(lightness, chroma)
-    for _ in range(16):  # the share of the chroma that fits, by bisection: the gamut is convex
+    for _ in range(16):  # bisection of the share of the chroma that fits; grey does
         middle = (low + high) / 2
         inside = _shown(lightness, middle * chroma)
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)

@@ -45,7 +45,11 @@ class Identity(Operator):
     def apply(self, x: Tensor) -> Tensor:
         return x
 
-    adjoint = pseudo_inverse = apply
+    def adjoint(self, y: Tensor) -> Tensor:
+        return y
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        return y
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,11 @@ class Mask(Operator):
     def apply(self, x: Tensor) -> Tensor:
         return self.known.to(x) * x
 
-    adjoint = pseudo_inverse = apply
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.apply(y)
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        return self.apply(y)
 
 
 @dataclass(frozen=True)
@@ -144,8 +152,11 @@ def _area_matrix(side: int, smaller: int) -> Tensor:
 _BRIGHTNESS = """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56
 14 17 22 29 51 87 80 62 18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92
 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
-_COLOUR = """17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99
-47 66 99 99 99 99 99 99""" + " 99" * 32
+_COLOUR = (
+    """17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99
+47 66 99 99 99 99 99 99"""
+    + " 99" * 32
+)
 #: Side of a cell of the transform, and of the area that a cell of colours covers.
 _CELL, _UNIT = 8, 16
 #: RGB → YCbCr, of differences from the middle grey (JFIF).

@@ -32,7 +32,7 @@ from latentdiff.models.prompts import (
     add_word,
     read_prompt,
 )
-from latentdiff.pipelines import edit
+from latentdiff.pipelines import edit, restore
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.inversion import Inversion, invert
@@ -129,6 +129,9 @@ class LatentDiffusionPipeline:
     inpaint = edit.inpaint
     outpaint = edit.outpaint
     variations = edit.variations
+    colorize = restore.colorize
+    upscale = restore.upscale
+    restore = restore.restore
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.

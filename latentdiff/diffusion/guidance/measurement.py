@@ -109,7 +109,7 @@ def agree(x: Tensor, operator: Operator, y: Tensor, tolerance: float) -> Tensor:
     """
     x = x.clamp(-1, 1)
     ahead, momentum = x, 1.0
-    for _ in range(100):
+    for _ in range(200):
         off = y - operator.apply(ahead)
         excess = off - off.clamp(-tolerance, tolerance)
         if not excess.any():
