@@ -37,7 +37,7 @@ from latentdiff.models.prompts import (
     read_prompt,
 )
 from latentdiff.models.safety_checker import SafetyChecker, load_safety_checker
-from latentdiff.pipelines import edit, two_pass
+from latentdiff.pipelines import edit, restore, two_pass
 from latentdiff.pipelines.call import result_of, stream_task
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
@@ -162,6 +162,9 @@ class LatentDiffusionPipeline:
     outpaint = edit.outpaint
     variations = edit.variations
     interpolate = interpolate
+    colorize = restore.colorize
+    upscale = restore.upscale
+    restore = restore.restore
 
     def stream(
         self,
