@@ -16,7 +16,6 @@ import torch
 from latentdiff.diffusion.noise import batch_noise, slerp
 from latentdiff.errors import UserError
 from latentdiff.pipelines.inputs import check_counts, for_each, prompt_list, seeds_of
-from latentdiff.pipelines.settings import recorded
 from latentdiff.pipelines.task import Condition, PipelineOutput, SamplingOptions, Task, run_task
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ _EACH: tuple[Literal["negative_prompt", "guidance_scale"], ...] = (
 )
 
 
-@recorded
 def interpolate(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],

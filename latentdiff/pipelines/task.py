@@ -29,6 +29,7 @@ from latentdiff.diffusion.samplers import Denoiser, warn_of_late_start
 from latentdiff.errors import UserError
 from latentdiff.images import check_image_file, numbered, to_output
 from latentdiff.models.finite import check_finite
+from latentdiff.models.known_things import warn_of_unknown_things
 from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
@@ -262,6 +263,8 @@ def run_task(
     x_T = batch_noise(seeds, shape) if latents is None else latents
     check_latents(x_T, (count, *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
+    known = pipeline.components.sampling.known_things
+    warn_of_unknown_things(pipeline.text_encoder, prompts, known)
 
     context = _encoded(pipeline, read)
     conditions = [
