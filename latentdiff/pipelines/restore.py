@@ -28,6 +28,7 @@ from latentdiff.pipelines.edit import _own, _prompts, _size
 from latentdiff.pipelines.inputs import check_counts, check_pixels, check_share, is_number
 from latentdiff.pipelines.masks import padded
 from latentdiff.pipelines.pictures import PictureInput, Pictures, read_pictures
+from latentdiff.pipelines.settings import recorded
 from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Measurement:
     """Images (N, 3, H, W) in [−1, 1] somewhat like what is looked for."""
 
 
+@recorded
 def colorize(
     pipeline: LatentDiffusionPipeline,
     image: PictureInput,
@@ -71,9 +73,10 @@ def colorize(
         return with_lightness(images / 2 + 0.5, lightness[own].to(images.device)).float() * 2 - 1
 
     known = Measurement(Grey(), Grey().apply(grey), ROUNDING, grey)
-    return _measured(pipeline, "colorize", prompt, pictures, known, 1.0, finish, options)
+    return _measured(pipeline, prompt, pictures, known, 1.0, finish, options)
 
 
+@recorded
 def upscale(
     pipeline: LatentDiffusionPipeline,
     image: PictureInput,
@@ -100,9 +103,10 @@ def upscale(
     start = F.interpolate(pictures.rgb, (height, width), mode="bicubic").clamp(-1, 1)
     known = Measurement(operator, pictures.rgb, ROUNDING, start)
     finish = _agreeing(known, pictures)
-    return _measured(pipeline, "upscale", prompt, larger, known, strength, finish, options)
+    return _measured(pipeline, prompt, larger, known, strength, finish, options)
 
 
+@recorded
 def restore(
     pipeline: LatentDiffusionPipeline,
     image: PictureInput,
@@ -143,7 +147,7 @@ def restore(
         jpeg = Jpeg(_size(whole), quality)
         known = Measurement(jpeg, jpeg.measure(whole), Jpeg.NOISE, whole)
     finish = _agreeing(known, pictures)
-    return _measured(pipeline, "restore", prompt, pictures, known, strength, finish, options)
+    return _measured(pipeline, prompt, pictures, known, strength, finish, options)
 
 
 def _agreeing(known: Measurement, pictures: Pictures) -> Callable[[Tensor, list[int]], Tensor]:
@@ -159,7 +163,6 @@ def _agreeing(known: Measurement, pictures: Pictures) -> Callable[[Tensor, list[
 
 def _measured(
     pipeline: LatentDiffusionPipeline,
-    name: str,
     prompt: str | Sequence[str],
     pictures: Pictures,
     known: Measurement,
@@ -201,7 +204,7 @@ def _measured(
         own = _own(batch, len(canvas))
         return _as_given(finish(images[..., :height, :width], own), pictures, own)
 
-    task = Task(_size(canvas), name, {}, start, strength, wrap, finish=finished)
+    task = Task(_size(canvas), start, strength, wrap, finish=finished)
     prompts = _prompts(prompt, pictures)
     return run_task(pipeline, prompts, task, **_unguided(prompts, options))
 
@@ -243,7 +246,7 @@ def _denoised(
     def wrap(denoiser: Denoiser, batch: Batch) -> Denoiser:
         return _tiled(pipeline, denoiser)
 
-    task = Task(_size(canvas), "restore", wrap=wrap, finish=finish)
+    task = Task(_size(canvas), wrap=wrap, finish=finish)
     options = {**options, "timesteps": [t * (1 - k / count) for k in range(count)]}
     x = float(schedule.alpha(t)) * latents[own]
     return run_task(pipeline, prompts, task, latents=x, **_unguided(prompts, options))
