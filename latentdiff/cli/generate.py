@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError, command
 from latentdiff.images import check_image_file, save_image
@@ -20,7 +20,12 @@ from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.styles import read_styles, styled
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
+    from torch import Tensor
+
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+    from latentdiff.pipelines.task import Callback
 
 
 #: Without importing them: --help is instant. A test compares this with SAMPLERS.
@@ -47,6 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("eps", "v"),
         help="what the U-Net predicts; default: as the model says",
     )
+    add("--vae", metavar="NAME", help="another autoencoder: a folder, file or Hugging Face id")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--style", action="append", default=[], metavar="NAME", help="may be repeated")
@@ -58,6 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--long", action="store_true", help="take prompts of any length, which are cut otherwise"
     )
     syntax("--weighted", action="store_true", help="any length, with (red:1.3), [red] and BREAK")
+    add("--clip-skip", type=int, metavar="N", help="text encoder layers to leave out; A1111's - 1")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     add("--guidance", help="up to 1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
     add("--guidance-interval", metavar="LOW,HIGH", help="guide only at these timesteps")
@@ -71,6 +78,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, help="seed of the first image; default: random, printed")
     add("--num-images", type=int, default=1, metavar="N", help="per prompt; default: %(default)s")
     add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
+    add("--hires-scale", type=float, metavar="X", help="then enlarge, and draw from there again")
+    add("--hires-strength", type=float, default=0.7, metavar="X", help="0 ... 1; %(default)s")
     add(
         "--columns",
         type=int,
@@ -78,6 +87,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="columns of the grid; default: --num-images, or square",
     )
     add("--separate", action="store_true", help="numbered files instead of a grid")
+    add("--preview", type=Path, metavar="FILE", help="how it looks so far, after every step")
+    add("--safety-checker", metavar="NAME", help="folder or Hugging Face id; says what it flags")
+    add("--low-memory", action="store_true", help="slower; the images stay the same")
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--quiet", action="store_true", help="no progress bar")
@@ -119,6 +131,24 @@ def styled_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     return [text for text, _ in both], [negative for _, negative in both]
 
 
+def low_memory(pipeline: LatentDiffusionPipeline, device: torch.device) -> None:
+    """Trade time for memory."""
+    pipeline.enable_vae_slicing()
+    pipeline.enable_vae_tiling()
+    if device.type != "cpu":
+        pipeline.enable_model_cpu_offload(device)
+
+
+def preview_callback(file: Path) -> Callback:
+    """Writes how the images of a pass look so far."""
+    from latentdiff.images import grid
+
+    def show(pipeline: Any, step: int, timestep: float, given: dict[str, Tensor]) -> None:
+        save_image(grid(pipeline.preview(given["denoised"])), file)
+
+    return show
+
+
 def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     """The images and their seeds, prompt by prompt."""
     import torch
@@ -135,6 +165,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         revision=args.revision,
         variant=args.variant,
         prediction=args.prediction,
+        vae=args.vae,
     )
     for text in args.lora:
         pipeline.load_lora(*lora_and_weight(text))
@@ -142,12 +173,20 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     for text in args.embedding:
         name = pipeline.load_embedding(*embedding_and_token(text))
         print(f"word: {name}", file=sys.stderr)
-    result = pipeline.to(device)(
+    pipeline.to(device)
+    if args.low_memory:
+        low_memory(pipeline, device)
+    if args.safety_checker:
+        pipeline.load_safety_checker(args.safety_checker)
+    result = pipeline(
         prompts,
         negative_prompt=negatives,
         prompt_syntax="a1111" if args.weighted else "long" if args.long else "plain",
+        clip_skip=args.clip_skip,
         height=height,
         width=width,
+        hires_scale=args.hires_scale,
+        hires_strength=args.hires_strength,
         num_inference_steps=args.steps,
         guidance_scale=numbers("--guidance", args.guidance),
         guidance_interval=numbers("--guidance-interval", args.guidance_interval),
@@ -158,7 +197,14 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         seed=args.seed,
         wildcards=args.wildcards,
         progress=not args.quiet,
+        callback_on_step_end=preview_callback(args.preview) if args.preview else None,
+        callback_on_step_end_tensor_inputs=["denoised"],
     )
+    flagged = [s for s, flag in zip(result.seeds, result.flagged or (), strict=False) if flag]
+    if flagged:
+        print(
+            f"flagged by the safety checker: seed {', '.join(map(str, flagged))}", file=sys.stderr
+        )
     if args.long or args.weighted or args.wildcards:
         for read in result.prompts:
             print(f"{read.text[:40]!r}: {read}", file=sys.stderr)
@@ -190,6 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.columns is not None and args.columns < 1:
         raise UserError(f"--columns must be at least 1; got {args.columns}.")
     check_image_file(args.output, "--output")
+    if args.preview is not None:
+        check_image_file(args.preview, "--preview")
     images, seeds = generate(args)
     paths = save(images, args)
     seen = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
