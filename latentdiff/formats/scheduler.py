@@ -63,12 +63,12 @@ class SamplingDefaults:
     chunk_tokens: int | None = None
     """Tokens of a prompt that one pass of the text encoder reads when a prompt is cut into chunks
     (generation_config.json); None: all that fit."""
-    clip_skip: int | None = None
-    """How many of the text encoder's last layers were left out in training
-    (generation_config.json), see `TextEncoder.checked_skip`; None: none."""
     known_things: tuple[str, ...] = ()
     """Names of what the model was trained to draw (generation_config.json); a prompt that has none
     of them is warned of. Empty: any prompt is as good."""
+    clip_skip: int | None = None
+    """How many of the text encoder's last layers were left out in training
+    (generation_config.json), see `TextEncoder.checked_skip`; None: none."""
 
     def final_timestep(self, sampler: str) -> int | None:
         """Where the last step of a sampler leads: None the clean image, 0 the first noise level."""
@@ -245,5 +245,4 @@ def with_generation(
     if not isinstance(things, list) or not all(isinstance(t, str) and t.strip() for t in things):
         raise UserError(f"known_things in {where} must be a list of names; got {things!r:.80}.")
     scale = None if scale is None else float(scale)
-    known = {"known_things": tuple(things), **counts}
-    return dataclasses.replace(sampling, guidance_scale=scale, **known)
+    return dataclasses.replace(sampling, guidance_scale=scale, known_things=tuple(things), **counts)

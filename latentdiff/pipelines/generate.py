@@ -38,8 +38,10 @@ from latentdiff.models.prompts import (
 )
 from latentdiff.models.safety_checker import SafetyChecker, load_safety_checker
 from latentdiff.pipelines import edit, two_pass
+from latentdiff.pipelines.call import result_of, stream_task
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
+from latentdiff.pipelines.interpolate import interpolate
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.pipelines.offload import Offload
@@ -48,8 +50,6 @@ from latentdiff.pipelines.task import (
     Progress,
     SamplingOptions,
     Task,
-    result_of,
-    stream_task,
 )
 from latentdiff.sampling import Network, SamplingPlan
 from latentdiff.weights import raw_bytes
@@ -80,6 +80,10 @@ class LatentDiffusionPipeline:
         self.schedule = NoiseSchedule(components.schedule)
         self.prediction = components.prediction
         self.loras = Loras(parts_of(components))
+        #: Learned words, as `settings` records them.
+        self.embeddings: list[dict[str, Any]] = []
+        #: The model, as `settings` records it; its hash is added when it is needed.
+        self.model: dict[str, Any] = {}
         self.preview_decoder: Autoencoder | None = None
         """A tiny autoencoder (AutoencoderTiny) with this one's latents, see `preview`."""
         self._linear_decoder: Tensor | None = None
@@ -87,10 +91,6 @@ class LatentDiffusionPipeline:
         """Says of each image whether it shows what it should not, see `load_safety_checker`."""
         self._interrupt = False
         self._offload: Offload | None = None
-        #: Learned words, as `settings` records them.
-        self.embeddings: list[dict[str, Any]] = []
-        #: The model, as `settings` records it; its hash is added when it is needed.
-        self.model: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -157,6 +157,12 @@ class LatentDiffusionPipeline:
         hires = {"hires_scale": hires_scale, "hires_strength": hires_strength}
         return result_of(self.stream(prompt, **given, **hires, **options))  # type: ignore[arg-type]
 
+    image_to_image = edit.image_to_image
+    inpaint = edit.inpaint
+    outpaint = edit.outpaint
+    variations = edit.variations
+    interpolate = interpolate
+
     def stream(
         self,
         prompt: str | Sequence[str],
@@ -188,11 +194,6 @@ class LatentDiffusionPipeline:
         if self._linear_decoder is None:
             self._linear_decoder = linear_decoder(self.autoencoder)
         return to_output(apply_linear(self._linear_decoder, latents), "pil")
-
-    image_to_image = edit.image_to_image
-    inpaint = edit.inpaint
-    outpaint = edit.outpaint
-    variations = edit.variations
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.
@@ -240,8 +241,7 @@ class LatentDiffusionPipeline:
                  CompVis/stable-diffusion-safety-checker, or of a model that has one.
         Raises:  UserError: there is none.
         """
-        checker = load_safety_checker(resolve_folder(name))
-        self.safety_checker = checker.to(self.device)
+        self.safety_checker = load_safety_checker(resolve_folder(name)).to(self.device)
 
     def fuse_lora(self) -> None:
         """Add the attached LoRA files to the weights: the same images, no more to compute."""
@@ -314,6 +314,11 @@ class LatentDiffusionPipeline:
         check_pixels(*size)
         return size
 
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of `size`, (height, width)."""
+        down = self.autoencoder.downscale
+        return self.autoencoder.latent_channels, size[0] // down, size[1] // down
+
     @property
     def default_guidance(self) -> float:
         """The guidance scale of a call that names none: the model's own, or the usual 5."""
@@ -359,9 +364,8 @@ class LatentDiffusionPipeline:
         if timesteps is not None:
             return SamplingPlan(custom_grid(self.schedule, timesteps), name, options)
         row = SAMPLERS[name]
-        if spacing is None:
-            spacing = named_spacing or row.spacing or defaults.spacing
-        spacing = get_spacing(spacing or usual_spacing(self.schedule))
+        usual = named_spacing or row.spacing or defaults.spacing or usual_spacing(self.schedule)
+        spacing = get_spacing(usual if spacing is None else spacing)
         grid = timestep_grid(self.schedule, steps, spacing, STEPS_OFFSET, style=row.grid)
         return SamplingPlan(grid, name, options, spacing)
 

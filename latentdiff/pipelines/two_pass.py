@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from latentdiff.errors import UserError
 from latentdiff.images import to_output
+from latentdiff.pipelines.call import stream_task
 from latentdiff.pipelines.inputs import check_pixels, check_share, is_number
-from latentdiff.pipelines.task import Batch, PipelineOutput, Progress, Task, stream_task
+from latentdiff.pipelines.task import Batch, PipelineOutput, Progress, Task
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -78,9 +79,9 @@ def stream_two_passes(
         return torch.cat([vae.encode(one) for one in enlarged])
 
     arguments = {"hires_scale": scale, "hires_strength": strength}
-    task = Task(large, arguments=arguments, start=start, strength=strength)
+    task = Task(large, start=start, strength=strength)
     for event in stream_task(pipeline, prompt, task, **{**options, "seed": first.seeds}):
         if isinstance(event, PipelineOutput):
-            own = {"height": size[0], "width": size[1]}
+            own = {"height": size[0], "width": size[1], "arguments": arguments}
             event = replace(event, settings=[one | own for one in event.settings])
         yield event

@@ -273,9 +273,9 @@ def check_given(given: Given) -> None:
             f"finetune.kind={kind} adds to a model that exists. Name it: model.pretrained=FOLDER, "
             "a hub id, or embedded."
         )
-    if kind != "full" and given.config.power_ema.every:
+    if kind not in ("full", "inpainting") and given.config.power_ema.every:
         raise UserError(
-            f"power_ema.every={given.config.power_ema.every} goes with finetune.kind=full; the "
+            f"power_ema.every={given.config.power_ema.every} goes with whole models; the "
             f"averages of finetune.kind={kind} are no whole model. Set power_ema.every=0."
         )
     shape = sorted(key for key in given.keys if key.startswith("model.unet."))

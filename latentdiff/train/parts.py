@@ -123,11 +123,18 @@ def check_fit(components: Components, config: TrainConfig) -> None:
         "out_channels": latent,
         "cross_attention_dim": text,
     }.items():
-        if (value := getattr(unet, name)) != wanted:
+        value = getattr(unet, name)
+        inpaints = name == "in_channels" and unet.inpaints and config.model.pretrained is not None
+        if value != wanted and not inpaints:
             raise UserError(
                 f"the U-Net's {name} must equal the {whose.format(wanted)}; got {value}. Set "
                 f"model.unet.{name}={wanted}, or choose another model.{key}."
             )
+    if config.data.inpaint_mask and not unet.inpaints and config.finetune.kind != "inpainting":
+        raise UserError(
+            "data.inpaint_mask=true is for an inpainting model, and this one is for text to image. "
+            "finetune.kind=inpainting makes it one; data.loss_mask=file weighs the loss instead."
+        )
     if config.validation.prompts or config.validation.images:
         try:
             timestep_grid(NoiseSchedule(config.schedule), config.validation.steps)

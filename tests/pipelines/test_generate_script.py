@@ -186,7 +186,7 @@ def test_lora_option(
         options = ["--lora", *lora] if lora else []
         output = tmp_path / f"{len(images)}.png"
         call(script, monkeypatch, *fast, str(output), *options)
-        images.append(output.read_bytes())
+        images.append(Image.open(output).tobytes())
     assert images[0] == images[3]
     assert len(set(images)) == 3
     for given, message in (
@@ -222,6 +222,9 @@ def test_two_passes_previews_little_memory_and_other_parts(
     for file, expected in ((output, result.images[0]), (preview, steps[-1].preview[0])):
         difference = np.asarray(Image.open(file), int) - np.asarray(expected, int)
         assert np.abs(difference).max() <= 1
+    again = ("--replay", str(output), "--low-memory", "--quiet", "--output", f"{output}-2.png")
+    call(script, monkeypatch, *again)
+    assert "the same image, bit for bit" in capsys.readouterr().err
     monkeypatch.setattr(LatentDiffusionPipeline, "load_safety_checker", lambda self, name: setattr(
         self, "safety_checker", lambda images: [name == "bad"] * len(images)))  # fmt: skip
     for name in ("good", "bad"):
