@@ -37,7 +37,7 @@ from latentdiff.models.prompts import (
     read_prompt,
 )
 from latentdiff.models.safety_checker import SafetyChecker, load_safety_checker
-from latentdiff.pipelines import edit, two_pass
+from latentdiff.pipelines import edit, restore, two_pass
 from latentdiff.pipelines.call import result_of, stream_task
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
@@ -80,10 +80,6 @@ class LatentDiffusionPipeline:
         self.schedule = NoiseSchedule(components.schedule)
         self.prediction = components.prediction
         self.loras = Loras(parts_of(components))
-        #: Learned words, as `settings` records them.
-        self.embeddings: list[dict[str, Any]] = []
-        #: The model, as `settings` records it; its hash is added when it is needed.
-        self.model: dict[str, Any] = {}
         self.preview_decoder: Autoencoder | None = None
         """A tiny autoencoder (AutoencoderTiny) with this one's latents, see `preview`."""
         self._linear_decoder: Tensor | None = None
@@ -91,6 +87,10 @@ class LatentDiffusionPipeline:
         """Says of each image whether it shows what it should not, see `load_safety_checker`."""
         self._interrupt = False
         self._offload: Offload | None = None
+        #: Learned words, as `settings` records them.
+        self.embeddings: list[dict[str, Any]] = []
+        #: The model, as `settings` records it; its hash is added when it is needed.
+        self.model: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -162,6 +162,9 @@ class LatentDiffusionPipeline:
     outpaint = edit.outpaint
     variations = edit.variations
     interpolate = interpolate
+    colorize = restore.colorize
+    upscale = restore.upscale
+    restore = restore.restore
 
     def stream(
         self,

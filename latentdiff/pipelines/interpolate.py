@@ -17,7 +17,6 @@ from latentdiff.diffusion.noise import batch_noise, slerp
 from latentdiff.errors import UserError
 from latentdiff.pipelines.call import run_task
 from latentdiff.pipelines.inputs import check_counts, for_each, prompt_list, seeds_of
-from latentdiff.pipelines.settings import recorded
 from latentdiff.pipelines.task import Condition, PipelineOutput, SamplingOptions, Task
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ _EACH: tuple[Literal["negative_prompt", "guidance_scale"], ...] = (
 )
 
 
-@recorded
 def interpolate(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
