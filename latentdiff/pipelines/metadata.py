@@ -153,7 +153,6 @@ _PICTURE = {"file": str | None, "hash": str}
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("task", "prompt", "negative_prompt", "prompt_syntax", "sampler"), str),
     **dict.fromkeys(("seed", "num_inference_steps", "height", "width"), int),
-    "clip_skip": int,
     **dict.fromkeys(("guidance_scale", "guidance_rescale"), int | float),
     "timestep_spacing": str | None,
     "device": ("cpu", "cuda", "mps"),
@@ -161,7 +160,7 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("timesteps", "guidance_interval"), list | None),
     **dict.fromkeys(("sampler_options", "versions"), dict),
     "arguments": {"image": _PICTURE, "mask_image": _PICTURE, "frames": range(10_000)},
-    "model": dict.fromkeys(("source", "name", "hash", "variant", "revision"), str | None),
+    "model": dict.fromkeys(("source", "name", "hash", "variant", "revision", "vae"), str | None),
     "loras": [{"file": str, "weight": int | float}],
     "embeddings": [{"file": str, "token": str}],
     "batch": {"size": range(1, 1025), "place": range(1024), "guided": bool},
@@ -193,7 +192,7 @@ def texts(settings: Mapping[str, Any]) -> dict[str, str]:
 def parameters(settings: Mapping[str, Any]) -> str:
     """The settings of an image as A1111 would write them, as far as it has them."""
     given, model = settings.get("arguments", {}), settings.get("model", {})
-    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip", 0)
+    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip")
     sampler = settings["sampler"]
     hashes = [f"{one.get('name')}: {one.get('hash')}" for one in settings.get("loras", ())]
     fields = {

@@ -75,11 +75,12 @@ class Replay:
         return self.record.settings
 
     def run(
-        self, pipeline: LatentDiffusionPipeline, given: Mapping[str, Any], *, progress: bool = True
+        self, pipeline: LatentDiffusionPipeline, given: Mapping[str, Any], **watching: Any
     ) -> PipelineOutput:
         """Make the images.
 
         Args:    given: options and arguments of the task that replace what is recorded.
+                 watching: options that change no image, such as progress.
         Returns: one image, or those of the grid; of replaced options any number.
         Raises:  UserError: an image that it was made from is not there; what the task raises.
         """
@@ -89,7 +90,7 @@ class Replay:
         call = {name: v for name in _OPTIONS if (v := self.settings.get(name)) is not None}
         if task != "interpolate":
             call |= _of_each(images, given)
-        call |= {"progress": progress, **self._arguments(images, given), **given}
+        call |= {**watching, **self._arguments(images, given), **given}
         frame = call.pop("frame", None)
         if "timesteps" in call:  # they say all of these
             replaced = {"num_inference_steps", "timestep_spacing"} & given.keys()
@@ -118,7 +119,8 @@ class Replay:
     def _arguments(self, images: list[dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the task; pictures by their files."""
         if self.settings["task"] == "text_to_image":
-            return {n: self.settings[n] for n in ("height", "width") if n in self.settings}
+            size = {n: self.settings[n] for n in ("height", "width") if n in self.settings}
+            return size | self.settings.get("arguments", {})
         arguments = dict(self.settings["arguments"])
         for name in PICTURES:
             if name not in arguments or name in given:
