@@ -15,7 +15,7 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
@@ -50,6 +50,7 @@ from latentdiff.pipelines.inputs import (
     warn_of_unused_negatives,
 )
 from latentdiff.pipelines.metadata import write
+from latentdiff.pipelines.prompt_loras import Files, LoraFolder
 from latentdiff.pipelines.settings import image_settings
 from latentdiff.pipelines.wildcards import Wildcards
 from latentdiff.sampling import SamplingPlan, build_denoiser, sample_latents
@@ -90,6 +91,9 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     """Of the first image, image k has seed + k, below 2^64; or of each image; None: drawn, see
     `.seeds`."""
+    lora_dir: str | Path | None
+    """A folder of LoRA files: `<lora:fur:0.7>` in a prompt is fur.safetensors at that weight, for
+    the images of that prompt, see `prompt_loras`; None: nothing is loaded."""
     wildcards: str | Path | None
     """A folder of text files: `__animal__` in a prompt is a line of animal.txt and `{a|b}` a or b,
     drawn for each image from its own seed, see `wildcards`; None: they are text."""
@@ -173,6 +177,15 @@ class Task:
     """Decoded images (B, 3, H, W) in [−1, 1] → those of the result."""
 
 
+class Text(NamedTuple):
+    """What an image is to show."""
+
+    prompt: str
+    negative: str
+    files: Files = ()
+    """LoRA files that its prompt asks for."""
+
+
 class Condition(NamedTuple):
     """What the denoiser of one image is given."""
 
@@ -184,6 +197,7 @@ class Condition(NamedTuple):
     """Of guidance."""
     prompt: str
     negative_prompt: str
+    files: Files
 
 
 @torch.no_grad()
@@ -206,6 +220,7 @@ def run_task(
     timesteps: Sequence[float] | None = None,
     seed: int | Sequence[int] | None = None,
     wildcards: str | Path | None = None,
+    lora_dir: str | Path | None = None,
     output_type: OutputType = "pil",
     batch_size: int = 16,
     progress: bool = True,
@@ -240,14 +255,9 @@ def run_task(
     )
     count = len(prompts) * num_images_per_prompt
     seeds = seeds_of(seed, count)
-    # By image, since wildcards make a text of its own of each.
-    texts = [[p, n] for p, n in zip(prompts, negatives, strict=True)]
-    texts = [text for text in texts for _ in range(num_images_per_prompt)]
-    if wildcards is not None:
-        choices = Wildcards(wildcards)
-        texts = [choices.expand(text, own) for text, own in zip(texts, seeds, strict=True)]
+    texts = _texts(zip(prompts, negatives, strict=True), seeds, wildcards, lora_dir)
     scales = [scale for scale in scales for _ in range(num_images_per_prompt)]
-    read = {text: pipeline.read_prompt(text, prompt_syntax) for both in texts for text in both}
+    read = {text: pipeline.read_prompt(text, prompt_syntax) for t in texts for text in t[:2]}
     plan = pipeline.sampling_plan(
         num_inference_steps,
         sampler=sampler,
@@ -263,12 +273,16 @@ def run_task(
     check_latents(x_T, (count, *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
     known = pipeline.components.sampling.known_things
-    warn_of_unknown_things(pipeline.text_encoder, (own for own, _ in texts), known)
+    warn_of_unknown_things(pipeline.text_encoder, (text.prompt for text in texts), known)
 
-    context = _encoded(pipeline, read)
+    contexts, loras = dict[tuple[Files, str], Tensor](), dict[Files, list[dict[str, Any]]]()
+    for files in dict.fromkeys(text.files for text in texts):
+        parts = {part: read[part] for text in texts if text.files == files for part in text[:2]}
+        with pipeline.loras.also(files) as loras[files]:
+            contexts |= {(files, part): c for part, c in _encoded(pipeline, parts).items()}
     conditions = [
-        Condition(context[own], context[negative], scale, own, negative)
-        for (own, negative), scale in zip(texts, scales, strict=True)
+        Condition(contexts[t.files, t.prompt], contexts[t.files, t.negative], scale, *t)
+        for t, scale in zip(texts, scales, strict=True)
     ]
     batches = [
         Batch(own, [k // num_images_per_prompt for k in own], [seeds[k] for k in own])
@@ -281,14 +295,15 @@ def run_task(
         for batch in batches:
             own = [conditions[k] for k in batch.indices]
             noise = x_T[batch.indices]
-            x_0 = _sampled(pipeline, task, own, batch, noise, plan, guidance, bar.update)
+            with pipeline.loras.also(own[0].files):
+                x_0 = _sampled(pipeline, task, own, batch, noise, plan, guidance, bar.update)
             if output_type != "latent":
                 x_0 = pipeline.autoencoder.decode(x_0)
                 x_0 = task.finish(x_0, batch) if task.finish else x_0
             found |= zip(batch.indices, x_0, strict=True)
     images = torch.stack([found[k] for k in range(count)])
     every = 1 if wildcards is not None else num_images_per_prompt
-    read_prompts = [read[own] for own, _ in texts[::every]]
+    read_prompts = [read[text.prompt] for text in texts[::every]]
     call = {
         "prompt_syntax": prompt_syntax,
         "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
@@ -304,13 +319,34 @@ def run_task(
         "batch_size": batch_size,
         **({} if latents is None else {"latents": "given"}),
     }
-    return PipelineOutput(
-        to_output(images, output_type),
-        seeds,
-        read_prompts,
-        len(plan.timesteps),
-        image_settings(pipeline, batches, conditions, call),
-    )
+    settings = image_settings(pipeline, batches, conditions, call)
+    for one, text in zip(settings, texts, strict=True):
+        one["loras"] = [*one["loras"], *loras[text.files]]
+    output = to_output(images, output_type)
+    return PipelineOutput(output, seeds, read_prompts, len(plan.timesteps), settings)
+
+
+def _texts(
+    pairs: Iterable[tuple[str, str]],
+    seeds: Sequence[int],
+    wildcards: str | Path | None,
+    lora_dir: str | Path | None,
+) -> list[Text]:
+    """What each image is to show: wildcards make a text of its own for every one.
+
+    Args:    pairs: prompts and negative prompts, each for the same number of images.
+    """
+    both = list(pairs)
+    texts = [Text(*pair) for pair in both for _ in range(len(seeds) // len(both))]
+    if wildcards is not None:
+        choices = Wildcards(wildcards)
+        drawn = [choices.expand(t[:2], own) for t, own in zip(texts, seeds, strict=True)]
+        texts = [Text(prompt, negative) for prompt, negative in drawn]
+    if lora_dir is None:
+        return texts
+    folder = LoraFolder(lora_dir)
+    found = [folder.split(text.prompt) for text in texts]
+    return [Text(p, t.negative, files) for t, (p, files) in zip(texts, found, strict=True)]
 
 
 def _encoded(
@@ -354,10 +390,11 @@ def _sampled(
 
 
 def passes(conditions: Sequence[Condition], batch_size: int) -> list[list[int]]:
-    """Which images are sampled together: at most batch_size, with contexts of the same lengths."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    """Which images are sampled together: at most batch_size, with contexts of the same lengths
+    and the same LoRA files."""
+    groups: dict[tuple[int, int, Files], list[int]] = {}
     for index, one in enumerate(conditions):
-        groups.setdefault((len(one.context), len(one.negative)), []).append(index)
+        groups.setdefault((len(one.context), len(one.negative), one.files), []).append(index)
     return [
         group[start : start + batch_size]
         for group in groups.values()
