@@ -113,6 +113,27 @@ def numbered(file: Path, count: int) -> list[Path]:
     return [file.with_name(f"{file.stem}-{k:03d}{file.suffix}") for k in range(count)]
 
 
+def save_animation(images: Sequence[Image], file: Path, seconds: float = 0.1) -> Path:
+    """Write images as the frames of an endless GIF, all at once.
+
+    Args:    seconds: that each is shown.
+    Raises:  UserError: it cannot be written.
+    """
+    try:
+        with atomic_file(file) as new:
+            images[0].save(
+                new,
+                "GIF",
+                save_all=True,
+                append_images=images[1:],
+                duration=round(1000 * seconds),
+                loop=0,
+            )
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror or error}).") from error
+    return file
+
+
 def check_image_file(file: Path, option: str) -> None:
     """Make the folder of an image to come.
 

@@ -59,6 +59,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="IMAGE",
         help="make a file's image again; other options replace what the file says",
     )
+    add_options(parser)
+    add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
+    args = parser.parse_args(argv)
+    if bool(args.prompt_file) == bool(args.prompts or args.replay):
+        parser.error("give a PROMPT, or a file with --prompts, or an image with --replay")
+    for option in ("batch_size", "contact_sheet"):
+        if getattr(args, option) is not None and not args.prompt_file:
+            parser.error(f"--{option.replace('_', '-')} belongs to --prompts")
+    return args
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every task has."""
+    add = parser.add_argument
     add("--output", "-o", type=Path, default=Path("image.png"), help="default: %(default)s")
     add("--model", help="folder, single file or Hugging Face id; default: the embedded model")
     add("--revision", help="branch, tag or commit on the hub")
@@ -94,7 +108,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", type=int, help="seed of the first image; default: random, printed")
     add("--num-images", type=int, metavar="N", help="per prompt; default: 1")
-    add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
     add(
         "--columns",
         type=int,
@@ -105,13 +118,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     add("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(argv)
-    if bool(args.prompt_file) == bool(args.prompts or args.replay):
-        parser.error("give a PROMPT, or a file with --prompts, or an image with --replay")
-    for option in ("batch_size", "contact_sheet"):
-        if getattr(args, option) is not None and not args.prompt_file:
-            parser.error(f"--{option.replace('_', '-')} belongs to --prompts")
-    return args
 
 
 def image_size(text: str | None, option: str = "--size") -> tuple[int | None, int | None]:

@@ -7,7 +7,7 @@ what stands beside it does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 #: Settings that are options of a call by the same name.
 _OPTIONS = (
     *("prompt_syntax", "num_inference_steps", "sampler", "sampler_options", "timestep_spacing"),
-    *("timesteps", "guidance_rescale", "guidance_interval", "clip_skip"),
+    *("timesteps", "guidance_rescale", "guidance_interval", "clip_skip", "batch_size"),
 )
-#: What is made from an image that is given does not depend on one that is drawn.
+#: Methods of the pipeline.
 _TASKS = (
     *("text_to_image", "image_to_image", "inpaint", "outpaint", "variations"),
-    *("colorize", "restore", "upscale"),
+    *("colorize", "restore", "upscale", "interpolate"),
 )
 _LOSSLESS = ("PNG", "TIFF", "BMP", "PPM")
 
@@ -85,13 +85,12 @@ class Replay:
         """
         task = self.settings["task"]
         method = pipeline if task == "text_to_image" else getattr(pipeline, task)
-        images, first, size, place = self._images(exact=not given)
+        images, pick = self._images(exact=not given)
         call = {name: v for name in _OPTIONS if (v := self.settings.get(name)) is not None}
-        for name in ("prompt", "negative_prompt", "guidance_scale"):
-            values = [one[name] for one in images if name in one]
-            call |= {name: values if "prompt" not in given else values[0]} if values else {}
-        call |= {"seed": first, "batch_size": size, "progress": progress}
-        call |= {**self._arguments(images, given), **given}
+        if task != "interpolate":
+            call |= _of_each(images, given)
+        call |= {"progress": progress, **self._arguments(images, given), **given}
+        frame = call.pop("frame", None)
         if "timesteps" in call:  # they say all of these
             replaced = {"num_inference_steps", "timestep_spacing"} & given.keys()
             for name in ["timesteps"] if replaced else ["num_inference_steps", "timestep_spacing"]:
@@ -99,35 +98,27 @@ class Replay:
         if "sampler" in given and "sampler_options" not in given:
             call.pop("sampler_options", None)
         output: PipelineOutput = method(**call)
-        return output if place is None else output.only(place)
+        if frame is not None:
+            pick = None if "images" in self.settings else frame
+        return output if pick is None else output.only(pick)
 
-    def _images(self, *, exact: bool) -> tuple[list[dict[str, Any]], int, int, int | None]:
-        """The settings of the images of the call, the first seed, the batch size, which is kept."""
+    def _images(self, *, exact: bool) -> tuple[list[dict[str, Any]], int | None]:
+        """The settings of the images of the call, and which of them is kept; None: all."""
         one = self.settings
-        if parts := one.get("images"):
-            images = [{**one, **part} for part in parts]
-            if any(image["seed"] != one["seed"] + k for k, image in enumerate(images)):
-                raise UserError(
-                    f"{self.file} is a sheet of images that were made one by one; make one of "
-                    "them again."
-                )
-            return images, one["seed"], one.get("batch_size", 16), None
-        batch = one.get("batch", {})
-        size, place = batch.get("size", 1), batch.get("place", 0)
-        if not exact or size == 1 or one["seed"] < place:
-            return [one], one["seed"], one.get("batch_size", 1), None
+        if "images" in one:
+            return [{**one, **part} for part in one["images"]], None
+        batch = one.get("batch", {"size": 1, "place": 0})
+        if not exact:
+            return [one], None
         other = dict(one)
         if batch.get("guided") and one["guidance_scale"] <= 1:
-            other["guidance_scale"] = 2.0  # what the pass was made of had guidance
-        images = [one if k == place else other for k in range(size)]
-        return images, one["seed"] - place, one.get("batch_size", size), place
+            other["guidance_scale"] = 2.0  # others of the pass had guidance
+        return [one if k == batch["place"] else other for k in range(batch["size"])], batch["place"]
 
     def _arguments(self, images: list[dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the task; pictures by their files."""
         if self.settings["task"] == "text_to_image":
-            return {
-                name: self.settings[name] for name in ("height", "width") if name in self.settings
-            }
+            return {n: self.settings[n] for n in ("height", "width") if n in self.settings}
         arguments = dict(self.settings["arguments"])
         for name in PICTURES:
             if name not in arguments or name in given:
@@ -195,6 +186,17 @@ class Replay:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+def _of_each(images: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What each image of a call has of its own; the first one's where there are others now."""
+    call: dict[str, Any] = {"num_images_per_prompt": 1}
+    for name in ("prompt", "negative_prompt", "guidance_scale", "seed"):
+        values = [one[name] for one in images if name in one]
+        if values:
+            replaced = {"prompt", "num_images_per_prompt"} & given.keys()
+            call[name] = values[0] if replaced else values
+    return call
 
 
 def _facts(settings: Mapping[str, Any]) -> dict[str, Any]:

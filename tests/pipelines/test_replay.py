@@ -21,7 +21,7 @@ from latentdiff.formats.lora import write_lora
 from latentdiff.images import grid
 from latentdiff.models.low_rank import LowRank
 from latentdiff.pipelines.hashes import file_hash, model_hash
-from latentdiff.pipelines.metadata import read, write
+from latentdiff.pipelines.metadata import of_grid, pixels_hash, read, write
 from latentdiff.pipelines.replay import Replay
 from tests.random_models import TEXT_WIDTH, make_pipeline
 
@@ -79,6 +79,94 @@ def test_each_image_of_a_call_is_made_again_to_the_bit(
         np.testing.assert_array_equal(np.asarray(again.images[0]), np.asarray(image))
         assert again.seeds == [seed] == [replay.settings["seed"]]
         assert len(again.settings) == len(again.images) == 1
+
+
+PHOTO = Image.effect_mandelbrot((29, 21), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("photo") / "photo.png"
+    PHOTO.save(file)
+    mask = Image.new("L", PHOTO.size)
+    mask.paste(255, (5, 3, 20, 15))
+    mask.save(file.with_name("mask.png"))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments"),
+    [
+        ("image_to_image", {"strength": 0.6, "prompt": ["a cat", "dog"]}),
+        ("image_to_image", {"prompt": ["a cat", LONG, "dog"], "prompt_syntax": "long"}),
+        ("inpaint", {"mask_image": "mask.png", "mask_blur": 2, "num_images_per_prompt": 3}),
+        ("inpaint", {"mask_image": "mask.png", "padding_mask_crop": 4, "strength": 0.5}),
+        ("outpaint", {"left": 5, "bottom": 3, "sampler": "euler_ancestral"}),
+        ("variations", {"batch_size": 3}),
+        ("interpolate", {"prompt": ["a cat", "dog"], "frames": 3, "guidance_scale": [1, 3]}),
+        ("interpolate", {"prompt": "a cat", "seed": [5, 9, 2**40], "frames": 5, "batch_size": 2}),
+    ],
+)
+def test_each_image_of_a_task_is_made_again_to_the_bit(
+    task: str,
+    arguments: dict[str, Any],
+    photo: Path,
+    pipeline: LatentDiffusionPipeline,
+    tmp_path: Path,
+) -> None:
+    given: dict[str, Any] = {"prompt": "a cat", **arguments, **FAST}
+    if task != "interpolate":
+        given["image"] = photo
+    if "mask_image" in given:
+        given["mask_image"] = photo.with_name("mask.png")
+    output = getattr(pipeline, task)(**given)
+    for file, image in zip(output.save(tmp_path / "a.png"), output.images, strict=True):
+        replay = Replay.of(file)
+        assert replay.settings["task"] == task
+        assert (replay.settings["width"], replay.settings["height"]) == image.size
+        again = replay.run(pipeline, {}, progress=False)
+        assert replay.verdict(again, {}) == f"{file}: the same image, bit for bit"
+        np.testing.assert_array_equal(np.asarray(again.images[0]), np.asarray(image))
+    sheet = write(grid(output.images, 2), tmp_path / "b.png", of_grid(output.settings, 2))
+    again = Replay.of(sheet).run(pipeline, {}, progress=False)
+    assert Replay.of(sheet).verdict(again, {}).endswith("the same image, bit for bit")
+    assert again.settings == output.settings
+
+
+def test_images_that_were_given_are_known_by_their_pixels(
+    photo: Path, pipeline: LatentDiffusionPipeline, tmp_path: Path
+) -> None:
+    copy, other = tmp_path / "copy.png", PHOTO.rotate(180)
+    PHOTO.save(copy)
+    call: dict[str, Any] = {"strength": 0.5, "seed": 3, **FAST}
+    given = [copy, PHOTO, np_tensor(PHOTO), other]
+    outputs = [pipeline.image_to_image("a cat", one, **call) for one in given]
+    described = [output.settings[0]["arguments"]["image"] for output in outputs]
+    assert described[0] == {"file": str(copy), "hash": pixels_hash(PHOTO)}
+    assert described[1] == {"file": None, "hash": pixels_hash(PHOTO)}
+    assert len({one["hash"] for one in described}) == 3 and "file" not in described[2]
+    several = pipeline.image_to_image("a cat", [PHOTO, other], **call).settings
+    assert [one["arguments"]["image"] for one in several] == [described[1], described[3]]
+    files = [output.save(tmp_path / f"{k}.png")[0] for k, output in enumerate(outputs)]
+    for file in files[1:]:
+        with pytest.raises(
+            UserError, match=r"the image that .* was made from was no file. Give it"
+        ):
+            Replay.of(file).run(pipeline, {})
+    replay = Replay.of(files[0])
+    other.save(copy)
+    again = replay.run(pipeline, {}, progress=False)
+    said = f"image {described[3]['hash']} instead of {described[0]['hash']}"
+    assert "another image" in replay.verdict(again, {}) and said in replay.verdict(again, {})
+    copy.unlink()
+    with pytest.raises(UserError, match=r"is not there: .*copy\.png"):
+        replay.run(pipeline, {})
+    anew = replay.run(pipeline, {"image": PHOTO}, progress=False)
+    np.testing.assert_array_equal(np.asarray(anew.images[0]), np.asarray(outputs[0].images[0]))
+
+
+def np_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
 
 
 def call(*arguments: object) -> None:
@@ -279,7 +367,6 @@ def damaged(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (damaged(dtype="save"), "damaged (dtype is 'save')"),
         (damaged(device="meta"), "damaged (device is 'meta')"),
         (damaged(images=[{"seed": "1"}]), "damaged (images is [{'seed': '1'}])"),
-        (damaged(images=[{"seed": 1}, {"seed": 9}]), "is a sheet of images that were made one by"),
         (damaged(task="save_pretrained"), "it was made by save_pretrained"),
         (damaged(latents="given"), "its noise was given, not drawn"),
         (damaged(num_inference_steps=0), "num_inference_steps must be a whole number"),
@@ -357,16 +444,3 @@ def test_hashes_of_models(model: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert file_hash(file) == "x" and read_again == [file]
     (tmp_path / "cache" / "latentdiff" / "hashes.json").write_text("{")
     assert file_hash(file) == "x" and len(read_again) == 2
-
-
-def test_the_verdict_on_a_grid_is_of_the_grid(
-    pipeline: LatentDiffusionPipeline, tmp_path: Path
-) -> None:
-    from latentdiff.pipelines.metadata import of_grid
-
-    output = pipeline(["a cat", "dog"], num_images_per_prompt=2, **FAST)
-    sheet = write(grid(output.images, 3), tmp_path / "a.png", of_grid(output.settings, 3))
-    replay = Replay.of(sheet)
-    again = replay.run(pipeline, {}, progress=False)
-    assert "bit for bit" in replay.verdict(again, {})
-    assert again.seeds == output.seeds and again.settings == output.settings
