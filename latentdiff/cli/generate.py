@@ -88,6 +88,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--vae", metavar="NAME", help="another autoencoder: a folder, file or Hugging Face id")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
+    add(
+        "--lora-dir", metavar="DIR", help="where <lora:name:0.7> of a prompt finds name.safetensors"
+    )
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--style", action="append", default=[], metavar="NAME", help="may be repeated")
     add("--styles", type=Path, default=Path("styles.csv"), metavar="FILE", help="%(default)s")
@@ -228,6 +231,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         "timesteps": numbers("--timesteps", args.timesteps),
         "seed": args.seed,
         "wildcards": args.wildcards,
+        "lora_dir": args.lora_dir,
     }
     return {name: value for name, value in options.items() if value is not None}
 

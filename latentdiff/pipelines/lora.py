@@ -9,7 +9,8 @@ W' = W + Σ s_k ΔW_k, so the order does not matter and fused equals attached.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,6 +195,22 @@ class Loras:
             self._before.clear()
         for each in names:
             del self._loaded[each]
+
+    @contextmanager
+    def also(self, files: Iterable[tuple[str | Path, float]]) -> Iterator[list[dict[str, Any]]]:
+        """Attach further files, with a weight each, within the block.
+
+        Yields:  what is recorded of them.
+        Raises:  UserError: as `load` does.
+        """
+        names = list[str]()
+        try:
+            for path, weight in files:
+                names.append(self.load(path, weight))
+            yield [one for one in self.records() if one["name"] in names]
+        finally:
+            for name in names:
+                self.unload(name)
 
     def _layer(self, place: Place) -> Any:
         part, module = place
