@@ -14,7 +14,13 @@ from PIL import Image, ImageDraw
 from latentdiff.errors import UserError
 from latentdiff.evaluation import asks as module
 from latentdiff.evaluation.asks import Ask, Judge, measure_asks, read_asks
-from latentdiff.evaluation.metrics import LinearClassifier, own_left_out, to_tensors
+from latentdiff.evaluation.metrics import (
+    TEXTURE_BLOCKS,
+    ClassifierFeatures,
+    LinearClassifier,
+    own_left_out,
+    to_tensors,
+)
 from latentdiff.evaluation.reference import Reference
 
 SHAPES = {"a bar": (10, 40, 90, 60), "a post": (40, 10, 60, 90), "a box": (20, 20, 80, 80)}
@@ -188,3 +194,18 @@ def test_ranks_without_the_image_itself() -> None:
     # The fourth is alone in its concept and nearest to the second.
     assert own_left_out(gallery, torch.tensor([0, 0, 1, 2])) == [0, 1]
     assert own_left_out(gallery, torch.arange(4)) == []
+
+
+def test_textures_are_the_statistics_of_earlier_maps() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    features = ClassifierFeatures(batch_size=2)
+    images = [drawn("a bar", "red"), drawn("a post", "blue"), drawn("a box", "red")]
+    net, parts = features._net, []
+    with torch.no_grad():
+        x = net._swish(net._bn0(net._conv_stem(to_tensors(images, 224))))
+        for number, block in enumerate(net._blocks):
+            x = block(x)
+            if number in TEXTURE_BLOCKS:
+                parts += [x.mean((2, 3)), x.flatten(2).std(2)]
+    torch.testing.assert_close(features.textures(images), torch.cat(parts, 1), rtol=1e-4, atol=1e-4)
+    assert not any(block._forward_hooks for block in net._blocks)
