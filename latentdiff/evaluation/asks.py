@@ -230,8 +230,12 @@ def measure_asks(
             Shown(ask.prompt, image, beside.get(id(ask)), _misses(verdict))
             for ask, image, verdict in zip(own, images, verdicts, strict=True)
         ]
+    if order := metrics.own_left_out(judge.gallery, reference.labels):
+        name = "real through VAE, own left out: concept top"
+        result.figures |= {f"{name}-{n}": metrics.share_within(order, n) for n in (1, TOP)}
     if any(ask.style for ask in asks):
         result.figures["real through VAE: style, unseen concepts"] = judge.style_accuracy()
+    result.figures["seconds per image"] = generator.seconds / generator.count
     return result
 
 

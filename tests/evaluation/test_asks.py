@@ -21,6 +21,7 @@ from latentdiff.evaluation.metrics import (
     own_left_out,
     to_tensors,
 )
+from latentdiff.evaluation.objects import cut_out
 from latentdiff.evaluation.reference import Reference
 
 SHAPES = {"a bar": (10, 40, 90, 60), "a post": (40, 10, 60, 90), "a box": (20, 20, 80, 80)}
@@ -128,6 +129,7 @@ def test_figures_by_group_with_ceilings(tmp_path: Path, monkeypatch) -> None:
     seeds = list[int]()
 
     class Generator:
+        seconds, count = 1.0, 5
         pipeline = SimpleNamespace(device=torch.device("cpu"), autoencoder=None)
 
         def __call__(self, prompts: list[str], seed: int) -> list[Image.Image]:
@@ -140,6 +142,8 @@ def test_figures_by_group_with_ceilings(tmp_path: Path, monkeypatch) -> None:
     figures = result.figures
     assert figures["one: images"] == 2 and figures["one: concept top-1"] == 0.5
     assert figures["real through VAE: one: concept top-1"] == 1
+    order = own_left_out(Pixels()([cut_out(i) for i in REFERENCE.images]), REFERENCE.labels)
+    assert figures["real through VAE, own left out: concept top-1"] == order.count(0) / 6
     assert figures["more: style"] == pytest.approx(2 / 3)
     assert figures["more: styles among the seeds"] == 2
     assert figures["more: LPIPS between seeds"] > 0
