@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from latentdiff.errors import UserError
 from latentdiff.evaluation import asks as module
@@ -151,6 +151,20 @@ def test_figures_by_group_with_ceilings(tmp_path: Path, monkeypatch) -> None:
     assert [len(page) for page in result.pages.values()] == [2, 3] and len(said) == 3
     assert result.pages["One"][1].miss == "not concept top-1" and result.pages["One"][0].real
     assert len({*seeds}) == 5
+
+
+def test_a_copy_may_be_moved_scaled_and_mirrored(judge) -> None:
+    def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+    image = drawn("a post", "red")
+    ImageDraw.Draw(image).rectangle((40, 10, 48, 20), fill="white")
+    reference = Reference(["a post"], [image], torch.tensor([0]), ["plain"])
+    alone = Judge(reference, Pixels(), None)  # type: ignore[arg-type]
+    moved = Image.new("RGB", (128, 128), "white")
+    moved.paste(ImageOps.mirror(image).resize((96, 96)), (20, 0))
+    for copy, shown in ((True, cut_out(moved)), (False, cut_out(drawn("a bar", "red")))):
+        assert alone.is_copy(shown, distance) == copy  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
