@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.errors import UserError, command, warn
 from latentdiff.images import check_image_file
 from latentdiff.pipelines.inputs import check_pixels
+from latentdiff.pipelines.styles import read_styles, styled
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -57,6 +58,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
     add("--negative", metavar="TEXT", help="what to steer away from")
+    add("--style", action="append", default=[], metavar="NAME", help="may be repeated")
+    add("--styles", type=Path, default=Path("styles.csv"), metavar="FILE", help="%(default)s")
+    add("--wildcards", metavar="DIR", help="draw __name__ from DIR/name.txt, and {a|b}")
     add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="may be repeated")
     syntax = parser.add_mutually_exclusive_group().add_argument
     syntax(
@@ -120,6 +124,13 @@ def embedding_and_token(text: str) -> tuple[str, str | None]:
     return (file, token) if sign and not Path(text).exists() else (text, None)
 
 
+def styled_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Prompts and negative prompts with --style. Raises: UserError."""
+    styles = read_styles(args.styles) if args.style else {}
+    both = [styled(styles, args.style, text, args.negative or "") for text in args.prompts]
+    return [text for text, _ in both], [negative for _, negative in both]
+
+
 def opened(args: argparse.Namespace, recorded: Mapping[str, Any]) -> LatentDiffusionPipeline:
     """The pipeline that the options name, else the settings of an image."""
     import torch
@@ -162,9 +173,10 @@ def files_of(recorded: Iterable[Mapping[str, Any]], name: str) -> list[tuple[str
 def given(args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's options, of those that were given."""
     height, width = image_size(args.size)
+    prompts, negatives = styled_prompts(args)
     options = {
-        "prompt": args.prompts or None,
-        "negative_prompt": args.negative,
+        "prompt": prompts or None,
+        "negative_prompt": negatives if any(negatives) else args.negative,
         "prompt_syntax": "a1111" if args.weighted else "long" if args.long else None,
         "height": height,
         "width": width,
@@ -176,6 +188,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         "timestep_spacing": args.spacing,
         "timesteps": numbers("--timesteps", args.timesteps),
         "seed": args.seed,
+        "wildcards": args.wildcards,
     }
     return {name: value for name, value in options.items() if value is not None}
 
@@ -213,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         columns = columns or replay.settings.get("columns")
     else:
         output = opened(args, {})(**options, progress=not args.quiet)
-    if args.long or args.weighted:
+    if args.long or args.weighted or args.wildcards:
         for read in output.prompts:
             print(f"{read.text[:40]!r}: {read}", file=sys.stderr)
     if columns is None and (args.num_images or 1) > 1:

@@ -191,6 +191,14 @@ class LatentDiffusionPipeline:
         self.autoencoder.to(device=device)
         return self
 
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode one image at a time, which takes less memory."""
+        self.autoencoder.slicing = True
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode in bands of rows: less memory, the same pixels; see `models.bands`."""
+        self.autoencoder.tiling = True
+
     @property
     def device(self) -> torch.device:
         """Where the U-Net is."""

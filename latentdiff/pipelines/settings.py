@@ -102,9 +102,8 @@ def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]
             if name not in ("pipeline", "prompt", "options")
         }
         pictures = {name: _described(given.pop(name, None)) for name in PICTURES}
-        each = len(output.settings) // len(output.prompts)
         for k, settings in enumerate(output.settings):
-            own = {n: of[k // each % len(of)] for n, of in pictures.items() if of}
+            own = {n: of[k * len(of) // len(output.settings)] for n, of in pictures.items() if of}
             settings |= {"task": method.__name__, "arguments": {**given, **own}}
             if isinstance(output.images, list):
                 settings["width"], settings["height"] = output.images[k].size

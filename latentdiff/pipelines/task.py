@@ -29,6 +29,7 @@ from latentdiff.diffusion.samplers import Denoiser, warn_of_late_start
 from latentdiff.errors import UserError
 from latentdiff.images import check_image_file, numbered, to_output
 from latentdiff.models.finite import check_finite
+from latentdiff.models.known_things import warn_of_unknown_things
 from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
@@ -50,6 +51,7 @@ from latentdiff.pipelines.inputs import (
 )
 from latentdiff.pipelines.metadata import write
 from latentdiff.pipelines.settings import image_settings
+from latentdiff.pipelines.wildcards import Wildcards
 from latentdiff.sampling import SamplingPlan, build_denoiser, sample_latents
 
 if TYPE_CHECKING:
@@ -88,6 +90,9 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     """Of the first image, image k has seed + k, below 2^64; or of each image; None: drawn, see
     `.seeds`."""
+    wildcards: str | Path | None
+    """A folder of text files: `__animal__` in a prompt is a line of animal.txt and `{a|b}` a or b,
+    drawn for each image from its own seed, see `wildcards`; None: they are text."""
     output_type: OutputType
     """pil, np, pt or latent; see `PipelineOutput`."""
     batch_size: int
@@ -106,7 +111,8 @@ class PipelineOutput:
     seeds: list[int]
     """The seed of each image: give it as `seed` to get that image again."""
     prompts: list[ReadPrompt] = field(default_factory=list)
-    """How each prompt was read: its tokens, its chunks, words that did not fit."""
+    """How each prompt was read: its tokens, its chunks, words that did not fit. With wildcards,
+    that of each image."""
     steps: int = 0
     """How many steps were run: those asked for, or `strength`'s share of them."""
     settings: list[dict[str, Any]] = field(default_factory=list)
@@ -201,6 +207,7 @@ def run_task(
     timestep_spacing: str | None = None,
     timesteps: Sequence[float] | None = None,
     seed: int | Sequence[int] | None = None,
+    wildcards: str | Path | None = None,
     output_type: OutputType = "pil",
     batch_size: int = 16,
     progress: bool = True,
@@ -228,7 +235,6 @@ def run_task(
     interval = guidance_interval_of(guidance_interval)
     check_share("guidance_rescale", guidance_rescale)
     check_output_type(output_type)
-    read = {text: pipeline.read_prompt(text, prompt_syntax) for text in [*prompts, *negatives]}
     check_counts(
         num_images_per_prompt=num_images_per_prompt,
         num_inference_steps=num_inference_steps,
@@ -236,6 +242,14 @@ def run_task(
     )
     count = len(prompts) * num_images_per_prompt
     seeds = seeds_of(seed, count)
+    # By image, since wildcards make a text of its own of each.
+    texts = [[p, n] for p, n in zip(prompts, negatives, strict=True)]
+    texts = [text for text in texts for _ in range(num_images_per_prompt)]
+    if wildcards is not None:
+        choices = Wildcards(wildcards)
+        texts = [choices.expand(text, own) for text, own in zip(texts, seeds, strict=True)]
+    scales = [scale for scale in scales for _ in range(num_images_per_prompt)]
+    read = {text: pipeline.read_prompt(text, prompt_syntax) for both in texts for text in both}
     plan = pipeline.sampling_plan(
         num_inference_steps,
         sampler=sampler,
@@ -249,12 +263,13 @@ def run_task(
     x_T = batch_noise(seeds, shape) if latents is None else latents
     check_latents(x_T, (count, *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
+    known = pipeline.components.sampling.known_things
+    warn_of_unknown_things(pipeline.text_encoder, prompts, known)
 
     context = _encoded(pipeline, read)
     conditions = [
         Condition(context[own], context[negative], scale, own, negative)
-        for own, negative, scale in zip(prompts, negatives, scales, strict=True)
-        for _ in range(num_images_per_prompt)
+        for (own, negative), scale in zip(texts, scales, strict=True)
     ]
     if task.blend is not None:
         conditions = task.blend(conditions)
@@ -275,6 +290,8 @@ def run_task(
                 x_0 = task.finish(x_0, batch) if task.finish else x_0
             found |= zip(batch.indices, x_0, strict=True)
     images = torch.stack([found[k] for k in range(count)])
+    every = 1 if wildcards is not None else num_images_per_prompt
+    read_prompts = [read[own] for own, _ in texts[::every]]
     call = {
         "prompt_syntax": prompt_syntax,
         "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
@@ -290,12 +307,12 @@ def run_task(
         "batch_size": batch_size,
         **({} if latents is None else {"latents": "given"}),
     }
+    settings = image_settings(pipeline, batches, conditions, call)
+    if wildcards is not None:
+        for k, one in enumerate(settings):
+            one["template"] = prompts[k // num_images_per_prompt]
     return PipelineOutput(
-        to_output(images, output_type),
-        seeds,
-        [read[p] for p in prompts],
-        len(plan.timesteps),
-        image_settings(pipeline, batches, conditions, call),
+        to_output(images, output_type), seeds, read_prompts, len(plan.timesteps), settings
     )
 
 

@@ -19,7 +19,7 @@ from latentdiff.files import atomic_file
 from latentdiff.images import grid, to_output
 from latentdiff.models.finite import NotFiniteError
 from latentdiff.sampling import Network, SamplingPlan, build_denoiser, sample_latents
-from latentdiff.train.batches import ContextCache, by_bucket
+from latentdiff.train.batches import ContextCache, by_bucket, plainly
 from latentdiff.train.config import TrainConfig
 from latentdiff.train.distributed import is_sharded
 from latentdiff.train.ema import Ema
@@ -126,7 +126,8 @@ class Validator:
             x_0 = self._parts.autoencoder.latents_from_moments(
                 stored.float().to(self._device), random.posterior_eps.to(self._device)
             )
-            states = self._context([data.captions(row)[0] for row in rows]).to(self._device)
+            captions = [plainly(data.captions(row), config.captions) for row in rows]
+            states = self._context(captions).to(self._device)
             weight = None if mask is None else mask.float().to(self._device)
             loss = per_sample_loss(
                 self._model, x_0, states, random, self._schedule, objective, weight
@@ -196,4 +197,5 @@ class Validator:
     def _captions(self, count: int) -> Sequence[str]:
         rows = self._latents.held_out or self._latents.train
         chosen = rows[:: max(1, len(rows) // max(1, count))][:count]
-        return [self._latents.data.captions(row)[0] for row in chosen]
+        own, data = self._config.captions, self._latents.data
+        return [plainly(data.captions(row), own) for row in chosen]
