@@ -10,6 +10,7 @@ from latentdiff.errors import command
 #: word → (module, what it is for).
 COMMANDS = {
     "generate": ("latentdiff.cli.generate", "generate images from prompts"),
+    "edit": ("latentdiff.cli.edit", "paint into images, beyond them, between them"),
     "train": ("latentdiff.train.__main__", "train a U-Net, or fine-tune a model"),
     "evaluate": ("latentdiff.cli.evaluate", "measure a model beside captioned images"),
     "inspect": ("latentdiff.cli.inspect", "say what a model's file or an image holds"),

@@ -41,11 +41,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw")
+    add_options(parser)
+    add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
+    args = parser.parse_args(argv)
+    if not args.prompts and not args.replay:
+        parser.error("give a PROMPT, or an image with --replay")
+    return args
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every task has."""
+    add = parser.add_argument
     add(
         "--replay",
         type=Path,
-        metavar="IMAGE",
-        help="make a file's image again; other options replace what the file says",
+        metavar="FILE",
+        help="make that file's image again; other options replace what it says",
     )
     add("--output", "-o", type=Path, default=Path("image.png"), help="default: %(default)s")
     add("--model", help="folder, single file or Hugging Face id; default: the embedded model")
@@ -79,7 +90,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", type=int, help="seed of the first image; default: random, printed")
     add("--num-images", type=int, metavar="N", help="per prompt; default: 1")
-    add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
     add(
         "--columns",
         type=int,
@@ -90,21 +100,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     add("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(argv)
-    if not args.prompts and not args.replay:
-        parser.error("give a PROMPT, or an image with --replay")
-    return args
 
 
-def image_size(text: str | None) -> tuple[int | None, int | None]:
+def image_size(text: str | None, option: str = "--size") -> tuple[int | None, int | None]:
     """(height, width) from "64" or "64x128". Raises: UserError: anything else, or too many."""
     if text is None:
         return None, None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and len(part) < 10 for part in parts):
-        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r:.40}.")
+        raise UserError(f"{option} must be like 64 or 64x128 (height x width); got {text!r:.40}.")
     height, width = int(parts[0]), int(parts[-1])
-    check_pixels(height, width, "--size")
+    check_pixels(height, width, option)
     return height, width
 
 
@@ -122,13 +128,6 @@ def embedding_and_token(text: str) -> tuple[str, str | None]:
     """("cat.pt", "<my-cat>") from "cat.pt=<my-cat>"; the token may be left out."""
     file, sign, token = text.rpartition("=")
     return (file, token) if sign and not Path(text).exists() else (text, None)
-
-
-def styled_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Prompts and negative prompts with --style. Raises: UserError."""
-    styles = read_styles(args.styles) if args.style else {}
-    both = [styled(styles, args.style, text, args.negative or "") for text in args.prompts]
-    return [text for text, _ in both], [negative for _, negative in both]
 
 
 def opened(args: argparse.Namespace, recorded: Mapping[str, Any]) -> LatentDiffusionPipeline:
@@ -173,10 +172,14 @@ def files_of(recorded: Iterable[Mapping[str, Any]], name: str) -> list[tuple[str
 def given(args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's options, of those that were given."""
     height, width = image_size(args.size)
-    prompts, negatives = styled_prompts(args)
+    prompts, negatives = args.prompts, args.negative
+    if args.style and prompts:
+        styles = read_styles(args.styles)
+        both = [styled(styles, args.style, prompt, negatives or "") for prompt in prompts]
+        prompts, negatives = map(list, zip(*both, strict=True))
     options = {
         "prompt": prompts or None,
-        "negative_prompt": negatives if any(negatives) else args.negative,
+        "negative_prompt": negatives,
         "prompt_syntax": "a1111" if args.weighted else "long" if args.long else None,
         "height": height,
         "width": width,
@@ -191,6 +194,23 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         "wildcards": args.wildcards,
     }
     return {name: value for name, value in options.items() if value is not None}
+
+
+def replayed(
+    args: argparse.Namespace, given: Mapping[str, Any]
+) -> tuple[PipelineOutput, int | None]:
+    """The images of --replay, with given options and arguments instead of those recorded, and the
+    columns of their grid; says how like the file's they are."""
+    if args.output.resolve() == args.replay.resolve():
+        raise UserError(f"--output must not be the file of --replay itself, {args.replay}.")
+    from latentdiff.pipelines.replay import Replay
+
+    replay = Replay.of(args.replay)
+    pipeline = opened(args, replay.settings)
+    with replay.threads(given):
+        output = replay.run(pipeline, given, progress=not args.quiet)
+    print(replay.verdict(output, given), file=sys.stderr)
+    return output, args.columns or replay.settings.get("columns")
 
 
 def save(output: PipelineOutput, args: argparse.Namespace, columns: int | None) -> list[Path]:
@@ -212,20 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.columns is not None and args.columns < 1:
         raise UserError(f"--columns must be at least 1; got {args.columns}.")
     check_image_file(args.output, "--output")
-    options, columns = given(args), args.columns
+    options = given(args)
     if args.replay:
-        if args.output.resolve() == args.replay.resolve():
-            raise UserError(f"--output must not be the image of --replay itself, {args.replay}.")
-        from latentdiff.pipelines.replay import Replay
-
-        replay = Replay.of(args.replay)
-        pipeline = opened(args, replay.settings)
-        with replay.threads(options):
-            output = replay.run(pipeline, options, progress=not args.quiet)
-        print(replay.verdict(output, options), file=sys.stderr)
-        columns = columns or replay.settings.get("columns")
+        output, columns = replayed(args, options)
     else:
-        output = opened(args, {})(**options, progress=not args.quiet)
+        output, columns = opened(args, {})(**options, progress=not args.quiet), args.columns
     if args.long or args.weighted or args.wildcards:
         for read in output.prompts:
             print(f"{read.text[:40]!r}: {read}", file=sys.stderr)

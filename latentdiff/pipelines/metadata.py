@@ -159,7 +159,11 @@ _KINDS: dict[str, Any] = {
     "dtype": ("float32", "bfloat16", "float16"),
     **dict.fromkeys(("timesteps", "guidance_interval"), list | None),
     **dict.fromkeys(("sampler_options", "versions"), dict),
-    "arguments": {"image": _PICTURE, "mask_image": _PICTURE, "frames": range(10_000)},
+    "arguments": {
+        **dict.fromkeys(("image", "mask_image"), _PICTURE),
+        **dict.fromkeys(("height", "width"), int),
+        "frames": range(10_000),
+    },
     "model": dict.fromkeys(("source", "name", "hash", "variant", "revision"), str | None),
     "loras": [{"file": str, "weight": int | float}],
     "embeddings": [{"file": str, "token": str}],

@@ -7,6 +7,7 @@ what stands beside it does not matter.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from latentdiff.errors import UserError, warn
 from latentdiff.images import grid
 from latentdiff.pipelines.metadata import OURS, Record, pixels_hash, read
 from latentdiff.pipelines.settings import PICTURES
+from latentdiff.pipelines.task import PipelineOutput, SamplingOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
-    from latentdiff.pipelines.task import PipelineOutput
 
 #: Settings that are options of a call by the same name.
 _OPTIONS = (
@@ -97,6 +98,11 @@ class Replay:
                 call.pop(name, None)
         if "sampler" in given and "sampler_options" not in given:
             call.pop("sampler_options", None)
+        known = {*inspect.signature(method).parameters, *SamplingOptions.__annotations__}
+        if unknown := call.keys() - known:
+            raise UserError(
+                f"{self.file} was made by {task}, which takes no {' or '.join(sorted(unknown))}."
+            )
         output: PipelineOutput = method(**call)
         if frame is not None:
             pick = None if "images" in self.settings else frame

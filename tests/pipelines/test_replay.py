@@ -14,7 +14,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.cli import generate, inspect
+from latentdiff.cli import edit, generate, inspect
 from latentdiff.errors import UserError
 from latentdiff.formats.embedding import write_embedding
 from latentdiff.formats.lora import write_lora
@@ -164,6 +164,42 @@ def test_images_that_were_given_are_known_by_their_pixels(
         replay.run(pipeline, {})
     anew = replay.run(pipeline, {"image": PHOTO}, progress=False)
     np.testing.assert_array_equal(np.asarray(anew.images[0]), np.asarray(outputs[0].images[0]))
+
+
+def test_edits_from_the_shell(
+    photo: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, other = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "other.png"
+    PHOTO.rotate(180).save(other)
+    words = ["inpaint", photo, "a cat", "--mask", photo.with_name("mask.png"), "--model", model]
+    shared = ["--steps", 2, "--num-images", 2, "--separate", "--quiet"]
+    assert edit.main([*map(str, [*words, *shared, "--output", old])]) == 0
+    old, of = tmp_path / "a-001.png", tmp_path / "a-001.png"
+    for program in (edit, generate):
+        assert program.main(["--replay", str(old), "--output", str(new), "--quiet"]) == 0
+        assert f"{old}: the same image, bit for bit\n" in capsys.readouterr().err
+        np.testing.assert_array_equal(pixels(old), pixels(new))
+    recorded = read(old).settings["arguments"]
+    for given, name, expected in (
+        (["--replay", of, "--strength", 0.5], "strength", 0.5),
+        (["inpaint", other, "--replay", of], "image", read_picture(other)),
+    ):
+        assert edit.main([*map(str, [*given, "--output", new, "--quiet"])]) == 0
+        assert f"{old}: with other {name}\n" in capsys.readouterr().err
+        assert read(new).settings["arguments"] == {**recorded, name: expected}
+    for program, words, message in (
+        (edit, ["outpaint", "--replay", of, "--left", 3], "made by inpaint, which takes no left."),
+        (generate, ["--replay", of, "--size", 64], "by inpaint, which takes no height or width."),
+        (edit, ["--replay", photo], "does not say how it was made"),
+        (edit, ["--replay", of, "--output", of], "--output must not be the file of --replay"),
+    ):
+        assert program.main([*map(str, words), "--quiet"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def read_picture(file: Path) -> dict[str, str]:
+    with Image.open(file) as image:
+        return {"file": str(file), "hash": pixels_hash(image)}
 
 
 def np_tensor(image: Image.Image) -> torch.Tensor:
@@ -369,6 +405,8 @@ def damaged(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (damaged(device="meta"), "damaged (device is 'meta')"),
         (damaged(images=[{"seed": "1"}]), "damaged (images is [{'seed': '1'}])"),
         (damaged(task="save_pretrained"), "it was made by save_pretrained"),
+        (damaged(task="variations", arguments={"x": 1}), "by variations, which takes no x."),
+        (damaged(task="interpolate", arguments={"frames": 10**9}), "damaged (arguments is"),
         (damaged(latents="given"), "its noise was given, not drawn"),
         (damaged(num_inference_steps=0), "num_inference_steps must be a whole number"),
         (damaged(height=10**6), "height x width must be at most"),
