@@ -79,6 +79,21 @@ TASKS: dict[str, Task] = {
         ),
     ),
     "variations": Task("draw images like it, four by default", (_STRENGTH,)),
+    "colorize": Task("give a grey image colours; its lightness stays", ()),
+    "restore": Task(
+        "take noise, blur or the traces of JPEG from an image",
+        (
+            _option("--kind", str, "denoise (default), deblur or jpeg"),
+            _option("--noise", float, "its deviation, of colours in 0 … 1; default: 0.1"),
+            _option("--blur", float, "its deviation in pixels; default: 1.5"),
+            _option("--quality", int, "1 … 100, of the JPEG; default: 30"),
+            _STRENGTH,
+        ),
+    ),
+    "upscale": Task(
+        "enlarge an image, inventing what agrees with it",
+        (_option("--scale", float, "above 1; default: 2"), _STRENGTH),
+    ),
     "interpolate": Task(
         "frames from one prompt or seed to the next: a strip, or a GIF if --output ends in .gif",
         (

@@ -32,7 +32,7 @@ from latentdiff.models.prompts import (
     add_word,
     read_prompt,
 )
-from latentdiff.pipelines import edit
+from latentdiff.pipelines import edit, restore
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.interpolate import interpolate
@@ -131,6 +131,9 @@ class LatentDiffusionPipeline:
     outpaint = edit.outpaint
     variations = edit.variations
     interpolate = interpolate
+    colorize = restore.colorize
+    upscale = restore.upscale
+    restore = restore.restore
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.

@@ -102,9 +102,15 @@ def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]
             if name not in ("pipeline", "prompt", "options")
         }
         pictures = {name: _described(given.pop(name, None)) for name in PICTURES}
+        asked = bound.arguments.get("options", {})
         for k, settings in enumerate(output.settings):
             own = {n: of[k * len(of) // len(output.settings)] for n, of in pictures.items() if of}
             settings |= {"task": method.__name__, "arguments": {**given, **own}}
+            if "timesteps" not in asked and settings["timesteps"] is not None:  # the task chose
+                settings["timesteps"] = None
+                settings["num_inference_steps"] = asked.get("num_inference_steps", 25)
+            if "latents" not in asked:
+                settings.pop("latents", None)
             if isinstance(output.images, list):
                 settings["width"], settings["height"] = output.images[k].size
         return output
@@ -125,7 +131,7 @@ def _described(given: Any) -> list[dict[str, Any]]:
     found = []
     for one in several:
         if isinstance(one, Image.Image):
-            found.append({"file": getattr(one, "filename", None), "hash": pixels_hash(one)})
+            found.append({"file": getattr(one, "filename", "") or None, "hash": pixels_hash(one)})
             continue
         with Image.open(io.BytesIO(one) if isinstance(one, bytes) else one) as image:
             file = None if isinstance(one, bytes) else os.fspath(one)
