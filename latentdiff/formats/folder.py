@@ -77,6 +77,11 @@ class Components:
     """What OpenCLIP's tower has besides the layers in use, by its keys in a single file: of no use
     here, and kept for single files, since other programs look for it."""
 
+    def __post_init__(self) -> None:
+        """Raises: UserError: a clip_skip that this text encoder does not have."""
+        text = self.text_encoder
+        text.clip_skip = text.checked_skip(self.sampling.clip_skip or 0)
+
     def check(self) -> None:
         """Refuse parts that do not fit together.
 

@@ -122,6 +122,27 @@ class Autoencoder(nn.Module):
         """Scaled latents of images, the mean of the posterior; images as in `encode_moments`."""
         return self.latents_from_moments(self.encode_moments(images))
 
+    def encode_masked(self, images: Tensor, masks: Tensor) -> Tensor:
+        """What an inpainting U-Net takes after x_t: the mask, and the latents of what is kept.
+
+        As in diffusers' StableDiffusionInpaintPipeline: what is masked is grey, and each latent
+        position has the mask of its first pixel.
+
+        Args:    images: as in `encode_moments`.  masks: (B, 1, H, W), from 0.5 on it is painted.
+        Returns: (B, 1 + C, h, w) float32.
+        """
+        painted, step = masks >= 0.5, self.downscale
+        kept = self.encode(images.masked_fill(painted, 0.0))
+        return torch.cat([painted[..., ::step, ::step].float(), kept], dim=1)
+
+    def all_masked(self, size: tuple[int, int]) -> Tensor:
+        """The same where nothing is kept, (1, 1 + C, h, w): text to image.
+
+        Args:    size: (height, width) in pixels.
+        """
+        blank = torch.zeros(1, 3, *size, device=self.device)
+        return self.encode_masked(blank, torch.ones_like(blank[:, :1]))
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images of scaled latents.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from latentdiff.formats.embedding import read_embedding
 from latentdiff.formats.folder import Components
 from latentdiff.formats.model import load_model, save_model
 from latentdiff.formats.scheduler import STEPS_OFFSET
+from latentdiff.images import to_output
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.preview import apply_linear, linear_decoder
 from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
@@ -33,14 +36,23 @@ from latentdiff.models.prompts import (
     read_prompt,
 )
 from latentdiff.pipelines import edit, restore
+from latentdiff.pipelines.call import run_task, stream_task
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.interpolate import interpolate
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
-from latentdiff.pipelines.task import PipelineOutput, SamplingOptions, Task, run_task
+from latentdiff.pipelines.task import (
+    PipelineOutput,
+    Progress,
+    SamplingOptions,
+    Task,
+)
 from latentdiff.sampling import Network, SamplingPlan
 from latentdiff.weights import raw_bytes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 #: Guidance scale when neither the caller nor the model's folder gives one.
 DEFAULT_GUIDANCE = 5.0
@@ -69,6 +81,10 @@ class LatentDiffusionPipeline:
         self.embeddings: list[dict[str, Any]] = []
         #: The model, as `settings` records it; its hash is added when it is needed.
         self.model: dict[str, Any] = {}
+        self.preview_decoder: Autoencoder | None = None
+        """A tiny autoencoder (AutoencoderTiny) with this one's latents, see `preview`."""
+        self._linear_decoder: Tensor | None = None
+        self._interrupt = False
 
     @classmethod
     def from_pretrained(
@@ -134,6 +150,33 @@ class LatentDiffusionPipeline:
     colorize = restore.colorize
     upscale = restore.upscale
     restore = restore.restore
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Progress | PipelineOutput]:
+        """Generate images and look on: a `Progress` after each step, then the result.
+
+        To stop at once, leave the loop and drop (or `close`) the generator; to have what is there,
+        set `pipeline._interrupt` first.
+
+        Args, Raises: as for a call.
+        """
+        task = Task(self.image_size(height, width))
+        return stream_task(self, prompt, task, latents=latents, **options)
+
+    def preview(self, latents: Tensor) -> list[Image]:
+        """Rough images of latents (B, C, h, w): `preview_decoder`'s, or as large as the latents."""
+        if self.preview_decoder is not None:
+            return to_output(self.preview_decoder.decode(latents), "pil")
+        if self._linear_decoder is None:
+            self._linear_decoder = linear_decoder(self.autoencoder)
+        return to_output(apply_linear(self._linear_decoder, latents), "pil")
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.
@@ -275,10 +318,8 @@ class LatentDiffusionPipeline:
         if timesteps is not None:
             return SamplingPlan(custom_grid(self.schedule, timesteps), name, options)
         row = SAMPLERS[name]
-        if spacing is None:
-            usual = defaults.spacing or usual_spacing(self.schedule)
-            spacing = named_spacing or row.spacing or usual
-        spacing = get_spacing(spacing)
+        usual = named_spacing or row.spacing or defaults.spacing or usual_spacing(self.schedule)
+        spacing = get_spacing(usual if spacing is None else spacing)
         grid = timestep_grid(self.schedule, steps, spacing, STEPS_OFFSET, style=row.grid)
         return SamplingPlan(grid, name, options, spacing)
 

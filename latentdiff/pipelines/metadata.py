@@ -168,7 +168,7 @@ _KINDS: dict[str, Any] = {
     "loras": [{"file": str, "weight": int | float}],
     "embeddings": [{"file": str, "token": str}],
     "batch": {"size": range(1, 1025), "place": range(1024), "guided": bool},
-    "batch_size": int,
+    **dict.fromkeys(("batch_size", "clip_skip"), int),
     "threads": range(1, 1025),
 }
 _KINDS["images"] = [_KINDS]
@@ -209,7 +209,7 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "Model hash": model.get("hash"),
         "Model": model.get("name"),
         "Denoising strength": given.get("strength"),
-        "Clip skip": clip_skip if clip_skip != 1 else None,
+        "Clip skip": clip_skip + 1 if clip_skip else None,
         "Mask blur": given.get("mask_blur"),
         "Lora hashes": ", ".join(hashes) or None,
         "RNG": "CPU",
@@ -328,7 +328,7 @@ def _understood(prompt: str, negative: str, fields: Mapping[str, str]) -> dict[s
             "seed": int(fields["Seed"]),
             "guidance_scale": float(fields["CFG scale"]),
             **({"width": int(size[1]), "height": int(size[2])} if size else {}),
-            **({"clip_skip": int(fields["Clip skip"])} if "Clip skip" in fields else {}),
+            **({"clip_skip": int(skip) - 1} if (skip := fields.get("Clip skip")) else {}),
             "model": {"name": fields.get("Model"), "hash": fields.get("Model hash")},
             "loras": [{"name": name, "weight": float(w)} for name, w in _LORA.findall(prompt)],
         }
