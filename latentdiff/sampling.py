@@ -46,6 +46,8 @@ class Network:
     """Whether a 16-bit answer is turned to x_t's type before it is guided, or after."""
     extra: Tensor | None = None
     """(B, E, h, w), what the U-Net takes in channels after those of x_t."""
+    device: torch.device | None = None
+    """Where it computes; None: where its weights are."""
 
     def on_context(self, context: Tensor) -> Predict:
         """(x_t, t) → prediction, given a context (B, tokens, width)."""
@@ -146,7 +148,7 @@ def sampled_states(
              whatever was written into it.
     Raises:  UserError: sampler or options unknown.
     """
-    device = next(network.unet.parameters()).device
+    device = network.device or next(network.unet.parameters()).device
     noise, x_T = step_noise(seeds, x_T.shape[1:], device), x_T.to(device, torch.float32)
     schedule, timesteps = network.schedule, plan.timesteps
     return run(plan.sampler, denoiser, x_T, schedule, timesteps, noise, **plan.options)

@@ -122,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     asks = None if args.asks is None else read_asks(args.asks, reference)
     result = measure(pipeline, generator, reference, score, say)
     if asks is not None:
-        result |= measure_asks(asks, args.asks.parent, reference, generator, pipeline.device, say)
+        result |= measure_asks(asks, args.asks.parent, reference, generator, say)
     facts = {
         "model": str(args.model or "embedded"),
         "reference": str(args.reference or EXAMPLE.name),

@@ -1,9 +1,11 @@
 """Prompts that say what their images must show, and the share of images that show it.
 
 A file has one JSON object a line: a prompt, and any of the fields of `Ask`. What is stated is
-measured, by group; a line's real image, if it names one, is measured the same way and gives the
-ceiling. Concepts and styles are those of the reference: its images' first captions are names of
-concepts, their second ones of styles. What is recognised is the cut-out on white, see `objects`.
+measured, by group; a line's real image, if it names one, is measured the same way after a pass
+through the model's autoencoder, and gives the ceiling.
+
+Concepts and styles are those of the reference: its images' first captions are names of concepts,
+their second ones of styles. What is recognised is the cut-out on white, see `objects`.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.config import AtLeastOne, build
-from latentdiff.data.images import open_image
+from latentdiff.data.images import fit, open_image
 from latentdiff.errors import UserError
 from latentdiff.evaluation import metrics
 from latentdiff.evaluation.metrics import (
     ClassifierFeatures,
-    Features,
     Generator,
     Images,
+    LinearClassifier,
     Result,
     Shown,
 )
@@ -113,50 +115,49 @@ def read_asks(file: Path, reference: Reference) -> list[Ask]:
 
 
 class Judge:
-    """What images show, beside a reference's.
+    """What images show, beside a reference's as the autoencoder shows them."""
 
-    Args: features: see `ClassifierFeatures`.
-    """
-
-    def __init__(self, reference: Reference, features: Features) -> None:
-        self.reference, self._features = reference, features
-        self.cut = [cut_out(image) for image in reference.images]
+    def __init__(
+        self, reference: Reference, features: ClassifierFeatures, autoencoder: Any
+    ) -> None:
+        self.reference, self.features = reference, features
+        images = metrics.through_vae(reference.images, autoencoder)
+        self.cut = [cut_out(image) for image in images]
         self.gallery = features(self.cut)
+        self.style_names = sorted({*reference.styles})
+        self._labels = torch.tensor([self.style_names.index(style) for style in reference.styles])
 
     def places(self, images: Images, concepts: Sequence[str]) -> list[int]:
         """How many concepts each image is nearer to than to its own; 0 is right."""
         if not images:
             return []
-        prompts = self.reference.prompts
-        own = [prompts.index(concept) for concept in concepts]
-        found = self._features([cut_out(image) for image in images])
+        own = [self.reference.prompts.index(concept) for concept in concepts]
+        found = self.features([cut_out(image) for image in images])
         return metrics.ranks(found, self.gallery, self.reference.labels, own)
 
     def styles(self, images: Images) -> list[str]:
-        """The style of each image, by a linear classifier of the reference's."""
+        """The style of each image, by a linear classifier of the reference's textures."""
         if not images:
             return []
-        found = self._features([cut_out(image) for image in images])
-        names = sorted({*self.reference.styles})
-        return [names[k] for k in self._classifier(found).tolist()]
-
-    @cached_property
-    def _style_labels(self) -> Tensor:
-        names = sorted({*self.reference.styles})
-        return torch.tensor([names.index(style) for style in self.reference.styles])
-
-    @cached_property
-    def _classifier(self) -> metrics.LinearClassifier:
-        return metrics.LinearClassifier(self.gallery, self._style_labels)
+        found = self._classifier(self.features.textures([cut_out(image) for image in images]))
+        return [self.style_names[k] for k in found.tolist()]
 
     def style_accuracy(self) -> float:
-        """Of the classifier on real images of concepts that it was not fitted to."""
+        """Of such a classifier on real images of concepts that it was not fitted to."""
         right = []
         for fold in range(FOLDS):
             held = self.reference.labels % FOLDS == fold
-            fitted = metrics.LinearClassifier(self.gallery[~held], self._style_labels[~held])
-            right.append(fitted(self.gallery[held]) == self._style_labels[held])
+            fitted = LinearClassifier(self._textures[~held], self._labels[~held])
+            right.append(fitted(self._textures[held]) == self._labels[held])
         return float(torch.cat(right).float().mean())
+
+    @cached_property
+    def _textures(self) -> Tensor:
+        return self.features.textures(self.cut)
+
+    @cached_property
+    def _classifier(self) -> LinearClassifier:
+        return LinearClassifier(self._textures, self._labels)
 
     def verdicts(self, asks: Sequence[Ask], images: Images) -> list[dict[str, bool]]:
         """For each image what is as its ask says, by the names of the figures."""
@@ -198,17 +199,17 @@ def measure_asks(
     folder: Path,
     reference: Reference,
     generator: Generator,
-    device: torch.device,
     say: Callable[[str], None],
 ) -> Result:
     """Generate what is asked for and judge it, group by group, with the ceilings.
 
-    Args:   folder: what the asks' real images are relative to.
-            generator: see `Generator`.  device: where the classifier computes.
+    Args:   folder: what the asks' real images are relative to.  generator: see `Generator`.
             say: receives a line before every longer step.
     Raises: UserError: a package of the `eval` extra is missing.
     """
-    judge, distance = Judge(reference, ClassifierFeatures(device)), PerceptualDistance()
+    pipeline, distance = generator.pipeline, PerceptualDistance()
+    say(f"{len(reference.images)} reference images through the autoencoder")
+    judge = Judge(reference, ClassifierFeatures(pipeline.device), pipeline.autoencoder)
     result, seed = Result(), SEED
     for group in dict.fromkeys(ask.group for ask in asks):
         own = [ask for ask in asks if ask.group == group for _ in range(ask.seeds)]
@@ -218,9 +219,11 @@ def measure_asks(
         verdicts = judge.verdicts(own, images)
         result.figures |= {f"{group}: images": len(own)} | _shares(f"{group}: ", verdicts)
         with_real = [ask for ask in own if ask.image is not None]
-        real = [open_image(folder / str(ask.image)) for ask in with_real]
-        found = judge.verdicts(with_real, real)
-        result.figures |= _shares(f"real: {group}: ", found)
+        size = reference.images[0].width
+        real = [fit(open_image(folder / str(ask.image)), size) for ask in with_real]
+        rebuilt = metrics.through_vae(real, pipeline.autoencoder)
+        found = judge.verdicts(with_real, rebuilt)
+        result.figures |= _shares(f"real through VAE: {group}: ", found)
         result.figures |= _over_seeds(group, own, images, judge, distance)
         beside = dict(zip(map(id, with_real), real, strict=True))
         result.pages[group.capitalize()] = [
@@ -228,7 +231,7 @@ def measure_asks(
             for ask, image, verdict in zip(own, images, verdicts, strict=True)
         ]
     if any(ask.style for ask in asks):
-        result.figures["real: style accuracy, unseen concepts"] = judge.style_accuracy()
+        result.figures["real through VAE: style, unseen concepts"] = judge.style_accuracy()
     return result
 
 
@@ -267,6 +270,6 @@ def _over_seeds(
     real = [[judge.cut[k] for k in (judge.reference.labels == n).nonzero()[:, 0]] for n in labels]
     several = [of_one for of_one in real if len(of_one) > 1]
     if several:
-        name = f"real: {group}: LPIPS between images of a concept"
+        name = f"real through VAE: {group}: LPIPS between images of a concept"
         figures[name] = metrics.diversity(several, distance)
     return figures

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -121,7 +121,7 @@ class LinearClassifier:
     """
 
     #: Weight of the squared coefficients, per sample.
-    RIDGE = 1.0
+    RIDGE = 0.03
 
     def __init__(self, features: Tensor, labels: Tensor) -> None:
         x = features.double()
@@ -140,7 +140,8 @@ class LinearClassifier:
 
 #: Side that the classifier was trained on.
 SIDE = 224
-Features = Callable[[Sequence[Image.Image]], Tensor]
+#: Blocks of the network whose maps show texture more than things.
+TEXTURE_BLOCKS = (2, 4, 7)
 
 
 def to_tensors(images: Sequence[Image.Image], size: int) -> Tensor:
@@ -177,11 +178,35 @@ class ClassifierFeatures:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Return float32 features (N, 1280) on the CPU."""
+        found = [self._net.extract_features(part).mean((2, 3)) for part in self._batches(images)]
+        return torch.cat(found).float().cpu()
+
+    @torch.no_grad()
+    def textures(self, images: Sequence[Image.Image]) -> Tensor:
+        """What tells styles apart: each channel's mean and deviation in some earlier feature maps.
+
+        Source: Huang & Belongie 2017, arXiv:1703.06868: these carry an image's style.
+        Returns: float32 (N, D) on the CPU.
+        """
+        maps: list[Tensor] = []
+        hooks = [
+            self._net._blocks[block].register_forward_hook(lambda *of: maps.append(of[2]))
+            for block in TEXTURE_BLOCKS
+        ]
         found = []
+        for part in self._batches(images):
+            maps.clear()
+            self._net.extract_features(part)
+            found.append(
+                torch.cat([f(x, (2, 3)) for x in maps for f in (torch.mean, torch.std)], 1)
+            )
+        for hook in hooks:
+            hook.remove()
+        return torch.cat(found).float().cpu()
+
+    def _batches(self, images: Sequence[Image.Image]) -> Iterator[Tensor]:
         for start in range(0, len(images), self._batch_size):
-            part = to_tensors(images[start : start + self._batch_size], SIDE).to(self._device)
-            found.append(self._net.extract_features(part).mean((2, 3)).float().cpu())
-        return torch.cat(found)
+            yield to_tensors(images[start : start + self._batch_size], SIDE).to(self._device)
 
 
 Images = list[Image.Image]

@@ -172,6 +172,8 @@ class TextEncoder(nn.Module):
         """Names in the file that the tower has no use for."""
         self.clip_skip = 0
         """How many of the last layers are left out, where a call does not say it."""
+        self.before_use: Callable[[], None] | None = None
+        """Called before the tower is, to bring it where it computes."""
 
     @property
     def width(self) -> int:
@@ -203,6 +205,8 @@ class TextEncoder(nn.Module):
 
     def encode_tokens(self, token_ids: Tensor, clip_skip: int | None = None) -> Tensor:
         """The context of token ids (B, tokens), as (B, tokens, width)."""
+        if self.before_use is not None:
+            self.before_use()
         return self.module(token_ids.to(self.device), self.checked_skip(clip_skip))
 
     def checked_skip(self, clip_skip: int | None) -> int:

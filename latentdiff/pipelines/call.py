@@ -85,7 +85,12 @@ def run_task(
     **options: Unpack[SamplingOptions],
 ) -> PipelineOutput:
     """Do a task for each prompt; arguments: `stream_task`."""
-    for event in stream_task(pipeline, prompt, task, latents=latents, **options):
+    return result_of(stream_task(pipeline, prompt, task, latents=latents, **options))
+
+
+def result_of(events: Iterable[Progress | PipelineOutput]) -> PipelineOutput:
+    """What a stream gives last."""
+    for event in events:
         output = event
     assert isinstance(output, PipelineOutput)
     return output
@@ -155,7 +160,7 @@ def stream_task(
     check_latents(x_T, (len(seeds), *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
     known = pipeline.components.sampling.known_things
-    warn_of_unknown_things(pipeline.text_encoder, prompts, known)
+    warn_of_unknown_things(pipeline.text_encoder, (one.prompt for one in wanted), known)
 
     context = _encoded(pipeline, read, clip_skip)
     conditions = [
@@ -170,7 +175,8 @@ def stream_task(
     guidance = {"rescale": guidance_rescale, "interval": interval}
     call = _Call(pipeline, task, conditions, x_T, plan, guidance, output_type, on_step)
     with tqdm(unit="step", leave=False, disable=not progress) as bar:
-        found, done = yield from call.run(batches, bar)
+        done = yield from call.run(batches, bar)
+    found = {k: one for batch, images in done for k, one in zip(batch.indices, images, strict=True)}
     order = sorted(found)  # not all, where it was interrupted
     shared = {
         "prompt_syntax": prompt_syntax,
@@ -188,12 +194,15 @@ def stream_task(
         "batch_size": batch_size,
         **({} if latents is None else {"latents": "given"}),
     }
+    images = torch.stack([found[k] for k in order])
+    check = None if output_type == "latent" else pipeline.safety_checker
     yield PipelineOutput(
-        to_output(torch.stack([found[k] for k in order]), output_type),
+        to_output(images, output_type),
         [seeds[k] for k in order],
         [read[one.prompt] for one in wanted[:: 1 if wildcards is not None else every]],
         len(plan.timesteps),
-        image_settings(pipeline, done, wanted, shared),
+        image_settings(pipeline, [batch for batch, _ in done], wanted, shared),
+        None if check is None else [f for one in images[:, :3].split(1) for f in check(one)],
     )
 
 
@@ -269,15 +278,15 @@ class _Call:
 
     def run(
         self, batches: list[Batch], bar: Any
-    ) -> Generator[Progress, None, tuple[dict[int, Tensor], list[Batch]]]:
+    ) -> Generator[Progress, None, list[tuple[Batch, Tensor]]]:
         """All passes, or those until `pipeline._interrupt` was set.
 
         A pass that runs out of memory is done again in halves, and so are those behind it.
 
-        Returns: the images, or latents, by their numbers; and the passes that were made.
+        Returns: the passes that were made, with their images or latents.
         Raises:  UserError: no memory for one image at a time.
         """
-        found, done, made = dict[int, Tensor](), 0, list[Batch]()
+        found, done = list[tuple[Batch, Tensor]](), 0
         self.pipeline._interrupt = False
         while batches and not self.pipeline._interrupt:
             batch, images = batches[0], None
@@ -299,9 +308,9 @@ class _Call:
             if images is None:
                 _free_memory()  # here, since the handler keeps what was computed alive
             else:
-                found |= zip(batch.indices, images, strict=True)
-                made, batches = [*made, batch], batches[1:]
-        return found, made
+                found.append((batch, images))
+                batches = batches[1:]
+        return found
 
     def start(self, batch: Batch) -> tuple[Tensor, Iterable[SamplerState]]:
         """Where a pass begins, (B, C, h, w), and the states behind it."""

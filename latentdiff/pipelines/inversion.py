@@ -75,7 +75,7 @@ def invert(
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, prompts)
     plan = pipeline.sampling_plan(num_inference_steps, sampler="ddim", spacing=timestep_spacing)
 
-    network, vae, encoder = pipeline.network, pipeline.autoencoder, pipeline.text_encoder
+    vae, encoder = pipeline.autoencoder, pipeline.text_encoder
     skip, found = encoder.checked_skip(clip_skip), []
     for start in range(0, len(pixels), batch_size):
         own = slice(start, start + batch_size)
@@ -83,6 +83,7 @@ def invert(
         check_finite(x_0, "the image's latents", "the autoencoder's encoder", vae.module)
         context, empty = (encoder.encode(texts, skip) for texts in (prompts[own], [""]))
         check_finite(torch.cat([context, empty]), "its states", "the text encoder", encoder.module)
+        network = pipeline.network
         denoiser = build_denoiser(network, context, empty, guidance_scale)
         timesteps, options = plan.timesteps, {"iterations": iterations, **plan.options}
         states = ddim_inversion(denoiser, x_0, pipeline.schedule, timesteps, **options)

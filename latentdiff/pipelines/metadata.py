@@ -196,7 +196,7 @@ def texts(settings: Mapping[str, Any]) -> dict[str, str]:
 def parameters(settings: Mapping[str, Any]) -> str:
     """The settings of an image as A1111 would write them, as far as it has them."""
     given, model = settings.get("arguments", {}), settings.get("model", {})
-    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip")
+    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip", 0)
     sampler = settings["sampler"]
     hashes = [f"{one.get('name')}: {one.get('hash')}" for one in settings.get("loras", ())]
     fields = {
@@ -208,7 +208,8 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "Size": f"{settings['width']}x{settings['height']}",
         "Model hash": model.get("hash"),
         "Model": model.get("name"),
-        "Denoising strength": given.get("strength"),
+        "Denoising strength": given.get("strength", given.get("hires_strength")),
+        "Hires upscale": given.get("hires_scale"),
         "Clip skip": clip_skip + 1 if clip_skip else None,
         "Mask blur": given.get("mask_blur"),
         "Lora hashes": ", ".join(hashes) or None,

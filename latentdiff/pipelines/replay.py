@@ -123,9 +123,10 @@ class Replay:
 
     def _arguments(self, images: list[dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the task; pictures by their files."""
+        arguments = dict(self.settings.get("arguments", {}))
         if self.settings["task"] == "text_to_image":
-            return {n: self.settings[n] for n in ("height", "width") if n in self.settings}
-        arguments = dict(self.settings["arguments"])
+            size = {n: self.settings[n] for n in ("height", "width") if n in self.settings}
+            return {**size, **arguments}
         for name in PICTURES:
             if name not in arguments or name in given:
                 continue

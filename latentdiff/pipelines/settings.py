@@ -41,12 +41,12 @@ def image_settings(
     wanted: Sequence[Wanted],
     call: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """The settings of each image of a call.
+    """The settings of each image of these passes.
 
     Args:    batches: the passes that were made.  wanted: one per image.
              call: what is the same for all of them.
     """
-    shared = {**call, **_surroundings(pipeline)}
+    shared = {**call, **surroundings(pipeline)}
     found = dict[int, dict[str, Any]]()
     for batch in batches:
         guided = needs_unconditional([wanted[k].scale for k in batch.indices])
@@ -65,7 +65,8 @@ def image_settings(
     return [found[k] for k in sorted(found)]
 
 
-def _surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+def surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+    """What is the same for all images of a pipeline: model, adapters, machine, versions."""
     from latentdiff import __version__
 
     source = pipeline.components.source

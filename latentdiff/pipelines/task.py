@@ -96,6 +96,9 @@ class PipelineOutput:
     """How many steps were run: those asked for, or `strength`'s share of them."""
     settings: list[dict[str, Any]] = field(default_factory=list)
     """How each image was made, as `save` writes it; see `settings.image_settings`."""
+    flagged: list[bool] | None = None
+    """What the safety checker says of each image; None: there is none, or the images are latents.
+    They are as they were drawn all the same."""
 
     def only(self, k: int) -> PipelineOutput:
         """The k-th image alone."""
@@ -107,6 +110,7 @@ class PipelineOutput:
             seeds=self.seeds[own],
             prompts=self.prompts[prompt : prompt + 1],
             settings=self.settings[own],
+            flagged=self.flagged and self.flagged[own],
         )
 
     def save(self, file: str | Path) -> list[Path]:

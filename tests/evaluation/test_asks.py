@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,14 +44,23 @@ REFERENCE = Reference(
 )
 
 
-def pixels(images: Any) -> torch.Tensor:
+class Pixels:
     """Stands in for the classifier's features."""
-    return 1 - to_tensors(images, 16).flatten(1)
+
+    def __call__(self, images: Any) -> torch.Tensor:
+        return 1 - to_tensors(images, 16).flatten(1)
+
+    textures = __call__
 
 
-@pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(REFERENCE, pixels)
+@pytest.fixture(autouse=True)
+def perfect_autoencoder(monkeypatch) -> None:
+    monkeypatch.setattr(module.metrics, "through_vae", lambda images, autoencoder: images)
+
+
+@pytest.fixture
+def judge(perfect_autoencoder) -> Judge:
+    return Judge(REFERENCE, Pixels(), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +110,7 @@ def test_an_ask_alone_among_others_is_judged_alike(judge) -> None:
 
 
 def test_figures_by_group_with_ceilings(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "ClassifierFeatures", lambda device: pixels)
+    monkeypatch.setattr(module, "ClassifierFeatures", lambda device: Pixels())
     monkeypatch.setattr(module, "PerceptualDistance", lambda: lambda a, b: (a - b).abs().mean(1))
     drawn("a post", "red", (10, 0)).save(tmp_path / "post.png")
     asks = [
@@ -108,25 +118,27 @@ def test_figures_by_group_with_ceilings(tmp_path: Path, monkeypatch) -> None:
         Ask("a bar", "one", concept="a bar"),
         Ask("a box", "more", seeds=3, concept="a box", style="plain"),
     ]
-    given = {"a post": ["a post"], "a bar": ["a post"], "a box": ["a box"] * 3}
+    given = {"a post": "a post", "a bar": "a post", "a box": "a box"}
     seeds = list[int]()
 
-    def generator(prompts: list[str], seed: int) -> list[Image.Image]:
-        seeds.extend(range(seed, seed + len(prompts)))
-        fills = ("red", "blue", "red")
-        return [drawn(given[p][0], fills[k % 3]) for k, p in enumerate(prompts)]
+    class Generator:
+        pipeline = SimpleNamespace(device=torch.device("cpu"), autoencoder=None)
+
+        def __call__(self, prompts: list[str], seed: int) -> list[Image.Image]:
+            seeds.extend(range(seed, seed + len(prompts)))
+            fills = ("red", "blue", "red")
+            return [drawn(given[p], fills[k % 3]) for k, p in enumerate(prompts)]
 
     said = list[str]()
-    device = torch.device("cpu")
-    result = measure_asks(asks, tmp_path, REFERENCE, generator, device, said.append)  # type: ignore[arg-type]
+    result = measure_asks(asks, tmp_path, REFERENCE, Generator(), said.append)  # type: ignore[arg-type]
     figures = result.figures
     assert figures["one: images"] == 2 and figures["one: concept top-1"] == 0.5
-    assert figures["real: one: concept top-1"] == 1
+    assert figures["real through VAE: one: concept top-1"] == 1
     assert figures["more: style"] == pytest.approx(2 / 3)
     assert figures["more: styles among the seeds"] == 2
     assert figures["more: LPIPS between seeds"] > 0
-    assert figures["real: more: LPIPS between images of a concept"] > 0
-    assert [len(page) for page in result.pages.values()] == [2, 3] and len(said) == 2
+    assert figures["real through VAE: more: LPIPS between images of a concept"] > 0
+    assert [len(page) for page in result.pages.values()] == [2, 3] and len(said) == 3
     assert result.pages["One"][1].miss == "not concept top-1" and result.pages["One"][0].real
     assert len({*seeds}) == 5
 

@@ -63,6 +63,7 @@ def pixels(file: Path) -> Any:
         (["a cat", "dog", "x"], {"guidance_scale": [1, 3, 9.5], "guidance_rescale": 0.5}),
         ("a {cat|dog} {x|y|z}", {"num_images_per_prompt": 4, "wildcards": ".", "seed": 7}),
         ("a cat", {"timesteps": [900, 500.5, 20], "num_images_per_prompt": 2}),
+        ("a cat", {"hires_scale": 1.5, "num_images_per_prompt": 2, "hires_strength": 0.5}),
         ("a cat", {"clip_skip": 1, "sampler": "DPM++ 2M Karras", "guidance_interval": (200, 800)}),
         ("a cat", {"sampler": "ddim", "sampler_options": {"eta": 0.7, "clip": 2.0}, "width": 48}),
     ],
