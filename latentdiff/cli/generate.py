@@ -160,6 +160,7 @@ def opened(args: argparse.Namespace, recorded: Mapping[str, Any]) -> LatentDiffu
         revision=args.revision or model.get("revision"),
         variant=args.variant or model.get("variant"),
         prediction=args.prediction or model.get("prediction"),
+        vae=model.get("vae"),
     )
     loras = [lora_and_weight(text) for text in args.lora]
     for file, weight in loras or files_of(recorded.get("loras", ()), "weight"):

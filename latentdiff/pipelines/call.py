@@ -193,6 +193,7 @@ def stream_task(
         "width": task.size[1],
         "batch_size": batch_size,
         **({} if latents is None else {"latents": "given"}),
+        **({"interrupted": True} if pipeline._interrupt else {}),
     }
     images = torch.stack([found[k] for k in order])
     check = None if output_type == "latent" else pipeline.safety_checker

@@ -38,6 +38,11 @@ _TASKS = (
     *("text_to_image", "image_to_image", "inpaint", "outpaint", "variations"),
     *("colorize", "restore", "upscale", "interpolate"),
 )
+#: What settings may name that is not in the file, and why the image can then not be made again.
+_GONE = {
+    "latents": "its noise was given, not drawn",
+    "interrupted": "it was interrupted before its last step",
+}
 _LOSSLESS = ("PNG", "TIFF", "BMP", "PPM")
 
 
@@ -58,8 +63,8 @@ class Replay:
         why_not = record.why_not
         if not why_not and record.settings["task"] not in _TASKS:
             why_not = f"it was made by {record.settings['task']}"
-        if not why_not and "latents" in record.settings:
-            why_not = "its noise was given, not drawn"
+        for name, reason in _GONE.items():
+            why_not = why_not or (reason if name in record.settings else "")
         if why_not:
             by = f" (made by {record.program})" if record.program else ""
             raise UserError(f"{file}{by} cannot be made again: {why_not}.")
@@ -212,7 +217,8 @@ def _facts(settings: Mapping[str, Any]) -> dict[str, Any]:
         name: settings.get(name) for name in ("device", "dtype", "threads", "machine", "batch")
     }
     facts |= settings.get("versions", {})
-    facts["model"] = settings.get("model", {}).get("hash")
+    for name, of in (("model", "hash"), ("vae", "vae_hash")):
+        facts[name] = settings.get("model", {}).get(of)
     for name, kind in (("LoRA", "loras"), ("word", "embeddings")):
         shown = (f"{o.get('hash')} at {o.get('weight', 1.0)}" for o in settings.get(kind, ()))
         facts[name] = ", ".join(shown)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.guidance import needs_unconditional
 from latentdiff.errors import UserError
-from latentdiff.pipelines.hashes import model_hash
+from latentdiff.pipelines.hashes import model_hash, weights_hash
 from latentdiff.pipelines.metadata import pixels_hash
 from latentdiff.weights import raw_bytes
 
@@ -73,6 +73,8 @@ def surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
     if source is not None and "hash" not in pipeline.model:
         with suppress(OSError, UserError):  # it is there no more
             pipeline.model["hash"] = model_hash(source, pipeline.model.get("variant"))
+    if pipeline.model.get("vae") and "vae_hash" not in pipeline.model:
+        pipeline.model["vae_hash"] = weights_hash(pipeline.autoencoder.module)
     device = pipeline.device
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)

@@ -455,6 +455,13 @@ def test_what_is_not_recorded_or_not_an_image(
     given = pipeline("a cat", latents=noise, height=32, width=32, **FAST).save(file)[0]
     with pytest.raises(UserError, match="its noise was given"):
         Replay.of(given)
+
+    def stop(one: Any, step: int, timestep: float, tensors: Any) -> None:
+        one._interrupt = step == 1
+
+    stopped = pipeline("a cat", callback_on_step_end=stop, **FAST).save(file)[0]
+    with pytest.raises(UserError, match="it was interrupted before"):
+        Replay.of(stopped)
     array = pipeline("a cat", output_type="np", **FAST)
     with pytest.raises(UserError, match="output_type='pil'"):
         array.save(file)
@@ -472,6 +479,21 @@ def test_an_own_model_without_files_and_a_model_that_is_gone(tmp_path: Path) -> 
     for part in folder.rglob("*.safetensors"):
         part.unlink()
     assert "source" not in in_memory("a cat", **FAST).settings[0]["model"]
+
+
+def test_an_autoencoder_from_elsewhere(model: Path, tmp_path: Path) -> None:
+    made = make_pipeline()
+    for parameter in made.vae.parameters():
+        parameter.data.mul_(1.2)
+    made.save_pretrained(tmp_path / "other")
+    other = LatentDiffusionPipeline.from_pretrained(model, vae=tmp_path / "other")
+    output = other("a cat", **FAST)
+    call("--replay", output.save(tmp_path / "a.png")[0], "--output", tmp_path / "b.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "b.png"), np.asarray(output.images[0]))
+    settings = read(tmp_path / "b.png").settings
+    assert settings["model"] == output.settings[0]["model"]
+    own = LatentDiffusionPipeline.from_pretrained(model, vae=model)("a cat", **FAST)
+    assert own.settings[0]["model"]["vae_hash"] != settings["model"]["vae_hash"]
 
 
 def test_hashes_of_models(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
