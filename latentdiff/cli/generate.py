@@ -53,12 +53,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--batch-size", type=int, metavar="N", help="with --prompts: at once; default: 16")
     add("--contact-sheet", type=Path, metavar="FILE", help="with --prompts: all images, small")
-    add(
-        "--replay",
-        type=Path,
-        metavar="IMAGE",
-        help="make a file's image again; other options replace what the file says",
-    )
     add_options(parser)
     add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
     add("--hires-scale", type=float, metavar="X", help="then enlarge, and draw from there again")
@@ -77,6 +71,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every task has."""
     add = parser.add_argument
+    add(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="make that file's image again; other options replace what it says",
+    )
     add("--output", "-o", type=Path, default=Path("image.png"), help="default: %(default)s")
     add("--model", help="folder, single file or Hugging Face id; default: the embedded model")
     add("--revision", help="branch, tag or commit on the hub")
@@ -268,6 +268,23 @@ def say_flagged(output: PipelineOutput) -> None:
         )
 
 
+def replayed(
+    args: argparse.Namespace, given: Mapping[str, Any]
+) -> tuple[PipelineOutput, int | None]:
+    """The images of --replay, with given options and arguments instead of those recorded, and the
+    columns of their grid; says how like the file's they are."""
+    if args.output.resolve() == args.replay.resolve():
+        raise UserError(f"--output must not be the file of --replay itself, {args.replay}.")
+    from latentdiff.pipelines.replay import Replay
+
+    replay = Replay.of(args.replay)
+    pipeline = opened(args, replay.settings)
+    with replay.threads(given):
+        output = replay.run(pipeline, given, **watching(args))
+    print(replay.verdict(output, given), file=sys.stderr)
+    return output, args.columns or replay.settings.get("columns")
+
+
 def save(output: PipelineOutput, args: argparse.Namespace, columns: int | None) -> list[Path]:
     """Write one file, or numbered ones; returns their paths."""
     if args.separate or len(output.images) == 1:
@@ -290,20 +307,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(generate_all(args))
         return
-    options, columns = given(args), args.columns
+    options = given(args)
     if args.replay:
-        if args.output.resolve() == args.replay.resolve():
-            raise UserError(f"--output must not be the image of --replay itself, {args.replay}.")
-        from latentdiff.pipelines.replay import Replay
-
-        replay = Replay.of(args.replay)
-        pipeline = opened(args, replay.settings)
-        with replay.threads(options):
-            output = replay.run(pipeline, options, **watching(args))
-        print(replay.verdict(output, options), file=sys.stderr)
-        columns = columns or replay.settings.get("columns")
+        output, columns = replayed(args, options)
     else:
-        output = opened(args, {})(**options, **watching(args))
+        output, columns = opened(args, {})(**options, **watching(args)), args.columns
     say_flagged(output)
     if args.long or args.weighted or args.wildcards:
         for read in output.prompts:
