@@ -32,7 +32,7 @@ from latentdiff.pipelines.inputs import (
     for_each,
     prompt_list,
 )
-from latentdiff.pipelines.masks import composite, crop_box, in_latents, padded, widened
+from latentdiff.pipelines.masks import composite, crop_box, in_latents, matched, padded, widened
 from latentdiff.pipelines.pictures import PictureInput, Pictures, read_masks, read_pictures
 from latentdiff.pipelines.settings import recorded
 from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task, run_task
@@ -218,7 +218,9 @@ def _paint(
         given = Pictures(pictures.given[own].to(images.device))
         if strength == 0:
             return given.given
-        return composite(region.put(images, given.rgb), given, soft[own].to(images.device))
+        over = soft[own].to(images.device)
+        painted = region.put(images, given.rgb)
+        return composite(matched(painted, given.rgb, over, 2 * down), given, over)
 
     task = Task(_size(canvas), start=known.of, strength=strength, finish=finish)
     if pipeline.unet.config.inpaints:
