@@ -75,6 +75,37 @@ def grid(
     return canvas
 
 
+def contact_sheet(files: Sequence[Path], columns: int | None = None, most: int = 128) -> Image:
+    """One image of the images of files, none of them enlarged.
+
+    Args:    columns: as `grid` has it.  most: the longer side of each, in pixels.
+    """
+    from PIL import Image
+
+    small: list[Image.Image] = []
+    for file in files:
+        with Image.open(file) as opened:
+            opened.thumbnail((most, most))
+            small.append(opened.convert("RGB"))
+    side = max(max(image.size) for image in small)
+    cells = [Image.new("RGB", (side, side), "white") for _ in small]
+    for cell, image in zip(cells, small, strict=True):
+        cell.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return grid(cells, columns)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether all of an image's pixels can be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return True
+    except Exception:  # decoders fed with broken data raise nearly anything
+        return False
+
+
 def numbered(file: Path, count: int) -> list[Path]:
     """The file itself, or cat-000.png, cat-001.png … for several."""
     if count == 1:

@@ -4,9 +4,12 @@
     latentdiff generate "a red apple" "a blue fish" --num-images 4 --output grid.png
 
 Several images go into one grid, or with --separate into numbered files beside --output. The files
-say how they were made; --replay makes such a file's image, or grid, again:
+say how they were made; --replay makes such a file's image, or grid, again. --prompts makes many
+images, each in a file of its own; started again, only those that are missing:
 
     latentdiff generate --replay cat.png --output again.png
+    latentdiff generate --prompts prompts.csv --output many/cat.png
+    accelerate launch inference/generate.py --prompts prompts.csv --output many/cat.png
 """
 
 from __future__ import annotations
@@ -42,6 +45,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw")
     add(
+        "--prompts",
+        type=Path,
+        dest="prompt_file",
+        metavar="FILE",
+        help="a .txt, .jsonl or .csv file of prompts, each with settings of its own",
+    )
+    add("--batch-size", type=int, metavar="N", help="with --prompts: at once; default: 16")
+    add("--contact-sheet", type=Path, metavar="FILE", help="with --prompts: all images, small")
+    add(
         "--replay",
         type=Path,
         metavar="IMAGE",
@@ -50,8 +62,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_options(parser)
     add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
     args = parser.parse_args(argv)
-    if not args.prompts and not args.replay:
-        parser.error("give a PROMPT, or an image with --replay")
+    if bool(args.prompt_file) == bool(args.prompts or args.replay):
+        parser.error("give a PROMPT, or a file with --prompts, or an image with --replay")
+    for option in ("batch_size", "contact_sheet"):
+        if getattr(args, option) is not None and not args.prompt_file:
+            parser.error(f"--{option.replace('_', '-')} belongs to --prompts")
     return args
 
 
@@ -215,6 +230,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.columns is not None and args.columns < 1:
         raise UserError(f"--columns must be at least 1; got {args.columns}.")
     check_image_file(args.output, "--output")
+    if args.prompt_file:
+        from latentdiff.cli.bulk import generate_all
+
+        print(generate_all(args))
+        return
     options, columns = given(args), args.columns
     if args.replay:
         if args.output.resolve() == args.replay.resolve():

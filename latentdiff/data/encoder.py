@@ -18,7 +18,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +89,15 @@ def nearest(sizes: Sequence[Size], width: int, height: int, usual: int | None = 
 Shape = tuple[int, int, int]
 
 
+class Painting(NamedTuple):
+    """An image for inpainting, of which something will be masked."""
+
+    pixels: Tensor
+    """(3, H, W) float32 in [−1, 1]."""
+    mask: Tensor | None
+    """(H, W) bool, what its own mask says to paint; None: it has none."""
+
+
 class Encoder:
     """An autoencoder with the transform before it.
 
@@ -144,24 +153,36 @@ class Encoder:
         Args:    seed: places random crops.
         Returns: float32 (3, H, W) in [-1, 1], and (h, w) in [0, 1]; None where all counts.
         """
-        size, config = self.sizes[bucket], self.config
-
-        def generator() -> torch.Generator | None:
-            return None if seed is None else torch.Generator().manual_seed(seed)
-
-        pixels = to_tensor(
-            example.image, size, config.crop, background=config.background, generator=generator()
-        )
+        pixels = self._pixels(example, bucket, seed)
         if not self.masked:
             return pixels, None
-        # The same seed again: the mask is cut where the image was.
-        latent, image_size = self.shapes[bucket][1:], example.image.size
-        return pixels, latent_mask(example.mask, image_size, size, config.crop, latent, generator())
+        return pixels, self._mask(example, bucket, seed, self.shapes[bucket][1:])
+
+    def painting(self, example: Example, bucket: int = 0, seed: int | None = None) -> Painting:
+        """The same image, with its own mask for inpainting, both in pixels."""
+        mask = None
+        if self.config.inpaint_mask and example.mask is not None:
+            mask = self._mask(example, bucket, seed, self.sizes[bucket]) >= 0.5
+        return Painting(self._pixels(example, bucket, seed), mask)
+
+    def _pixels(self, example: Example, bucket: int, seed: int | None) -> Tensor:
+        size, crop, behind = self.sizes[bucket], self.config.crop, self.config.background
+        place = _generator(seed)
+        return to_tensor(example.image, size, crop, background=behind, generator=place)
+
+    def _mask(self, example: Example, bucket: int, seed: int | None, size: Size) -> Tensor:
+        """The mask of an image, (h, w) in [0, 1]; the same seed cuts it where the image was."""
+        image_size, to, crop = example.image.size, self.sizes[bucket], self.config.crop
+        return latent_mask(example.mask, image_size, to, crop, size, _generator(seed))
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Encode (B, 3, H, W) without gradients: moments (B, 2C, h, w) on the device."""
         with torch.no_grad():
             return self._autoencoder.encode_moments(pixels.to(self._device, self._dtype))
+
+
+def _generator(seed: int | None) -> torch.Generator | None:
+    return None if seed is None else torch.Generator().manual_seed(seed)
 
 
 def cache_key(autoencoder: Any, config: DataConfig) -> str:

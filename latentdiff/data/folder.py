@@ -25,7 +25,7 @@ from latentdiff.errors import UserError, did_you_mean
 #: Ends the name of a mask file: cat.mask.png for cat.jpg.
 MASK_ENDING = ".mask.png"
 _LONELY_MASK = "a mask without its image: none beside it has its name"
-_UNUSED_MASK = "a mask, which data.loss_mask=file uses"
+_UNUSED_MASK = "a mask, which data.loss_mask=file or data.inpaint_mask=true uses"
 _FORMATS = (
     "Captions are looked for in (1) metadata.jsonl, lines like "
     '{"file_name": "cat.png", "text": "a cat"}; (2) metadata.csv with the columns file_name and '
@@ -58,7 +58,7 @@ class FolderSource(FileSource):
         self.problems += self._tree.problems
         images = [n for n in names if n.lower().endswith(IMAGE_ENDINGS)]
         masks: dict[str, str] = {}
-        if config.loss_mask == "file":
+        if config.mask_files:
             masks = {_normal(_mask_stem(n)): n for n in images if _mask_stem(n)}
             images = [n for n in images if not _mask_stem(n)]
         if not images:
@@ -77,7 +77,7 @@ class FolderSource(FileSource):
         self._entries = list(self._usable(images, captions, masks))
         if not self._entries:
             raise UserError(self._nothing_usable(len(images), bool(tables)))
-        if config.loss_mask == "file":
+        if config.mask_files:
             self._check_masks(masks, images)
 
     def __len__(self) -> int:
@@ -139,9 +139,9 @@ class FolderSource(FileSource):
         if not any(entry.mask for entry in self._entries):
             found = few(lonely) or "there are none"
             raise UserError(
-                f"data.loss_mask=file: none of the {len(self._entries)} images with captions in "
-                f"{display_name(self._tree.root)} has a mask ({found}). A mask stands beside its "
-                "image: cat.mask.png for cat.jpg."
+                f"{self.config.mask_files}: none of the {len(self._entries)} images with captions "
+                f"in {display_name(self._tree.root)} has a mask ({found}). A mask stands beside "
+                "its image: cat.mask.png for cat.jpg."
             )
 
     def _captions_of_tables(
@@ -180,7 +180,7 @@ class FolderSource(FileSource):
             return "no file_name"
         if not exists:
             return "not in the folder"
-        if self.config.loss_mask == "file" and _mask_stem(given):
+        if self.config.mask_files and _mask_stem(given):
             return "the mask of another image, as its name says"
         ending = splitext(given)[1] or "nothing"
         return (

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.encoder import Encoder, Shape
+from latentdiff.data.encoder import Encoder, Painting, Shape
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import (
     DataConfig,
@@ -121,7 +121,7 @@ class LatentCache(View):
         super().__init__(source, usable)
         self.skipped, self.shapes = skipped, folder.shapes
         self.buckets, keys = index.buckets[usable], index.keys[usable]
-        self._stores, self._masked = folder.stores, folder.masked
+        self._stores, self._masked, self._encoder = folder.stores, folder.masked, folder.encoder
         self._rows = np.empty(len(keys), np.int64)
         for bucket, store in enumerate(folder.stores):
             here = self.buckets == bucket
@@ -142,6 +142,24 @@ class LatentCache(View):
             raise ValueError("a batch of latents must come from one bucket")
         rows = self._stores[int(buckets[0])].read(self._rows[wanted])
         return Stored(rows[:, :-1], rows[:, -1:]) if self._masked else Stored(rows, None)
+
+    def pixels(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Painting]:
+        """The images of entries of one shape, decoded anew, with their own masks for inpainting.
+
+        Raises: UserError: one can no longer be read.
+        """
+        bucket = int(self.buckets[indices[0]])
+
+        def pixels(index: int) -> Painting:
+            example = self.source[int(self.source_indices[index])]
+            return self._encoder.painting(example, bucket)
+
+        try:
+            return list(map_ahead(pixels, indices, 4, len(indices)))
+        except UnreadableImage as error:
+            raise UserError(
+                f"{error}. Its latents are stored; the image is needed with a part of it masked."
+            ) from error
 
     def fingerprint(self) -> str:
         """Hash images, transform and autoencoder: equal means equal moments in equal order."""

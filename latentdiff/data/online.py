@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.captions import clean_captions
-from latentdiff.data.encoder import Encoder
+from latentdiff.data.encoder import Encoder, Painting
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.latents import Stored
 from latentdiff.data.source import (
@@ -69,6 +69,15 @@ class OnlineEncoder:
         masks = torch.stack([every if mask is None else mask for _, mask in made])
         return Stored(moments, masks[:, None])
 
+    def pixels(self, examples: Sequence[Example | None], seeds: Sequence[int]) -> list[Painting]:
+        """Images and their own masks for inpainting; None stands for one that cannot be read."""
+        blank = Painting(torch.zeros(3, *self._encode.sizes[0]), None)
+
+        def pixels(example: Example | None, seed: int) -> Painting:
+            return blank if example is None else self._encode.painting(example, seed=seed)
+
+        return list(self._pool.map(pixels, examples, seeds))
+
     def _prepare(self, example: Example | None, seed: int) -> tuple[Tensor, Tensor | None]:
         if example is None:
             return torch.zeros(3, *self._encode.sizes[0]), torch.zeros(self.shape[1:])
@@ -97,6 +106,10 @@ class OnlineLatents(View):
     def read(self, indices: Sequence[int], seeds: Sequence[int] = ()) -> Stored:
         """Encode many at once; seeds (all 0 by default) place random crops."""
         return self._encode([self._example(int(index)) for index in indices], seeds)
+
+    def pixels(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Painting]:
+        """Images cut as `read` has them, and their own masks for inpainting."""
+        return self._encode.pixels([self._example(int(index)) for index in indices], seeds)
 
     def fingerprint(self) -> str:
         """Hash images, transform and autoencoder."""
@@ -139,8 +152,8 @@ class StreamLatents:
         self.shape = self._encode.shape
         self.skipped: list[Skipped] = []
         self._rank, self._ranks, self._seed = rank, ranks, seed
-        if config.loss_mask == "file":
-            raise UserError("data.loss_mask=file cannot be used with data.streaming; alpha can.")
+        if config.mask_files:
+            raise UserError(f"{config.mask_files} cannot be used with data.streaming.")
         self._dataset, self._caption_column = open_stream(config)
         self._rows: Iterator[Example] | None = None
         self._held: dict[int, Example] = {}
@@ -159,6 +172,10 @@ class StreamLatents:
     def read(self, indices: Sequence[int], seeds: Sequence[int] = ()) -> Stored:
         """Encode images that were taken last."""
         return self._encode([self._held[index] for index in indices], seeds)
+
+    def pixels(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Painting]:
+        """Images that were taken last, cut as `read` has them."""
+        return self._encode.pixels([self._held[index] for index in indices], seeds)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of an image that was taken last."""

@@ -39,7 +39,8 @@ class Example(NamedTuple):
     captions: tuple[str, ...]
     name: str
     mask: Image.Image | None = None
-    """What counts in the loss (white) and what does not; None counts all. See data.loss_mask."""
+    """White is what counts in the loss, or what is to be painted; None: all counts, nothing is said
+    of painting. See data.loss_mask and data.inpaint_mask."""
 
 
 @runtime_checkable
@@ -134,6 +135,9 @@ class DataConfig:
     loss_mask: Literal["none", "alpha", "file"] = "none"
     """Which pixels count in the loss. alpha: an image's opacity; file: a grey image beside it
     (cat.mask.png for cat.png; white counts), or the column mask_column of a table."""
+    inpaint_mask: bool = False
+    """The same files and column say what an inpainting model has to paint (white), in half of the
+    samples with a random mask otherwise; all pixels count in the loss."""
     mask_column: str = "mask"
     """Column of the masks (parquet and hub)."""
     streaming: bool = False
@@ -151,9 +155,21 @@ class DataConfig:
     """File of images to leave out, one {"name": …, "reason": …} a line, as `latentdiff doctor`
     writes it."""
 
+    @property
+    def mask_files(self) -> str | None:
+        """The option that asks for mask files, for messages; None: there is none."""
+        if self.inpaint_mask:
+            return "data.inpaint_mask=true"
+        return "data.loss_mask=file" if self.loss_mask == "file" else None
+
     def validate(self) -> list[str]:
         """List what does not fit together."""
         problems = []
+        if self.inpaint_mask and self.loss_mask != "none":
+            problems.append(
+                f"inpaint_mask is true and loss_mask is {self.loss_mask}: an image has one mask, "
+                "which says what is painted or what counts in the loss. Leave one of them out."
+            )
         if not self.path and (self.kind != "folder" or self.path is not None):
             problems.append(f"path is required for kind {self.kind}: the folder, file or id.")
         elif self.path is None and not EXAMPLE.is_dir():

@@ -99,12 +99,12 @@ class TableSource(FileSource):
         names, features, columns = dataset.column_names, dataset.features, [config.image_column]
         _check_column(names, features, config.image_column, label)
         caption_column = choose_caption_column(names, config.caption_column, label)
-        if config.loss_mask == "file":
+        if config.mask_files:
             columns.append(config.mask_column)
             _check_column(names, features, config.mask_column, label, "mask_column")
             if dataset.data.column(config.mask_column).null_count == len(dataset):
                 raise UserError(
-                    f"data.loss_mask=file: no row of {label} has a mask in '{config.mask_column}'."
+                    f"{config.mask_files}: no row of {label} has a mask in '{config.mask_column}'."
                 )
         self._images = _undecoded(dataset.with_format(None).select_columns(columns), columns)
         self._rows: list[int] = []
@@ -143,7 +143,7 @@ class TableSource(FileSource):
 
     def read_mask(self, index: int) -> bytes | None:
         """Return those of the row's mask. Raises: UnreadableImage."""
-        if self.config.loss_mask != "file":
+        if not self.config.mask_files:
             return None
         cell = self._images[self._rows[index]][self.config.mask_column]
         return None if cell is None else self._bytes(index, cell)

@@ -67,9 +67,9 @@ class TarSource(FileSource):
                 f"({few(self.problems) or 'they are empty'}). A sample is an image and a .txt or "
                 ".json of the same name: 0001.jpg, 0001.txt."
             )
-        if config.loss_mask == "file" and max(self._masks[::3]) < 0:
+        if config.mask_files and max(self._masks[::3]) < 0:
             raise UserError(
-                f"data.loss_mask=file: none of the {len(self)} images in {config.path} has a "
+                f"{config.mask_files}: none of the {len(self)} images in {config.path} has a "
                 f"mask. A mask stands beside its image: 0001.{_MASK_ENDING} for 0001.jpg."
             )
 
@@ -132,7 +132,7 @@ class TarSource(FileSource):
         if not captions:
             return
         self._places.extend(image)
-        if mask is None or self.config.loss_mask != "file":
+        if mask is None or not self.config.mask_files:
             mask = _Place(-1, 0, 0)
         self._masks.extend(mask)
         self._captions.append(captions)

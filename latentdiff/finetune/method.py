@@ -6,24 +6,27 @@ Text encoder and U-Net as one network, for methods that train something in the t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from latentdiff.diffusion.objective import Model
 from latentdiff.models.attention import ContextKV
 from latentdiff.models.clip_text import TextEncoder
-from latentdiff.models.unet import UNet
+from latentdiff.models.unet import UNet, with_extra
 from latentdiff.models.unet_config import UNetConfig
 from latentdiff.weights import raw_bytes
 
 if TYPE_CHECKING:
     from latentdiff.formats.folder import Components
 
-Loss = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[[Model, Any], Tensor]
 """(model, LatentBatch) → loss of each sample, (B,)."""
+Extra = Callable[[Any, Sequence[int], Sequence[int]], Tensor]
+"""(data, indices, a seed for each) → channels (B, E, h, w) beside the noisy latents."""
 
 
 class Method:
@@ -39,6 +42,7 @@ class Method:
             parameters that require a gradient are trained, averaged and checkpointed.
         encode: captions (B) → batch.context, what the module takes third: the frozen text
             encoder's states, or token ids where the text encoder is part of the module.
+        extra: what the U-Net takes in channels after those of x_t; None: nothing.
         usage: how `latentdiff generate` is told to use what was saved: its options, with {output}
                in them.
         example: a prompt that shows what was learned.
@@ -51,6 +55,7 @@ class Method:
     def __init__(self, components: Components) -> None:
         self.module: nn.Module = components.unet
         self.encode: Callable[[list[str]], Tensor] = components.text_encoder.encode
+        self.extra: Extra | None = None
         self.example = "a cat"
 
     def loss(self, denoising_loss: Loss, model: nn.Module, batch: Any) -> Tensor:
@@ -60,7 +65,7 @@ class Method:
             denoising_loss: Algorithm 1.
             model: `module` as the processes have it.  batch: a LatentBatch.
         """
-        return denoising_loss(model, batch)
+        return denoising_loss(with_extra(model, batch.extra), batch)
 
     def export(self, components: Components, output: Path, dtype: torch.dtype) -> list[Path]:
         """Write the result, on one process, while the module holds the averaged weights.

@@ -11,7 +11,7 @@ Source: Rombach et al. 2022, section 3.1 and appendix G, arXiv:2112.10752.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from numbers import Integral
 from pathlib import Path
@@ -52,6 +52,8 @@ class Autoencoder(nn.Module):
         """Encode and decode one image at a time."""
         self.tiling = False
         """Encode and decode in bands of rows: less memory, the same pixels, slower; see `bands`."""
+        self.before_use: Callable[[], None] | None = None
+        """Called before the network is, to bring it where it computes."""
         config: Any = module.config
         self.kind = type(module).__name__
         if self.kind not in AUTOENCODERS:
@@ -122,6 +124,27 @@ class Autoencoder(nn.Module):
         """Scaled latents of images, the mean of the posterior; images as in `encode_moments`."""
         return self.latents_from_moments(self.encode_moments(images))
 
+    def encode_masked(self, images: Tensor, masks: Tensor) -> Tensor:
+        """What an inpainting U-Net takes after x_t: the mask, and the latents of what is kept.
+
+        As in diffusers' StableDiffusionInpaintPipeline: what is masked is grey, and each latent
+        position has the mask of its first pixel.
+
+        Args:    images: as in `encode_moments`.  masks: (B, 1, H, W), from 0.5 on it is painted.
+        Returns: (B, 1 + C, h, w) float32.
+        """
+        painted, step = masks >= 0.5, self.downscale
+        kept = self.encode(images.masked_fill(painted, 0.0))
+        return torch.cat([painted[..., ::step, ::step].float(), kept], dim=1)
+
+    def all_masked(self, size: tuple[int, int]) -> Tensor:
+        """The same where nothing is kept, (1, 1 + C, h, w): text to image.
+
+        Args:    size: (height, width) in pixels.
+        """
+        blank = torch.zeros(1, 3, *size, device=self.device)
+        return self.encode_masked(blank, torch.ones_like(blank[:, :1]))
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images of scaled latents.
 
@@ -151,6 +174,8 @@ class Autoencoder(nn.Module):
 
     def _run(self, half: Literal["encode", "decode"], x: Tensor) -> Tensor:
         """Moments of images or images of raw latents, float32."""
+        if self.before_use is not None:
+            self.before_use()
         # Half precision overflows in Stable Diffusion's decoder.
         with torch.autocast(self.device.type, enabled=False):
             parts = x.to(self.device, self.dtype).split(1 if self.slicing else len(x))

@@ -39,6 +39,13 @@ from latentdiff.models.unet_config import (
 )
 
 
+def with_extra(unet: Callable[..., Tensor], extra: Tensor | None) -> Callable[..., Tensor]:
+    """A U-Net that is given `extra` (B, E, H, W) in channels after those of x_t; None: nothing."""
+    if extra is None:
+        return unet
+    return lambda x_t, *others: unet(torch.cat([x_t, extra], dim=1), *others)
+
+
 class UNet(nn.Module):
     """A U-Net conditioned on timestep and context; weights as diffusers' UNet2DConditionModel."""
 

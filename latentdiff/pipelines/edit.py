@@ -25,6 +25,7 @@ from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.errors import UserError, warn
 from latentdiff.models.finite import check_finite
+from latentdiff.pipelines.call import run_task
 from latentdiff.pipelines.inputs import (
     check_pixels,
     check_share,
@@ -35,7 +36,7 @@ from latentdiff.pipelines.inputs import (
 from latentdiff.pipelines.masks import composite, crop_box, in_latents, matched, padded, widened
 from latentdiff.pipelines.pictures import PictureInput, Pictures, read_masks, read_pictures
 from latentdiff.pipelines.settings import recorded
-from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task, run_task
+from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline

@@ -15,8 +15,9 @@ import torch
 
 from latentdiff.diffusion.noise import batch_noise, slerp
 from latentdiff.errors import UserError
+from latentdiff.pipelines.call import run_task
 from latentdiff.pipelines.inputs import check_counts, for_each, prompt_list, seeds_of
-from latentdiff.pipelines.task import Condition, PipelineOutput, SamplingOptions, Task, run_task
+from latentdiff.pipelines.task import Condition, PipelineOutput, SamplingOptions, Task
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline

@@ -153,6 +153,7 @@ _PICTURE = {"file": str | None, "hash": str}
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("task", "prompt", "negative_prompt", "prompt_syntax", "sampler"), str),
     **dict.fromkeys(("seed", "num_inference_steps", "height", "width"), int),
+    "clip_skip": int,
     **dict.fromkeys(("guidance_scale", "guidance_rescale"), int | float),
     "timestep_spacing": str | None,
     "device": ("cpu", "cuda", "mps"),
@@ -192,7 +193,7 @@ def texts(settings: Mapping[str, Any]) -> dict[str, str]:
 def parameters(settings: Mapping[str, Any]) -> str:
     """The settings of an image as A1111 would write them, as far as it has them."""
     given, model = settings.get("arguments", {}), settings.get("model", {})
-    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip")
+    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip", 0)
     sampler = settings["sampler"]
     hashes = [f"{one.get('name')}: {one.get('hash')}" for one in settings.get("loras", ())]
     fields = {
@@ -204,8 +205,9 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "Size": f"{settings['width']}x{settings['height']}",
         "Model hash": model.get("hash"),
         "Model": model.get("name"),
-        "Denoising strength": given.get("strength"),
-        "Clip skip": clip_skip if clip_skip != 1 else None,
+        "Denoising strength": given.get("strength", given.get("hires_strength")),
+        "Hires upscale": given.get("hires_scale"),
+        "Clip skip": clip_skip + 1 if clip_skip else None,
         "Mask blur": given.get("mask_blur"),
         "Lora hashes": ", ".join(hashes) or None,
         "RNG": "CPU",
@@ -324,7 +326,7 @@ def _understood(prompt: str, negative: str, fields: Mapping[str, str]) -> dict[s
             "seed": int(fields["Seed"]),
             "guidance_scale": float(fields["CFG scale"]),
             **({"width": int(size[1]), "height": int(size[2])} if size else {}),
-            **({"clip_skip": int(fields["Clip skip"])} if "Clip skip" in fields else {}),
+            **({"clip_skip": int(skip) - 1} if (skip := fields.get("Clip skip")) else {}),
             "model": {"name": fields.get("Model"), "hash": fields.get("Model hash")},
             "loras": [{"name": name, "weight": float(w)} for name, w in _LORA.findall(prompt)],
         }

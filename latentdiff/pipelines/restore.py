@@ -23,12 +23,13 @@ from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.operators import Blur, Downsample, Grey, Jpeg, Operator
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.errors import UserError, choice_error
+from latentdiff.pipelines.call import run_task
 from latentdiff.pipelines.edit import _own, _prompts, _size
 from latentdiff.pipelines.inputs import check_counts, check_pixels, check_share, is_number
 from latentdiff.pipelines.masks import padded
 from latentdiff.pipelines.pictures import PictureInput, Pictures, read_pictures
 from latentdiff.pipelines.settings import recorded
-from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task, run_task
+from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline

@@ -26,8 +26,9 @@ from latentdiff.pipelines.metadata import pixels_hash
 from latentdiff.weights import raw_bytes
 
 if TYPE_CHECKING:
+    from latentdiff.pipelines.call import Wanted
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
-    from latentdiff.pipelines.task import Batch, Condition, PipelineOutput
+    from latentdiff.pipelines.task import Batch, PipelineOutput
 
 P = ParamSpec("P")
 #: Arguments of tasks that are images.
@@ -37,32 +38,34 @@ PICTURES = ("image", "mask_image")
 def image_settings(
     pipeline: LatentDiffusionPipeline,
     batches: Sequence[Batch],
-    conditions: Sequence[Condition],
+    wanted: Sequence[Wanted],
     call: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """The settings of each image of a call.
+    """The settings of each image of these passes.
 
-    Args:    conditions: one per image.  call: what is the same for all of them.
+    Args:    batches: the passes that were made.  wanted: one per image.
+             call: what is the same for all of them.
     """
-    shared = {**call, **_surroundings(pipeline)}
+    shared = {**call, **surroundings(pipeline)}
     found = dict[int, dict[str, Any]]()
     for batch in batches:
-        guided = needs_unconditional([conditions[k].scale for k in batch.indices])
+        guided = needs_unconditional([wanted[k].scale for k in batch.indices])
         for place, (k, seed) in enumerate(zip(batch.indices, batch.seeds, strict=True)):
             found[k] = {
-                "prompt": conditions[k].prompt,
-                "negative_prompt": conditions[k].negative_prompt,
-                "guidance_scale": conditions[k].scale,
+                "prompt": wanted[k].prompt,
+                "negative_prompt": wanted[k].negative_prompt,
+                "guidance_scale": wanted[k].scale,
                 "seed": seed,
                 "batch": {"size": len(batch.indices), "place": place, "guided": guided},
                 "task": "text_to_image",  # unless `recorded` says otherwise
                 "arguments": {},
                 **shared,
             }
-    return [found[k] for k in range(len(conditions))]
+    return [found[k] for k in sorted(found)]
 
 
-def _surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+def surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+    """What is the same for all images of a pipeline: model, adapters, machine, versions."""
     from latentdiff import __version__
 
     source = pipeline.components.source

@@ -20,9 +20,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentdiff.diffusion.objective import per_sample_loss
+from latentdiff.diffusion.objective import Model, per_sample_loss
 from latentdiff.errors import UserError, command
 from latentdiff.train.arguments import add_resume, config_parser
 from latentdiff.train.batches import LatentBatch
@@ -36,7 +36,7 @@ def train(given: Given, resume: bool) -> str:
     """Check everything, train, export. Returns: what was written, and how to use it."""
     run = LatentRun(given, resume)
 
-    def denoising_loss(model: nn.Module, batch: LatentBatch) -> Tensor:
+    def denoising_loss(model: Model, batch: LatentBatch) -> Tensor:
         """Algorithm 1 (Ho et al. 2020): w_t · mean |y − model(α_t x_0 + σ_t ε, t, context)|²."""
         x_0 = run.autoencoder.latents_from_moments(batch.moments, batch.draw.posterior_eps)
         return per_sample_loss(

@@ -352,6 +352,9 @@ class LatentBatch(NamedTuple):
     """Timesteps and noise."""
     mask: Tensor | None = None
     """(B, 1, h, w) float32 in [0, 1], the weight of each position in the loss; None: all 1."""
+    extra: Tensor | None = None
+    """(B, E, h, w) float32, what the network takes in channels after those of x_t; None: nothing.
+    """
 
 
 class BatchMaker:
@@ -366,6 +369,7 @@ class BatchMaker:
         context: captions → what the network takes third: text states, or token ids.
         device: where moments and context go.
         captions: how captions vary.
+        extra: (data, indices, seeds) → what else the U-Net is given, (B, E, h, w); None: nothing.
     """
 
     def __init__(
@@ -378,10 +382,11 @@ class BatchMaker:
         schedule: NoiseSchedule,
         device: torch.device,
         captions: CaptionConfig | None = None,
+        extra: Callable[[Any, Sequence[int], Sequence[int]], Tensor] | None = None,
     ) -> None:
         self._data, self._order, self.shape, self._context = data, order, shape, context
         self._objective, self._schedule, self._device = objective, schedule, device
-        self._captions = captions or CaptionConfig()
+        self._captions, self._extra = captions or CaptionConfig(), extra
         # A CPU that trains has no core to spare; beside a GPU one thread would draw too slowly.
         mine = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = 1 if device.type == "cpu" else min(8, mine)
@@ -392,7 +397,8 @@ class BatchMaker:
         samples = self.shape.samples(step, micro)
         rows = self._order(samples)
         seed = self._order.seed
-        moments, mask = self._data.read(rows, [mix(seed, n) for n in samples])
+        seeds = [mix(seed, n) for n in samples]
+        moments, mask = self._data.read(rows, seeds)
         random = self._draw(seed, samples, moments.shape[1:])
         captions = [
             "" if dropped else say(self._data.captions(row), seed, n, self._captions)
@@ -403,14 +409,18 @@ class BatchMaker:
             to_device(self._context(captions), self._device),
             random,
             None if mask is None else to_device(mask, self._device).float(),
+            None if self._extra is None else self._extra(self._data, rows, seeds),
         )
 
     def trial(self, count: int) -> LatentBatch:
         """A batch of `count` empty images, with shapes as in training; nothing is read."""
+        channels, height, width = self._data.shape
+        extra = torch.zeros(count, 1 + channels // 2, height, width, device=self._device)
         return LatentBatch(
             torch.zeros(count, *self._data.shape, device=self._device),
             to_device(self._context([""]), self._device).repeat_interleave(count, dim=0),
             self._draw(0, range(count), self._data.shape),
+            extra=None if self._extra is None else extra,
         )
 
     def _draw(self, seed: int, samples: Sequence[int], shape: Sequence[int]) -> Draw:

@@ -90,6 +90,7 @@ class LatentRun(Run[TrainConfig]):
             self.schedule,
             self.accelerator.device,
             config.captions,
+            self.method.extra,
         )
 
     def _notes(self) -> list[str]:
@@ -123,6 +124,7 @@ class LatentRun(Run[TrainConfig]):
             self.tracker,
             self.accelerator,
             self.method.module,
+            self.method.extra,
         )
         self._validate_if_due(self.first_step)
 

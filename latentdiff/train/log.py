@@ -365,7 +365,7 @@ def count_flops(
     """
     with torch.device("meta"):
         twin = UNet(unet.config).requires_grad_(not frozen)
-        x_t = torch.empty(1, *latent_shape, requires_grad=frozen)
+        x_t = torch.empty(1, unet.config.in_channels, *latent_shape[1:], requires_grad=frozen)
         context = torch.empty(1, tokens, unet.config.cross_attention_dim)
         t = torch.zeros(1)
     return count_module_flops(twin, x_t, t, context)

@@ -37,6 +37,7 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     """
     from latentdiff.formats.folder import Components
     from latentdiff.formats.model import load_model, open_autoencoder, open_text_encoder
+    from latentdiff.formats.scheduler import SamplingDefaults
 
     check_given(given)
     config, notes, model = given.config, list[str](), given.config.model
@@ -60,15 +61,18 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     )
     if base is None:
         config = fit_unet(config, given.keys, autoencoder, text_encoder)
+    sampling = SamplingDefaults() if base is None or notes else base.sampling
+    skip = (
+        model.clip_skip if base is None or model.clip_skip is not None else base.sampling.clip_skip
+    )
     components = Components(
         unet=base.unet if base is not None else _new_unet(config),
         autoencoder=autoencoder,
         text_encoder=text_encoder,
         schedule=config.schedule,
         prediction=config.objective.prediction,
+        sampling=dataclasses.replace(sampling, clip_skip=skip),
     )
-    if base is not None and not notes:
-        components.sampling = base.sampling
     check_fit(components, config)
     return components, config, notes
 
@@ -119,11 +123,18 @@ def check_fit(components: Components, config: TrainConfig) -> None:
         "out_channels": latent,
         "cross_attention_dim": text,
     }.items():
-        if (value := getattr(unet, name)) != wanted:
+        value = getattr(unet, name)
+        inpaints = name == "in_channels" and unet.inpaints and config.model.pretrained is not None
+        if value != wanted and not inpaints:
             raise UserError(
                 f"the U-Net's {name} must equal the {whose.format(wanted)}; got {value}. Set "
                 f"model.unet.{name}={wanted}, or choose another model.{key}."
             )
+    if config.data.inpaint_mask and not unet.inpaints and config.finetune.kind != "inpainting":
+        raise UserError(
+            "data.inpaint_mask=true is for an inpainting model, and this one is for text to image. "
+            "finetune.kind=inpainting makes it one; data.loss_mask=file weighs the loss instead."
+        )
     if config.validation.prompts or config.validation.images:
         try:
             timestep_grid(NoiseSchedule(config.schedule), config.validation.steps)

@@ -18,6 +18,7 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.files import atomic_file
 from latentdiff.images import grid, to_output
 from latentdiff.models.finite import NotFiniteError
+from latentdiff.models.unet import with_extra
 from latentdiff.sampling import Network, SamplingPlan, build_denoiser, sample_latents
 from latentdiff.train.batches import ContextCache, by_bucket, plainly
 from latentdiff.train.config import TrainConfig
@@ -75,11 +76,12 @@ class Validator:
         tracker: Tracker,
         accelerator: Accelerator,
         model: Any = None,
+        extra: Any = None,
     ) -> None:
         self._config, self._parts, self._latents = config, components, latents
         self._model = components.unet if model is None else model
         self._device = next(self._model.parameters()).device
-        self._context, self._ema, self._tracker = context, ema, tracker
+        self._context, self._ema, self._tracker, self._extra = context, ema, tracker, extra
         self._accelerator = accelerator
         self._schedule = NoiseSchedule(config.schedule)
         self._prompts = config.validation.prompts or self._captions(config.validation.images)
@@ -129,9 +131,9 @@ class Validator:
             captions = [plainly(data.captions(row), config.captions) for row in rows]
             states = self._context(captions).to(self._device)
             weight = None if mask is None else mask.float().to(self._device)
-            loss = per_sample_loss(
-                self._model, x_0, states, random, self._schedule, objective, weight
-            )
+            extra = None if self._extra is None else self._extra(data, rows, numbers)
+            model = with_extra(self._model, extra)
+            loss = per_sample_loss(model, x_0, states, random, self._schedule, objective, weight)
             total += float(loss.double().sum())
             losses.append(loss.double().cpu())
             quarter = 4 * random.t / self._schedule.num_train_timesteps
@@ -170,9 +172,13 @@ class Validator:
     def _sample(self) -> Tensor:
         """DDIM images of the prompts, (N, 3, H, W) in [−1, 1]; image i has the seed + i.
 
+        An inpainting U-Net draws them with everything masked.
+
         Raises: NotFiniteError: U-Net or autoencoder gave NaN or infinity.
         """
         options, (channels, height, width) = self._config.validation, self._latents.data.shape
+        autoencoder = self._parts.autoencoder
+        size = height * autoencoder.downscale, width * autoencoder.downscale
         # A sharded U-Net has its weights only when called. Guidance is in the type of autocast.
         network = Network(
             self._model,
@@ -180,6 +186,7 @@ class Validator:
             self._config.objective.prediction,
             project=not is_sharded(self._model),
             upcast=False,
+            extra=None if self._extra is None else autoencoder.all_masked(size),
         )
         plan = SamplingPlan(timestep_grid(self._schedule, options.steps))
         warn_of_late_start(self._schedule, plan.timesteps)
@@ -191,7 +198,7 @@ class Validator:
             denoiser = build_denoiser(network, states, empty, options.guidance)
             x_T = batch_noise(seeds, (channels // 2, height, width))
             latents = sample_latents(network, denoiser, x_T, seeds, plan)
-            images.append(self._parts.autoencoder.decode(latents).cpu())
+            images.append(autoencoder.decode(latents).cpu())
         return torch.cat(images)
 
     def _captions(self, count: int) -> Sequence[str]:
