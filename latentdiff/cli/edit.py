@@ -4,6 +4,7 @@
     latentdiff edit outpaint cat.png "a cat in a garden" --left 32 --right 32
     latentdiff edit image_to_image sketch.jpg "a cat painting" --strength 0.6 --num-images 4
     latentdiff edit interpolate "a cat" "a dog" --frames 16 --output morph.gif
+    latentdiff edit upscale small.png --scale 4 --output large.png
     latentdiff edit --replay new.png --output again.png
     latentdiff edit TASK --help
 
