@@ -21,6 +21,7 @@ from latentdiff.train.log import MEBI, make_gauges, peak_memory
 from latentdiff.train.loop import Step
 from latentdiff.train.optimizer import make_optimizer
 from latentdiff.train.parts import (
+    Latents,
     gathered,
     load_parts,
     long_captions,
@@ -96,6 +97,7 @@ class LatentRun(Run[TrainConfig]):
     def _notes(self) -> list[str]:
         about = [self.method.about()] if self.method.adds else []
         cut_off = long_captions(self.latents, self.components.text_encoder)
+        about.append(plan_of(self.config.loop.max_steps, self.shape.total, self.latents))
         return about + none_held_out(self.latents, self.config) + self.notes + cut_off
 
     def begin(self, loss: Loss) -> None:
@@ -167,6 +169,16 @@ class LatentRun(Run[TrainConfig]):
         with self.ema.applied():
             parts = gathered(self.components)
             return on_first(lambda: self.method.export(parts, self.output, dtype)) or []
+
+
+def plan_of(steps: int, per_step: int, latents: Latents) -> str:
+    """How many steps, images and epochs a run has."""
+    plan = f"{steps:,} steps of {per_step:,} images"
+    if not (count := len(latents.train)):  # of a stream nobody knows
+        return plan
+    images = len(set(latents.train))
+    repeated = f" ({count:,} with repeats)" * (count > images)
+    return f"{plan}: {steps * per_step / count:,.1f} epochs of {images:,} images{repeated}"
 
 
 def closing_message(config: TrainConfig, written: list[Path], method: Method) -> str:

@@ -20,12 +20,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from datetime import datetime
 from signal import Signals
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from latentdiff.config import FREE, AtLeastOne, Positive
 from latentdiff.diffusion.noise import mix
@@ -34,7 +36,7 @@ from latentdiff.train.batches import BatchShape, Prefetch
 from latentdiff.train.checkpoint import CheckpointError
 from latentdiff.train.distributed import is_sharded, whole
 from latentdiff.train.divergence import BadSteps, finite_or_none
-from latentdiff.train.log import Tracker
+from latentdiff.train.log import MEBI, Tracker, peak_memory
 from latentdiff.train.optimizer import set_learning_rate, step_if_finite
 
 if TYPE_CHECKING:
@@ -158,6 +160,7 @@ class Log:
         self._began = time.monotonic() - seconds
         self._window = (time.monotonic(), 0.0)
         self._has_logged = False
+        self._timed_from: tuple[int, float] | None = None
         self._bad = BadSteps(self._weights, optimizer_step.accelerator.mixed_precision)
 
     @property
@@ -178,6 +181,7 @@ class Log:
     ) -> bool:
         """Log, save, call `after_step`; say whether the run is over before its last step."""
         stop = self._log_if_due(done, signal)
+        self._estimate(done)
         ends = stop or done == self._config.max_steps
         if ends or done % self._config.checkpoint_every == 0:
             self._flush(done)
@@ -219,6 +223,24 @@ class Log:
         votes = accelerator.reduce(votes, "sum")
         signal.number = signal.number or int(votes[1] / votes[0].clamp(min=1))
         return bool(votes[0] > 0)
+
+    def _estimate(self, done: int) -> None:
+        """After ten steps, say how long one takes and when the run will end.
+
+        The very first is left out: it waits for the first batch, and kernels are chosen in it.
+        """
+        if self._timed_from is None:
+            self._timed_from = (done, time.monotonic())
+        first, began = self._timed_from
+        if done != first + TIMED or done == self._config.max_steps:
+            return
+        self._flush(done)  # waits for the device
+        each, left = (time.monotonic() - began) / TIMED, self._config.max_steps - done
+        used = peak_memory(self._main.accelerator.device) / MEBI
+        self._tracker.say(
+            f"{each:.3g} s a step and {used:,.0f} MB of memory; the {left:,} steps left take about "
+            f"{tqdm.format_interval(each * left)}, until {clock(each * left)}"
+        )
 
     def _flush(self, done: int, speed: bool = True) -> None:
         """Write the losses of the steps since the last time.
@@ -305,7 +327,15 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {n: sum(v) / len(v) if v else math.nan for n, v in found.items()}
 
 
+def clock(seconds: float) -> str:
+    """The time of day in so many seconds, with the date where that is not today."""
+    then, now = (datetime.fromtimestamp(time.time() + s) for s in (seconds, 0))
+    return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%d %B %H:%M}"
+
+
 Batch = TypeVar("Batch")
+#: Steps over which a step is timed.
+TIMED = 10
 
 
 @dataclass(frozen=True)

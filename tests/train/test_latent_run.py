@@ -15,8 +15,9 @@ from latentdiff.errors import UserError
 from latentdiff.finetune.full import Full, FullConfig
 from latentdiff.finetune.lora import Lora
 from latentdiff.train.config import TrainConfig
-from latentdiff.train.latent_run import closing_message
+from latentdiff.train.latent_run import closing_message, plan_of
 from latentdiff.train.optimizer import OptimizerConfig, learning_rate, never_at_peak
+from latentdiff.train.parts import Latents
 from latentdiff.train.run import check_steps_left, planned_steps
 
 
@@ -49,6 +50,17 @@ def test_a_longer_run_must_say_how_its_rate_goes_on() -> None:
     assert planned(9, extend="hold") == 5
     with pytest.raises(UserError, match=r"0 at step 5.*extend=restart .*, hold .* or decay"):
         planned(9)
+
+
+def test_the_plan_counts_repeats() -> None:
+    latents = Latents(None, [0, 0, 0, 1, 2], [])
+    assert plan_of(1000, 8, latents) == (
+        "1,000 steps of 8 images: 1,600.0 epochs of 3 images (5 with repeats)"
+    )
+    assert (
+        plan_of(30, 4, Latents(None, [0, 1], [])) == "30 steps of 4 images: 60.0 epochs of 2 images"
+    )
+    assert plan_of(30, 4, Latents(None, [], [])) == "30 steps of 4 images"
 
 
 def test_a_run_within_its_warm_up_says_what_rate_it_ends_at() -> None:

@@ -1,6 +1,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from latentdiff.train.batches import BatchShape, Prefetch
 from latentdiff.train.checkpoint import CheckpointError
 from latentdiff.train.divergence import MAX_BAD_STEPS
 from latentdiff.train.log import Tracker, forget_after, read_metrics
-from latentdiff.train.loop import LoopConfig, OptimizerStep, Step, training_loop
+from latentdiff.train.loop import LoopConfig, OptimizerStep, Step, clock, training_loop
 from latentdiff.train.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -107,6 +108,30 @@ def test_the_first_step_is_logged_at_once_and_then_every_log_every(
     # The first step compiles and warms up: it is in no reported speed.
     assert [r["step"] for r in rows if "images_per_second" in r] == [4, 8, 10]
     assert set(shown[0][1]) == {"loss"} and "images/s" in shown[1][1]
+
+
+def test_after_ten_steps_it_says_how_long_the_others_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, said = [1000.0], list[str]()
+    monkeypatch.setattr("latentdiff.train.loop.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("latentdiff.train.loop.clock", lambda seconds: f"in {seconds:.0f} s")
+    run = Run(tmp_path, max_steps=100)
+    run.tracker.say = said.append  # type: ignore[method-assign]
+    for step, x in run.steps(first_step=5):
+        now[0] += 60.0 if step.number == 5 else 2.0
+        step.backward((run.net(x) - x).square().mean())
+        step.update()
+    assert len(said) == 1
+    assert said[0].startswith("2 s a step and ") and said[0].endswith(
+        "the 84 steps left take about 02:48, until in 168 s"
+    )
+
+
+def test_the_time_of_day_has_a_date_when_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    noon = datetime(2026, 3, 4, 12, 0).timestamp()
+    monkeypatch.setattr("latentdiff.train.loop.time.time", lambda: noon)
+    assert (clock(5400), clock(86400)) == ("13:30", "05 March 12:00")
 
 
 def test_a_resumed_run_logs_its_own_first_step_at_once(tmp_path: Path) -> None:
@@ -272,7 +297,7 @@ def test_a_full_disk_does_not_end_the_run_but_the_last_checkpoint_must_be(tmp_pa
 def test_metrics_that_a_full_disk_refuses_come_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(tmp_path, max_steps=12)
+    run = Run(tmp_path, max_steps=10)
     said, room = [], [False]
     run.tracker.say = said.append  # type: ignore[method-assign]
 
@@ -300,7 +325,7 @@ def test_metrics_that_a_full_disk_refuses_come_when_there_is_room(
 
     monkeypatch.setattr(tracking, "open", Half, raising=False)
     run(after_step=after_step)
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 13))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 11))
     assert all("metrics.jsonl" in text and "No space left" in text for text in said)
     assert len(said) == 3  # after steps 1, 4 and 8
 
