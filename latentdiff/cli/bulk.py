@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from latentdiff.cli.generate import given, opened
+from latentdiff.cli.generate import given, opened, say_flagged
 from latentdiff.cli.prompt_file import check_lines, noted, read_prompt_file
 from latentdiff.errors import UserError
 from latentdiff.files import parse_json
@@ -192,6 +192,7 @@ def make(
         if name in options:
             options[name] = [one.options[name] for one in images]
     output = pipeline(**options, batch_size=batch_size, progress=False)
+    say_flagged(output)
     for one, image, settings in zip(images, output.images, output.settings, strict=True):
         write(image, one.file, {**settings, _REQUEST: request(one, facts)})
 

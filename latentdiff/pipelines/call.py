@@ -73,6 +73,8 @@ class Wanted(NamedTuple):
     negative_prompt: str
     scale: float
     """Of guidance."""
+    template: str
+    """The prompt before wildcards were drawn."""
     files: Files = ()
     """LoRA files that its prompt asks for."""
 
@@ -203,6 +205,7 @@ def stream_task(
         "width": task.size[1],
         "batch_size": batch_size,
         **({} if latents is None else {"latents": "given"}),
+        **({"interrupted": True} if pipeline._interrupt else {}),
     }
     settings = image_settings(pipeline, [batch for batch, _ in done], wanted, shared)
     for k, one in zip(order, settings, strict=True):
@@ -234,12 +237,15 @@ def _wanted(
     scales = guidance_scales(guidance_scale, len(prompts))
     warn_of_unused_negatives(negatives, scales)
     every = len(seeds) // len(prompts)
-    given = zip(prompts, negatives, scales, strict=True)
+    given = zip(prompts, negatives, scales, prompts, strict=True)
     wanted = [Wanted(*one) for one in given for _ in range(every)]
     if wildcards is not None:
         choices = Wildcards(wildcards)
         drawn = [choices.expand(one[:2], seed) for one, seed in zip(wanted, seeds, strict=True)]
-        wanted = [Wanted(p, n, one.scale) for (p, n), one in zip(drawn, wanted, strict=True)]
+        wanted = [
+            one._replace(prompt=prompt, negative_prompt=negative)
+            for one, (prompt, negative) in zip(wanted, drawn, strict=True)
+        ]
     if lora_dir is not None:
         folder = LoraFolder(lora_dir)
         split = [folder.split(one.prompt) for one in wanted]
@@ -344,11 +350,10 @@ class _Call:
             x = pipeline.schedule.alpha(t) * x_0 + pipeline.schedule.sigma(t) * x
         own = [self.conditions[k] for k in batch.indices]
         contexts, negatives, scales = zip(*own, strict=True)
-        network = pipeline.network
-        if task.extra is not None:
-            network = replace(network, extra=task.extra(batch).to(device))
-        elif pipeline.unet.config.inpaints:
-            network = replace(network, extra=pipeline.autoencoder.all_masked(task.size))
+        extra = None if task.extra is None else task.extra(batch).to(device)
+        if extra is None and pipeline.unet.config.inpaints:
+            extra = pipeline.autoencoder.all_masked(task.size)
+        network = replace(pipeline.network, extra=extra)
         both = torch.stack(contexts), torch.stack(negatives)
         denoiser = build_denoiser(network, *both, scales, **self.guidance)
         if task.wrap is not None:
