@@ -41,6 +41,8 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 #: The name of the hash among the settings in a file.
 _REQUEST = "request"
 _hash = cache(file_hash)
+#: Of the settings of an image, where its model was and what made it.
+_ELSEWHERE = ("source", "name", "revision", "file", "device", "threads", "machine", "versions")
 
 
 class Wanted(NamedTuple):
@@ -156,15 +158,19 @@ def check(pipeline: LatentDiffusionPipeline, images: Sequence[Wanted], file: Pat
     check_lines(file, problems)
 
 
-def decisive(pipeline: LatentDiffusionPipeline) -> list[Any]:
-    """What of a pipeline decides its images: what is in the files, wherever they are."""
+def decisive(pipeline: LatentDiffusionPipeline) -> Any:
+    """What of a pipeline decides its images: what is in its files, wherever they are."""
     from latentdiff.pipelines.settings import surroundings
 
-    found = surroundings(pipeline)
-    model = [found["model"].get(name) for name in ("hash", "prediction", "vae")]
-    loras = [[one["hash"], one["weight"]] for one in found["loras"]]
-    words = [[one["hash"], one["token"]] for one in found["embeddings"]]
-    return [*model, loras, words, found["dtype"]]
+    return _content(surroundings(pipeline))
+
+
+def _content(facts: Any) -> Any:
+    if isinstance(facts, list):
+        return [_content(one) for one in facts]
+    if isinstance(facts, dict):
+        return {name: _content(one) for name, one in facts.items() if name not in _ELSEWHERE}
+    return facts
 
 
 def batches(images: Sequence[Wanted], most: int) -> Iterator[list[Wanted]]:

@@ -9,7 +9,7 @@ images, each in a file of its own; started again, only those that are missing:
 
     latentdiff generate --replay cat.png --output again.png
     latentdiff generate --prompts prompts.csv --output many/cat.png
-    accelerate launch inference/generate.py --prompts prompts.csv --output many/cat.png
+    accelerate launch -m latentdiff generate --prompts prompts.csv --output many/cat.png
 """
 
 from __future__ import annotations
