@@ -166,18 +166,7 @@ def stream_task(
     known = pipeline.components.sampling.known_things
     warn_of_unknown_things(pipeline.text_encoder, (one.prompt for one in wanted), known)
 
-    context, loras = dict[tuple[Files, str], Tensor](), dict[Files, list[dict[str, Any]]]()
-    for files in dict.fromkeys(one.files for one in wanted):
-        parts = {text: read[text] for one in wanted if one.files == files for text in one[:2]}
-        with pipeline.loras.also(files) as loras[files]:
-            encoded = _encoded(pipeline, parts, clip_skip)
-        context |= {(files, text): states for text, states in encoded.items()}
-    conditions = [
-        Condition(
-            context[one.files, one.prompt], context[one.files, one.negative_prompt], one.scale
-        )
-        for one in wanted
-    ]
+    conditions, loras = _conditions(pipeline, wanted, read, clip_skip)
     if task.blend is not None:
         conditions = task.blend(conditions)
     batches = [
@@ -188,8 +177,6 @@ def stream_task(
     call = _Call(pipeline, task, wanted, conditions, x_T, plan, guidance, output_type, on_step)
     with tqdm(unit="step", leave=False, disable=not progress) as bar:
         done = yield from call.run(batches, bar)
-    found = {k: one for batch, images in done for k, one in zip(batch.indices, images, strict=True)}
-    order = sorted(found)  # not all, where it was interrupted
     shared = {
         "prompt_syntax": prompt_syntax,
         "clip_skip": clip_skip,
@@ -207,19 +194,8 @@ def stream_task(
         **({} if latents is None else {"latents": "given"}),
         **({"interrupted": True} if pipeline._interrupt else {}),
     }
-    settings = image_settings(pipeline, [batch for batch, _ in done], wanted, shared)
-    for k, one in zip(order, settings, strict=True):
-        one["loras"] = [*one["loras"], *loras[wanted[k].files]]
-    images = torch.stack([found[k] for k in order])
-    check = None if output_type == "latent" else pipeline.safety_checker
-    yield PipelineOutput(
-        to_output(images, output_type),
-        [seeds[k] for k in order],
-        [read[one.prompt] for one in wanted[:: 1 if wildcards is not None else every]],
-        len(plan.timesteps),
-        settings,
-        None if check is None else [f for one in images[:, :3].split(1) for f in check(one)],
-    )
+    read_prompts = [read[one.prompt] for one in wanted[:: 1 if wildcards is not None else every]]
+    yield _output(call, done, shared, loras, read_prompts)
 
 
 def _wanted(
@@ -254,6 +230,58 @@ def _wanted(
             for one, (prompt, files) in zip(wanted, split, strict=True)
         ]
     return wanted
+
+
+def _conditions(
+    pipeline: LatentDiffusionPipeline,
+    wanted: Sequence[Wanted],
+    read: Mapping[str, ReadPrompt],
+    clip_skip: int | None,
+) -> tuple[list[Condition], dict[Files, list[dict[str, Any]]]]:
+    """The condition of each image, and the records of the LoRA files that prompts ask for."""
+    context, loras = dict[tuple[Files, str], Tensor](), dict[Files, list[dict[str, Any]]]()
+    for files in dict.fromkeys(one.files for one in wanted):
+        parts = {text: read[text] for one in wanted if one.files == files for text in one[:2]}
+        with pipeline.loras.also(files) as loras[files]:
+            encoded = _encoded(pipeline, parts, clip_skip)
+        context |= {(files, text): states for text, states in encoded.items()}
+    conditions = [
+        Condition(
+            context[one.files, one.prompt], context[one.files, one.negative_prompt], one.scale
+        )
+        for one in wanted
+    ]
+    return conditions, loras
+
+
+def _output(
+    call: _Call,
+    done: Sequence[tuple[Batch, Tensor]],
+    shared: Mapping[str, Any],
+    loras: Mapping[Files, list[dict[str, Any]]],
+    prompts: list[ReadPrompt],
+) -> PipelineOutput:
+    """The result of the passes that were made: not all, where it was interrupted.
+
+    Args:    shared: what is recorded of all images.
+    """
+    pipeline, wanted = call.pipeline, call.wanted
+    found = {k: one for batch, images in done for k, one in zip(batch.indices, images, strict=True)}
+    seeds = {k: s for batch, _ in done for k, s in zip(batch.indices, batch.seeds, strict=True)}
+    order = sorted(found)
+    settings = image_settings(pipeline, [batch for batch, _ in done], wanted, shared)
+    for k, one in zip(order, settings, strict=True):
+        one["loras"] = [*one["loras"], *loras[wanted[k].files]]
+    images = torch.stack([found[k] for k in order])
+    check = None if call.output_type == "latent" else pipeline.safety_checker
+    return PipelineOutput(
+        to_output(images, call.output_type),
+        [seeds[k] for k in order],
+        prompts,
+        len(call.plan.timesteps),
+        settings,
+        None if check is None else [f for one in images[:, :3].split(1) for f in check(one)],
+    )
 
 
 def _hook(
