@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -212,7 +212,76 @@ def restore(bench: Bench) -> str:
     return "\n".join(lines)
 
 
-TASKS: dict[str, Callable[[Bench], str]] = {"colorize": colorize, "restore": restore}
+# --- inpaint ------------------------------------------------------------------------------------
+
+
+def blobs(count: int, size: tuple[int, int]) -> Images:
+    """Masks of an ellipse each across the middle, some of them over the border."""
+    height, width = size
+    found = []
+    for random in np.random.default_rng(0).random((count, 4)):
+        x, y = width * (0.3 + 0.6 * random[0]), height * (0.3 + 0.4 * random[1])
+        a, b = width * (0.15 + 0.2 * random[2]), height * (0.15 + 0.2 * random[3])
+        mask = Image.new("L", (width, height))
+        ImageDraw.Draw(mask).ellipse((x - a, y - b, x + a, y + b), fill=255)
+        found.append(mask)
+    return found
+
+
+def across(images: Tensor, masks: Tensor) -> Tensor:
+    """(N,): the mean difference of neighbours on both sides of the mask's border."""
+    total, pairs = torch.zeros(len(images)).double(), torch.zeros(len(images)).double()
+    for dim in (-2, -1):
+        border = masks.diff(dim=dim).abs()
+        step = images.double().diff(dim=dim).abs().mean(1, keepdim=True)
+        total += (step * border).flatten(1).sum(1)
+        pairs += border.flatten(1).sum(1)
+    return total / pairs
+
+
+def inpaint(bench: Bench) -> str:
+    """The gradient across the mask's border, and whether the surroundings are used."""
+    pipeline, originals = bench.pipeline, bench.originals
+    clean, count = unit(originals), len(originals)
+    drawn = blobs(count, (clean.shape[-2], clean.shape[-1]))
+    masks = torch.stack([torch.from_numpy(np.array(mask)) for mask in drawn])[:, None] / 255.0
+    latents = pipeline.inpaint(bench.names, originals, drawn, output_type="latent", **CALL).images
+    raw = unit(to_pil(pipeline.autoencoder.decode(latents) / 2 + 0.5))
+    pasted = to_pil(torch.where(masks > 0, raw, clean))
+    ours = pipeline.inpaint(bench.names, originals, drawn, **CALL).images
+    lines = ["| | seam: median ratio | 0.85 … 1.15 | pixels changed outside |", "|---|---|---|---|"]
+    for name, images in (("as painted", pasted), ("inpaint", ours)):
+        ratio = across(unit(images), masks) / across(clean, masks)
+        within = ((ratio > 0.85) & (ratio < 1.15)).double().mean()
+        changed = int(((unit(images) != clean) & (masks == 0)).sum())
+        lines.append(f"| {name} | {ratio.median():.2f} | {100 * within:.0f} % | {changed} |")
+    network = ClassifierFeatures()
+
+    def hits(surroundings: Images) -> Tensor:
+        """Whether what was filled in without a prompt is nearest to its own image there."""
+        filled = unit(pipeline.inpaint("", surroundings, drawn, **CALL).images)
+        features = [
+            F.normalize(network(to_pil(torch.where(masks > 0, images, 1.0))), dim=1)
+            for images in (filled, clean)
+        ]
+        return ((features[0] @ features[1].T).argmax(1) == torch.arange(count)).double()
+
+    seen, blank = hits(originals), hits([Image.new("RGB", o.size, "white") for o in originals])
+    gain = seen - blank
+    margin = 1.96 * float(gain.std()) / count**0.5
+    lines.append(
+        f"\nRecognised without a prompt: {100 * seen.mean():.0f} %, with blank surroundings "
+        f"{100 * blank.mean():.0f} %; difference {100 * gain.mean():.0f} ± {100 * margin:.0f} %"
+    )
+    bench.show("inpaint", [originals, drawn, pasted, ours])
+    return "\n".join(lines)
+
+
+TASKS: dict[str, Callable[[Bench], str]] = {
+    "colorize": colorize,
+    "restore": restore,
+    "inpaint": inpaint,
+}
 
 
 @torch.no_grad()

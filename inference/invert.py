@@ -51,16 +51,14 @@ def run(args: argparse.Namespace) -> tuple[list[Any], list[Any], Any, float]:
     against the autoencoder's own in dB."""
     import torch
 
-    from latentdiff.data.images import UnreadableImage, open_image
+    from latentdiff.data.images import to_rgb
     from latentdiff.images import psnr, to_output, to_pil
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.inversion import image_tensors
+    from latentdiff.pipelines.pictures import read_images
 
-    try:
-        image = open_image(args.image)
-    except UnreadableImage as error:
-        raise UserError(str(error)) from error
+    (image,) = read_images(args.image, "image", to_rgb)
     device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
     found = pipeline.invert(

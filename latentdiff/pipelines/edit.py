@@ -111,7 +111,7 @@ def inpaint(
     if mask_image is not None:
         mask = read_masks(mask_image, pictures.size, len(pictures))
     else:
-        mask, pictures = pictures.clear, Pictures(pictures.given[:, :3])
+        mask, pictures = pictures.clear, _opaque(pictures, strength)
         if not mask.flatten(1).any(1).all():
             raise UserError(
                 "inpaint needs mask_image, white where to paint, or an image with transparent "
@@ -155,7 +155,7 @@ def outpaint(
     check_pixels(height + top + bottom, width + left + right, "the size with what is added")
     margins = (left, right, top, bottom)
     mask = F.pad(pictures.clear, margins, value=1.0)
-    larger = Pictures(F.pad(pictures.given[:, :3], margins, mode="replicate"))
+    larger = Pictures(F.pad(_opaque(pictures, strength).given, margins, mode="replicate"))
     seen = F.pad(pictures.rgb, margins, mode="replicate")
     return _paint(pipeline, prompt, larger, seen, mask, strength, mask_blur, None, options)
 
@@ -268,6 +268,11 @@ def _resized(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
         return images
     smooth = {"antialias": True} if mode == "bicubic" else {}
     return F.interpolate(images, size=size, mode=mode, **smooth)
+
+
+def _opaque(pictures: Pictures, strength: float) -> Pictures:
+    """The colours of pictures whose transparent part will be painted, if anything will."""
+    return pictures if strength == 0 else Pictures(pictures.given[:, :3])
 
 
 def _of_each(count: int, compute: Callable[[slice], Tensor]) -> Callable[[Batch], Tensor]:

@@ -17,11 +17,8 @@ from latentdiff.pipelines.inputs import check_counts, for_each, guidance_scales,
 from latentdiff.sampling import build_denoiser, last_latents
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
-
-    Images = Image | Sequence[Image] | Tensor
+    from latentdiff.pipelines.pictures import PictureInput
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Inversion:
 @torch.no_grad()
 def invert(
     pipeline: LatentDiffusionPipeline,
-    image: Images,
+    image: PictureInput,
     prompt: str | Sequence[str] = "",
     *,
     height: int | None = None,
@@ -54,7 +51,7 @@ def invert(
     The way back is `pipeline(prompt, latents=found.latents, sampler="ddim")` with the same prompt,
     steps, guidance and spacing; another prompt there edits the image.
 
-    Args:    image: a PIL image, several, or a tensor (B, 3, H, W) in 0 … 1.
+    Args:    image: a file, a PIL image, several, or a tensor (B, 3, H, W) in 0 … 1.
              prompt: what the images show, one text for all or one each; may be empty.
              height, width: images are cropped and resized to it; None: the size of the training.
              num_inference_steps: of the way back.
@@ -91,14 +88,13 @@ def invert(
     return Inversion(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def image_tensors(image: Images, size: tuple[int, int]) -> Tensor:
+def image_tensors(image: PictureInput, size: tuple[int, int]) -> Tensor:
     """Images as (B, 3, height, width) in [−1, 1], cropped and resized in the middle.
 
-    Raises: UserError: not a PIL image, several of them, or a tensor (B, 3, H, W) of this size.
+    Raises: UserError: see `read_pictures`; a tensor that is not (B, 3, height, width).
     """
-    from PIL.Image import Image
-
-    from latentdiff.data.images import WHITE, to_rgb, to_tensor
+    from latentdiff.data.images import to_rgb, to_tensor
+    from latentdiff.pipelines.pictures import read_images
 
     if isinstance(image, Tensor):
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *size) or not len(image):
@@ -107,13 +103,4 @@ def image_tensors(image: Images, size: tuple[int, int]) -> Tensor:
                 f"{tuple(image.shape)}."
             )
         return image.float() * 2 - 1
-    images = [image] if isinstance(image, Image) else image
-    if (
-        not isinstance(images, Sequence)
-        or not images
-        or not all(isinstance(i, Image) for i in images)
-    ):
-        raise UserError(
-            f"image must be a PIL image, a list of them or a tensor; got {image!r:.200}."
-        )
-    return torch.stack([to_tensor(to_rgb(i, WHITE), size) for i in images])
+    return torch.stack([to_tensor(one, size) for one in read_images(image, "image", to_rgb)])

@@ -66,7 +66,7 @@ def read_pictures(image: PictureInput, name: str = "image") -> Pictures:
     """
     if isinstance(image, Tensor):
         return Pictures(_checked(image, (3, 4), name) * 2 - 1)
-    images = _read(image, name, to_srgb)
+    images = read_images(image, name, to_srgb)
     sizes = sorted({one.size for one in images})
     if len(sizes) > 1:
         raise UserError(
@@ -92,7 +92,7 @@ def read_masks(mask: PictureInput, size: tuple[int, int], count: int) -> Tensor:
         unit = (_checked(channels, (1,), "mask_image") * 255).round().byte().cpu()
         images = [Image.fromarray(one.numpy()) for one in unit[:, 0]]
     else:
-        images = _read(mask, "mask_image", to_grey)
+        images = read_images(mask, "mask_image", to_grey)
     stretched = [_stretched(one, size) for one in images]
     for one in stretched:
         if not one.getextrema()[1]:
@@ -104,7 +104,10 @@ def read_masks(mask: PictureInput, size: tuple[int, int], count: int) -> Tensor:
     return torch.stack([_pixels(one) for one in masks]) / 255
 
 
-def _read(image: Any, name: str, use: Callable[[Image.Image], Image.Image]) -> list[Image.Image]:
+def read_images(
+    image: Any, name: str, use: Callable[[Image.Image], Image.Image]
+) -> list[Image.Image]:
+    """What `use` makes of each image, upright. Raises: UserError: see `read_pictures`."""
     images = [image] if isinstance(image, _SOURCES) else image
     if (
         not isinstance(images, Sequence)

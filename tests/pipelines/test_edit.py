@@ -268,6 +268,29 @@ def test_strength_at_its_ends(pipeline: LatentDiffusionPipeline) -> None:
     assert (np.asarray(black) == np.asarray(text)).all()
 
 
+def test_more_strength_keeps_less(
+    pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the exact denoiser of latents N(0, ½² I): it forgets by as much as noise was added."""
+
+    def forward(x_t: torch.Tensor, t: torch.Tensor, kv: Any) -> torch.Tensor:
+        alpha, sigma = (
+            level.float()[:, None, None, None]
+            for level in (pipeline.schedule.alpha(t), pipeline.schedule.sigma(t))
+        )
+        return sigma / (alpha**2 / 4 + sigma**2) * x_t
+
+    monkeypatch.setattr(pipeline.unet, "forward", forward)
+    image = colours((32, 32))
+    call = {**FAST, "num_inference_steps": 20, "num_images_per_prompt": 8, "output_type": "latent"}
+    given = pipeline.image_to_image("a", image, 0, **call).images
+    off = [
+        float((pipeline.image_to_image("a", image, s, **call).images - given).square().mean())
+        for s in (0.05, 0.2, 0.4, 0.6, 0.8, 1.0)
+    ]
+    assert off == sorted(off) and off[0] < 0.1 * off[-1]
+
+
 @pytest.mark.parametrize("channels", [4, 9])
 def test_an_image_is_the_same_alone_in_batches_and_from_threads(
     channels: int, models: dict[int, tuple[Any, Any]]

@@ -86,8 +86,8 @@ def test_images_are_alone_and_together_the_same(pipeline: LatentDiffusionPipelin
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image": "cat.png"}, "image must be a PIL image"),
-        ({"image": []}, "image must be a PIL image"),
+        ({"image": "cat.png"}, "cat.png: the file does not exist"),
+        ({"image": []}, "image must be an image file, a PIL image"),
         ({"image": torch.zeros(3, 32, 32)}, r"\(images, 3, 32, 32\)"),
         ({"prompt": ["a", "b"]}, "one for each of the 1 images; got 2"),
         ({"height": 33}, "multiples of 2"),
