@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from latentdiff.cli.generate import given, opened
+from latentdiff.cli.generate import given, opened, say_flagged
 from latentdiff.cli.prompt_file import check_lines, noted, read_prompt_file
 from latentdiff.errors import UserError
 from latentdiff.files import parse_json
@@ -145,7 +145,7 @@ def decisive(pipeline: LatentDiffusionPipeline) -> list[Any]:
     from latentdiff.pipelines.settings import surroundings
 
     found = surroundings(pipeline)
-    model = [found["model"].get(name) for name in ("hash", "prediction")]
+    model = [found["model"].get(name) for name in ("hash", "prediction", "vae")]
     loras = [[one["hash"], one["weight"]] for one in found["loras"]]
     words = [[one["hash"], one["token"]] for one in found["embeddings"]]
     return [*model, loras, words, found["dtype"]]
@@ -170,6 +170,7 @@ def make(
         if name in options:
             options[name] = [one.options[name] for one in images]
     output = pipeline(**options, batch_size=batch_size, progress=False)
+    say_flagged(output)
     for one, image, settings in zip(images, output.images, output.settings, strict=True):
         write(image, one.file, {**settings, _REQUEST: request(one, facts)})
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentdiff.cli import generate
-from latentdiff.errors import UserError, command
-from latentdiff.images import check_image_file, save_animation
+from latentdiff.errors import command
+from latentdiff.images import save_animation
 
 Option = tuple[str, dict[str, Any]]
 
@@ -115,7 +115,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     for name, task in TASKS.items():
         own = words.add_parser(name, help=task.about, description=f"{task.about}.")
-        own.set_defaults(size=None, image=None)
+        own.set_defaults(size=None, image=None, hires_scale=None, hires_strength=None)
         if task.takes_image:
             own.add_argument("image", nargs="?", metavar="IMAGE", help="any image file")
         own.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
@@ -165,9 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return generate.main(words)
         words.insert(0, task)
     args = parse(words)
-    if args.columns is not None and args.columns < 1:
-        raise UserError(f"--columns must be at least 1; got {args.columns}.")
-    check_image_file(args.output, "--output")
+    generate.check_outputs(args)
     given = arguments_of(args)
     check_files(given)
     columns = args.columns
@@ -175,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output, columns = generate.replayed(args, given)
     else:
         pipeline = generate.opened(args, {})
-        output = getattr(pipeline, args.task)(**given, progress=not args.quiet)
+        output = getattr(pipeline, args.task)(**given, **generate.watching(args))
+    generate.say_flagged(output)
     if args.task == "interpolate" and args.output.suffix.lower() == ".gif":
         paths = [save_animation(output.images, args.output)]
     else:

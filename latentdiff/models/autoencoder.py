@@ -135,7 +135,7 @@ class Autoencoder(nn.Module):
         """
         painted, step = masks >= 0.5, self.downscale
         kept = self.encode(images.masked_fill(painted, 0.0))
-        return torch.cat([painted[..., ::step, ::step].float(), kept], dim=1)
+        return torch.cat([painted[..., ::step, ::step].to(kept), kept], dim=1)
 
     def all_masked(self, size: tuple[int, int]) -> Tensor:
         """The same where nothing is kept, (1, 1 + C, h, w): text to image.

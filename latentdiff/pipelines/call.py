@@ -325,11 +325,10 @@ class _Call:
             x = pipeline.schedule.alpha(t) * x_0 + pipeline.schedule.sigma(t) * x
         own = [self.conditions[k] for k in batch.indices]
         contexts, negatives, scales = zip(*own, strict=True)
-        network = pipeline.network
-        if task.extra is not None:
-            network = replace(network, extra=task.extra(batch).to(device))
-        elif pipeline.unet.config.inpaints:
-            network = replace(network, extra=pipeline.autoencoder.all_masked(task.size))
+        extra = None if task.extra is None else task.extra(batch).to(device)
+        if extra is None and pipeline.unet.config.inpaints:
+            extra = pipeline.autoencoder.all_masked(task.size)
+        network = replace(pipeline.network, extra=extra)
         both = torch.stack(contexts), torch.stack(negatives)
         denoiser = build_denoiser(network, *both, scales, **self.guidance)
         if task.wrap is not None:

@@ -244,8 +244,7 @@ class LatentDiffusionPipeline:
                  CompVis/stable-diffusion-safety-checker, or of a model that has one.
         Raises:  UserError: there is none.
         """
-        checker = load_safety_checker(resolve_folder(name))
-        self.safety_checker = checker.to(self.device)
+        self.safety_checker = load_safety_checker(resolve_folder(name)).to(self.device)
 
     def fuse_lora(self) -> None:
         """Add the attached LoRA files to the weights: the same images, no more to compute."""

@@ -164,9 +164,9 @@ _KINDS: dict[str, Any] = {
     "arguments": {
         **dict.fromkeys(("image", "mask_image"), _PICTURE),
         **dict.fromkeys(("height", "width"), int),
-        "frames": range(10_000),
+        **dict.fromkeys(("frames", "frame"), range(10_000)),
     },
-    "model": dict.fromkeys(("source", "name", "hash", "variant", "revision"), str | None),
+    "model": dict.fromkeys(("source", "name", "hash", "variant", "revision", "vae"), str | None),
     "loras": [{"file": str, "weight": int | float}],
     "embeddings": [{"file": str, "token": str}],
     "batch": {"size": range(1, 1025), "place": range(1024), "guided": bool},
@@ -198,7 +198,7 @@ def texts(settings: Mapping[str, Any]) -> dict[str, str]:
 def parameters(settings: Mapping[str, Any]) -> str:
     """The settings of an image as A1111 would write them, as far as it has them."""
     given, model = settings.get("arguments", {}), settings.get("model", {})
-    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip", 0)
+    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip")
     sampler = settings["sampler"]
     hashes = [f"{one.get('name')}: {one.get('hash')}" for one in settings.get("loras", ())]
     fields = {

@@ -33,6 +33,8 @@ _OPTIONS = (
     *("prompt_syntax", "num_inference_steps", "sampler", "sampler_options", "timestep_spacing"),
     *("timesteps", "guidance_rescale", "guidance_interval", "clip_skip", "batch_size"),
 )
+#: Options that each image has of its own.
+_EACH = ("prompt", "negative_prompt", "guidance_scale", "seed")
 #: Methods of the pipeline.
 _TASKS = (
     *("text_to_image", "image_to_image", "inpaint", "outpaint", "variations"),
@@ -81,33 +83,36 @@ class Replay:
         return self.record.settings
 
     def run(
-        self, pipeline: LatentDiffusionPipeline, given: Mapping[str, Any], *, progress: bool = True
+        self, pipeline: LatentDiffusionPipeline, given: Mapping[str, Any], **watching: Any
     ) -> PipelineOutput:
         """Make the images.
 
         Args:    given: options and arguments of the task that replace what is recorded.
+                 watching: options that change no image, such as progress.
         Returns: one image, or those of the grid; of replaced options any number.
         Raises:  UserError: an image that it was made from is not there; what the task raises.
         """
         task = self.settings["task"]
         method = pipeline if task == "text_to_image" else getattr(pipeline, task)
         images, pick = self._images(exact=not given)
+        arguments = self._arguments(images, given)
+        frame = arguments.pop("frame", None)
+        own = {*inspect.signature(method).parameters, *_EACH}
+        unknown = {*arguments} - own | {*given} - own - {*SamplingOptions.__annotations__}
+        if unknown:
+            raise UserError(
+                f"{self.file} was made by {task}, which takes no {' or '.join(sorted(unknown))}."
+            )
         call = {name: v for name in _OPTIONS if (v := self.settings.get(name)) is not None}
         if task != "interpolate":
             call |= _of_each(images, given)
-        call |= {"progress": progress, **self._arguments(images, given), **given}
-        frame = call.pop("frame", None)
+        call |= {**watching, **arguments, **given}
         if "timesteps" in call:  # they say all of these
             replaced = {"num_inference_steps", "timestep_spacing"} & given.keys()
             for name in ["timesteps"] if replaced else ["num_inference_steps", "timestep_spacing"]:
                 call.pop(name, None)
         if "sampler" in given and "sampler_options" not in given:
             call.pop("sampler_options", None)
-        known = {*inspect.signature(method).parameters, *SamplingOptions.__annotations__}
-        if unknown := call.keys() - known:
-            raise UserError(
-                f"{self.file} was made by {task}, which takes no {' or '.join(sorted(unknown))}."
-            )
         output: PipelineOutput = method(**call)
         if frame is not None:
             pick = None if "images" in self.settings else frame
@@ -203,7 +208,7 @@ class Replay:
 def _of_each(images: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     """What each image of a call has of its own; the first one's where there are others now."""
     call: dict[str, Any] = {"num_images_per_prompt": 1}
-    for name in ("prompt", "negative_prompt", "guidance_scale", "seed"):
+    for name in _EACH:
         values = [one[name] for one in images if name in one]
         if values:
             replaced = {"prompt", "num_images_per_prompt"} & given.keys()

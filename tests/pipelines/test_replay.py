@@ -415,6 +415,7 @@ def damaged(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (damaged(images=[{"seed": "1"}]), "damaged (images is [{'seed': '1'}])"),
         (damaged(task="save_pretrained"), "it was made by save_pretrained"),
         (damaged(task="variations", arguments={"x": 1}), "by variations, which takes no x."),
+        (damaged(arguments={"callback_on_step_end": 3}), "which takes no callback_on_step_end."),
         (damaged(task="interpolate", arguments={"frames": 10**9}), "damaged (arguments is"),
         (damaged(latents="given"), "its noise was given, not drawn"),
         (damaged(num_inference_steps=0), "num_inference_steps must be a whole number"),
