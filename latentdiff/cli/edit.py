@@ -1,10 +1,11 @@
 """Edit images.
 
-    latentdiff edit inpaint cat.png "a cat with a hat" --mask hat.png --output hat-cat.png
+    latentdiff edit inpaint cat.png "a cat with a hat" --mask hat.png --mask-blur 4 --output new.png
     latentdiff edit outpaint cat.png "a cat in a garden" --left 32 --right 32
     latentdiff edit image_to_image sketch.jpg "a cat painting" --strength 0.6 --num-images 4
     latentdiff edit interpolate "a cat" "a dog" --frames 16 --output morph.gif
-    latentdiff edit --replay hat-cat.png --output again.png
+    latentdiff edit upscale small.png --scale 4 --output large.png
+    latentdiff edit --replay new.png --output again.png
     latentdiff edit TASK --help
 
 The image keeps its size. Options and files are those of `latentdiff generate`.

@@ -88,6 +88,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--vae", metavar="NAME", help="another autoencoder: a folder, file or Hugging Face id")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
+    add(
+        "--lora-dir", metavar="DIR", help="where <lora:name:0.7> of a prompt finds name.safetensors"
+    )
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--style", action="append", default=[], metavar="NAME", help="may be repeated")
     add("--styles", type=Path, default=Path("styles.csv"), metavar="FILE", help="%(default)s")
@@ -228,25 +231,9 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         "timesteps": numbers("--timesteps", args.timesteps),
         "seed": args.seed,
         "wildcards": args.wildcards,
+        "lora_dir": args.lora_dir,
     }
     return {name: value for name, value in options.items() if value is not None}
-
-
-def replayed(
-    args: argparse.Namespace, given: Mapping[str, Any]
-) -> tuple[PipelineOutput, int | None]:
-    """The images of --replay, with given options and arguments instead of those recorded, and the
-    columns of their grid; says how like the file's they are."""
-    if args.output.resolve() == args.replay.resolve():
-        raise UserError(f"--output must not be the file of --replay itself, {args.replay}.")
-    from latentdiff.pipelines.replay import Replay
-
-    replay = Replay.of(args.replay)
-    pipeline = opened(args, replay.settings)
-    with replay.threads(given):
-        output = replay.run(pipeline, given, **watching(args))
-    print(replay.verdict(output, given), file=sys.stderr)
-    return output, args.columns or replay.settings.get("columns")
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -279,6 +266,23 @@ def say_flagged(output: PipelineOutput) -> None:
         print(
             f"flagged by the safety checker: seed {', '.join(map(str, flagged))}", file=sys.stderr
         )
+
+
+def replayed(
+    args: argparse.Namespace, given: Mapping[str, Any]
+) -> tuple[PipelineOutput, int | None]:
+    """The images of --replay, with given options and arguments instead of those recorded, and the
+    columns of their grid; says how like the file's they are."""
+    if args.output.resolve() == args.replay.resolve():
+        raise UserError(f"--output must not be the file of --replay itself, {args.replay}.")
+    from latentdiff.pipelines.replay import Replay
+
+    replay = Replay.of(args.replay)
+    pipeline = opened(args, replay.settings)
+    with replay.threads(given):
+        output = replay.run(pipeline, given, **watching(args))
+    print(replay.verdict(output, given), file=sys.stderr)
+    return output, args.columns or replay.settings.get("columns")
 
 
 def save(output: PipelineOutput, args: argparse.Namespace, columns: int | None) -> list[Path]:
