@@ -201,8 +201,9 @@ def files_of(recorded: Iterable[Mapping[str, Any]], name: str) -> list[tuple[str
     """(file, what is recorded by that name) of adapters; of those without a file a warning."""
     for one in recorded:
         if "file" not in one:
-            warn(f"the image had a LoRA {one['name']}; --lora FILE:{one['weight']} would give it.")
-    return [(one["file"], one[name]) for one in recorded if "file" in one]
+            lora, weight = one.get("name"), one.get("weight")
+            warn(f"the image had a LoRA {lora}; --lora FILE:{weight} would give it.")
+    return [(one["file"], one.get(name)) for one in recorded if "file" in one]
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:

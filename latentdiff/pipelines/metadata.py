@@ -150,8 +150,8 @@ class Record:
 
 
 _PICTURE = {"file": str | None, "hash": str}
-#: What settings are, as making an image again relies on it: a type, the values, for
-#: objects the kinds of some names, for lists that of every member.
+#: What settings are, as making an image again relies on it: a type, the values, for objects the
+#: kinds of some names (… of all others), for lists that of every member.
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("task", "prompt", "negative_prompt", "prompt_syntax", "sampler"), str),
     **dict.fromkeys(("seed", "num_inference_steps", "height", "width"), int),
@@ -160,11 +160,12 @@ _KINDS: dict[str, Any] = {
     "device": ("cpu", "cuda", "mps"),
     "dtype": ("float32", "bfloat16", "float16"),
     **dict.fromkeys(("timesteps", "guidance_interval"), list | None),
-    **dict.fromkeys(("sampler_options", "versions"), dict),
+    "sampler_options": {...: int | float | None},
+    "versions": {...: str},
     "arguments": {
         **dict.fromkeys(("image", "mask_image"), _PICTURE),
         **dict.fromkeys(("height", "width"), int),
-        "frames": range(10_000),
+        **dict.fromkeys(("frames", "frame"), range(10_000)),
     },
     "model": dict.fromkeys(("source", "name", "hash", "variant", "revision", "vae"), str | None),
     "loras": [{"file": str, "weight": int | float}],
@@ -179,8 +180,11 @@ _NEEDED = ("task", "prompt", "seed", "num_inference_steps", "sampler", "height",
 
 def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, dict):
-        known = kind.keys() & value.keys() if isinstance(value, dict) else ()
-        return isinstance(value, dict) and all(_fits(value[n], kind[n]) for n in known)
+        given = value.items() if isinstance(value, dict) else ()
+        fit = (_fits(one, kind.get(name, kind.get(...))) for name, one in given)
+        return isinstance(value, dict) and all(fit)
+    if kind is None:
+        return True
     if isinstance(kind, list):
         return isinstance(value, list) and all(_fits(one, kind[0]) for one in value)
     if isinstance(value, bool):

@@ -33,6 +33,8 @@ _OPTIONS = (
     *("prompt_syntax", "num_inference_steps", "sampler", "sampler_options", "timestep_spacing"),
     *("timesteps", "guidance_rescale", "guidance_interval", "clip_skip", "batch_size"),
 )
+#: Options that each image has of its own.
+_EACH = ("prompt", "negative_prompt", "guidance_scale", "seed")
 #: Methods of the pipeline.
 _TASKS = (
     *("text_to_image", "image_to_image", "inpaint", "outpaint", "variations"),
@@ -93,39 +95,50 @@ class Replay:
         task = self.settings["task"]
         method = pipeline if task == "text_to_image" else getattr(pipeline, task)
         images, pick = self._images(exact=not given)
-        call = {name: v for name in _OPTIONS if (v := self.settings.get(name)) is not None}
-        if task != "interpolate":
-            call |= _of_each(images, given)
-        call |= {**watching, **self._arguments(images, given), **given}
-        frame = call.pop("frame", None)
-        if "timesteps" in call:  # they say all of these
-            replaced = {"num_inference_steps", "timestep_spacing"} & given.keys()
-            for name in ["timesteps"] if replaced else ["num_inference_steps", "timestep_spacing"]:
-                call.pop(name, None)
-        if "sampler" in given and "sampler_options" not in given:
-            call.pop("sampler_options", None)
-        known = {*inspect.signature(method).parameters, *SamplingOptions.__annotations__}
-        if unknown := call.keys() - known:
+        arguments = self._arguments(images, given)
+        frame = arguments.pop("frame", None)
+        if frame is not None and "images" not in self.settings:
+            pick = frame
+        if pick is not None and pick >= arguments.get("frames", len(images)):
+            raise UserError(f"the settings in {self.file} are damaged: there is no image {pick}.")
+        signature = inspect.signature(method)
+        own = {*signature.parameters, *_EACH}
+        if unknown := {*arguments} - own | {*given} - own - {*SamplingOptions.__annotations__}:
             raise UserError(
                 f"{self.file} was made by {task}, which takes no {' or '.join(sorted(unknown))}."
             )
+        each = {} if task == "interpolate" else _of_each(images, given)
+        call = {**self._options(given), **each, **watching, **arguments, **given}
+        try:
+            signature.bind(**call)
+        except TypeError as error:
+            raise UserError(f"the settings in {self.file} are damaged: {error}.") from error
         output: PipelineOutput = method(**call)
-        if frame is not None:
-            pick = None if "images" in self.settings else frame
         return output if pick is None else output.only(pick)
+
+    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The recorded options, without those that given ones make void."""
+        call = {name: v for name in _OPTIONS if (v := self.settings.get(name)) is not None}
+        spread = {"num_inference_steps", "timestep_spacing"}
+        listed = "timesteps" in given or ("timesteps" in call and not spread & given.keys())
+        void = spread if listed else {"timesteps"}
+        if "sampler" in given:
+            void = void | {"sampler_options"}
+        return {name: value for name, value in call.items() if name not in void}
 
     def _images(self, *, exact: bool) -> tuple[list[dict[str, Any]], int | None]:
         """The settings of the images of the call, and which of them is kept; None: all."""
         one = self.settings
         if "images" in one:
             return [{**one, **part} for part in one["images"]], None
-        batch = one.get("batch", {"size": 1, "place": 0})
+        batch = one.get("batch", {})
+        size, place = batch.get("size", 1), batch.get("place", 0)
         if not exact:
             return [one], None
         other = dict(one)
-        if batch.get("guided") and one["guidance_scale"] <= 1:
+        if batch.get("guided") and one.get("guidance_scale", 2.0) <= 1:
             other["guidance_scale"] = 2.0  # others of the pass had guidance
-        return [one if k == batch["place"] else other for k in range(batch["size"])], batch["place"]
+        return [one if k == place else other for k in range(size)], place
 
     def _arguments(self, images: list[dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the task; pictures by their files."""
@@ -136,7 +149,8 @@ class Replay:
         for name in PICTURES:
             if name not in arguments or name in given:
                 continue
-            files = [image["arguments"][name].get("file") for image in images]
+            each = (image.get("arguments", {}).get(name, {}) for image in images)
+            files = [picture.get("file") for picture in each]
             for file in files:
                 if file is None or not Path(file).is_file():
                     where = "was no file" if file is None else f"is not there: {file}"
@@ -204,7 +218,7 @@ class Replay:
 def _of_each(images: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     """What each image of a call has of its own; the first one's where there are others now."""
     call: dict[str, Any] = {"num_images_per_prompt": 1}
-    for name in ("prompt", "negative_prompt", "guidance_scale", "seed"):
+    for name in _EACH:
         values = [one[name] for one in images if name in one]
         if values:
             replaced = {"prompt", "num_images_per_prompt"} & given.keys()

@@ -53,7 +53,6 @@ def image_settings(
         for place, (k, seed) in enumerate(zip(batch.indices, batch.seeds, strict=True)):
             found[k] = {
                 "prompt": wanted[k].prompt,
-                "template": wanted[k].template,
                 "negative_prompt": wanted[k].negative_prompt,
                 "guidance_scale": wanted[k].scale,
                 "seed": seed,
@@ -62,6 +61,8 @@ def image_settings(
                 "arguments": {},
                 **shared,
             }
+            if wanted[k].template != wanted[k].prompt:
+                found[k]["template"] = wanted[k].template
     return [found[k] for k in sorted(found)]
 
 
