@@ -42,7 +42,10 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _REQUEST = "request"
 _hash = cache(file_hash)
 #: Of the settings of an image, where its model was and what made it.
-_ELSEWHERE = ("source", "name", "revision", "file", "device", "threads", "machine", "versions")
+_ELSEWHERE = (
+    *("source", "name", "revision", "vae", "file"),
+    *("device", "threads", "machine", "versions"),
+)
 
 
 class Wanted(NamedTuple):
