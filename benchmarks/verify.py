@@ -176,6 +176,7 @@ MEASURES = {
     "orders": Measure("samplers.md", orders),
     "parity": Measure("samplers.md", parity),
     "inversion": Measure("generating.md", of_script("benchmarks/inversion.py")),
+    "autoencoder-memory": Measure("generating.md", of_script("benchmarks/vae_memory.py")),
     "loader": Measure("data-at-scale.md", loader),
     "train-step": Measure("watching.md", of_script("benchmarks/train_step.py")),
     "likelihood": Measure(
