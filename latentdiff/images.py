@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import UserError, warn
+from latentdiff.errors import UserError, warn, whole_text
 from latentdiff.files import atomic_file
 
 if TYPE_CHECKING:
@@ -73,6 +75,13 @@ def grid(
     return canvas
 
 
+def numbered(file: Path, count: int) -> list[Path]:
+    """The file itself, or cat-000.png, cat-001.png … for several."""
+    if count == 1:
+        return [file]
+    return [file.with_name(f"{file.stem}-{k:03d}{file.suffix}") for k in range(count)]
+
+
 def check_image_file(file: Path, option: str) -> None:
     """Make the folder of an image to come.
 
@@ -105,16 +114,26 @@ def check_place(file: Path, option: str) -> None:
         raise UserError(f"{option}: {file} cannot be written ({reason}). Name another.") from error
 
 
-def save_image(image: Image, file: Path) -> Path:
+#: EXIF's tags for a description, for the tags of the exposure, and among these for a comment.
+_DESCRIPTION, _EXPOSURE, _COMMENT = 0x010E, 0x8769, 0x9286
+#: How a comment in UTF-16 begins.
+_UNICODE = b"UNICODE\0"
+
+
+def save_image(image: Image, file: Path, texts: Mapping[str, str] | None = None) -> Path:
     """Write an image, all at once.
 
+    Args:    texts: what PNG files carry beside the pixels, by keyword: as tEXt where it is Latin-1
+             and iTXt (UTF-8) otherwise. JPEG, WebP, AVIF and TIFF files have the one called
+             `parameters` as A1111 writes it, in EXIF's UserComment (UTF-16), and `latentdiff`,
+             which must be ASCII, in its ImageDescription. Other formats have none.
     Returns: the file; one that ends in .png, with a warning, where the format can't hold so many
-             pixels.
+             pixels, or so long a text.
     Raises:  UserError: it cannot be written; an older file is as it was.
     """
     try:
         with atomic_file(file) as new:
-            image.save(new)
+            image.save(new, **(_beside_pixels(texts, file) if texts else {}))
         return file
     except Exception as error:  # encoders raise nearly anything; what the system says has a number
         number = getattr(error, "errno", None)
@@ -123,7 +142,69 @@ def save_image(image: Image, file: Path) -> Path:
             raise UserError(f"{file} cannot be written ({reason}).") from error
         png = file.with_suffix(".png")
         warn(
-            f"{file} cannot hold {image.width} × {image.height} pixels ({error}); they are in "
-            f"{png.name}"
+            f"{file} cannot hold {image.width} × {image.height} pixels"
+            f"{' and how they were made' if texts else ''} ({error}); they are in {png.name}"
         )
-        return save_image(image, png)
+        return save_image(image, png, texts)
+
+
+def _beside_pixels(texts: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """Options of Pillow's `save` that put texts into a file."""
+    from PIL import Image, PngImagePlugin
+
+    whole = {name: whole_text(text) for name, text in texts.items()}
+    if Image.registered_extensions().get(file.suffix.lower()) == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        for name, text in whole.items():
+            chunks.add_text(name, text)
+        return {"pnginfo": chunks}
+    exif = Image.Exif()
+    if "parameters" in whole:
+        comment = _UNICODE + whole["parameters"].encode("utf-16-be")
+        exif.get_ifd(_EXPOSURE)[_COMMENT] = comment
+    if "latentdiff" in whole:
+        exif[_DESCRIPTION] = whole["latentdiff"]
+    return {"exif": exif}
+
+
+def read_texts(file: Path) -> dict[str, str]:
+    """The texts beside an image's pixels, by keyword, wherever `save_image` put them.
+
+    Others of EXIF's are there too, by the numbers of their tags. Nothing is decoded unless a PNG
+    has none of its texts before the pixels.
+
+    Raises:  UserError: there is no image.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("ignore")  # of many pixels, which are not decoded, and of EXIF
+            exif = image.getexif()
+            texts = {f"{tag}": text for tag, text in exif.items() if isinstance(text, str)}
+            if _DESCRIPTION in exif:
+                texts["latentdiff"] = texts.pop(str(_DESCRIPTION), "")
+            if comment := exif.get_ifd(_EXPOSURE).get(_COMMENT):
+                texts["parameters"] = _comment(comment)
+            texts |= {str(name): text for name, text in image.info.items() if isinstance(text, str)}
+            if image.format == "PNG" and "parameters" not in texts:
+                with suppress(OSError):  # truncated
+                    image.load()
+                    texts |= image.text  # type: ignore[attr-defined]
+            return texts
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{file} is too large to open safely ({error}).") from error
+    except Exception as error:  # decoders fed with broken data raise nearly anything
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        raise UserError(f"{file} cannot be read as an image ({reason}).") from error
+
+
+def _comment(raw: bytes | str) -> str:
+    """The text of EXIF's UserComment; its UTF-16 may be of either order, whatever EXIF's is."""
+    if isinstance(raw, str):
+        return raw
+    if not raw.startswith(_UNICODE):
+        return raw.removeprefix(b"ASCII\0\0\0").removeprefix(bytes(8)).decode("utf-8", "replace")
+    raw = raw.removeprefix(_UNICODE)
+    order = "le" if raw[1::2].count(0) > raw[::2].count(0) else "be"
+    return raw.decode(f"utf-16-{order}", "replace").removeprefix("\ufeff")

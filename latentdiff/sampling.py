@@ -75,6 +75,8 @@ class SamplingPlan:
     """A name in SAMPLERS."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The sampler's own, such as eta."""
+    spacing: str | None = None
+    """How the timesteps are spaced, a name in SPACINGS; None: they were given."""
 
     def shortened(self, strength: float) -> SamplingPlan:
         """The last `strength` of the steps, 0 … 1; at least one, unless it is 0.

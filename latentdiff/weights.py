@@ -52,13 +52,20 @@ def read_weights(
              insist: do not take the plain files where the variant is missing.
     Raises:  UserError: no such weights, a missing shard, or a file that cannot be read.
     """
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder, stem, variant, insist=insist):
+        state |= read_tensor_file(file).tensors
+    return _without_wrappers(state)
+
+
+def weight_files(
+    folder: Path, stem: str, variant: str | None = None, *, insist: bool = False
+) -> list[Path]:
+    """The files that `read_weights` reads. Raises: UserError: there are none."""
     tried = [variant] if variant and insist else [variant, None, *STAND_INS]
     for name in dict.fromkeys(tried):
         if files := _find(folder, stem, name):
-            state: dict[str, Tensor] = {}
-            for file in files:
-                state |= read_tensor_file(file).tensors
-            return _without_wrappers(state)
+            return files
     raise UserError(_no_weights(folder, stem, variant))
 
 

@@ -120,13 +120,13 @@ def test_steps_that_were_not_finite(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import train_latent
+    import latentdiff.train.__main__ as script
 
     output = tmp_path / "run"
     assert train(*given(folder, output, "loop.max_steps=2")) == 0
     before = files(output)
-    loss = spoiled(train_latent.per_sample_loss, {*no_loss}, {*no_gradient})
-    monkeypatch.setattr(train_latent, "per_sample_loss", loss)
+    loss = spoiled(script.per_sample_loss, {*no_loss}, {*no_gradient})
+    monkeypatch.setattr(script, "per_sample_loss", loss)
     code = train(*given(folder, output, "loop.max_steps=8"), "--resume")
     assert code == (2 if message else 0)
     bad = sorted({*no_loss, *no_gradient})

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,26 @@ def same_run(one: Path, two: Path) -> None:
     assert len(weights) >= 6
     for path in weights:
         assert (one / path).read_bytes() == (two / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("extend", ["restart", "hold"])
+def test_an_extended_run_killed_and_resumed_equals_the_one_left_alone(
+    folder: Path, extend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train_latent import main
+
+    outputs = [f"{extend}-whole", f"{extend}-parts"]
+    longer = [f"loop.max_steps={STEPS + 4}", f"optimizer.extend={extend}"]
+    for output in outputs:
+        shutil.copytree(folder / "straight", folder / output)
+    assert main([*given(folder, outputs[0], longer[0]), "--resume"]) == 2
+    assert "optimizer.extend=restart" in capsys.readouterr().err
+    assert main([*given(folder, outputs[0], *longer), "--resume"]) == 0
+    in_parts = [*given(folder, outputs[1], *longer), "loop.max_minutes=1e-9", "--resume"]
+    while main(in_parts) == 0 and max(losses(folder / outputs[1])) < STEPS + 4:
+        pass
+    assert losses(folder / outputs[0]) == losses(folder / outputs[1])
+    assert max(losses(folder / outputs[0])) == STEPS + 4
 
 
 def test_killed_without_warning_at_a_random_moment(folder: Path) -> None:

@@ -23,12 +23,12 @@ if importlib.util.find_spec("latentdiff") is None:
 
 import torch
 
-from latentdiff.cli.arguments import config_parser
 from latentdiff.data.encoder import Encoder
 from latentdiff.data.latents import CacheBuilder, LatentFolder
 from latentdiff.data.source import open_source, problems_of, report_skipped
 from latentdiff.errors import UserError, command
 from latentdiff.files import default_cache
+from latentdiff.train.arguments import config_parser
 from latentdiff.train.config import Given, TrainConfig, read_config
 from latentdiff.train.parts import frozen_autoencoder
 

@@ -4,7 +4,7 @@
 
 RUN is the output folder of a train_latent.py run with power_ema.every=N, finished or not. 0.05
 averages over about the last twentieth of the run, 0.1 over the last tenth. Several lengths at once
-(--sigma-rel 0.03 0.05 0.1) give a folder each, to be compared with inference/evaluate.py.
+(--sigma-rel 0.03 0.05 0.1) give a folder each, to be compared with `latentdiff evaluate`.
 """
 
 from __future__ import annotations

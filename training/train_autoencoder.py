@@ -19,7 +19,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from latentdiff.cli.arguments import command_line
 from latentdiff.data.images import to_tensor
 from latentdiff.data.source import DataConfig, Readable, Source, map_ahead, open_source, split
 from latentdiff.errors import command
@@ -31,6 +30,7 @@ from latentdiff.models.autoencoder_losses import (
     generator_loss,
 )
 from latentdiff.models.vae import AutoencoderKL
+from latentdiff.train.arguments import command_line
 from latentdiff.train.autoencoder import (
     AutoencoderPass,
     AutoencoderTrainConfig,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -17,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from latentdiff.cli.arguments import command_line
 from latentdiff.data.images import to_tensor
 from latentdiff.data.source import Readable, Source, open_source
 from latentdiff.errors import UserError, command
 from latentdiff.files import whole_folder
 from latentdiff.models.tokenizer import ClipTokenizer, load_tokenizer
+from latentdiff.train.arguments import command_line
 from latentdiff.train.batches import BatchShape, to_device
 from latentdiff.train.clip import (
     ClipFeatures,
@@ -38,7 +39,7 @@ from latentdiff.train.clip import (
 from latentdiff.train.distributed import on_first
 from latentdiff.train.optimizer import make_optimizer
 from latentdiff.train.run import Run, save_config
-from latentdiff.train.teacher import open_teacher
+from latentdiff.train.teacher import Distillation, open_teacher, taught_texts
 
 CONFIG = Path(__file__).parent / "configs" / "clip.yaml"
 
@@ -71,8 +72,8 @@ def batch_maker(
     return make
 
 
-def prepare_vocabulary(source: Source, config: ClipTrainConfig) -> None:
-    """Write OUTPUT/tokenizer: the earlier run's, or one learnt from all captions."""
+def prepare_vocabulary(source: Source, config: ClipTrainConfig, taught: Sequence[str]) -> None:
+    """Write OUTPUT/tokenizer: the earlier run's, or one learnt from captions and taught texts."""
     folder = Path(config.output) / "tokenizer"
     if (folder / "tokenizer.json").exists():
         return
@@ -81,7 +82,9 @@ def prepare_vocabulary(source: Source, config: ClipTrainConfig) -> None:
         tokenizer = load_tokenizer(start / "tokenizer", config.clip.max_tokens)
     else:
         captions = (text for i in range(len(source)) for text in source.captions(i))
-        tokenizer = train_tokenizer(captions, config.clip.vocabulary, config.clip.max_tokens)
+        tokenizer = train_tokenizer(
+            chain(captions, taught), config.clip.vocabulary, config.clip.max_tokens
+        )
     save_config(config)  # first, so that --resume finds a run from here on
     with whole_folder(folder) as new:
         tokenizer.save(new)
@@ -106,12 +109,14 @@ def train(config: ClipTrainConfig, resume: bool) -> None:
     run.open_output()
     torch.manual_seed(config.loop.seed)
     source = open_source(config.data)
-    on_first(lambda: prepare_vocabulary(source, config))
+    sentences = open_teacher(config, accelerator.device)
+    taught = taught_texts(config, sentences) if sentences else []
+    on_first(lambda: prepare_vocabulary(source, config, taught))
     tokenizer = load_tokenizer(output / "tokenizer", config.clip.max_tokens)
     clip = load_or_build(config, tokenizer)
     model = accelerator.prepare(ClipFeatures(clip))
     width = int(clip.config.text_config.hidden_size)
-    teacher = open_teacher(config, width, accelerator.device)
+    teacher = Distillation(width, sentences, taught, config.loop.seed) if sentences else None
     distill = accelerator.prepare(teacher) if teacher else None
     models = {"clip": clip} | ({"teacher": teacher} if teacher else {})
     optimizers = {name: make_optimizer(module, config.optimizer) for name, module in models.items()}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from latentdiff.errors import UserError, command
 from latentdiff.images import check_image_file, save_image
 from latentdiff.pipelines.inputs import check_pixels
+from latentdiff.pipelines.styles import read_styles, styled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,6 +49,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
     add("--negative", metavar="TEXT", help="what to steer away from")
+    add("--style", action="append", default=[], metavar="NAME", help="may be repeated")
+    add("--styles", type=Path, default=Path("styles.csv"), metavar="FILE", help="%(default)s")
+    add("--wildcards", metavar="DIR", help="draw __name__ from DIR/name.txt, and {a|b}")
     add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="may be repeated")
     syntax = parser.add_mutually_exclusive_group().add_argument
     syntax(
@@ -108,6 +112,13 @@ def embedding_and_token(text: str) -> tuple[str, str | None]:
     return (file, token) if sign and not Path(text).exists() else (text, None)
 
 
+def styled_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Prompts and negative prompts with --style. Raises: UserError."""
+    styles = read_styles(args.styles) if args.style else {}
+    both = [styled(styles, args.style, text, args.negative or "") for text in args.prompts]
+    return [text for text, _ in both], [negative for _, negative in both]
+
+
 def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     """The images and their seeds, prompt by prompt."""
     import torch
@@ -116,6 +127,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
     from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.lora import lora_and_weight
 
+    prompts, negatives = styled_prompts(args)
     dtype, device = getattr(torch, args.dtype), device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(
         args.model,
@@ -131,8 +143,8 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         name = pipeline.load_embedding(*embedding_and_token(text))
         print(f"word: {name}", file=sys.stderr)
     result = pipeline.to(device)(
-        args.prompts,
-        negative_prompt=args.negative,
+        prompts,
+        negative_prompt=negatives,
         prompt_syntax="a1111" if args.weighted else "long" if args.long else "plain",
         height=height,
         width=width,
@@ -144,9 +156,10 @@ def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
         timestep_spacing=args.spacing,
         timesteps=numbers("--timesteps", args.timesteps),
         seed=args.seed,
+        wildcards=args.wildcards,
         progress=not args.quiet,
     )
-    if args.long or args.weighted:
+    if args.long or args.weighted or args.wildcards:
         for read in result.prompts:
             print(f"{read.text[:40]!r}: {read}", file=sys.stderr)
     return result.images, result.seeds

@@ -8,6 +8,7 @@ import io
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError, did_you_mean, whole_text
@@ -63,12 +64,22 @@ def decode_text(data: bytes) -> str:
     try:
         text = data.decode("utf-8-sig" if coding == "UTF-8" else coding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is not {coding} text ({error}); save it as UTF-8") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is not {coding} text ({error}); save it as UTF-8") from error
     if "\0" in text:
         raise ValueError(
             "it holds zero bytes, as UTF-16 without a byte order mark does; save it as UTF-8"
         )
     return text
+
+
+def read_text(file: Path) -> str:
+    """A text file that somebody wrote. Raises: UserError: what it is, and where it is not text."""
+    try:
+        return decode_text(file.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} cannot be read: {reason}.") from error
 
 
 def read_table(data: bytes, name: str, column: str | None = None) -> list[dict[str, Any]]:
@@ -82,7 +93,7 @@ def read_table(data: bytes, name: str, column: str | None = None) -> list[dict[s
     except ValueError as error:
         raise UserError(f"{name} cannot be read: {error}.") from error
     if name.lower().endswith(".csv"):
-        return list(_read_csv(text, name, column))
+        return [row for _, row in csv_rows(text, name, column)]
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -99,7 +110,12 @@ def read_table(data: bytes, name: str, column: str | None = None) -> list[dict[s
     return rows
 
 
-def _read_csv(text: str, name: str, column: str | None) -> Iterator[dict[str, Any]]:
+def csv_rows(text: str, name: str, column: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a CSV file with a header, and each one's first line.
+
+    Args:   column: the last one, where a text without quotes may hold commas.
+    Raises: UserError: with the line that is not valid.
+    """
     first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
     # Spreadsheets in many languages save "CSV" with semicolons; tabs are common too.
     delimiter = max(",;\t", key=first.count)
@@ -117,7 +133,7 @@ def _read_csv(text: str, name: str, column: str | None) -> Iterator[dict[str, An
             # What is left over belongs to the caption, which stands without quotes.
             caption = (delimiter + " " * spaced).join(cells[len(header) - 1 :])
             cells = [*cells[: len(header) - 1], caption]
-        yield dict.fromkeys(header) | dict(zip(header, cells, strict=False))
+        yield line, dict.fromkeys(header) | dict(zip(header, cells, strict=False))
 
 
 def _records(text: str, name: str, **form: Any) -> Iterator[tuple[int, list[str]]]:

@@ -13,6 +13,7 @@ Cached and online latents both go through here.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -50,13 +51,39 @@ def sizes_of(config: DataConfig) -> tuple[Size, ...]:
     """The (height, width) that images of a configuration may be brought to."""
     if not config.buckets:
         return ((config.image_size, config.image_size),)
-    return bucket_sizes(config.image_size, config.bucket_step, config.bucket_max_ratio)
+    step, ratio = config.bucket_step, config.bucket_max_ratio
+    usual = bucket_sizes(config.image_size, step, ratio)
+    if not config.no_upscale:
+        return usual
+    sides = range(step, max(map(max, usual)) + 1, step)
+    smaller = [
+        (h, w)
+        for h in sides
+        for w in sides
+        if max(h, w) <= ratio * min(h, w) and h * w <= config.image_size**2
+    ]
+    return (*usual, *(size for size in smaller if size not in usual))
 
 
-def nearest(sizes: Sequence[Size], width: int, height: int) -> int:
-    """Which of some (height, width) has the aspect ratio nearest to an image's, on a log scale."""
+def nearest(sizes: Sequence[Size], width: int, height: int, usual: int | None = None) -> int:
+    """Which of some (height, width) an image goes to: the nearest aspect ratio, on a log scale.
+
+    Args:    usual: how many of the sizes compete; the smaller ones after them are for images that
+             would be enlarged, each of which goes to the largest size that it covers. One that
+             covers none is enlarged all the same.
+    """
     wanted = math.log(width / height)
-    return min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i][1] / sizes[i][0]) - wanted))
+
+    def distance(i: int) -> float:
+        return abs(math.log(sizes[i][1] / sizes[i][0]) - wanted)
+
+    found = min(range(len(sizes))[:usual], key=distance)
+    covered = [i for i, (h, w) in enumerate(sizes) if h <= height and w <= width]
+    if usual is None or found in covered:
+        return found
+    if covered:
+        return max(covered, key=lambda i: (sizes[i][0] * sizes[i][1], -distance(i)))
+    return min(range(len(sizes)), key=lambda i: (sizes[i][0] * sizes[i][1], distance(i)))
 
 
 Shape = tuple[int, int, int]
@@ -88,6 +115,8 @@ class Encoder:
         self, autoencoder: Any, config: DataConfig, device: str | torch.device = "cpu"
     ) -> None:
         self.config, self.sizes, self.masked = config, sizes_of(config), config.loss_mask != "none"
+        usual = dataclasses.replace(config, no_upscale=False)
+        self._usual = len(sizes_of(usual)) if config.no_upscale else None
         if hasattr(autoencoder, "check_image_size"):
             for size in self.sizes:
                 autoencoder.check_image_size(size)
@@ -111,6 +140,10 @@ class Encoder:
     def key(self) -> str:
         """See `cache_key`."""
         return cache_key(self._autoencoder, self.config)
+
+    def bucket(self, width: int, height: int) -> int:
+        """Which of the sizes an image goes to, see `nearest`."""
+        return nearest(self.sizes, width, height, self._usual)
 
     def prepare(
         self, example: Example, bucket: int = 0, seed: int | None = None

@@ -21,6 +21,7 @@ from latentdiff.errors import UserError
 MAX_IMAGE_BYTES = 512 * 2**20
 #: Captions of a whole set are held in memory, at several times this size.
 MAX_TABLE_BYTES = 2**30
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _LEAVES = "a link that leaves the data folder (it leads to {}); data.follow_links=true follows it"
 #: What reading one file of a tree raises when the file is broken, locked or gone.
 READ_ERRORS = (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -29,10 +30,16 @@ READ_ERRORS = (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zl
 def open_tree(path: str, follow_links: bool = False) -> FolderTree | ZipTree:
     """Open a folder or a .zip file.
 
+    A folder that holds nothing but one archive and its metadata file stands for the archive.
+
     Args:   follow_links: also follow links that leave the folder.
     Raises: UserError: when there is neither.
     """
     place = Path(path).expanduser()
+    if place.is_dir():
+        others = [f for f in place.iterdir() if f.name not in METADATA_NAMES and f.name[0] != "."]
+        if len(others) == 1 and others[0].suffix.lower() == ".zip":
+            place = others[0]
     if place.is_dir():
         return FolderTree(str(place), follow_links)
     if place.is_file() and zipfile.is_zipfile(place):  # opening a pipe would wait for ever
@@ -134,12 +141,16 @@ class FolderTree:
 
 
 class ZipTree:
-    """The members of a .zip archive, read in place; methods as of `FolderTree`."""
+    """The members of a .zip archive, read in place; methods as of `FolderTree`.
+
+    Where it has no metadata file at its root, one that lies beside it counts as a member.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.problems: list[Skipped] = []
-        self._open()
+        members = self._open().namelist()
+        self._beside = {n: Path(root).with_name(n) for n in METADATA_NAMES if n not in members}
 
     def _open(self) -> zipfile.ZipFile:
         self._archive, self._pid = zipfile.ZipFile(self.root), os.getpid()
@@ -154,10 +165,13 @@ class ZipTree:
     def names(self) -> list[str]:
         """List the members."""
         members = [m.filename for m in self._archive.infolist() if not m.is_dir()]
+        members += [name for name, path in self._beside.items() if path.is_file()]
         return sorted(m for m in members if not any(_is_litter(part) for part in m.split("/")))
 
     def read(self, name: str, limit: int = MAX_IMAGE_BYTES) -> bytes:
         """Unpack one member. Raises: one of READ_ERRORS."""
+        if name in self._beside:
+            return read_file(self._beside[name], limit)
         # A forked worker would share the file position with its parent: each process opens its own.
         archive = self._archive if self._pid == os.getpid() else self._open()
         info = archive.getinfo(name)

@@ -1,8 +1,9 @@
-"""A user's own images: a folder (or .zip) with metadata.jsonl/.csv, or a .txt beside each."""
+"""A user's own images: a folder (or .zip) with metadata.jsonl/.csv, or a text beside each."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from latentdiff.data.captions import (
     decode_text,
     read_table,
 )
-from latentdiff.data.file_tree import MAX_TABLE_BYTES, READ_ERRORS, open_tree
+from latentdiff.data.file_tree import MAX_TABLE_BYTES, METADATA_NAMES, READ_ERRORS, open_tree
 from latentdiff.data.images import IMAGE_ENDINGS, UnreadableImage, display_name
 from latentdiff.data.source import EXAMPLE, DataConfig, FileSource, Skipped, few, left_out
 from latentdiff.errors import UserError, did_you_mean
@@ -25,12 +26,15 @@ from latentdiff.errors import UserError, did_you_mean
 MASK_ENDING = ".mask.png"
 _LONELY_MASK = "a mask without its image: none beside it has its name"
 _UNUSED_MASK = "a mask, which data.loss_mask=file or data.inpaint_mask=true uses"
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _FORMATS = (
     "Captions are looked for in (1) metadata.jsonl, lines like "
     '{"file_name": "cat.png", "text": "a cat"}; (2) metadata.csv with the columns file_name and '
-    "text; (3) a text file beside each image: cat.txt for cat.png."
+    "text; (3) a text file beside each image: cat.txt or cat.caption for cat.png. Or take the file "
+    "names: data.caption_from=filename."
 )
+#: Of the text files beside images.
+_TEXT_ENDINGS = (".txt", ".caption")
+_REPEATS = re.compile(r"(?:.*/)?([0-9]{1,4})_([^/]*)/[^/]*", re.DOTALL)
 Captions = dict[str, tuple[str, ...]]
 
 
@@ -61,10 +65,15 @@ class FolderSource(FileSource):
             raise UserError(_no_images(self._tree.root, names, self.problems))
         tables = [n for n in names if basename(n).lower() in METADATA_NAMES]
         self._why_none: dict[str, str] = {}
-        if tables:
+        if config.caption_from == "filename":
+            captions = {image: clean_captions(_words(image)) for image in images}
+        elif tables:
             captions = self._captions_of_tables(tables, images, names)
         else:
             captions = self._captions_beside(images, names)
+        if config.repeat_folders:
+            for image in images:
+                captions[image] = captions.get(image) or clean_captions(repeats(image)[1])
         self._entries = list(self._usable(images, captions, masks))
         if not self._entries:
             raise UserError(self._nothing_usable(len(images), bool(tables)))
@@ -180,22 +189,27 @@ class FolderSource(FileSource):
         )
 
     def _captions_beside(self, images: list[str], names: list[str]) -> Captions:
-        """Captions from text files: cat.txt or cat.png.txt for cat.png, a caption a line."""
+        """Captions from text files: cat.txt, cat.png.txt or the same with .caption for cat.png."""
         files, captions = _Names(names), Captions()
-        beside = {image: (splitext(image)[0] + ".txt", image + ".txt") for image in images}
+        beside = {
+            image: [stem + end for end in _TEXT_ENDINGS for stem in (splitext(image)[0], image)]
+            for image in images
+        }
         own = {
-            image: next(filter(None, map(files.exactly, two)), None)
-            for image, two in beside.items()
+            image: next(filter(None, map(files.exactly, texts)), None)
+            for image, texts in beside.items()
         }
         taken = set(own.values())
-        for image, two in beside.items():
-            others = (file for file in map(files.find, two) if file and file not in taken)
+        for image, texts in beside.items():
+            others = (file for file in map(files.find, texts) if file and file not in taken)
             file = own[image] or next(others, None)
             if file is None:
                 continue
             try:
                 text = decode_text(self._tree.read(file, MAX_CAPTION_BYTES))
-                captions[image] = clean_captions(text.splitlines())
+                lines = clean_captions(text.splitlines())
+                joined = self.config.caption_lines == "joined"
+                captions[image] = clean_captions(" ".join(lines)) if joined else lines
             except (*READ_ERRORS, ValueError) as error:
                 self._why_none[image] = f"its caption {display_name(file)} cannot be read ({error})"
         return captions
@@ -242,7 +256,7 @@ def unused_files(config: DataConfig) -> list[Skipped]:
     unused = []
     for name in sorted(set(names).difference(images, tables)):
         stem, ending = splitext(name)
-        if ending.lower() != ".txt":
+        if ending.lower() not in _TEXT_ENDINGS:
             reason = f"files ending in {ending or 'nothing'} are not looked for"
         elif _alike(stem) not in partners:
             reason = "a text without an image"
@@ -252,6 +266,19 @@ def unused_files(config: DataConfig) -> list[Skipped]:
             continue
         unused.append((display_name(name), reason))
     return unused
+
+
+def repeats(name: str) -> tuple[int, str]:
+    """How often an epoch has an image, and what it shows, by a folder named like 10_a dog.
+
+    Returns: (1, "") where its folder is named otherwise.
+    """
+    found = _REPEATS.fullmatch(_normal(name))
+    return (max(1, int(found[1])), found[2]) if found else (1, "")
+
+
+def _words(name: str) -> str:
+    return splitext(basename(name))[0].replace("_", " ")
 
 
 def _alike(name: str) -> str:

@@ -23,10 +23,11 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentdiff.errors import choice_error
+from latentdiff.errors import UserError, choice_error
 from latentdiff.sniff import HEAD, sniff
 
 T = TypeVar("T")
+Source = str | os.PathLike[str] | bytes | Image.Image
 RGB = tuple[int, int, int]
 WHITE: RGB = (255, 255, 255)
 #: File name endings that are looked for in folders.
@@ -82,27 +83,25 @@ def open_image(
         name: how messages call it; the path by default.
     Raises: UnreadableImage: missing, empty, truncated, corrupt, too large, or not an image.
     """
-    return _decode(source, name, lambda image: to_rgb(image, background))
+    return decode(source, name, lambda image: to_rgb(image, background))
 
 
 def open_with_alpha(
     source: str | os.PathLike[str] | bytes, name: str | None = None, background: RGB = WHITE
 ) -> tuple[Image.Image, Image.Image | None]:
     """Decode an image as `open_image` does; also its opacity in grey, None if full."""
-    return _decode(source, name, lambda image: (to_rgb(image, background), _alpha(image)))
+    return decode(source, name, lambda image: (to_rgb(image, background), _alpha(image)))
 
 
 def open_grey(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
-    """Decode an image to 8-bit grey, upright; transparent pixels are black. See `open_image`.
+    """Decode an image to 8-bit grey, see `to_grey` and `open_image`."""
+    return decode(source, name, to_grey)
 
-    Its values are weights and not colours, so a profile changes nothing.
-    """
 
-    def grey(image: Image.Image) -> Image.Image:
-        image.info.pop("icc_profile", None)
-        return to_rgb(image, (0, 0, 0)).convert("L")
-
-    return _decode(source, name, grey)
+def to_grey(image: Image.Image) -> Image.Image:
+    """Luminance times opacity. The values are weights, not colours: a profile changes nothing."""
+    image.info.pop("icc_profile", None)
+    return to_rgb(image, (0, 0, 0)).convert("L")
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
@@ -115,17 +114,29 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     return image.convert("RGBA").getchannel("A")
 
 
-def _decode(
-    source: str | os.PathLike[str] | bytes, name: str | None, use: Callable[[Image.Image], T]
+def decode(
+    source: Source,
+    name: str | None,
+    use: Callable[[Image.Image], T],
+    check: Callable[[Image.Image], None] = lambda image: None,
 ) -> T:
-    label = name or ("image" if isinstance(source, bytes) else display_name(source))
+    """What `use` makes of an image, upright and of any Pillow mode.
+
+    Args:    source: a path, the bytes of a file, or a Pillow image, which stays as it is.
+             name: how messages call it; the path by default.
+             check: is shown the image before its pixels are read, and may refuse it.
+    Raises:  UnreadableImage: see `open_image`.
+    """
+    held = isinstance(source, bytes | Image.Image)
+    label = name or ("image" if held else display_name(source))  # type: ignore[arg-type]
     if source == b"":
         raise UnreadableImage(label, "the file is empty")
     try:
         with _opened(source, label) as image:
+            check(image)
             _shorten_colour_key(image)
             image.load()
-            return use(_upright(image))
+            return use(_upright(image, in_place=image is not source))
     except Image.DecompressionBombError as error:
         raise UnreadableImage(
             label,
@@ -136,7 +147,7 @@ def _decode(
         raise UnreadableImage(label, "the file does not exist") from error
     except Image.UnidentifiedImageError as error:
         raise UnreadableImage(label, _what_else(source)) from error
-    except UnreadableImage:
+    except (UnreadableImage, UserError):
         raise
     except Exception as error:  # a decoder fed with broken data raises nearly anything
         raise UnreadableImage(
@@ -144,12 +155,12 @@ def _decode(
         ) from error
 
 
-def _what_else(source: str | os.PathLike[str] | bytes) -> str:
+def _what_else(source: Source) -> str:
     """Say what a file is instead of an image."""
     head = b""
     if isinstance(source, bytes):
         head = source[:HEAD]
-    else:
+    elif not isinstance(source, Image.Image):
         with suppress(OSError), open(source, "rb") as file:
             head = file.read(HEAD)
     if not (head and (found := sniff(head))):
@@ -159,11 +170,14 @@ def _what_else(source: str | os.PathLike[str] | bytes) -> str:
 
 
 @contextmanager
-def _opened(source: str | os.PathLike[str] | bytes, label: str) -> Iterator[Image.Image]:
+def _opened(source: Source, label: str) -> Iterator[Image.Image]:
     """Open an image's header; large ones are let through one at a time, as each takes gigabytes.
 
     Raises: UnreadableImage: PostScript, which Pillow would have another program run.
     """
+    if isinstance(source, Image.Image):
+        yield source
+        return
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
         if image.format == "EPS":
             raise UnreadableImage(label, "PostScript is a program, and is not run")
@@ -171,15 +185,22 @@ def _opened(source: str | os.PathLike[str] | bytes, label: str) -> Iterator[Imag
             yield image
 
 
-def to_rgb(image: Image.Image, background: RGB = WHITE) -> Image.Image:
-    """Convert any Pillow mode to sRGB, compositing transparency over `background`."""
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to sRGB: RGBA where some of it may be transparent, else RGB."""
     profile, opacity = image.info.get("icc_profile"), _alpha(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     colours = _in_srgb(image, profile) if profile else _colours(image, "RGB")
-    if opacity is None:
+    if opacity is not None:
+        colours.putalpha(opacity)
+    return colours
+
+
+def to_rgb(image: Image.Image, background: RGB = WHITE) -> Image.Image:
+    """Convert any Pillow mode to sRGB, compositing transparency over `background`."""
+    colours = to_srgb(image)
+    if colours.mode == "RGB":
         return colours
-    colours.putalpha(opacity)
     behind = Image.new("RGBA", colours.size, (*background, 255))
     return Image.alpha_composite(behind, colours).convert("RGB")
 
@@ -237,10 +258,12 @@ def _shorten_colour_key(image: Image.Image) -> None:
         image.info["transparency"] = tuple(part >> 8 for part in key)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, *, in_place: bool) -> Image.Image:
     with suppress(Exception):  # broken EXIF beside good pixels: keep the pixels as they are
+        if not in_place:
+            return ImageOps.exif_transpose(image)
         ImageOps.exif_transpose(image, in_place=True)  # else it copies what is upright, too
-    return image
+    return image if in_place else image.copy()
 
 
 Crop = Literal["center", "random", "pad"]

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.encoder import Encoder, Painting, Shape, nearest
+from latentdiff.data.encoder import Encoder, Painting, Shape
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import (
     DataConfig,
@@ -282,7 +282,7 @@ class CacheBuilder:
             key = digest(image.tobytes(), repr(image.size), *masks)
             if (bucket := self._folder.bucket_of(key)) is not None:
                 return _Job(key, bucket)
-        bucket = nearest(self._folder.sizes, *image.size)
+        bucket = self._folder.encoder.bucket(*image.size)
         return _Job(key, bucket, *self._folder.encoder.prepare(example, bucket))
 
 

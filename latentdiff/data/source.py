@@ -103,6 +103,14 @@ class DataConfig:
     """Column of the images (parquet and hub)."""
     caption_column: str | None = None
     """Column of the captions, text or a list of texts; null looks for text, caption, captions…"""
+    caption_from: Literal["auto", "filename"] = "auto"
+    """auto: a folder's metadata file, or the texts beside its images; filename: an image's name
+    without its ending, with spaces for underscores (kind folder)."""
+    caption_lines: Literal["each", "joined"] = "each"
+    """Text files beside images: each line is a caption, or all lines joined are one."""
+    repeat_folders: bool = False
+    """Folders named like 10_a dog, as for kohya's scripts: train_latent.py takes each image of it
+    10 times an epoch, and "a dog" is the caption of those that have no other (kind folder)."""
     split: str = "train"
     """Which split of a hub data set."""
     subset: str | None = None
@@ -122,6 +130,8 @@ class DataConfig:
     (64 for Stable Diffusion, 16 for the embedded model)."""
     bucket_max_ratio: float = 2.0
     """Longest of those shapes, long side over short side; at least 1."""
+    no_upscale: bool = False
+    """Add smaller shapes, so that no image is enlarged to fit into its bucket."""
     loss_mask: Literal["none", "alpha", "file"] = "none"
     """Which pixels count in the loss. alpha: an image's opacity; file: a grey image beside it
     (cat.mask.png for cat.png; white counts), or the column mask_column of a table."""
@@ -176,6 +186,12 @@ class DataConfig:
         if self.buckets and not 8 <= self.bucket_step <= self.image_size:
             problems.append(
                 f"bucket_step must lie in 8 … image_size={self.image_size}; got {self.bucket_step}."
+            )
+        if self.no_upscale and not self.buckets:
+            problems.append("no_upscale adds smaller buckets: set buckets to true as well.")
+        if self.kind != "folder" and (self.caption_from != "auto" or self.repeat_folders):
+            problems.append(
+                f"caption_from and repeat_folders are for kind folder; got kind {self.kind}."
             )
         if self.streaming and self.kind != "hub":
             problems.append(f"streaming is for kind hub; got kind {self.kind}.")

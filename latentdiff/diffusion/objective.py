@@ -26,7 +26,7 @@ from latentdiff.diffusion.prediction import (
 from latentdiff.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from latentdiff.errors import UserError, choice_error
 
-Weighting = Literal["min_snr", "soft_min_snr", "debiased", "none"]
+Weighting = Literal["min_snr", "soft_min_snr", "soft_flow", "debiased", "none"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 Loss = Literal["squared", "huber", "pseudo_huber"]
 Model = Callable[[Tensor, Tensor, Any], Tensor]
@@ -39,10 +39,11 @@ class ObjectiveConfig:
     prediction: Prediction = "v"
     """eps, x0, v or flow."""
     weighting: Weighting = "min_snr"
-    """min_snr (Hang et al. 2023), soft_min_snr (Crowson et al. 2024), debiased (Yu et al. 2023) or
-    none (the plain error of the prediction)."""
+    """min_snr (Hang et al. 2023), soft_min_snr (Crowson et al. 2024), soft_flow (flow matching's
+    own up to γ; pure noise counts too), debiased (Yu et al. 2023) or none (the plain error of the
+    prediction)."""
     min_snr_gamma: float = 5.0
-    """γ of min_snr and soft_min_snr: no signal-to-noise ratio counts for more than γ."""
+    """γ of min_snr, soft_min_snr and soft_flow: the largest weight that an error of x_0 has."""
     loss: Loss = "squared"
     """squared, or one that grows linearly with large errors: huber, pseudo_huber (smooth)."""
     huber_delta: float = 0.1
@@ -103,8 +104,8 @@ def check_objective(config: ObjectiveConfig, schedule_config: ScheduleConfig) ->
                 f"weighting {config.weighting!r} cannot be used with prediction "
                 f"{config.prediction!r} on the {schedule_config.kind} schedule: at t = {t} the "
                 f"signal-to-noise ratio is {float(schedule.snr(t)):.3g}, and the weight is "
-                "unbounded there. Set weighting to min_snr, soft_min_snr or none, or prediction "
-                "to v."
+                "unbounded there. Set weighting to min_snr, soft_min_snr, soft_flow or none, or "
+                "prediction to v."
             )
 
 
@@ -194,10 +195,13 @@ def loss_weight(t: Tensor, schedule: NoiseSchedule, config: ObjectiveConfig) -> 
         min_snr:      W = min(SNR, γ)        (Hang et al. 2023, arXiv:2303.09556); on eps
                       min(SNR, γ)/SNR, on v min(SNR, γ)/(SNR + 1)
         soft_min_snr: W = SNR γ/(SNR + γ)    (Crowson et al. 2024, arXiv:2401.11605)
+        soft_flow:    W = 1/(s² + 1/γ) with s = σ/(α + σ), the noise's share: 1/s² weighs errors
+                      of x_0 as flow matching does (Lipman et al. 2023, arXiv:2210.02747)
         debiased:     W = √SNR               (Yu et al. 2023, arXiv:2310.08442); on eps 1/√SNR
         none:         1 on the prediction itself
 
-    At zero SNR all but none give a v prediction weight 0: nothing of x_0 is left to find.
+    At zero SNR the SNR weights are 0. soft_flow is about 1 there, and the network learns what the
+    prompt alone tells of x_0.
     Returns: (B,) float64.
     """
     alpha, sigma, gamma = schedule.alpha(t), schedule.sigma(t), config.min_snr_gamma
@@ -212,6 +216,9 @@ def loss_weight(t: Tensor, schedule: NoiseSchedule, config: ObjectiveConfig) -> 
         capped = torch.minimum(signal, noise)
     elif config.weighting == "soft_min_snr":
         capped = signal * noise / (signal + noise)
+    elif config.weighting == "soft_flow":
+        share = (sigma / (alpha + sigma)).square()
+        capped = noise / (gamma * share + 1)
     else:
         raise choice_error("weighting", config.weighting, get_args(Weighting))
     weight = capped / squared

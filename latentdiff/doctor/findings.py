@@ -162,6 +162,8 @@ class Findings:
         def among(found: dict[int, int]) -> Array:
             return np.isin(np.arange(len(t)), list(found))
 
+        enlarged = f"enlarged to {square} (not with data.no_upscale)"
+        becomes = "in a smaller bucket" if self.order.data.no_upscale else enlarged
         return {
             "unreadable": (~ok, lambda i: r.reasons[i]),
             "duplicate": (
@@ -179,7 +181,7 @@ class Findings:
             "animated": (r.flagged(ANIMATED), lambda i: "only the first frame is used"),
             "small": (
                 ok & (short < square) & ~tiny,
-                lambda i: f"{size(i)}, enlarged to {square}",
+                lambda i: f"{size(i)}, {becomes}",
             ),
             "mode": (ok & (t["mode"] != 0), lambda i: f"mode {r.word('mode', i)}, turned to RGB"),
             "transparent": (r.flagged(TRANSPARENT), lambda i: "laid over the background"),

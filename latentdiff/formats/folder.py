@@ -67,6 +67,8 @@ class Components:
     """What the U-Net predicts: eps, x0, v or flow."""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """How to sample when the caller does not say."""
+    source: Path | None = None
+    """The folder or file that they were read from."""
     dtype_on_disk: torch.dtype = torch.float32
     """What the U-Net was stored in; saving keeps to it unless told otherwise."""
     dropped: list[str] = field(default_factory=list)
@@ -193,6 +195,7 @@ def load_components(
         schedule=schedule,
         prediction=prediction,
         sampling=sampling,
+        source=folder,
         dtype_on_disk=on_disk,
         dropped=[f"text_encoder: {name}" for name in text.dropped],
     )

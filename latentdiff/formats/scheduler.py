@@ -63,6 +63,9 @@ class SamplingDefaults:
     chunk_tokens: int | None = None
     """Tokens of a prompt that one pass of the text encoder reads when a prompt is cut into chunks
     (generation_config.json); None: all that fit."""
+    known_things: tuple[str, ...] = ()
+    """Names of what the model was trained to draw (generation_config.json); a prompt that has none
+    of them is warned of. Empty: any prompt is as good."""
 
     def final_timestep(self, sampler: str) -> int | None:
         """Where the last step of a sampler leads: None the clean image, 0 the first noise level."""
@@ -211,7 +214,11 @@ def _sampling(kind: str, data: Mapping[str, Any], schedule: ScheduleConfig) -> S
 
 def generation_defaults(sampling: SamplingDefaults) -> dict[str, Any]:
     """What the file says; empty when there is nothing to say."""
-    own = {"guidance_scale": sampling.guidance_scale, "chunk_tokens": sampling.chunk_tokens}
+    own = {
+        "guidance_scale": sampling.guidance_scale,
+        "chunk_tokens": sampling.chunk_tokens,
+        "known_things": list(sampling.known_things) or None,
+    }
     return {key: value for key, value in own.items() if value is not None}
 
 
@@ -227,8 +234,12 @@ def with_generation(
         raise UserError(
             f"chunk_tokens in {where} must be a whole number of at least 1; got {chunk!r}."
         )
+    things = data.get("known_things") or []
+    if not isinstance(things, list) or not all(isinstance(t, str) and t.strip() for t in things):
+        raise UserError(f"known_things in {where} must be a list of names; got {things!r:.80}.")
     return dataclasses.replace(
         sampling,
         guidance_scale=None if scale is None else float(scale),
         chunk_tokens=chunk,
+        known_things=tuple(things),
     )

@@ -185,6 +185,7 @@ def _assemble(opened: _Parsed, dtype: torch.dtype | None, prediction: str | None
         schedule=schedule,
         prediction=prediction or said,
         sampling=with_generation(sampling, config.get("generation", {}), path),
+        source=path,
         dtype_on_disk=stored_dtype(unet_state),
         dropped=[key for key in opened.others if key not in kept],
         spare={key: opened.file.tensors[key] for key in kept},

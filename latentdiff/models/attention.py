@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -114,10 +114,17 @@ def memory_efficient(operators: Any, query: Tensor, key: Tensor, value: Tensor) 
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one attention, each (B, heads, tokens, head_dim)."""
-ContextKV = tuple[KeyValue, ...]
-"""Keys and values of every cross-attention of a U-Net, in the order of `Attention.index`."""
-Context = Tensor | ContextKV
+Context = Tensor | tuple[KeyValue, ...]
 """What blocks are given: a context (B, tokens, dim), or the keys and values made of it."""
+
+
+class ContextKV(NamedTuple):
+    """All that a U-Net computes of a context alone."""
+
+    pairs: tuple[KeyValue, ...]
+    """Keys and values of every cross-attention, in the order of `Attention.index`."""
+    pooled: Tensor | None
+    """What is added to the time embedding, (B, width), if anything."""
 
 
 class Attention(nn.Module):

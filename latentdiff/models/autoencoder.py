@@ -15,13 +15,15 @@ from collections.abc import Mapping
 from importlib import import_module
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from latentdiff.errors import UserError, choice_error, warn
 from latentdiff.files import read_json
+from latentdiff.models import bands
 from latentdiff.models.finite import NotFiniteError, broken_weight, check_finite, is_finite
 from latentdiff.models.sizes import check_numbers
 from latentdiff.models.vae import AutoencoderKL, covers, modern_names
@@ -46,6 +48,10 @@ class Autoencoder(nn.Module):
         self.module: Any = module
         self.dtype_on_disk: torch.dtype | None = None
         """What the weights were stored in; None: they come from no file."""
+        self.slicing = False
+        """Encode and decode one image at a time."""
+        self.tiling = False
+        """Encode and decode in bands of rows: less memory, the same pixels, slower; see `bands`."""
         config: Any = module.config
         self.kind = type(module).__name__
         if self.kind not in AUTOENCODERS:
@@ -98,14 +104,7 @@ class Autoencoder(nn.Module):
         Raises:  UserError: a size that does not divide.
         """
         self.check_image_size(tuple(images.shape[-2:]))
-        with torch.autocast(self.device.type, enabled=False):
-            answer = self.module.encode(images.to(self.dtype))
-        if isinstance(answer, Tensor):
-            return answer.float()
-        if self.is_tiny:
-            mean = answer.latents.float()
-            return torch.cat([mean, torch.full_like(mean, NO_VARIANCE)], dim=1)
-        return answer.latent_dist.parameters.float()
+        return self._run("encode", images)
 
     def latents_from_moments(self, moments: Tensor, eps: Tensor | None = None) -> Tensor:
         """Scaled latents from what `encode_moments` gave.
@@ -169,11 +168,30 @@ class Autoencoder(nn.Module):
         return images.clamp(-1, 1)
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        raw = latents / self.scale + self.shift
+        return self._run("decode", latents / self.scale + self.shift)
+
+    def _run(self, half: Literal["encode", "decode"], x: Tensor) -> Tensor:
+        """Moments of images or images of raw latents, float32."""
         # Half precision overflows in Stable Diffusion's decoder.
         with torch.autocast(self.device.type, enabled=False):
-            answer = self.module.decode(raw.to(self.dtype))
-        return (answer if isinstance(answer, Tensor) else answer.sample).float()
+            parts = x.to(self.device, self.dtype).split(1 if self.slicing else len(x))
+            return torch.cat([self._half(half, part).float() for part in parts])
+
+    def _half(self, half: Literal["encode", "decode"], x: Tensor) -> Tensor:
+        network = getattr(self.module, half)
+        if isinstance(self.module, AutoencoderKL):
+            return getattr(bands, half)(self.module, x) if self.tiling else network(x)
+        if not self.is_tiny:
+            return network(x).sample if half == "decode" else network(x).latent_dist.parameters
+        network = getattr(self.module, f"{half}r")
+        decodes = half == "decode"
+        scale = self.downscale if decodes else 1 / self.downscale
+        answer = bands.in_bands(network, x, scale) if self.tiling else network(x)
+        return (
+            answer
+            if decodes
+            else F.pad(answer, (0,) * 5 + (self.latent_channels,), value=NO_VARIANCE)
+        )
 
     def check_image_size(self, size: int | tuple[int, ...]) -> None:
         """Refuse an image size that the latent grid cannot hold.

@@ -32,13 +32,21 @@ class ResnetBlock(nn.Module):
         groups: int,
         eps: float,
         time_width: int | None = None,
+        scale_shift: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        """Args: time_width: channels of the time embedding; None: there is none."""
+        """Build the layers.
+
+        Args:    time_width: channels of the time embedding; None: there is none.
+                 scale_shift: let it scale and shift what the second norm gives, h (1 + s) + b
+                 (Dhariwal & Nichol 2021, section 4.3, arXiv:2105.05233), not add it before.
+        """
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
         self.conv1 = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1)
-        self.time_emb_proj = None if time_width is None else nn.Linear(time_width, c_out)
+        self.scale_shift = scale_shift
+        wanted = 2 * c_out if scale_shift else c_out
+        self.time_emb_proj = None if time_width is None else nn.Linear(time_width, wanted)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, kernel_size=3, padding=1)
@@ -47,9 +55,14 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """Map (B, c_in, H, W) to (B, c_out, H, W); emb (B, time_width) is activated already."""
         h = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
-            h = h + self.time_emb_proj(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        time = None if self.time_emb_proj is None else self.time_emb_proj(emb)[:, :, None, None]
+        if time is not None and not self.scale_shift:
+            h = h + time
+        h = self.norm2(h)
+        if time is not None and self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

@@ -48,11 +48,7 @@ class ClipScorer(nn.Module):
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors (N, D)."""
-        token_ids = self.text.tokenizer(texts)
-        states = self.text.encode_tokens(token_ids).float()
-        end = self.text.tokenizer.end_id
-        last = (token_ids == end).int().argmax(1)
-        return F.normalize(states[torch.arange(len(texts)), last] @ self.projection.T, dim=1)
+        return F.normalize(self.text.pooled(texts).float() @ self.projection.T, dim=1)
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:

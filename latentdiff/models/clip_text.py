@@ -198,6 +198,18 @@ class TextEncoder(nn.Module):
         """The context of token ids (B, tokens), as (B, tokens, width)."""
         return self.module(token_ids.to(self.device))
 
+    @torch.no_grad()
+    def pooled(self, texts: Sequence[str]) -> Tensor:
+        """The states at the first end token, which have read the whole text, (B, width).
+
+        What does not fit is left out without a warning.
+        """
+        rows = [self.tokenizer.padded(self.tokenizer.fit(text)[0]) for text in texts]
+        token_ids = torch.tensor(rows, dtype=torch.int64)
+        last = (token_ids == self.tokenizer.end_id).int().argmax(1)
+        states = self.encode_tokens(token_ids[:, : int(last.max()) + 1])
+        return states[torch.arange(len(texts)), last.to(states.device)]
+
     def count_tokens(self, text: str) -> int:
         """How many tokens a prompt needs, begin and end token included."""
         return self.tokenizer.count(text)

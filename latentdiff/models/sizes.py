@@ -24,6 +24,7 @@ _SIZES = (
     *("in_channels", "out_channels", "latent_channels", "sample_size"),
     *("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels"),
     *("attention_head_dim", "cross_attention_dim", "norm_num_groups", "time_embedding_dim"),
+    "addition_embed_type_num_heads",
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
     "max_position_embeddings",
 )

@@ -25,6 +25,7 @@ from latentdiff.models.attention import (
     attention_backend,
 )
 from latentdiff.models.blocks import Block, DownBlock, MidBlock, ResnetBlock, UpBlock
+from latentdiff.models.text_embedding import TextTimeEmbedding
 from latentdiff.models.time_embedding import (
     FourierFeatures,
     SinusoidalFeatures,
@@ -55,6 +56,13 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, first, kernel_size=3, padding=1)
         self.time_proj, features, self.time_width = _time_features(config)
         self.time_embedding = TimestepEmbedding(features, self.time_width)
+        self.add_embedding = (
+            TextTimeEmbedding(
+                config.cross_attention_dim, self.time_width, config.addition_embed_type_num_heads
+            )
+            if config.addition_embed_type
+            else None
+        )
         self.down_blocks = nn.ModuleList(_down_blocks(config, self.time_width))
         self.mid_block = _mid_block(config, self.time_width)
         self.up_blocks = nn.ModuleList(_up_blocks(config, self.time_width))
@@ -85,14 +93,15 @@ class UNet(nn.Module):
         return self.conv_in.weight.dtype
 
     def project_context(self, context: Tensor) -> ContextKV:
-        """Keys and values of every cross-attention, for reuse over all steps of a generation.
+        """All that is computed of the context alone, for reuse over the steps of a generation.
 
         Args:    context: (B, tokens, cross_attention_dim).
         Returns: what `forward` takes as kv.
         Raises:  UserError: context of another width.
         """
         context = self._checked(context)
-        return tuple(attention.project(context) for attention in self._cross_attentions)
+        pairs = tuple(attention.project(context) for attention in self._cross_attentions)
+        return ContextKV(pairs, self._pooled(context))
 
     def forward(
         self,
@@ -111,11 +120,17 @@ class UNet(nn.Module):
         Returns: (B, out_channels, H, W).
         Raises:  UserError: context and kv both missing, or for another batch size.
         """
-        text: Context = kv if kv is not None else self._checked(context)
-        self._check_batch(x_t, text)
+        text: Context
+        if kv is None:
+            text = self._checked(context)
+            pooled = self._pooled(text)
+        else:
+            text, pooled = kv
+        _check_batch(x_t, text, pooled)
         t = torch.as_tensor(timestep, device=x_t.device).expand(len(x_t))
         # Every ResNet block wants the activated embedding, so it is activated once.
-        emb = F.silu(self.time_embedding(self.time_proj(t).to(self.dtype)))
+        emb = self.time_embedding(self.time_proj(t).to(self.dtype))
+        emb = F.silu(emb if pooled is None else emb + pooled)
         x = self.conv_in(x_t)
         skips = [x]
         for down in self.down_blocks:
@@ -172,13 +187,18 @@ class UNet(nn.Module):
             )
         return context.to(self.dtype)
 
-    def _check_batch(self, x_t: Tensor, text: Context) -> None:
-        if not len(text):  # no cross-attention
-            return
-        batch = len(text) if isinstance(text, Tensor) else len(text[0][0])
-        if batch != len(x_t):
+    def _pooled(self, context: Tensor) -> Tensor | None:
+        return None if self.add_embedding is None else self.add_embedding(context)
+
+
+def _check_batch(x_t: Tensor, text: Context, pooled: Tensor | None) -> None:
+    parts = [text] if isinstance(text, Tensor) else [key for key, _ in text]
+    if pooled is not None:
+        parts.append(pooled)
+    for part in parts:
+        if len(part) != len(x_t):
             raise UserError(
-                f"x_t and context must have the same batch size; got {len(x_t)} and {batch}."
+                f"x_t and context must have the same batch size; got {len(x_t)} and {len(part)}."
             )
 
 
@@ -199,6 +219,7 @@ def _resnets(config: UNetConfig, time_width: int) -> Callable[[int, int], Resnet
         time_width=time_width,
         groups=config.norm_num_groups,
         eps=config.norm_eps,
+        scale_shift=config.resnet_time_scale_shift == "scale_shift",
         dropout=config.dropout,
     )
 

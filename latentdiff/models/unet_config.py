@@ -22,6 +22,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
     "time_embedding_type": ("positional", "fourier"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "addition_embed_type": (None, "text"),
 }
 _PER_LEVEL = (
     *("down_block_types", "up_block_types", "layers_per_block"),
@@ -31,8 +33,6 @@ _PER_LEVEL = (
 #: Fields of UNet2DConditionModel that are supported at this value only.
 FIXED_FIELDS: dict[str, Any] = {
     "act_fn": "silu",
-    "addition_embed_type": None,
-    "addition_embed_type_num_heads": 64,
     "addition_time_embed_dim": None,
     "attention_type": "default",
     "center_input_sample": False,
@@ -53,14 +53,12 @@ FIXED_FIELDS: dict[str, Any] = {
     "projection_class_embeddings_input_dim": None,
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
     "reverse_transformer_layers_per_block": None,
     "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
 }
-#: Those without effect on what we compute, accepted at any value, and values that mean the same.
-_IGNORED = ("addition_embed_type_num_heads", "addition_time_embed_dim")
+#: Values that mean the same.
 _SYNONYMS = {"act_fn": ("silu", "swish"), "mid_block_only_cross_attention": (None, False)}
 
 
@@ -108,6 +106,14 @@ class UNetConfig:
     """Cosines before sines in the time features."""
     freq_shift: int = 0
     """Shift of the sinusoidal frequencies' exponent."""
+    resnet_time_scale_shift: str = "default"
+    """What the time embedding does in a ResNet block: default (added between the convolutions) or
+    scale_shift (scales and shifts the second norm's output, Dhariwal & Nichol 2021)."""
+    addition_embed_type: str | None = None
+    """text: add the context, pooled into one vector, to the time embedding (DeepFloyd IF); null:
+    the context acts in cross-attention alone."""
+    addition_embed_type_num_heads: int = 64
+    """Heads of that pooling; cross_attention_dim is a multiple of it."""
 
     def __post_init__(self) -> None:
         check_numbers("the U-Net", vars(self))
@@ -132,6 +138,16 @@ class UNetConfig:
                         f"every one of block_out_channels must be a multiple of {name} "
                         f"({divisor}); got {channels}."
                     )
+
+        if (
+            self.addition_embed_type
+            and self.cross_attention_dim % self.addition_embed_type_num_heads
+        ):
+            raise UserError(
+                "with addition_embed_type 'text' cross_attention_dim must be a multiple of "
+                f"addition_embed_type_num_heads ({self.addition_embed_type_num_heads}); got "
+                f"{self.cross_attention_dim}."
+            )
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -220,4 +236,6 @@ def _type_words(hint: Any) -> str:
 def _is_neutral(name: str, value: Any) -> bool:
     if name == "only_cross_attention" and isinstance(value, list):
         return not any(value)
-    return name in _IGNORED or value in _SYNONYMS.get(name, (FIXED_FIELDS[name],))
+    if name == "addition_time_embed_dim":  # without effect on what we compute
+        return True
+    return value in _SYNONYMS.get(name, (FIXED_FIELDS[name],))

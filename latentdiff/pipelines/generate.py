@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
@@ -13,8 +14,10 @@ from latentdiff.diffusion.samplers import (
     SAMPLERS,
     check_options,
     custom_grid,
+    get_spacing,
     split_name,
     timestep_grid,
+    usual_spacing,
 )
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
@@ -29,13 +32,14 @@ from latentdiff.models.prompts import (
     add_word,
     read_prompt,
 )
-from latentdiff.pipelines.inputs import (
-    check_pixels,
-)
+from latentdiff.pipelines import edit
+from latentdiff.pipelines.hashes import model_name
+from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.pipelines.task import PipelineOutput, SamplingOptions, Task, run_task
 from latentdiff.sampling import Network, SamplingPlan
+from latentdiff.weights import raw_bytes
 
 #: Guidance scale when neither the caller nor the model's folder gives one.
 DEFAULT_GUIDANCE = 5.0
@@ -60,6 +64,10 @@ class LatentDiffusionPipeline:
         self.schedule = NoiseSchedule(components.schedule)
         self.prediction = components.prediction
         self.loras = Loras(parts_of(components))
+        #: Learned words, as `settings` records them.
+        self.embeddings: list[dict[str, Any]] = []
+        #: The model, as `settings` records it; its hash is added when it is needed.
+        self.model: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -81,6 +89,7 @@ class LatentDiffusionPipeline:
                  prediction: eps or v instead of what the model says.
         Raises:  UserError: missing, incomplete, unsupported or inconsistent.
         """
+        source = "embedded" if folder_or_hub_id is None else str(folder_or_hub_id)
         if folder_or_hub_id is None:
             if not EMBEDDED_MODEL.is_dir():
                 raise UserError(
@@ -89,7 +98,9 @@ class LatentDiffusionPipeline:
                 )
             folder_or_hub_id = EMBEDDED_MODEL
         options = {"revision": revision, "variant": variant, "prediction": prediction}
-        return cls(load_model(folder_or_hub_id, dtype=dtype, **options))
+        pipeline = cls(load_model(folder_or_hub_id, dtype=dtype, **options))
+        pipeline.model = {"source": source, "name": model_name(source), **options}
+        return pipeline
 
     def __call__(
         self,
@@ -113,6 +124,11 @@ class LatentDiffusionPipeline:
         """
         task = Task(self.image_size(height, width))
         return run_task(self, prompt, task, latents=latents, **options)
+
+    image_to_image = edit.image_to_image
+    inpaint = edit.inpaint
+    outpaint = edit.outpaint
+    variations = edit.variations
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.
@@ -173,6 +189,14 @@ class LatentDiffusionPipeline:
         self.autoencoder.to(device=device)
         return self
 
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode one image at a time, which takes less memory."""
+        self.autoencoder.slicing = True
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode in bands of rows: less memory, the same pixels; see `models.bands`."""
+        self.autoencoder.tiling = True
+
     @property
     def device(self) -> torch.device:
         """Where the U-Net is."""
@@ -214,6 +238,8 @@ class LatentDiffusionPipeline:
         word = read_embedding(path)
         name = word.token if token is None else token
         add_word(self.text_encoder, name, word.vectors)
+        hashed = hashlib.sha256(raw_bytes(word.vectors)).hexdigest()[:10]
+        self.embeddings.append({"file": str(path), "token": name, "hash": hashed})
         return name
 
     def sampling_plan(
@@ -241,10 +267,16 @@ class LatentDiffusionPipeline:
         row = SAMPLERS[name]
         if spacing is None:
             spacing = named_spacing or row.spacing or defaults.spacing
+        spacing = get_spacing(spacing or usual_spacing(self.schedule))
         grid = timestep_grid(self.schedule, steps, spacing, STEPS_OFFSET, style=row.grid)
-        return SamplingPlan(grid, name, options)
+        return SamplingPlan(grid, name, options, spacing)
 
-    @property
-    def network(self) -> Network:
-        """The U-Net as sampling uses it."""
-        return Network(self.unet, self.schedule, self.prediction)
+    def network(self, size: tuple[int, int], extra: Tensor | None = None) -> Network:
+        """The U-Net as sampling uses it on images of a (height, width) in pixels.
+
+        Args:    extra: (B, E, h, w), channels that it takes after those of x_t; None: an inpainting
+                 U-Net finds everything masked, as in a quarter of its training.
+        """
+        if extra is None and self.unet.config.inpaints:
+            extra = self.autoencoder.all_masked(size)
+        return Network(self.unet, self.schedule, self.prediction, extra=extra)

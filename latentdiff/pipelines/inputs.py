@@ -6,6 +6,7 @@ Without heavy imports, so that scripts check their arguments before they load a 
 from __future__ import annotations
 
 import math
+import secrets
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -111,6 +112,15 @@ def check_counts(**counts: Any) -> None:
             raise UserError(f"{name} must be a whole number of at least 1; got {value!r}.")
 
 
+def check_whole(most: int = MAX_PIXELS, /, **pixels: Any) -> None:
+    """Refuse what is not a whole number of pixels in 0 … most; the keywords are the names."""
+    for name, value in pixels.items():
+        if not is_number(value, int, most) or value < 0:
+            raise UserError(
+                f"{name} must be a whole number of pixels in 0 … {most}; got {value!r:.80}."
+            )
+
+
 def check_seed(seed: Any, count: int) -> int:
     """Refuse the seed of the first of `count` images unless all have one in 0 … 2⁶⁴ − 1."""
     most = 2**64 - count
@@ -121,6 +131,16 @@ def check_seed(seed: Any, count: int) -> int:
             "have one drawn."
         )
     return seed
+
+
+def seeds_of(seed: Any, count: int) -> list[int]:
+    """The seed of each image, where one is the first one's and None is drawn. Raises: UserError."""
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != count:
+            raise UserError(f"seed must be one, or one for each image ({count}); got {len(seed)}.")
+        return [check_seed(each, 1) for each in seed]
+    first = secrets.randbelow(2**31) if seed is None else check_seed(seed, count)
+    return [first + k for k in range(count)]
 
 
 def check_share(name: str, value: Any) -> None:

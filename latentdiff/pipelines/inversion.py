@@ -68,12 +68,13 @@ def invert(
     check_counts(
         num_inference_steps=num_inference_steps, iterations=iterations, batch_size=batch_size
     )
-    pixels = image_tensors(image, pipeline.image_size(height, width))
+    size = pipeline.image_size(height, width)
+    pixels = image_tensors(image, size)
     prompts = for_each(prompt_list(prompt, "prompt"), len(pixels), "prompt", "text", "images")
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, prompts)
     plan = pipeline.sampling_plan(num_inference_steps, sampler="ddim", spacing=timestep_spacing)
 
-    network, vae, encoder = pipeline.network, pipeline.autoencoder, pipeline.text_encoder
+    network, vae, encoder = pipeline.network(size), pipeline.autoencoder, pipeline.text_encoder
     found = []
     for start in range(0, len(pixels), batch_size):
         own = slice(start, start + batch_size)

@@ -20,6 +20,7 @@ from latentdiff.errors import UserError, some, warn
 from latentdiff.formats.key_map import unet_names
 from latentdiff.formats.lora import BASES, LoraFile, places, read_lora
 from latentdiff.models.low_rank import Difference, LowRank, add_to, beside, layers_of, norms_of
+from latentdiff.pipelines.hashes import file_hash
 from latentdiff.pipelines.inputs import FINITE, is_number
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class _Loaded:
     changes: dict[Place, LowRank]
     whole: dict[Place, dict[str, Tensor]]
     strength: float
+    file: str
+    hash: str
     hooks: list[Any] = field(default_factory=list)
 
 
@@ -54,6 +57,13 @@ class Loras:
     def names(self) -> dict[str, float]:
         """The files on the model and their strengths, in the order of loading."""
         return {name: one.strength for name, one in self._loaded.items()}
+
+    def records(self) -> list[dict[str, Any]]:
+        """The files on the model as `settings` records them."""
+        return [
+            {"name": name, "file": one.file, "weight": one.strength, "hash": one.hash}
+            for name, one in self._loaded.items()
+        ]
 
     @property
     def attached(self) -> bool:
@@ -89,7 +99,9 @@ class Loras:
                 f"a LoRA named {name!r} is loaded already; unload it first, or give this one "
                 "another name."
             )
-        one = _Loaded(*match(file, self._parts), float(weight))
+        one = _Loaded(
+            *match(file, self._parts), float(weight), str(path), file_hash(file.path)[:10]
+        )
         if file.bundled:
             warn(
                 f"{file.path} holds learned words besides its LoRA, which are not loaded: "

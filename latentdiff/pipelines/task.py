@@ -15,9 +15,9 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -26,8 +26,10 @@ from tqdm import tqdm
 
 from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.samplers import Denoiser, warn_of_late_start
-from latentdiff.images import to_output
+from latentdiff.errors import UserError
+from latentdiff.images import check_image_file, numbered, to_output
 from latentdiff.models.finite import check_finite
+from latentdiff.models.known_things import warn_of_unknown_things
 from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
@@ -39,14 +41,17 @@ from latentdiff.pipelines.inputs import (
     check_counts,
     check_latents,
     check_output_type,
-    check_seed,
     check_share,
     for_each,
     guidance_interval_of,
     guidance_scales,
     prompt_list,
+    seeds_of,
     warn_of_unused_negatives,
 )
+from latentdiff.pipelines.metadata import write
+from latentdiff.pipelines.settings import image_settings
+from latentdiff.pipelines.wildcards import Wildcards
 from latentdiff.sampling import SamplingPlan, build_denoiser, sample_latents
 
 if TYPE_CHECKING:
@@ -82,8 +87,12 @@ class SamplingOptions(TypedDict, total=False):
     """A name in SPACINGS; None: as the sampler or the folder says."""
     timesteps: Sequence[float] | None
     """Your own, decreasing, instead of num_inference_steps and a spacing."""
-    seed: int | None
-    """Of the first image, image k has seed + k, below 2^64; None: drawn, see `.seeds`."""
+    seed: int | Sequence[int] | None
+    """Of the first image, image k has seed + k, below 2^64; or of each image; None: drawn, see
+    `.seeds`."""
+    wildcards: str | Path | None
+    """A folder of text files: `__animal__` in a prompt is a line of animal.txt and `{a|b}` a or b,
+    drawn for each image from its own seed, see `wildcards`; None: they are text."""
     output_type: OutputType
     """pil, np, pt or latent; see `PipelineOutput`."""
     batch_size: int
@@ -102,9 +111,24 @@ class PipelineOutput:
     seeds: list[int]
     """The seed of each image: give it as `seed` to get that image again."""
     prompts: list[ReadPrompt] = field(default_factory=list)
-    """How each prompt was read: its tokens, its chunks, words that did not fit."""
+    """How each prompt was read: its tokens, its chunks, words that did not fit. With wildcards,
+    that of each image."""
     steps: int = 0
     """How many steps were run: those asked for, or `strength`'s share of them."""
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    """How each image was made, as `save` writes it; see `settings.image_settings`."""
+
+    def save(self, file: str | Path) -> list[Path]:
+        """Write the images and how they were made: one as `file`, several as file-000.png ….
+
+        Raises:  UserError: `output_type` was not pil, or a file cannot be written.
+        """
+        file = Path(file)
+        check_image_file(file, "file")
+        if not isinstance(self.images, list):
+            raise UserError("only images of output_type='pil' can be saved.")
+        files = numbered(file, len(self.images))
+        return [write(*one) for one in zip(self.images, files, self.settings, strict=True)]
 
 
 class Batch(NamedTuple):
@@ -123,6 +147,11 @@ class Task:
 
     size: tuple[int, int]
     """(height, width) in pixels of what the U-Net works on."""
+    name: str = "text_to_image"
+    """The method of the pipeline that it is."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the method was given besides prompt and `SamplingOptions`, to be recorded; see
+    `settings.given`."""
     start: Callable[[Batch], Tensor] | None = None
     """Latents (B, C, h, w) to begin from, with noise in `strength`'s measure; None: pure noise."""
     strength: float = 1.0
@@ -130,8 +159,9 @@ class Task:
     wrap: Callable[[Denoiser, Batch], Denoiser] | None = None
     """Steers the model's denoiser, see `diffusion.guidance`."""
     extra: Callable[[Batch], Tensor] | None = None
-    """Channels (B, E, h, w) that the U-Net takes after those of x_t; None: an inpainting U-Net
-    finds everything masked."""
+    """Channels (B, E, h, w) that the U-Net takes after those of x_t; None: those of `network`."""
+    settle: Callable[[Tensor, Batch], Tensor] | None = None
+    """Sampled latents (B, C, h, w) → those that are decoded."""
     finish: Callable[[Tensor, Batch], Tensor] | None = None
     """Decoded images (B, 3, H, W) in [−1, 1] → those of the result."""
 
@@ -145,6 +175,8 @@ class Condition(NamedTuple):
     """The same of its negative prompt."""
     scale: float
     """Of guidance."""
+    prompt: str
+    negative_prompt: str
 
 
 @torch.no_grad()
@@ -165,7 +197,8 @@ def run_task(
     sampler_options: dict[str, Any] | None = None,
     timestep_spacing: str | None = None,
     timesteps: Sequence[float] | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    wildcards: str | Path | None = None,
     output_type: OutputType = "pil",
     batch_size: int = 16,
     progress: bool = True,
@@ -187,15 +220,21 @@ def run_task(
     interval = guidance_interval_of(guidance_interval)
     check_share("guidance_rescale", guidance_rescale)
     check_output_type(output_type)
-    read = {text: pipeline.read_prompt(text, prompt_syntax) for text in [*prompts, *negatives]}
     check_counts(
         num_images_per_prompt=num_images_per_prompt,
         num_inference_steps=num_inference_steps,
         batch_size=batch_size,
     )
     count = len(prompts) * num_images_per_prompt
-    first = secrets.randbelow(2**31) if seed is None else check_seed(seed, count)
-    seeds = [first + k for k in range(count)]
+    seeds = seeds_of(seed, count)
+    # By image, since wildcards make a text of its own of each.
+    texts = [[p, n] for p, n in zip(prompts, negatives, strict=True)]
+    texts = [text for text in texts for _ in range(num_images_per_prompt)]
+    if wildcards is not None:
+        choices = Wildcards(wildcards)
+        texts = [choices.expand(text, own) for text, own in zip(texts, seeds, strict=True)]
+    scales = [scale for scale in scales for _ in range(num_images_per_prompt)]
+    read = {text: pipeline.read_prompt(text, prompt_syntax) for both in texts for text in both}
     plan = pipeline.sampling_plan(
         num_inference_steps,
         sampler=sampler,
@@ -210,12 +249,13 @@ def run_task(
     x_T = batch_noise(seeds, shape) if latents is None else latents
     check_latents(x_T, (count, *shape))
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, read, prompt_syntax == "a1111")
+    known = pipeline.components.sampling.known_things
+    warn_of_unknown_things(pipeline.text_encoder, prompts, known)
 
     context = _encoded(pipeline, read)
     conditions = [
-        Condition(context[own], context[negative], scale)
-        for own, negative, scale in zip(prompts, negatives, scales, strict=True)
-        for _ in range(num_images_per_prompt)
+        Condition(context[own], context[negative], scale, own, negative)
+        for (own, negative), scale in zip(texts, scales, strict=True)
     ]
     batches = [
         Batch(own, [k // num_images_per_prompt for k in own], [seeds[k] for k in own])
@@ -234,8 +274,32 @@ def run_task(
                 x_0 = task.finish(x_0, batch) if task.finish else x_0
             found |= zip(batch.indices, x_0, strict=True)
     images = torch.stack([found[k] for k in range(count)])
-    read_prompts = [read[p] for p in prompts]
-    return PipelineOutput(to_output(images, output_type), seeds, read_prompts, len(plan.timesteps))
+    every = 1 if wildcards is not None else num_images_per_prompt
+    read_prompts = [read[own] for own, _ in texts[::every]]
+    call = {
+        "task": task.name,
+        "arguments": dict(task.arguments),
+        "prompt_syntax": prompt_syntax,
+        "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
+        "steps_run": len(plan.timesteps),
+        "sampler": plan.sampler,
+        "sampler_options": dict(plan.options),
+        "timestep_spacing": plan.spacing,
+        "timesteps": None if timesteps is None else list(timesteps),
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": interval,
+        "height": task.size[0],
+        "width": task.size[1],
+        "batch_size": batch_size,
+        **({} if latents is None else {"latents": "given"}),
+    }
+    return PipelineOutput(
+        to_output(images, output_type),
+        seeds,
+        read_prompts,
+        len(plan.timesteps),
+        image_settings(pipeline, batches, conditions, call),
+    )
 
 
 def _encoded(
@@ -266,17 +330,15 @@ def _sampled(
             return x_0
         t = plan.timesteps[0]
         x = pipeline.schedule.alpha(t) * x_0 + pipeline.schedule.sigma(t) * x
-    contexts, negatives, scales = zip(*conditions, strict=True)
-    network = pipeline.network
-    if task.extra is not None:
-        network = replace(network, extra=task.extra(batch).to(device))
-    elif pipeline.unet.config.inpaints:
-        network = replace(network, extra=pipeline.autoencoder.all_masked(task.size))
+    contexts, negatives, scales, *_ = zip(*conditions, strict=True)
+    extra = None if task.extra is None else task.extra(batch).to(device)
+    network = pipeline.network(task.size, extra)
     both = torch.stack(contexts), torch.stack(negatives)
     denoiser = build_denoiser(network, *both, scales, **guidance)
     if task.wrap is not None:
         denoiser = task.wrap(denoiser, batch)
-    return sample_latents(network, denoiser, x, batch.seeds, plan, on_step)
+    x_0 = sample_latents(network, denoiser, x, batch.seeds, plan, on_step)
+    return x_0 if task.settle is None else task.settle(x_0, batch)
 
 
 def passes(conditions: Sequence[Condition], batch_size: int) -> list[list[int]]:

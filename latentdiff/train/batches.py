@@ -219,6 +219,10 @@ class CaptionConfig:
     """So many first parts stay where they are and are never dropped."""
     tag_dropout: float = 0.0
     """Share of the other parts that is left out each time; 0 … 1."""
+    prefix: str = ""
+    """Put before each caption as it is, for example "sks style, "; it is never moved or dropped."""
+    suffix: str = ""
+    """Put after each caption."""
 
     def validate(self) -> list[str]:
         """List what is out of range."""
@@ -240,6 +244,15 @@ def choose_caption(captions: Sequence[str], seed: int, sample: int) -> str:
 def say(captions: Sequence[str], seed: int, sample: int, config: CaptionConfig) -> str:
     """The caption of an image for a global sample index; at least one part of it is left."""
     caption = choose_caption(captions, seed, sample)
+    return config.prefix + _shuffled(caption, seed, sample, config) + config.suffix
+
+
+def plainly(captions: Sequence[str], config: CaptionConfig) -> str:
+    """The first caption of an image as validation takes it: with prefix and suffix, all parts."""
+    return config.prefix + captions[0] + config.suffix
+
+
+def _shuffled(caption: str, seed: int, sample: int, config: CaptionConfig) -> str:
     if not config.shuffle_tags and not config.tag_dropout:
         return caption
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]

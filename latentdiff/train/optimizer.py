@@ -7,13 +7,13 @@ adamw8bit is AdamW with its two moments in 8 bit: a quarter of the optimizer's m
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import Decay, NotNegative, Positive
+from latentdiff.config import FREE, Decay, NotNegative, Positive
 from latentdiff.train.distributed import local
 
 
@@ -38,15 +38,30 @@ class OptimizerConfig:
     decay: Literal["constant", "cosine", "whole_cosine"] = "constant"
     """After the warm-up: stay at lr, or fall to 0 along a cosine that ends at loop.max_steps.
     whole_cosine: the cosine starts with the first step, and the warm-up is a factor on it."""
+    extend: Literal["restart", "hold", "decay"] | None = field(default=None, metadata=FREE)
+    """How a resumed run whose rate fell to 0 at its old loop.max_steps goes on to a larger one.
+    restart: warm-up and cosine again over the added steps; hold: lr stays at its peak; decay: at
+    once as if the run had been planned so long, so that the rate jumps up to that cosine."""
     clip_norm: NotNegative[float] = 1.0
     """Largest gradient norm; longer gradients are scaled down. 0 turns it off."""
 
 
-def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
+def learning_rate(
+    step: int, config: OptimizerConfig, max_steps: int, planned: int | None = None
+) -> float:
     """Learning rate of optimizer step `step` (counted from 0).
 
-    Source:  cosine: Loshchilov & Hutter 2017, eq. 5, arXiv:1608.03983.
+    Args:    planned: where the run was to end before it was extended to max_steps, if it was; see
+             `OptimizerConfig.extend`.
+    Source:  cosine and restart: Loshchilov & Hutter 2017, eq. 5, arXiv:1608.03983.
     """
+    if planned is not None and config.extend != "decay":
+        if step < planned:
+            max_steps = planned
+        elif config.extend == "hold":
+            return config.lr
+        else:
+            step, max_steps = step - planned, max_steps - planned
     rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.decay == "constant":
         return rate

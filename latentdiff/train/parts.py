@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from latentdiff.data.folder import repeats
 from latentdiff.data.source import Source, open_source, report_skipped, split
 from latentdiff.diffusion.objective import check_objective
 from latentdiff.diffusion.samplers import timestep_grid
@@ -250,7 +251,10 @@ def open_latents(config: TrainConfig, autoencoder: Any, accelerator: Accelerator
         data: Any = OnlineLatents(source, autoencoder, config.data, device)
     else:
         data = _cached(source, config, autoencoder, accelerator)
-    return Latents(data, *split(data, config.data.validation_share, config.data.split_seed))
+    train, held_out = split(data, config.data.validation_share, config.data.split_seed)
+    if config.data.repeat_folders:
+        train = [index for index in train for _ in range(repeats(data.name(index))[0])]
+    return Latents(data, train, held_out)
 
 
 def _cached(source: Source, config: TrainConfig, autoencoder: Any, accelerator: Accelerator) -> Any:

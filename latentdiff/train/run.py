@@ -69,6 +69,7 @@ class Run(Generic[Config]):
         before = stored_facts(self.output / CHECKPOINTS) if self.resumes else None
         self.shape, self.notes = batch_shape(config, self.accelerator, before)
         self.notes += check_steps_left(before, loop.max_steps)
+        self._planned = planned_steps(before, config)
         self.notes += never_at_peak(config.optimizer, loop.max_steps)
         self.notes += on_the_example(config.data)
         self._lock: IO[str] | None = None
@@ -102,7 +103,9 @@ class Run(Generic[Config]):
             self.accelerator,
             model,
             optimizer,
-            lambda step: learning_rate(step, config.optimizer, config.loop.max_steps),
+            lambda step: learning_rate(
+                step, config.optimizer, config.loop.max_steps, self._planned
+            ),
             config.optimizer.clip_norm,
             self.shape.accumulation,
         )
@@ -119,7 +122,8 @@ class Run(Generic[Config]):
 
         Args:    facts: what decides the numbers besides the configuration.
         """
-        config = self.config
+        config, planned = self.config, self._planned
+        extended = {} if planned is None else {"loop.max_steps": planned}
         self.state = TrainingState(
             models,
             optimizers,
@@ -127,7 +131,7 @@ class Run(Generic[Config]):
             self.output / CHECKPOINTS,
             config.loop.keep_last,
             config.loop.keep_every,
-            {**deciding_facts(config), "images per step": self.shape.total, **facts},
+            {**deciding_facts(config), **extended, "images per step": self.shape.total, **facts},
             averages or {},
             whole,
             defaults=default_facts(config),
@@ -188,6 +192,25 @@ def check_steps_left(before: dict[str, Any] | None, max_steps: int) -> list[str]
         f"note: all loop.max_steps={max_steps} steps have been made before; nothing is trained, "
         "and the result is written again."
     ] * (done == max_steps)
+
+
+def planned_steps(before: dict[str, Any] | None, config: RunConfig) -> int | None:
+    """Where the rate of a run to go on with was to reach 0, if that is before loop.max_steps.
+
+    Raises:  UserError: it is, and the configuration does not say how the rate goes on.
+    """
+    planned = None if before is None else before["facts"].get("loop.max_steps")
+    optimizer, steps = config.optimizer, config.loop.max_steps
+    if planned is None or planned >= steps or optimizer.decay == "constant":
+        return None
+    if optimizer.extend is None:
+        raise UserError(
+            f"--resume: the learning rate of this run falls to 0 at step {planned}, and "
+            f"loop.max_steps={steps} is more. Say how it goes on: optimizer.extend=restart "
+            "(warm-up and cosine again over the added steps), hold (stay at optimizer.lr) or decay "
+            f"(the cosine of a run of {steps} steps)."
+        )
+    return int(planned)
 
 
 def on_the_example(data: DataConfig) -> list[str]:

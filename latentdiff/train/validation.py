@@ -20,7 +20,7 @@ from latentdiff.images import grid, to_output
 from latentdiff.models.finite import NotFiniteError
 from latentdiff.models.unet import with_extra
 from latentdiff.sampling import Network, SamplingPlan, build_denoiser, sample_latents
-from latentdiff.train.batches import ContextCache, by_bucket
+from latentdiff.train.batches import ContextCache, by_bucket, plainly
 from latentdiff.train.config import TrainConfig
 from latentdiff.train.distributed import is_sharded
 from latentdiff.train.ema import Ema
@@ -128,7 +128,8 @@ class Validator:
             x_0 = self._parts.autoencoder.latents_from_moments(
                 stored.float().to(self._device), random.posterior_eps.to(self._device)
             )
-            states = self._context([data.captions(row)[0] for row in rows]).to(self._device)
+            captions = [plainly(data.captions(row), config.captions) for row in rows]
+            states = self._context(captions).to(self._device)
             weight = None if mask is None else mask.float().to(self._device)
             extra = None if self._extra is None else self._extra(data, rows, numbers)
             model = with_extra(self._model, extra)
@@ -203,4 +204,5 @@ class Validator:
     def _captions(self, count: int) -> Sequence[str]:
         rows = self._latents.held_out or self._latents.train
         chosen = rows[:: max(1, len(rows) // max(1, count))][:count]
-        return [self._latents.data.captions(row)[0] for row in chosen]
+        own, data = self._config.captions, self._latents.data
+        return [plainly(data.captions(row), own) for row in chosen]

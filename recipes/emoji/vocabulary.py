@@ -227,6 +227,15 @@ class WordNet:
         usual = [w for w in dict.fromkeys(found) if zipf_frequency(w, "en") >= 2.6]
         return [w for w in usual if len(w) > 2 and w != name and w not in name.split()]
 
+    def nouns(self) -> list[str]:
+        """All its nouns, in small letters."""
+        return [lemma.replace("_", " ") for lemma in self._senses]
+
+    def is_first_sense(self, name: str, files: tuple[int, ...]) -> bool:
+        """Whether a noun's most usual sense is in one of some files, and it is no proper name."""
+        sense = self._sense(name, files, first=True)
+        return sense is not None and name in self._synset(sense)[0]
+
     def _meant(self, words: list[str], synset: int) -> list[str]:
         return [w for w in words if self._senses[w.replace(" ", "_")][0] == synset]
 

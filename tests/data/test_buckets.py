@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from data_helpers import sample_image
 from PIL import Image
 from test_latent_cache import StubAutoencoder, config_of
 
-from latentdiff.data.encoder import bucket_sizes, nearest
+from latentdiff.data.encoder import Encoder, bucket_sizes, nearest
 from latentdiff.data.images import latent_mask, to_tensor
 from latentdiff.data.latents import LatentCache, build_latent_cache
 from latentdiff.data.online import OnlineLatents
@@ -37,6 +38,27 @@ def test_an_image_goes_to_the_nearest_shape() -> None:
         assert sizes[nearest(sizes, 3 * width, 3 * height)] == (height, width)
     assert sizes[nearest(sizes, 1000, 10)] == sizes[-1]
     assert sizes[nearest(sizes, 10, 1000)] == sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "kept"),
+    [
+        (600, 600, (512, 512)),
+        (300, 200, (192, 256)),  # 1.5 : 1, which 256 and 192 cover most of
+        (130, 500, (256, 128)),  # ratio 2 is the most
+        (40, 30, (64, 64)),
+    ],
+)
+def test_no_image_is_enlarged_unless_none_is_so_small(
+    width: int, height: int, kept: tuple[int, int]
+) -> None:
+    config = DataConfig(path="x", image_size=512, buckets=True, bucket_step=64, no_upscale=True)
+    encoder = Encoder(StubAutoencoder(), config)
+    assert encoder.sizes[encoder.bucket(width, height)] == kept
+    without = Encoder(StubAutoencoder(), dataclasses.replace(config, no_upscale=False))
+    assert set(without.sizes) < set(encoder.sizes)
+    if kept == (512, 512):
+        assert without.sizes[without.bucket(width, height)] == kept
 
 
 def bucketed(folder: Path, **options: object) -> DataConfig:

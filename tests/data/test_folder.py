@@ -20,6 +20,7 @@ import pytest
 from data_helpers import png, sample_image, write_folder
 
 from latentdiff.data import file_tree
+from latentdiff.data.folder import repeats
 from latentdiff.data.images import UnreadableImage
 from latentdiff.data.source import DataConfig, Source, open_source, report_skipped, split
 from latentdiff.errors import UserError
@@ -601,3 +602,63 @@ def test_an_archive_can_be_sent_to_another_process(tmp_path: Path) -> None:
     tree._pid = -1  # as in a worker that was forked
     before = tree._archive
     assert tree.read("a.txt") == b"a cat" and tree._archive is not before
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "expected"),
+    [
+        ({"a.png": None, "a.caption": "one\ntwo"}, {}, {"a.png": ("one", "two")}),
+        ({"a.png": None, "a.png.caption": "one"}, {}, {"a.png": ("one",)}),
+        ({"a.png": None, "a.txt": "text", "a.caption": "other"}, {}, {"a.png": ("text",)}),
+        (
+            {"a.png": None, "a.txt": "one,\n\n two \n"},
+            {"caption_lines": "joined"},
+            {"a.png": ("one, two",)},
+        ),
+        (
+            {"x/red_apple on a_table.png": None, "b.png": None, "b.txt": "not this"},
+            {"caption_from": "filename"},
+            {"x/red_apple on a_table.png": ("red apple on a table",), "b.png": ("b",)},
+        ),
+        (
+            {"10_sks dog/a.png": None, "10_sks dog/b.png": None, "10_sks dog/b.txt": "a dog runs"},
+            {"repeat_folders": True},
+            {"10_sks dog/a.png": ("sks dog",), "10_sks dog/b.png": ("a dog runs",)},
+        ),
+    ],
+)
+def test_captions_as_other_trainers_users_have_them(
+    tmp_path: Path,
+    files: dict[str, str | None],
+    options: dict[str, Any],
+    expected: dict[str, tuple[str, ...]],
+) -> None:
+    for number, (name, text) in enumerate(files.items()):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(number) if text is None else text.encode())
+    assert captions_of(open_folder(tmp_path, **options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("10_sks dog/a.png", (10, "sks dog")),
+        ("all/3_cat/b.png", (3, "cat")),
+        ("0_cat/b.png", (1, "cat")),
+        ("10_x/deeper/a.png", (1, "")),
+        ("10_a.png", (1, "")),
+        ("dog/10_a.png", (1, "")),
+    ],
+)
+def test_how_often_a_folder_is_repeated(name: str, found: tuple[int, str]) -> None:
+    assert repeats(name) == found
+
+
+@pytest.mark.parametrize("named", ["archive", "its folder"])
+def test_metadata_beside_an_archive(tmp_path: Path, named: str) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("x/0.png", png(0))
+    (tmp_path / "metadata.csv").write_text("file_name,text\nx/0.png,a cat")
+    source = open_folder(tmp_path / "images.zip" if named == "archive" else tmp_path)
+    assert captions_of(source) == {"x/0.png": ("a cat",)}
+    assert np.array_equal(np.asarray(source[0].image), np.asarray(sample_image(0)))

@@ -1,5 +1,6 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.objective import (
     ObjectiveConfig,
+    Weighting,
     draw,
     loss_weight,
     per_sample_loss,
@@ -108,6 +110,7 @@ def test_weights_have_their_published_forms() -> None:
         ("eps", "debiased"): snr.rsqrt(),
         ("x0", "soft_min_snr"): 1 / (1 / snr + 1 / 5),
         ("eps", "soft_min_snr"): 5 / (snr + 5),
+        ("x0", "soft_flow"): 1 / ((1 / (snr.sqrt() + 1)).square() + 1 / 5),
         ("v", "none"): torch.ones_like(snr),
     }
     for (prediction, weighting), weight in expected.items():
@@ -115,7 +118,7 @@ def test_weights_have_their_published_forms() -> None:
         torch.testing.assert_close(loss_weight(t, DISCRETE, config), weight, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr", "debiased"])
+@pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr", "soft_flow", "debiased"])
 @pytest.mark.parametrize("schedule", [DISCRETE, FLOW])
 def test_one_guess_has_one_loss_however_it_is_expressed(
     schedule: NoiseSchedule, weighting: str
@@ -182,7 +185,7 @@ def test_half_precision_outputs_are_compared_in_float32() -> None:
 
 def test_zero_terminal_snr_has_finite_weights() -> None:
     schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
-    for weighting in ("min_snr", "soft_min_snr", "debiased", "none"):
+    for weighting in get_args(Weighting):
         for prediction in ("v", "x0", "flow"):
             config = ObjectiveConfig(prediction=prediction, weighting=weighting)
             weight = loss_weight(torch.arange(1000), schedule, config)

@@ -117,7 +117,7 @@ def test_x0_keeps_its_weight_at_the_clean_end_of_flow() -> None:
     schedule = NoiseSchedule(SCHEDULES["flow"])
     from latentdiff.diffusion.objective import loss_weight
 
-    for weighting in ("min_snr", "soft_min_snr"):
+    for weighting in ("min_snr", "soft_min_snr", "soft_flow"):
         config = ObjectiveConfig(prediction="x0", weighting=weighting, min_snr_gamma=3.0)
         at_end, beside = loss_weight(torch.tensor([0.0, 0.01]), schedule, config)
         assert at_end == 3 and beside == pytest.approx(3, rel=1e-6)

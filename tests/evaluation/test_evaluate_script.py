@@ -31,7 +31,7 @@ def test_what_cannot_work_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("latentdiff.data.source.EXAMPLE", Path("gone"))
+    monkeypatch.setattr("latentdiff.cli.evaluate.EXAMPLE", Path("gone"))
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given, "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")

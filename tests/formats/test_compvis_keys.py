@@ -78,6 +78,7 @@ def test_names_and_shapes_are_those_of_the_original_code(version: str) -> None:
         {"mid_block_type": None},
         {"mid_block_type": "UNetMidBlock2D"},
         {"time_embedding_type": "fourier"},
+        {"addition_embed_type": "text", "addition_embed_type_num_heads": 3},
         {"transformer_layers_per_block": 2, "use_linear_projection": True},
         {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2},
         {

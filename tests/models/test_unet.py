@@ -28,18 +28,34 @@ def unet() -> UNet:
     return UNet(UNetConfig(**UNET)).eval()
 
 
-def test_projected_context_gives_the_same_bits(unet: UNet) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"addition_embed_type": "text", "addition_embed_type_num_heads": 3},
+        {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        | {"mid_block_type": None, "addition_embed_type": "text"}
+        | {"addition_embed_type_num_heads": 8},
+    ],
+    ids=["attention", "and pooled", "pooled alone"],
+)
+def test_projected_context_gives_the_same_bits(changes: dict[str, Any]) -> None:
+    unet = UNet(UNetConfig(**UNET | changes)).eval()
     with torch.no_grad():
         expected = unet(X, T, CONTEXT)
         kv = unet.project_context(CONTEXT)
         assert torch.equal(unet(X, T, kv=kv), expected)
         assert torch.equal(unet(X, T, None, kv=kv), expected)
+        assert not torch.equal(unet(X, T, CONTEXT.flip(0)), expected)
+    with pytest.raises(UserError, match="same batch size; got 1 and 2"):
+        unet(X[:1], T[:1], kv=kv)
 
 
-def test_projected_context_is_not_projected_again(unet: UNet) -> None:
+def test_projected_context_is_not_projected_again() -> None:
     calls = []
-    names = ("to_k", "to_v")
-    layers = [m for n, m in unet.named_modules() if "attn2" in n and n.endswith(names)]
+    pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": 3}
+    unet, names = UNet(UNetConfig(**UNET | pooled)), ("attn2.to_k", "attn2.to_v", "pool.q_proj")
+    layers = [m for n, m in unet.named_modules() if n.endswith(names)]
     hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
     kv = unet.project_context(CONTEXT)
     assert len(calls) == len(layers) > 0
@@ -138,7 +154,7 @@ def test_sinusoidal_features_closed_form() -> None:
         ("class_embed_type", "timestep"),
         ("addition_embed_type", "text_time"),
         ("only_cross_attention", True),
-        ("resnet_time_scale_shift", "scale_shift"),
+        ("resnet_time_scale_shift", "ada_group"),
         ("time_cond_proj_dim", 256),
         ("encoder_hid_dim_type", "image_proj"),
         ("a_new_field", 3),
@@ -164,6 +180,10 @@ def test_unsupported_fields_are_refused_by_name(field: str, value: Any) -> None:
         ),
         ({"norm_num_groups": 7}, "multiple of norm_num_groups"),
         ({"attention_head_dim": 5}, "multiple of attention_head_dim"),
+        (
+            {"addition_embed_type": "text"},
+            r"multiple of addition_embed_type_num_heads \(64\); got 24",
+        ),
     ],
 )
 def test_inconsistent_configurations(changes: dict[str, Any], message: str) -> None:

@@ -41,6 +41,8 @@ SMALL = {
     "SD 2 kind": {"use_linear_projection": True, "upcast_attention": True},
     "no attention in the middle": {"mid_block_type": "UNetMidBlock2D"},
     "no middle": {"mid_block_type": None},
+    "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
+    "pooled text": {"addition_embed_type": "text", "addition_embed_type_num_heads": 3},
     "odd time": {"time_embedding_dim": 24, "freq_shift": 1, "norm_eps": 1e-6},
 }
 

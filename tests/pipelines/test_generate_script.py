@@ -195,3 +195,25 @@ def test_lora_option(
         with pytest.raises(SystemExit) as end:
             call(script, monkeypatch, *fast, str(tmp_path / "x.png"), "--lora", given)
         assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_styles_and_wildcards(
+    script: ModuleType,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "styles.csv").write_text("name,prompt,negative_prompt\nink,{prompt} ink,dog\n")
+    (tmp_path / "w.txt").write_text("cat\n")
+    fast = ("--model", model, "--steps", "2", "--seed", "3", "--quiet", "--output")
+    call(script, monkeypatch, "a __w__", *fast, "a.png", "--style", "ink", "--wildcards", ".")
+    assert "'a cat ink': " in capsys.readouterr().err
+    call(script, monkeypatch, "a cat ink", *fast, "b.png", "--negative", "dog")
+    assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
+    call(script, monkeypatch, "a cat ink", *fast, "c.png")
+    assert Image.open("a.png").tobytes() != Image.open("c.png").tobytes()
+    with pytest.raises(SystemExit) as end:
+        call(script, monkeypatch, "a", *fast, "d.png", "--style", "inc")
+    assert end.value.code == 2 and "Did you mean 'ink'?" in capsys.readouterr().err

@@ -25,6 +25,17 @@ CASES: dict[str, dict[str, Any]] = {
         "timestep_spacing": "trailing",
     },
     "x0, ends clean": {"prediction_type": "sample", "set_alpha_to_one": True},
+    "x0, zero terminal SNR, text in the time embedding": {
+        "prediction_type": "sample",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+    },
+}
+TEXT_IN_TIME = {
+    "resnet_time_scale_shift": "scale_shift",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 3,
 }
 
 
@@ -76,7 +87,8 @@ def assert_same_images(
 
 @pytest.mark.parametrize("case", CASES)
 def test_theirs_opens_in_ours_and_ours_in_theirs(case: str, tmp_path: Path) -> None:
-    theirs = make_pipeline(scheduler=ddim(**CASES[case]))
+    unet = TEXT_IN_TIME if "text in" in case else {}
+    theirs = make_pipeline(scheduler=ddim(**CASES[case]), **unet)
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = LatentDiffusionPipeline.from_pretrained(tmp_path / "theirs")

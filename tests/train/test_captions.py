@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from latentdiff.train.batches import CaptionConfig, say
+from latentdiff.train.batches import CaptionConfig, plainly, say
 
 TAGS = "cat, red hair, smile, blue sky"
 
@@ -36,6 +36,12 @@ def test_choice_among_captions_goes_with_it() -> None:
     config = CaptionConfig(shuffle_tags=True)
     said = {frozenset(say(("a, b", "c, d"), 0, n, config).split(", ")) for n in range(40)}
     assert said == {frozenset("ab"), frozenset("cd")}
+
+
+def test_prefix_and_suffix_stay_whatever_is_shuffled() -> None:
+    config = CaptionConfig(shuffle_tags=True, tag_dropout=1.0, prefix="sks style, ", suffix=" .")
+    assert say((TAGS,), 0, 3, config) == f"sks style, {TAGS.split(', ')[0]} ."
+    assert plainly((TAGS, "x"), config) == f"sks style, {TAGS} ."
 
 
 def test_out_of_range() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from latentdiff.finetune.lora import Lora
 from latentdiff.train.config import TrainConfig
 from latentdiff.train.latent_run import closing_message
 from latentdiff.train.optimizer import OptimizerConfig, learning_rate, never_at_peak
-from latentdiff.train.run import check_steps_left
+from latentdiff.train.run import check_steps_left, planned_steps
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "it's", "$HOME (1)"])
@@ -36,6 +37,18 @@ def test_a_run_with_no_steps_left_says_so() -> None:
     assert "all loop.max_steps=5 steps have been made" in check_steps_left({"step": 5}, 5)[0]
     with pytest.raises(UserError, match=r"has made 6 steps, and loop\.max_steps=5 is less"):
         check_steps_left({"step": 6}, 5)
+
+
+def test_a_longer_run_must_say_how_its_rate_goes_on() -> None:
+    def planned(steps: int, **optimizer: Any) -> int | None:
+        config = load_config(TrainConfig, None, [f"loop.max_steps={steps}"])
+        config = replace(config, optimizer=OptimizerConfig(decay="cosine", **optimizer))
+        return planned_steps({"facts": {"loop.max_steps": 5}}, config)
+
+    assert planned(5) is planned(4) is None
+    assert planned(9, extend="hold") == 5
+    with pytest.raises(UserError, match=r"0 at step 5.*extend=restart .*, hold .* or decay"):
+        planned(9)
 
 
 def test_a_run_within_its_warm_up_says_what_rate_it_ends_at() -> None:

@@ -1,4 +1,6 @@
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,19 @@ def test_the_whole_cosine_starts_with_the_first_step() -> None:
     for step in (0, 4, 9, 10, 50, 99):
         warm, cosine = min(1, (step + 1) / 10), math.cos(math.pi * step / 100)
         assert learning_rate(step, config, 100) == 2.0 * warm * 0.5 * (1 + cosine)
+
+
+def test_an_extended_rate() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=2, decay="cosine")
+
+    def rates(extend: Any, planned: int | None = 10, last: int = 30) -> list[float]:
+        own = dataclasses.replace(config, extend=extend)
+        return [learning_rate(step, own, last, planned) for step in range(last)]
+
+    before = rates(None, None, 10)
+    assert rates("restart") == before + rates(None, None, 20)
+    assert rates("hold") == before + [1.0] * 20
+    assert rates("decay") == rates(None, None, 30)
 
 
 def test_biases_and_norms_do_not_decay() -> None:

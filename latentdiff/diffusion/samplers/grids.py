@@ -47,6 +47,11 @@ def get_spacing(name: str) -> str:
     return wanted
 
 
+def usual_spacing(schedule: NoiseSchedule) -> str:
+    """The spacing that suits a schedule."""
+    return "trailing" if schedule.ends_in_pure_noise else "leading"
+
+
 def timestep_grid(
     schedule: NoiseSchedule,
     n: int,
@@ -74,9 +79,7 @@ def timestep_grid(
     Source:  Lin et al. 2024, Table 2, arXiv:2305.08891.
     """
     total = schedule.num_train_timesteps
-    if spacing is None:
-        spacing = "trailing" if schedule.ends_in_pure_noise else "leading"
-    spacing = get_spacing(spacing)
+    spacing = get_spacing(spacing or usual_spacing(schedule))
     most = _most_steps(total, spacing, style)
     if not 1 <= n <= most:
         raise UserError(

@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 
 def config_parser(
-    cls: type, description: str | None, default: Path | None = None
+    cls: type,
+    description: str | None,
+    default: Path | None = None,
+    program: str | None = None,
 ) -> argparse.ArgumentParser:
     """A parser of `[--config FILE] [section.key=value …]`; for `parse_intermixed_args`.
 
@@ -21,8 +24,10 @@ def config_parser(
         cls: the configuration's dataclass.
         description: the script's docstring, shown by --help above the list of all keys.
         default: the file used when none is given; None: the defaults of the dataclass.
+        program: its name in the help; None: the script's.
     """
     parser = argparse.ArgumentParser(
+        program,
         description=description,
         epilog="configuration keys (given as key=value):\n\n" + describe(cls),
         formatter_class=argparse.RawDescriptionHelpFormatter,

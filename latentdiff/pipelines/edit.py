@@ -1,0 +1,295 @@
+"""Tasks that begin from an image: painting it anew, in part or beyond its edges; and from image to
+image.
+
+Each is a `Task` of the one core. An image of any size is padded to the autoencoder's multiple by
+repeating its edges, and cropped back.
+
+Source: image to image: Meng et al. 2022, arXiv:2108.01073. For inpainting see
+        `diffusion.guidance.inpaint`; a U-Net with mask channels is given them as Stable Diffusion's
+        (Rombach et al. 2022, section 4.5, arXiv:2112.10752).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Unpack
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentdiff.diffusion.guidance.inpaint import inpaint as keep_known
+from latentdiff.diffusion.noise import batch_noise
+from latentdiff.diffusion.prediction import Denoiser
+from latentdiff.errors import UserError, warn
+from latentdiff.models.finite import check_finite
+from latentdiff.pipelines.inputs import (
+    check_pixels,
+    check_share,
+    check_whole,
+    for_each,
+    prompt_list,
+)
+from latentdiff.pipelines.masks import composite, crop_box, in_latents, padded, widened
+from latentdiff.pipelines.pictures import PictureInput, Pictures, read_masks, read_pictures
+from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task, run_task
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+
+#: The widest blur of a mask, in pixels; the time grows with it.
+MAX_BLUR = 256
+
+
+def image_to_image(
+    pipeline: LatentDiffusionPipeline,
+    prompt: str | Sequence[str],
+    image: PictureInput,
+    strength: float = 0.8,
+    **options: Unpack[SamplingOptions],
+) -> PipelineOutput:
+    """Draw images anew from their noised selves.
+
+    Args:    image: one, or one for each prompt, all of one size; see `read_pictures`. The network
+             sees transparency as white; the result has it where the image had it.
+             strength: 0 gives the image itself, without a step; 1 begins from pure noise, so that
+             nothing of the image is left; between them that share of the steps is run.
+    Returns: images of the size given; `.steps` says how many steps were run.
+    """
+    check_share("strength", strength)
+    pictures = read_pictures(image)
+    canvas = padded(pictures.rgb, pipeline.autoencoder.downscale)
+    latents = _Latents(pipeline, canvas)
+    height, width = pictures.size
+
+    def finish(images: Tensor, batch: Batch) -> Tensor:
+        given = pictures.given[_own(batch, len(pictures))].to(images.device)
+        if strength == 0:
+            return given
+        return torch.cat([images[..., :height, :width], given[:, 3:]], dim=1)
+
+    task = Task(_size(canvas), start=latents.of, strength=strength, finish=finish)
+    return run_task(pipeline, _prompts(prompt, pictures), task, **options)
+
+
+def inpaint(
+    pipeline: LatentDiffusionPipeline,
+    prompt: str | Sequence[str],
+    image: PictureInput,
+    mask_image: PictureInput | None = None,
+    strength: float = 1.0,
+    *,
+    mask_blur: int = 0,
+    padding_mask_crop: int | None = None,
+    **options: Unpack[SamplingOptions],
+) -> PipelineOutput:
+    """Paint a part of images anew; every pixel of the rest stays as it is, to the bit.
+
+    Args:    image: see `image_to_image`.
+             mask_image: white where to paint, black where to keep, grey: the share of what is
+             painted; one, or one for each image; see `read_masks`. None: the images' transparency,
+             which is then filled.
+             strength: 1 paints from pure noise, less keeps more of what was there; 0 gives the
+             image itself.
+             mask_blur: in pixels; the mask is first widened by it, see `widened`, so that what
+             was masked is painted in full, and nothing changes from twice that distance on.
+             padding_mask_crop: work on the masked area alone, with so many pixels around it,
+             enlarged or reduced to the size of the model's training; None: on the whole image.
+    """
+    check_share("strength", strength)
+    check_whole(MAX_BLUR, mask_blur=mask_blur)
+    if padding_mask_crop is not None:
+        check_whole(padding_mask_crop=padding_mask_crop)
+    pictures = read_pictures(image)
+    if mask_image is not None:
+        mask = read_masks(mask_image, pictures.size, len(pictures))
+    else:
+        mask, pictures = pictures.clear, Pictures(pictures.given[:, :3])
+        if not mask.flatten(1).any(1).all():
+            raise UserError(
+                "inpaint needs mask_image, white where to paint, or an image with transparent "
+                "parts; this one is opaque."
+            )
+    if (mask == 1).all():
+        warn("the mask is white everywhere, so nothing of the image is kept.")
+    return _paint(pipeline, prompt, pictures, mask, strength, mask_blur, padding_mask_crop, options)
+
+
+def outpaint(
+    pipeline: LatentDiffusionPipeline,
+    prompt: str | Sequence[str],
+    image: PictureInput,
+    strength: float = 1.0,
+    *,
+    left: int = 0,
+    right: int = 0,
+    top: int = 0,
+    bottom: int = 0,
+    mask_blur: int = 0,
+    **options: Unpack[SamplingOptions],
+) -> PipelineOutput:
+    """Paint beyond the edges of images, and where they are transparent.
+
+    Args:    left, right, top, bottom: how many pixels to add there.
+             image, strength, mask_blur: see `inpaint`; below strength 1 the edges' colours,
+             repeated outwards, are what is begun from. Blur goes into the image.
+    """
+    sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+    check_share("strength", strength)
+    check_whole(**sides)
+    check_whole(MAX_BLUR, mask_blur=mask_blur)
+    if not any(sides.values()):
+        raise UserError("outpaint needs at least one of left, right, top, bottom above 0.")
+    pictures = read_pictures(image)
+    height, width = pictures.size
+    check_pixels(height + top + bottom, width + left + right, "the size with what is added")
+    margins = (left, right, top, bottom)
+    mask = F.pad(pictures.clear, margins, value=1.0)
+    larger = Pictures(F.pad(pictures.given[:, :3], margins, mode="replicate"))
+    return _paint(pipeline, prompt, larger, mask, strength, mask_blur, None, options)
+
+
+def variations(
+    pipeline: LatentDiffusionPipeline,
+    image: PictureInput,
+    prompt: str | Sequence[str] = "",
+    strength: float = 0.7,
+    **options: Unpack[SamplingOptions],
+) -> PipelineOutput:
+    """Images like the given ones: `image_to_image` without a prompt, four of each by default."""
+    several: SamplingOptions = {"num_images_per_prompt": 4, **options}
+    return image_to_image(pipeline, prompt, image, strength, **several)
+
+
+def _paint(
+    pipeline: LatentDiffusionPipeline,
+    prompt: str | Sequence[str],
+    pictures: Pictures,
+    mask: Tensor,
+    strength: float,
+    blur: int,
+    padding: int | None,
+    options: SamplingOptions,
+) -> PipelineOutput:
+    """Paint where the mask is above 0, and put it over the pictures with the mask widened."""
+    soft = widened(mask, blur)
+    region = Region.of(soft, padding, pipeline.default_size)
+    down = pipeline.autoencoder.downscale
+    canvas = padded(region.cut(pictures.rgb, "bicubic").clamp(-1, 1), down)
+    paint = (padded(region.cut(mask, "area"), down) > 0).float()
+    known = _Latents(pipeline, canvas)
+
+    def here(batch: Batch) -> Tensor:
+        return in_latents(paint[_own(batch, len(paint))], down).to(pipeline.device)
+
+    def wrap(denoiser: Denoiser, batch: Batch) -> Denoiser:
+        own = known.of(batch)
+        noise = batch_noise(batch.seeds, own.shape[1:]).to(own.device)
+        return keep_known(denoiser, pipeline.schedule, own, here(batch), noise)
+
+    def settle(latents: Tensor, batch: Batch) -> Tensor:
+        """Without the noise of a sampler that ends above the clean image."""
+        return torch.where(here(batch) > 0, latents, known.of(batch))
+
+    emptied = _Latents(pipeline, canvas * (1 - paint))
+
+    def extra(batch: Batch) -> Tensor:
+        own = emptied.of(batch)
+        nearest = F.interpolate(paint[_own(batch, len(paint))], size=own.shape[-2:])
+        return torch.cat([nearest.to(own.device), own], dim=1)
+
+    def finish(images: Tensor, batch: Batch) -> Tensor:
+        own = _own(batch, len(pictures))
+        given = Pictures(pictures.given[own].to(images.device))
+        if strength == 0:
+            return given.given
+        return composite(region.put(images, given.rgb), given, soft[own].to(images.device))
+
+    task = Task(_size(canvas), start=known.of, strength=strength, finish=finish)
+    if pipeline.unet.config.inpaints:
+        task = replace(task, extra=extra)
+    else:
+        task = replace(task, wrap=wrap, settle=settle)
+    return run_task(pipeline, _prompts(prompt, pictures), task, **options)
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of an image that is worked on, at a size of its own."""
+
+    box: tuple[int, int, int, int]
+    """Top, left, bottom, right in the image."""
+    size: tuple[int, int]
+    """(height, width) that it is worked on at."""
+
+    @classmethod
+    def of(cls, mask: Tensor, padding: int | None, shape: tuple[int, int]) -> Region:
+        """The whole image; or the masked area with a padding, at about the size `shape`."""
+        if padding is None:
+            height, width = mask.shape[-2:]
+            return cls((0, 0, height, width), (height, width))
+        box = top, left, bottom, right = crop_box(mask, padding, shape)
+        height, width = bottom - top, right - left
+        scale = min(shape[0] / height, shape[1] / width)
+        return cls(box, (max(1, round(height * scale)), max(1, round(width * scale))))
+
+    def cut(self, images: Tensor, mode: str) -> Tensor:
+        """This part of images (N, C, H, W) at the size that is worked on."""
+        top, left, bottom, right = self.box
+        return _resized(images[..., top:bottom, left:right], self.size, mode)
+
+    def put(self, painted: Tensor, images: Tensor) -> Tensor:
+        """Images with this part from the upper left of `painted`."""
+        top, left, bottom, right = self.box
+        part = painted[..., : self.size[0], : self.size[1]]
+        part = _resized(part, (bottom - top, right - left), "bicubic").clamp(-1, 1)
+        whole = images.clone()
+        whole[..., top:bottom, left:right] = part
+        return whole
+
+
+def _resized(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    if images.shape[-2:] == size:
+        return images
+    smooth = {"antialias": True} if mode == "bicubic" else {}
+    return F.interpolate(images, size=size, mode=mode, **smooth)
+
+
+class _Latents:
+    """The latents of images, each encoded once and alone: the batch does not change them."""
+
+    def __init__(self, pipeline: LatentDiffusionPipeline, images: Tensor) -> None:
+        self._count = len(images)
+
+        @cache
+        def encoded(k: int) -> Tensor:
+            vae = pipeline.autoencoder
+            latents = vae.encode(images[k : k + 1].to(pipeline.device))
+            check_finite(latents, "the image's latents", "the autoencoder's encoder", vae.module)
+            return latents
+
+        self._encoded = encoded
+
+    def of(self, batch: Batch) -> Tensor:
+        """(B, C, h, w) of each image of a pass."""
+        return torch.cat([self._encoded(k) for k in _own(batch, self._count)])
+
+
+def _own(batch: Batch, count: int) -> list[int]:
+    """Which of the given images belongs to each of a pass: the one there is, or its prompt's."""
+    return [prompt % count for prompt in batch.prompts]
+
+
+def _prompts(prompt: str | Sequence[str], pictures: Pictures) -> list[str]:
+    """One prompt for each image, or several for one image."""
+    prompts = prompt_list(prompt, "prompt")
+    if len(pictures) == 1:
+        return prompts
+    return for_each(prompts, len(pictures), "prompt", "text", "images")
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    height, width = images.shape[-2:]
+    return height, width
