@@ -14,14 +14,17 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("latentdiff") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latentdiff.errors import UserError, command
 from latentdiff.files import atomic_file
-from latentdiff.images import check_image_file, check_place, save_image
+from latentdiff.images import check_image_file, check_place
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.task import PipelineOutput
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,8 +46,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
-    """The row of images, x_T, and the round trip's PSNR against the autoencoder's own in dB."""
+def run(args: argparse.Namespace) -> tuple[list[Any], list[Any], Any, float]:
+    """The row of images, the settings of those that were drawn, x_T, and the round trip's PSNR
+    against the autoencoder's own in dB."""
     import torch
 
     from latentdiff.data.images import UnreadableImage, open_image
@@ -67,7 +71,7 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
         iterations=args.iterations,
     )
 
-    def draw(prompt: str, guidance: float) -> torch.Tensor:
+    def draw(prompt: str, guidance: float) -> PipelineOutput:
         return pipeline(
             prompt,
             latents=found.latents,
@@ -76,15 +80,17 @@ def run(args: argparse.Namespace) -> tuple[list[Any], Any, float]:
             guidance_scale=guidance,
             output_type="pt",
             progress=False,
-        ).images.cpu()
+        )
 
     with torch.no_grad():
         kept = pipeline.autoencoder.decode(found.image_latents.to(pipeline.device))
     kept = to_output(kept, "pt").cpu()
     back = draw(args.prompt, args.guidance)
-    edits = [draw(text, args.edit_guidance) for text in args.edit]
+    drawn = [back, *(draw(text, args.edit_guidance) for text in args.edit)]
     given = image_tensors(image, pipeline.default_size) / 2 + 0.5
-    return to_pil(torch.cat([given, kept, back, *edits])), found.latents, float(psnr(back, kept))
+    images = to_pil(torch.cat([given, kept, *(one.images.cpu() for one in drawn)]))
+    settings = [one.settings[0] for one in drawn]
+    return images, settings, found.latents, float(psnr(back.images.cpu(), kept))
 
 
 def write_noise(file: Path, noise: Any) -> None:
@@ -105,10 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_image_file(args.output, "--output")
     if args.noise is not None:
         check_place(args.noise, "--noise")
-    images, noise, decibels = run(args)
+    images, settings, noise, decibels = run(args)
     from latentdiff.images import grid
+    from latentdiff.pipelines.metadata import of_grid, write
 
-    written = save_image(grid(images, len(images)), args.output)
+    columns = len(images)
+    written = write(grid(images, columns), args.output, of_grid(settings, columns))
     if args.noise is not None:
         write_noise(args.noise, noise)
     print(f"round trip against the autoencoder's own image: {decibels:.1f} dB")

@@ -10,9 +10,13 @@ from latentdiff.errors import command
 #: word → (module, what it is for).
 COMMANDS = {
     "generate": ("latentdiff.cli.generate", "generate images from prompts"),
+    "edit": ("latentdiff.cli.edit", "paint into images, beyond them, between them"),
     "train": ("latentdiff.train.__main__", "train a U-Net, or fine-tune a model"),
     "evaluate": ("latentdiff.cli.evaluate", "measure a model beside captioned images"),
-    "inspect": ("latentdiff.cli.inspect", "say what a file or folder of weights is"),
+    "inspect": (
+        "latentdiff.cli.inspect",
+        "say what a file of weights is, or how an image was made",
+    ),
     "convert": ("latentdiff.cli.convert", "turn a model into a folder or a single file"),
     "doctor": ("latentdiff.cli.doctor", "look a data set over before training on it"),
 }

@@ -75,11 +75,63 @@ def grid(
     return canvas
 
 
+def contact_sheet(files: Sequence[Path], columns: int | None = None, most: int = 128) -> Image:
+    """One image of the images of files, none of them enlarged.
+
+    Args:    columns: as `grid` has it.  most: the longer side of each, in pixels.
+    """
+    from PIL import Image
+
+    small: list[Image.Image] = []
+    for file in files:
+        with Image.open(file) as opened:
+            opened.thumbnail((most, most))
+            small.append(opened.convert("RGB"))
+    side = max(max(image.size) for image in small)
+    cells = [Image.new("RGB", (side, side), "white") for _ in small]
+    for cell, image in zip(cells, small, strict=True):
+        cell.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return grid(cells, columns)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether all of an image's pixels can be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return True
+    except Exception:  # decoders fed with broken data raise nearly anything
+        return False
+
+
 def numbered(file: Path, count: int) -> list[Path]:
     """The file itself, or cat-000.png, cat-001.png … for several."""
     if count == 1:
         return [file]
     return [file.with_name(f"{file.stem}-{k:03d}{file.suffix}") for k in range(count)]
+
+
+def save_animation(images: Sequence[Image], file: Path, seconds: float = 0.1) -> Path:
+    """Write images as the frames of an endless GIF, all at once.
+
+    Args:    seconds: that each is shown.
+    Raises:  UserError: it cannot be written.
+    """
+    try:
+        with atomic_file(file) as new:
+            images[0].save(
+                new,
+                "GIF",
+                save_all=True,
+                append_images=images[1:],
+                duration=round(1000 * seconds),
+                loop=0,
+            )
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror or error}).") from error
+    return file
 
 
 def check_image_file(file: Path, option: str) -> None:

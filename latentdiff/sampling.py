@@ -10,7 +10,7 @@ the estimate wraps one denoiser in another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +46,8 @@ class Network:
     """Whether a 16-bit answer is turned to x_t's type before it is guided, or after."""
     extra: Tensor | None = None
     """(B, E, h, w), what the U-Net takes in channels after those of x_t."""
+    device: torch.device | None = None
+    """Where it computes; None: where its weights are."""
 
     def on_context(self, context: Tensor) -> Predict:
         """(x_t, t) → prediction, given a context (B, tokens, width)."""
@@ -135,48 +137,57 @@ def _on_both(network: Network, context: Tensor, negative: Tensor, scale: Scale) 
     return predict
 
 
-def sample_latents(
-    network: Network,
-    denoiser: Denoiser,
-    x_T: Tensor,
-    seeds: Sequence[int],
-    plan: SamplingPlan,
-    on_step: Callable[[], Any] = lambda: None,
-) -> Tensor:
-    """Latents x_0 from the noise x_T.
+def sampled_states(
+    network: Network, denoiser: Denoiser, x_T: Tensor, seeds: Sequence[int], plan: SamplingPlan
+) -> Iterator[SamplerState]:
+    """The sampler's states, from the noise x_T to the latents x_0.
 
     Args:    network: whose denoiser it is.  x_T: (B, C, h, w).
              seeds: one per image, of the noise that a stochastic sampler adds.
-             on_step: called after each step.
-    Returns: (B, C, h, w) float32 where the network is.
-    Raises:  UserError: sampler or options unknown.  NotFiniteError: see `last_latents`.
+    Returns: their x_t is (B, C, h, w) float32 where the network is; the next step goes on from it,
+             whatever was written into it.
+    Raises:  UserError: sampler or options unknown.
     """
-    device = next(network.unet.parameters()).device
+    device = network.device or next(network.unet.parameters()).device
     noise, x_T = step_noise(seeds, x_T.shape[1:], device), x_T.to(device, torch.float32)
     schedule, timesteps = network.schedule, plan.timesteps
-    states = run(plan.sampler, denoiser, x_T, schedule, timesteps, noise, **plan.options)
-    return last_latents(network, x_T, states, on_step)
+    return run(plan.sampler, denoiser, x_T, schedule, timesteps, noise, **plan.options)
 
 
-def last_latents(
-    network: Network,
-    x: Tensor,
-    states: Iterable[SamplerState],
-    on_step: Callable[[], Any] = lambda: None,
-) -> Tensor:
-    """Where the steps of a sampler or an inversion lead from x.
+def finite_states(network: Network, states: Iterable[SamplerState]) -> Iterator[SamplerState]:
+    """The states of a sampler or an inversion, looked at when all are through.
 
     Raises:  NotFiniteError: NaN or infinity, with the first step that has it.
     """
     visited, finite = list[float](), list[Tensor]()
     for state in states:
-        x = state.x_t
         visited.append(state.t)
-        finite.append(x.isfinite().all())  # stays on the device: no step waits for it
-        on_step()
+        finite.append(state.x_t.isfinite().all())  # stays on the device: no step waits for it
+        yield state
     steps = torch.stack(finite).tolist() if finite else []
     if False in steps:
         first = steps.index(False)
         where = f"step {first + 1} of {len(steps)} (timestep {visited[first]:g})"
         raise not_finite(f"the latents after {where}", "the U-Net", network.unet)
+
+
+def last_latents(network: Network, x: Tensor, states: Iterable[SamplerState]) -> Tensor:
+    """Where the steps of a sampler or an inversion lead from x.
+
+    Raises:  NotFiniteError: see `finite_states`.
+    """
+    for state in finite_states(network, states):
+        x = state.x_t
     return x
+
+
+def sample_latents(
+    network: Network, denoiser: Denoiser, x_T: Tensor, seeds: Sequence[int], plan: SamplingPlan
+) -> Tensor:
+    """Latents x_0 (B, C, h, w), float32 where the network is, from the noise x_T.
+
+    Args:    see `sampled_states`.
+    Raises:  UserError: sampler or options unknown.  NotFiniteError: see `finite_states`.
+    """
+    states = sampled_states(network, denoiser, x_T, seeds, plan)
+    return last_latents(network, x_T, states)

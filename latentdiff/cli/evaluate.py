@@ -1,12 +1,14 @@
 """Measure a model beside captioned images: figures on the screen, as JSON and as a page.
 
-    latentdiff evaluate [MODEL] [--reference FOLDER] [--output runs/evaluation]
+    latentdiff evaluate [MODEL] [--reference FOLDER] [--asks FILE] [--output runs/evaluation]
     latentdiff evaluate [MODEL] --likelihood [--output runs/likelihood]
 
 MODEL is a model folder or a Hugging Face id; the default is the embedded model. The prompts are the
 first captions of the reference's images, examples/twemoji by default; which are taken and the seeds
 are fixed, so two models are asked for the same images. Needs the `eval` extra and
 `pip install --no-deps stlpips-pytorch==0.0.2`.
+
+A file of --asks has prompts of its own and what their images must show: see evaluation/asks.py.
 
 With --likelihood nothing is generated: the evidence lower bound of the reference's images in bits
 per latent dimension, and a plot of the loss over the timesteps.
@@ -36,6 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("model", nargs="?", help="folder or Hugging Face id; default: the embedded model")
     add("--output", "-o", type=Path, default=Path("runs/evaluation"), help="default: %(default)s")
     add("--reference", metavar="DATASET", help="folder, .zip or .parquet of captioned images")
+    add("--asks", type=Path, metavar="FILE", help="prompts with what their images must show")
     add("--concepts", type=int, default=300, metavar="N", help="at most; default: %(default)s")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     add("--guidance", type=float, help="default: the pipeline's")
@@ -100,6 +103,7 @@ def reference_of(args: argparse.Namespace, count: int, pipeline: Any) -> Any:
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Return the figures and the images."""
     from latentdiff.embedded import EMBEDDED_MODEL, named
+    from latentdiff.evaluation.asks import measure_asks, read_asks
     from latentdiff.evaluation.metrics import Generator
     from latentdiff.evaluation.run import device_words, measure, open_score, rounded
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -115,7 +119,10 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         print(f"… {text}", file=sys.stderr, flush=True)
 
     score = open_score(Path(named(args.model or EMBEDDED_MODEL)))
+    asks = None if args.asks is None else read_asks(args.asks, reference)
     result = measure(pipeline, generator, reference, score, say)
+    if asks is not None:
+        result |= measure_asks(asks, args.asks.parent, reference, generator, say)
     facts = {
         "model": str(args.model or "embedded"),
         "reference": str(args.reference or EXAMPLE.name),

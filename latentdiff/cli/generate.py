@@ -3,25 +3,31 @@
     latentdiff generate "a cat painting" --output cat.png
     latentdiff generate "a red apple" "a blue fish" --num-images 4 --output grid.png
 
-Several images go into one grid, or with --separate into numbered files beside --output.
+Several images go into one grid, or with --separate into numbered files beside --output. The files
+say how they were made; --replay makes such a file's image, or grid, again. --prompts makes many
+images, each in a file of its own; started again, only those that are missing:
+
+    latentdiff generate --replay cat.png --output again.png
+    latentdiff generate --prompts prompts.csv --output many/cat.png
+    accelerate launch inference/generate.py --prompts prompts.csv --output many/cat.png
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import UserError, command
-from latentdiff.images import check_image_file, save_image
+from latentdiff.errors import UserError, command, warn
+from latentdiff.images import check_image_file
 from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.styles import read_styles, styled
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+    from latentdiff.pipelines.task import PipelineOutput
 
 #: Without importing them: --help is instant. A test compares this with SAMPLERS.
 SAMPLER_NAMES = (
@@ -37,7 +43,36 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "latentdiff generate", description=__doc__, formatter_class=form
     )
     add = parser.add_argument
-    add("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw")
+    add(
+        "--prompts",
+        type=Path,
+        dest="prompt_file",
+        metavar="FILE",
+        help="a .txt, .jsonl or .csv file of prompts, each with settings of its own",
+    )
+    add("--batch-size", type=int, metavar="N", help="with --prompts: at once; default: 16")
+    add("--contact-sheet", type=Path, metavar="FILE", help="with --prompts: all images, small")
+    add(
+        "--replay",
+        type=Path,
+        metavar="IMAGE",
+        help="make a file's image again; other options replace what the file says",
+    )
+    add_options(parser)
+    add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
+    args = parser.parse_args(argv)
+    if bool(args.prompt_file) == bool(args.prompts or args.replay):
+        parser.error("give a PROMPT, or a file with --prompts, or an image with --replay")
+    for option in ("batch_size", "contact_sheet"):
+        if getattr(args, option) is not None and not args.prompt_file:
+            parser.error(f"--{option.replace('_', '-')} belongs to --prompts")
+    return args
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every task has."""
+    add = parser.add_argument
     add("--output", "-o", type=Path, default=Path("image.png"), help="default: %(default)s")
     add("--model", help="folder, single file or Hugging Face id; default: the embedded model")
     add("--revision", help="branch, tag or commit on the hub")
@@ -58,7 +93,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--long", action="store_true", help="take prompts of any length, which are cut otherwise"
     )
     syntax("--weighted", action="store_true", help="any length, with (red:1.3), [red] and BREAK")
-    add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
+    add("--steps", type=int, help="sampling steps; default: 25")
     add("--guidance", help="up to 1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
     add("--guidance-interval", metavar="LOW,HIGH", help="guide only at these timesteps")
     add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLER_NAMES)}; default: the model's")
@@ -69,8 +104,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="the timesteps themselves, decreasing, in place of --steps",
     )
     add("--seed", type=int, help="seed of the first image; default: random, printed")
-    add("--num-images", type=int, default=1, metavar="N", help="per prompt; default: %(default)s")
-    add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
+    add("--num-images", type=int, metavar="N", help="per prompt; default: 1")
     add(
         "--columns",
         type=int,
@@ -79,20 +113,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--separate", action="store_true", help="numbered files instead of a grid")
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     add("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args(argv)
 
 
-def image_size(text: str | None) -> tuple[int | None, int | None]:
+def image_size(text: str | None, option: str = "--size") -> tuple[int | None, int | None]:
     """(height, width) from "64" or "64x128". Raises: UserError: anything else, or too many."""
     if text is None:
         return None, None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and len(part) < 10 for part in parts):
-        raise UserError(f"--size must be like 64 or 64x128 (height x width); got {text!r:.40}.")
+        raise UserError(f"{option} must be like 64 or 64x128 (height x width); got {text!r:.40}.")
     height, width = int(parts[0]), int(parts[-1])
-    check_pixels(height, width, "--size")
+    check_pixels(height, width, option)
     return height, width
 
 
@@ -112,74 +145,81 @@ def embedding_and_token(text: str) -> tuple[str, str | None]:
     return (file, token) if sign and not Path(text).exists() else (text, None)
 
 
-def styled_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Prompts and negative prompts with --style. Raises: UserError."""
-    styles = read_styles(args.styles) if args.style else {}
-    both = [styled(styles, args.style, text, args.negative or "") for text in args.prompts]
-    return [text for text, _ in both], [negative for _, negative in both]
-
-
-def generate(args: argparse.Namespace) -> tuple[list[Image], list[int]]:
-    """The images and their seeds, prompt by prompt."""
+def opened(args: argparse.Namespace, recorded: Mapping[str, Any]) -> LatentDiffusionPipeline:
+    """The pipeline that the options name, else the settings of an image."""
     import torch
 
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.lora import lora_and_weight
 
-    prompts, negatives = styled_prompts(args)
-    dtype, device = getattr(torch, args.dtype), device_of(args.device)
+    model = {} if args.model else recorded.get("model", {})
     pipeline = LatentDiffusionPipeline.from_pretrained(
-        args.model,
-        dtype=dtype,
-        revision=args.revision,
-        variant=args.variant,
-        prediction=args.prediction,
+        args.model or model.get("source"),
+        dtype=getattr(torch, args.dtype or recorded.get("dtype", "float32")),
+        revision=args.revision or model.get("revision"),
+        variant=args.variant or model.get("variant"),
+        prediction=args.prediction or model.get("prediction"),
     )
-    for text in args.lora:
-        pipeline.load_lora(*lora_and_weight(text))
+    loras = [lora_and_weight(text) for text in args.lora]
+    for file, weight in loras or files_of(recorded.get("loras", ()), "weight"):
+        pipeline.load_lora(file, weight)
+    words = [embedding_and_token(text) for text in args.embedding]
+    for file, token in words or files_of(recorded.get("embeddings", ()), "token"):
+        print(f"word: {pipeline.load_embedding(file, token)}", file=sys.stderr)
+    try:
+        device = device_of(args.device or recorded.get("device"))
+    except UserError:
+        if args.device:
+            raise
+        device = device_of(None)
+    return pipeline.to(device)
+
+
+def files_of(recorded: Iterable[Mapping[str, Any]], name: str) -> list[tuple[str, Any]]:
+    """(file, what is recorded by that name) of adapters; of those without a file a warning."""
+    for one in recorded:
+        if "file" not in one:
+            warn(f"the image had a LoRA {one['name']}; --lora FILE:{one['weight']} would give it.")
+    return [(one["file"], one[name]) for one in recorded if "file" in one]
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's options, of those that were given."""
     height, width = image_size(args.size)
-    for text in args.embedding:
-        name = pipeline.load_embedding(*embedding_and_token(text))
-        print(f"word: {name}", file=sys.stderr)
-    result = pipeline.to(device)(
-        prompts,
-        negative_prompt=negatives,
-        prompt_syntax="a1111" if args.weighted else "long" if args.long else "plain",
-        height=height,
-        width=width,
-        num_inference_steps=args.steps,
-        guidance_scale=numbers("--guidance", args.guidance),
-        guidance_interval=numbers("--guidance-interval", args.guidance_interval),
-        num_images_per_prompt=args.num_images,
-        sampler=args.sampler,
-        timestep_spacing=args.spacing,
-        timesteps=numbers("--timesteps", args.timesteps),
-        seed=args.seed,
-        wildcards=args.wildcards,
-        progress=not args.quiet,
-    )
-    if args.long or args.weighted or args.wildcards:
-        for read in result.prompts:
-            print(f"{read.text[:40]!r}: {read}", file=sys.stderr)
-    return result.images, result.seeds
+    prompts, negatives = args.prompts, args.negative
+    if args.style and prompts:
+        styles = read_styles(args.styles)
+        both = [styled(styles, args.style, prompt, negatives or "") for prompt in prompts]
+        prompts, negatives = map(list, zip(*both, strict=True))
+    options = {
+        "prompt": prompts or None,
+        "negative_prompt": negatives,
+        "prompt_syntax": "a1111" if args.weighted else "long" if args.long else None,
+        "height": height,
+        "width": width,
+        "num_inference_steps": args.steps,
+        "guidance_scale": numbers("--guidance", args.guidance),
+        "guidance_interval": numbers("--guidance-interval", args.guidance_interval),
+        "num_images_per_prompt": args.num_images,
+        "sampler": args.sampler,
+        "timestep_spacing": args.spacing,
+        "timesteps": numbers("--timesteps", args.timesteps),
+        "seed": args.seed,
+        "wildcards": args.wildcards,
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def save(images: list[Image], args: argparse.Namespace) -> list[Path]:
+def save(output: PipelineOutput, args: argparse.Namespace, columns: int | None) -> list[Path]:
     """Write one file, or numbered ones; returns their paths."""
-    if args.separate and len(images) > 1:
-        name = args.output.with_suffix("").name
-        paths = [
-            args.output.with_name(f"{name}-{k:03d}{args.output.suffix}") for k in range(len(images))
-        ]
-    else:
-        from latentdiff.images import grid
+    if args.separate or len(output.images) == 1:
+        return output.save(args.output)
+    from latentdiff.images import grid
+    from latentdiff.pipelines.metadata import of_grid, write
 
-        columns = args.columns
-        if columns is None and args.num_images > 1:
-            columns = args.num_images
-        images, paths = [grid(images, columns)], [args.output]
-    return [save_image(image, path) for image, path in zip(images, paths, strict=True)]
+    image, settings = grid(output.images, columns), of_grid(output.settings, columns)
+    return [write(image, args.output, settings)]
 
 
 @command
@@ -190,8 +230,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.columns is not None and args.columns < 1:
         raise UserError(f"--columns must be at least 1; got {args.columns}.")
     check_image_file(args.output, "--output")
-    images, seeds = generate(args)
-    paths = save(images, args)
+    if args.prompt_file:
+        from latentdiff.cli.bulk import generate_all
+
+        print(generate_all(args))
+        return
+    options, columns = given(args), args.columns
+    if args.replay:
+        if args.output.resolve() == args.replay.resolve():
+            raise UserError(f"--output must not be the image of --replay itself, {args.replay}.")
+        from latentdiff.pipelines.replay import Replay
+
+        replay = Replay.of(args.replay)
+        pipeline = opened(args, replay.settings)
+        with replay.threads(options):
+            output = replay.run(pipeline, options, progress=not args.quiet)
+        print(replay.verdict(output, options), file=sys.stderr)
+        columns = columns or replay.settings.get("columns")
+    else:
+        output = opened(args, {})(**options, progress=not args.quiet)
+    if args.long or args.weighted or args.wildcards:
+        for read in output.prompts:
+            print(f"{read.text[:40]!r}: {read}", file=sys.stderr)
+    if columns is None and (args.num_images or 1) > 1:
+        columns = args.num_images
+    paths, seeds = save(output, args, columns), output.seeds
     seen = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     print(f"seed {seen}", file=sys.stderr)
     for path in paths:

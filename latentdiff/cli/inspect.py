@@ -1,14 +1,16 @@
-"""Say what a file or folder of weights is, without building any network.
+"""Say what a file or folder of weights is, without building any network, or how an image was made.
 
     latentdiff inspect FILE [--keys]
 
 FILE is a single-file checkpoint, a LoRA, a textual inversion, one part of a model, a folder that
-holds a model or one of these, or the hub id of a model, which is downloaded into the usual cache.
+holds a model or one of these, the hub id of a model, which is downloaded into the usual cache, or
+an image.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -142,17 +144,38 @@ def inspect(name: str, keys: bool = False) -> list[tuple[str, str]]:
 
     Raises:  UserError: it does not exist or cannot be read.
     """
+    from latentdiff.data.images import IMAGE_ENDINGS
     from latentdiff.formats.hub import resolve_folder
     from latentdiff.formats.model import as_file
     from latentdiff.tensor_file import read_tensor_file
 
     if file := as_file(name):
+        if file.suffix.lower() in IMAGE_ENDINGS:
+            return image_rows(file)
         return _file(read_tensor_file(file), keys)
     folder = resolve_folder(name)
     if inner := adapter_in(folder):
         first, *others = _file(read_tensor_file(inner), keys)
         return [first, *beside(inner), *others]
     return _folder(folder)
+
+
+def image_rows(file: Path) -> Rows:
+    """How an image was made, as its file says."""
+    from latentdiff.pipelines.metadata import read
+
+    record = read(file)
+    rows = [("made by", record.program or "it does not say")]
+    for name, value in record.settings.items():
+        if name == "images":
+            value = [one.get("seed", record.settings["seed"]) for one in value]
+            name = "seeds"
+        if value not in (None, [], {}, ""):
+            rows.append((name, value if isinstance(value, str) else json.dumps(value)))
+    if record.edited:
+        rows.append(("edited", f"the text beside it, in {joined(record.edited)}"))
+    again = f"no: {record.why_not}" if record.why_not else "latentdiff generate --replay FILE"
+    return [*rows, ("made again", again)]
 
 
 def _file(file: TensorFile, keys: bool) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -80,6 +81,12 @@ def read_text(file: Path) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{file} cannot be read: {reason}.") from error
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of such a file, whatever ends them. Raises: as `read_text`."""
+    # Not splitlines(): a text may hold a character that Unicode counts as a line's end.
+    return re.split(r"\r\n?|\n", read_text(file))
 
 
 def read_table(data: bytes, name: str, column: str | None = None) -> list[dict[str, Any]]:

@@ -48,6 +48,19 @@ def step_noise(
     return lambda step: batch_noise(seeds, shape, step).to(device)
 
 
+def slerp(first: Tensor, second: Tensor, w: float) -> Tensor:
+    """What lies at the share w of the way along the great circle from one noise to another.
+
+    Its norm is between theirs, while that of a straight line's middle is less. Equal ones stay.
+    Source:  Shoemake 1985, doi:10.1145/325334.325242.
+    """
+    cosine = (first * second).sum() / (first.norm() * second.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if angle.sin() < 1e-6:
+        return torch.lerp(first, second, w)
+    return (((1 - w) * angle).sin() * first + (w * angle).sin() * second) / angle.sin()
+
+
 def coarse_levels(shape: Sequence[int]) -> list[tuple[int, int, int]]:
     """The shapes of the coarser octaves of (C, H, W): each half the one before, down to one row."""
     channels, height, width = shape

@@ -179,7 +179,7 @@ def _denoiser(
 ) -> Denoiser:
     with torch.no_grad():
         context = pipeline.text_encoder.encode([captions[row] for row in rows])
-        return build_denoiser(pipeline.network(images.shape[-2:]), context)
+        return build_denoiser(pipeline.network_for(images.shape[-2:]), context)
 
 
 def _ode(

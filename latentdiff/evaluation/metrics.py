@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,9 +102,46 @@ def nearest_distance(queries: Tensor, gallery: Tensor) -> Tensor:
     return 1 - scores.max(1).values
 
 
+def own_left_out(gallery: Tensor, labels: Tensor) -> list[int]:
+    """`ranks` of each image of a gallery among the others, where its concept has any."""
+    counts = labels.bincount()
+    found = []
+    for row in range(len(labels)):
+        if counts[labels[row]] > 1:
+            others = torch.arange(len(labels)) != row
+            own = int(labels[row])
+            found += ranks(gallery[row : row + 1], gallery[others], labels[others], [own])
+    return found
+
+
+class LinearClassifier:
+    """Ridge regression of one-hot labels on features, each scaled to mean 0 and deviation 1.
+
+    Args: features: (N, D).  labels: (N,) int64 from 0.
+    """
+
+    #: Weight of the squared coefficients, per sample.
+    RIDGE = 0.03
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        x = features.double()
+        self._mean, self._scale = x.mean(0), x.std(0).clamp(min=1e-6)
+        x = (x - self._mean) / self._scale
+        y = F.one_hot(labels).double()
+        self._offset = y.mean(0)
+        ridge = self.RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+        self._weights = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - self._offset))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """The label of each row of (N, D), (N,)."""
+        x = (features.double() - self._mean) / self._scale
+        return (x @ self._weights + self._offset).argmax(1)
+
+
 #: Side that the classifier was trained on.
 SIDE = 224
-Features = Callable[[Sequence[Image.Image]], Tensor]
+#: Blocks of the network whose maps show texture more than things.
+TEXTURE_BLOCKS = (2, 4, 7)
 
 
 def to_tensors(images: Sequence[Image.Image], size: int) -> Tensor:
@@ -141,11 +178,35 @@ class ClassifierFeatures:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Return float32 features (N, 1280) on the CPU."""
+        found = [self._net.extract_features(part).mean((2, 3)) for part in self._batches(images)]
+        return torch.cat(found).float().cpu()
+
+    @torch.no_grad()
+    def textures(self, images: Sequence[Image.Image]) -> Tensor:
+        """What tells styles apart: each channel's mean and deviation in some earlier feature maps.
+
+        Source: Huang & Belongie 2017, arXiv:1703.06868: these carry an image's style.
+        Returns: float32 (N, D) on the CPU.
+        """
+        maps: list[Tensor] = []
+        hooks = [
+            self._net._blocks[block].register_forward_hook(lambda *of: maps.append(of[2]))
+            for block in TEXTURE_BLOCKS
+        ]
         found = []
+        for part in self._batches(images):
+            maps.clear()
+            self._net.extract_features(part)
+            found.append(
+                torch.cat([f(x, (2, 3)) for x in maps for f in (torch.mean, torch.std)], 1)
+            )
+        for hook in hooks:
+            hook.remove()
+        return torch.cat(found).float().cpu()
+
+    def _batches(self, images: Sequence[Image.Image]) -> Iterator[Tensor]:
         for start in range(0, len(images), self._batch_size):
-            part = to_tensors(images[start : start + self._batch_size], SIDE).to(self._device)
-            found.append(self._net.extract_features(part).mean((2, 3)).float().cpu())
-        return torch.cat(found)
+            yield to_tensors(images[start : start + self._batch_size], SIDE).to(self._device)
 
 
 Images = list[Image.Image]
@@ -167,6 +228,9 @@ class Result:
 
     figures: dict[str, Any] = field(default_factory=dict)
     pages: dict[str, list[Shown]] = field(default_factory=dict)
+
+    def __or__(self, other: Result) -> Result:
+        return Result(self.figures | other.figures, self.pages | other.pages)
 
 
 class Generator:
@@ -239,6 +303,8 @@ def concepts(ours: Tensor, rebuilt: Tensor, gallery: Tensor, labels: Tensor) -> 
                 nearest_distance(found, gallery).mean()
             ),
         }
+    if order := own_left_out(gallery, labels):
+        figures |= {f"real, own left out: concept top-{n}": share_within(order, n) for n in (1, 5)}
     return figures
 
 

@@ -96,7 +96,9 @@ class Lora(Method):
         if ends := tuple(end for target in config.targets for end in TARGETS[target]):
             insert(unet, ends, config)
         if config.text_encoder:
-            insert(text_encoder.module, TEXT_TARGETS, config)
+            used = int(text_encoder.module.config["num_hidden_layers"]) - text_encoder.clip_skip
+            layers = [f"layers.{k}.self_attn.{end}" for k in range(used) for end in TEXT_TARGETS]
+            insert(text_encoder.module, tuple(layers), config)
             self.module = TextConditioned(unet, text_encoder)
             self.encode = text_encoder.tokenizer
 
@@ -105,10 +107,12 @@ class Lora(Method):
         config, text = self.config, components.text_encoder
         found = {f"unet.{n}": c for n, c in changes(components.unet, config).items()}
         found |= {f"text_encoder.{n}": c for n, c in changes(text.module, config).items()}
+        # A1111's number, as in the files of kohya's trainer.
+        about = {"ss_clip_skip": str(text.clip_skip + 1)} if text.clip_skip else None
         folder = output / FOLDER
         written = [
-            write_lora(folder / FILE, found, "diffusers", dtype),
-            write_lora(folder / KOHYA_FILE, found, "kohya", dtype),
+            write_lora(folder / FILE, found, "diffusers", dtype, about),
+            write_lora(folder / KOHYA_FILE, found, "kohya", dtype, about),
         ]
         if config.fuse:
             written.append(_export_fused(components, config, output / FUSED, dtype))

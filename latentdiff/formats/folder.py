@@ -8,7 +8,7 @@ round; where the U-Net is given a masked image, in StableDiffusionInpaintPipelin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ class Components:
     spare: dict[str, Tensor] = field(default_factory=dict)
     """What OpenCLIP's tower has besides the layers in use, by its keys in a single file: of no use
     here, and kept for single files, since other programs look for it."""
+
+    def __post_init__(self) -> None:
+        """Raises: UserError: a clip_skip that this text encoder does not have."""
+        text = self.text_encoder
+        text.clip_skip = text.checked_skip(self.sampling.clip_skip or 0)
 
     def check(self) -> None:
         """Refuse parts that do not fit together.
@@ -168,6 +173,7 @@ def load_components(
     dtype: torch.dtype | None = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> Components:
     """Read a model in the Stable Diffusion layout.
 
@@ -177,10 +183,11 @@ def load_components(
              disk, for converting.
              revision: branch, tag or commit on the hub.
              variant: fp16, non_ema, …: the U-Net must have it, other parts take it if they do.
+             autoencoder: instead of the folder's, which may have none.
     Raises:  UserError: a part is missing, unsupported, damaged or does not fit the others.
     """
     folder = resolve_folder(folder_or_hub_id, revision, variant)
-    check_layout(folder)
+    check_layout(folder, [part for part in PARTS if part != "vae" or autoencoder is None])
     scheduler = folder / "scheduler" / "scheduler_config.json"
     schedule, prediction, sampling = read_scheduler(read_json(scheduler), scheduler)
     if (own := folder / GENERATION).is_file():
@@ -190,7 +197,7 @@ def load_components(
     vae_dtype = None if dtype is None else torch.float32
     components = Components(
         unet=unet,
-        autoencoder=load_autoencoder(folder / "vae", vae_dtype, variant),
+        autoencoder=autoencoder or load_autoencoder(folder / "vae", vae_dtype, variant),
         text_encoder=text,
         schedule=schedule,
         prediction=prediction,
@@ -278,8 +285,8 @@ def _read_unet(
     return fill_unet(empty_unet(config), state, folder, dtype), stored_dtype(state)
 
 
-def check_layout(folder: Path) -> None:
-    """Refuse a folder of another kind of model, by name. Raises: UserError."""
+def check_layout(folder: Path, parts: Sequence[str] = PARTS) -> None:
+    """Refuse a folder of another kind of model, by name, or without a part. Raises: UserError."""
     index = folder / "model_index.json"
     kind = str(read_json(index).get("_class_name")) if index.is_file() else ""
     for start, name in OTHER_MODELS.items():
@@ -288,7 +295,7 @@ def check_layout(folder: Path) -> None:
                 f"{folder} is {name} (diffusers' {kind}), which is not supported. Stable Diffusion "
                 "1.x and 2.x for text to image and inpainting are."
             )
-    missing = [name for name in PARTS if not (folder / name).is_dir()]
+    missing = [name for name in parts if not (folder / name).is_dir()]
     if missing:
         raise UserError(
             f"{folder} is not a Stable Diffusion folder: {', '.join(missing)} missing. "

@@ -22,6 +22,9 @@ _PATTERNS = [
     "*/*.json",
     "tokenizer/*.txt",
     *(f"{part}/{stem}*.safetensors" for part, stem in _STEMS.items()),
+    f"{VAE_STEM}*.safetensors",  # of an autoencoder alone
+    f"{TEXT_STEM}*.safetensors",  # of a safety checker
+    f"safety_checker/{TEXT_STEM}*.safetensors",
 ]
 _VARIANTS = (*STAND_INS, "non_ema")
 

@@ -83,9 +83,12 @@ def identify(shapes: Shapes, metadata: Mapping[str, str]) -> Identity:
 def refuse_unsupported(identity: Identity, where: object) -> None:
     """Raises: UserError: naming what the file is, unless it can be opened."""
     if not identity.is_supported:
+        lacks = identity.name.endswith("without its autoencoder")
         raise UserError(
             f"{where} is {identity.name}, which does not open as a text-to-image model. Stable "
             "Diffusion 1.x and 2.x checkpoints do, and files written here."
+            + " Name an autoencoder for it with vae= or --vae."
+            * lacks
         )
 
 

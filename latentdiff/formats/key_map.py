@@ -120,6 +120,17 @@ def from_compvis(tensors: State, keys: Keys, shapes: State) -> dict[str, Tensor]
     return state
 
 
+def from_compvis_vae(tensors: State, names: State, levels: int) -> dict[str, Tensor]:
+    """An autoencoder's tensors under our names, whichever names they have.
+
+    Args:    tensors: with `VAE_PREFIX` before theirs or not, of a whole model too.
+             names: our names.  levels: of resolution.
+    """
+    inner = {k.removeprefix(VAE_PREFIX): t for k, t in tensors.items() if k.startswith(VAE_PREFIX)}
+    ours = {_vae_name(name, levels): name for name in names}
+    return {ours.get(key, key): tensor for key, tensor in (inner or tensors).items()}
+
+
 def to_compvis(state: State, keys: Keys, part: str) -> dict[str, Tensor]:
     """The tensors of one part under the keys of the file; the opposite of `from_compvis`."""
     tensors = {}

@@ -19,6 +19,7 @@ from latentdiff.formats.single_file import (
     load_single_file,
     save_single_file,
     text_encoder_of_file,
+    vae_configuration,
 )
 from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
 from latentdiff.models.clip_text import TextEncoder, load_text_encoder
@@ -32,6 +33,7 @@ def load_model(
     revision: str | None = None,
     variant: str | None = None,
     prediction: str | None = None,
+    vae: str | Path | None = None,
 ) -> Components:
     """Open a model.
 
@@ -42,11 +44,20 @@ def load_model(
              revision: branch, tag or commit on the hub.
              variant: fp16, non_ema, … of a folder; non_ema of a single file.
              prediction: eps or v instead of what the model says.
+             vae: an autoencoder instead of the model's own, which may have none: a folder or hub
+             id of one or of a model, or a file in Stability's or diffusers' names. A file that
+             does not say its configuration has that of the model's own.
     Raises:  UserError: missing, damaged, unsupported, or parts that do not fit each other.
     """
-    if file := as_file(name):
-        return load_single_file(file, dtype=dtype, variant=variant, prediction=prediction)
-    components = load_components(name, dtype=dtype, revision=revision, variant=variant)
+    file = as_file(name)
+    folder = Path() if file else resolve_folder(name, revision, variant)
+    autoencoder = None
+    if vae is not None:
+        autoencoder = open_autoencoder(vae, like=_vae_configuration(file, folder))
+    if file:
+        options = {"variant": variant, "prediction": prediction}
+        return load_single_file(file, dtype=dtype, autoencoder=autoencoder, **options)
+    components = load_components(folder, dtype=dtype, variant=variant, autoencoder=autoencoder)
     if prediction is not None:
         components = dataclasses.replace(components, prediction=prediction)
         components.check()
@@ -66,10 +77,24 @@ def save_model(
     return save_components(path, components, dtype, max_shard_bytes=max_shard_bytes)
 
 
-def open_autoencoder(name: str | Path, revision: str | None = None) -> Autoencoder:
-    """The autoencoder of a model, or of a folder that is one, in float32. Raises: UserError."""
+def _vae_configuration(file: Path | None, folder: Path) -> Any:
+    """That of a model's own autoencoder, if it says it."""
+    if file:
+        return vae_configuration(file)
+    own = folder / "vae" / "config.json"
+    return read_json(own) if own.is_file() else None
+
+
+def open_autoencoder(
+    name: str | Path, revision: str | None = None, like: Any = None
+) -> Autoencoder:
+    """The autoencoder of a model, or of a folder or file that is one, in float32.
+
+    Args:    like: its configuration, where it is a file that does not say it.
+    Raises:  UserError: missing, or weights that do not fit.
+    """
     if file := as_file(name):
-        return autoencoder_of_file(file)
+        return autoencoder_of_file(file, like)
     folder = resolve_folder(name, revision)
     inner = folder / "vae"
     return load_autoencoder(inner if inner.is_dir() else folder)

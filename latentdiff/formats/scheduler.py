@@ -66,6 +66,9 @@ class SamplingDefaults:
     known_things: tuple[str, ...] = ()
     """Names of what the model was trained to draw (generation_config.json); a prompt that has none
     of them is warned of. Empty: any prompt is as good."""
+    clip_skip: int | None = None
+    """How many of the text encoder's last layers were left out in training
+    (generation_config.json), see `TextEncoder.checked_skip`; None: none."""
 
     def final_timestep(self, sampler: str) -> int | None:
         """Where the last step of a sampler leads: None the clean image, 0 the first noise level."""
@@ -212,13 +215,14 @@ def _sampling(kind: str, data: Mapping[str, Any], schedule: ScheduleConfig) -> S
     return SamplingDefaults(sampler, spacing, end_noisy + (() if to_zero else FINAL_SIGMAS))
 
 
+#: The smallest value of each whole number that the file may hold.
+_LEAST = {"chunk_tokens": 1, "clip_skip": 0}
+
+
 def generation_defaults(sampling: SamplingDefaults) -> dict[str, Any]:
     """What the file says; empty when there is nothing to say."""
-    own = {
-        "guidance_scale": sampling.guidance_scale,
-        "chunk_tokens": sampling.chunk_tokens,
-        "known_things": list(sampling.known_things) or None,
-    }
+    own = {name: getattr(sampling, name) for name in ("guidance_scale", *_LEAST)}
+    own["known_things"] = list(sampling.known_things) or None
     return {key: value for key, value in own.items() if value is not None}
 
 
@@ -226,20 +230,19 @@ def with_generation(
     sampling: SamplingDefaults, data: Mapping[str, Any], where: object
 ) -> SamplingDefaults:
     """Take them over. Raises: UserError: a value outside its range."""
-    scale, chunk = data.get("guidance_scale"), data.get("chunk_tokens")
+    scale = data.get("guidance_scale")
+    counts: dict[str, Any] = {name: data.get(name) for name in _LEAST}
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if scale is not None and not (number and math.isfinite(scale) and scale >= 0):
         raise UserError(f"guidance_scale in {where} must be a number of at least 0; got {scale!r}.")
-    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-        raise UserError(
-            f"chunk_tokens in {where} must be a whole number of at least 1; got {chunk!r}."
-        )
+    for name, least in _LEAST.items():
+        value = counts[name]
+        if value is not None and (type(value) is not int or value < least):
+            raise UserError(
+                f"{name} in {where} must be a whole number of at least {least}; got {value!r:.80}."
+            )
     things = data.get("known_things") or []
     if not isinstance(things, list) or not all(isinstance(t, str) and t.strip() for t in things):
         raise UserError(f"known_things in {where} must be a list of names; got {things!r:.80}.")
-    return dataclasses.replace(
-        sampling,
-        guidance_scale=None if scale is None else float(scale),
-        chunk_tokens=chunk,
-        known_things=tuple(things),
-    )
+    scale = None if scale is None else float(scale)
+    return dataclasses.replace(sampling, guidance_scale=scale, known_things=tuple(things), **counts)

@@ -48,10 +48,13 @@ from latentdiff.formats.identify import (
 from latentdiff.formats.key_map import (
     CLIP_PREFIX,
     PARTS,
+    UNET_PREFIX,
+    VAE_PREFIX,
     Keys,
     compvis_layout,
     ema_key,
     from_compvis,
+    from_compvis_vae,
     is_openclip,
     is_spare,
     to_compvis,
@@ -83,6 +86,9 @@ _UNUSED = re.compile(
     r"cond_stage_model\.transformer\.(text_model\.embeddings\.position_ids|text_projection\.weight)|"
     r"cond_stage_model\.model\.(text_projection|logit_scale|attn_mask)|cond_stage_model\.logit_scale"
 )
+
+#: The same beside the weights of an autoencoder alone.
+_UNUSED_VAE = re.compile(r"loss\.|model_ema\.")
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,7 @@ def load_single_file(
     dtype: torch.dtype | None = torch.float32,
     variant: str | None = None,
     prediction: str | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> Components:
     """Read a model from one file; nothing is downloaded.
 
@@ -129,11 +136,13 @@ def load_single_file(
              dtype: of U-Net and text encoder in memory, see `load_components`.
              variant: non_ema for the newest weights where the file has averaged ones too.
              prediction: eps or v instead of what the file says or its weights tell.
+             autoencoder: instead of the file's, which may have none.
     Raises:  UserError: damaged, another kind of model (named), or keys that are missing,
              unexpected or of another shape (listed).
     """
     found = read_tensor_file(Path(file).expanduser())
-    return _assemble(_parse(found, variant, prediction), dtype, prediction)
+    opened = _parse(found, variant, prediction, with_vae=autoencoder is None)
+    return _assemble(opened, dtype, prediction, autoencoder)
 
 
 def check_single_file(file: TensorFile) -> None:
@@ -141,9 +150,29 @@ def check_single_file(file: TensorFile) -> None:
     _assemble(dataclasses.replace(_parse(file), is_measured=False), None, None)
 
 
-def autoencoder_of_file(file: Path) -> Autoencoder:
-    """The autoencoder of a single file, in float32. Raises: UserError: see load_single_file."""
-    return _parse(read_tensor_file(file)).autoencoder(torch.float32)
+def autoencoder_of_file(file: Path, like: Mapping[str, Any] | None = None) -> Autoencoder:
+    """The autoencoder of a single file, or of one that holds nothing else, in float32.
+
+    Args:    like: its configuration where the file does not say it; None: Stable Diffusion's.
+    Raises:  UserError: see load_single_file; weights that do not fit the configuration.
+    """
+    found = read_tensor_file(file)
+    whole = any(key.startswith(UNET_PREFIX) for key in found.tensors)
+    if whole or CONFIGURATION in found.metadata:
+        return _parse(found).autoencoder(torch.float32)
+    config = sd_configuration("1", "eps")["vae"] if like is None else like
+    network, levels = empty_autoencoder(config, file), len(config["block_out_channels"])
+    tensors = {key: t for key, t in found.tensors.items() if not _UNUSED_VAE.match(key)}
+    state = from_compvis_vae(tensors, network.state_dict(), levels)
+    return fill_autoencoder(network, state, file, torch.float32)
+
+
+def vae_configuration(file: Path) -> Mapping[str, Any] | None:
+    """The autoencoder's configuration that a single file has; None: Stable Diffusion's."""
+    metadata = read_tensor_file(file).metadata
+    if CONFIGURATION not in metadata:
+        return None
+    return dict(parse_json(metadata[CONFIGURATION], f"{file}'s configuration")["vae"])
 
 
 def text_encoder_of_file(file: Path) -> TextEncoder:
@@ -165,7 +194,12 @@ def latent_size_of_file(file: Path) -> Any:
     return config["unet"].get("sample_size")
 
 
-def _assemble(opened: _Parsed, dtype: torch.dtype | None, prediction: str | None) -> Components:
+def _assemble(
+    opened: _Parsed,
+    dtype: torch.dtype | None,
+    prediction: str | None,
+    autoencoder: Autoencoder | None = None,
+) -> Components:
     path, unet_state, config = opened.file.path, opened.state("unet"), opened.config
     unet = fill_unet(opened.networks["unet"], unet_state, path, dtype)
     text = opened.text_encoder(dtype)
@@ -174,13 +208,14 @@ def _assemble(opened: _Parsed, dtype: torch.dtype | None, prediction: str | None
         zero_snr, channels = has_zero_snr(opened.file) and found == "v", unet.config.in_channels
         config = sd_configuration("2", found, zero_snr=zero_snr, in_channels=channels)
         unet.config = config_from_dict(config["unet"])
-        opened.networks["vae"].config["sample_size"] = config["vae"]["sample_size"]
+        if autoencoder is None:
+            opened.networks["vae"].config["sample_size"] = config["vae"]["sample_size"]
     schedule, said, sampling = read_scheduler(config["scheduler"], path)
     tower = text.config_dict()
     kept = [key for key in opened.others if is_openclip(tower) and is_spare(key, tower)]
     components = Components(
         unet=unet,
-        autoencoder=opened.autoencoder(None if dtype is None else torch.float32),
+        autoencoder=autoencoder or opened.autoencoder(None if dtype is None else torch.float32),
         text_encoder=text,
         schedule=schedule,
         prediction=prediction or said,
@@ -194,10 +229,23 @@ def _assemble(opened: _Parsed, dtype: torch.dtype | None, prediction: str | None
     return components
 
 
-def _parse(found: TensorFile, variant: str | None = None, prediction: str | None = None) -> _Parsed:
-    """Understand a file and compare its keys with those that it must have."""
+def _parse(
+    found: TensorFile,
+    variant: str | None = None,
+    prediction: str | None = None,
+    *,
+    with_vae: bool = True,
+) -> _Parsed:
+    """Understand a file and compare its keys with those that it must have.
+
+    Args: with_vae: False: it need not have an autoencoder, and what it has of one is left out.
+    """
     found, path = _normalized_names(found), found.path
     shapes = {k: tuple(t.shape) for k, t in found.tensors.items()}
+    if not with_vae:
+        shapes[VAE_PREFIX] = ()  # stands for what comes from elsewhere
+        rest = {k: t for k, t in found.tensors.items() if not k.startswith(VAE_PREFIX)}
+        found = dataclasses.replace(found, tensors=rest)
     identity = identify(shapes, found.metadata)
     refuse_unsupported(identity, path)
     config, is_measured = _configuration(found, identity, prediction, shapes)
@@ -205,10 +253,11 @@ def _parse(found: TensorFile, variant: str | None = None, prediction: str | None
     check_inputs(unet_config)
     networks: dict[str, Any] = {
         "unet": empty_unet(unet_config),
-        "vae": empty_autoencoder(config["vae"], path),
         "text_encoder": empty_text_tower(config["text_encoder"], path),
     }
-    names = {part: network.state_dict() for part, network in networks.items()}
+    if with_vae:
+        networks["vae"] = empty_autoencoder(config["vae"], path)
+    names = {part: networks[part].state_dict() if part in networks else {} for part in PARTS}
     layout = compvis_layout(unet_config, config["vae"], config["text_encoder"], names)
     layout = _with_ema(layout, found, variant)
     others = _check_keys(found, layout, networks["text_encoder"].config)

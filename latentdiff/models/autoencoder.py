@@ -11,7 +11,7 @@ Source: Rombach et al. 2022, section 3.1 and appendix G, arXiv:2112.10752.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from numbers import Integral
 from pathlib import Path
@@ -52,6 +52,8 @@ class Autoencoder(nn.Module):
         """Encode and decode one image at a time."""
         self.tiling = False
         """Encode and decode in bands of rows: less memory, the same pixels, slower; see `bands`."""
+        self.before_use: Callable[[], None] | None = None
+        """Called before the network is, to bring it where it computes."""
         config: Any = module.config
         self.kind = type(module).__name__
         if self.kind not in AUTOENCODERS:
@@ -133,7 +135,7 @@ class Autoencoder(nn.Module):
         """
         painted, step = masks >= 0.5, self.downscale
         kept = self.encode(images.masked_fill(painted, 0.0))
-        return torch.cat([painted[..., ::step, ::step].float(), kept], dim=1)
+        return torch.cat([painted[..., ::step, ::step].to(kept), kept], dim=1)
 
     def all_masked(self, size: tuple[int, int]) -> Tensor:
         """The same where nothing is kept, (1, 1 + C, h, w): text to image.
@@ -172,6 +174,8 @@ class Autoencoder(nn.Module):
 
     def _run(self, half: Literal["encode", "decode"], x: Tensor) -> Tensor:
         """Moments of images or images of raw latents, float32."""
+        if self.before_use is not None:
+            self.before_use()
         # Half precision overflows in Stable Diffusion's decoder.
         with torch.autocast(self.device.type, enabled=False):
             parts = x.to(self.device, self.dtype).split(1 if self.slicing else len(x))

@@ -140,10 +140,14 @@ class ClipText(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Map (B, T) to the last states after the final norm, (B, T, width)."""
+    def forward(self, token_ids: Tensor, skip: int = 0) -> Tensor:
+        """Map (B, T) to the last states after the final norm, (B, T, width).
+
+        Args: skip: how many of the last layers are left out.
+        """
         x = self.embeddings(token_ids)
-        for layer in self.encoder["layers"].children():
+        layers = list(self.encoder["layers"].children())
+        for layer in layers[: len(layers) - skip]:
             x = layer(x)
         return self.final_layer_norm(x)
 
@@ -166,6 +170,10 @@ class TextEncoder(nn.Module):
         """What the weights were stored in; None: they come from no file."""
         self.dropped: list[str] = []
         """Names in the file that the tower has no use for."""
+        self.clip_skip = 0
+        """How many of the last layers are left out, where a call does not say it."""
+        self.before_use: Callable[[], None] | None = None
+        """Called before the tower is, to bring it where it computes."""
 
     @property
     def width(self) -> int:
@@ -187,16 +195,37 @@ class TextEncoder(nn.Module):
         """Floating-point type of the weights."""
         return next(self.module.parameters()).dtype
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
+    def encode(self, texts: Sequence[str], clip_skip: int | None = None) -> Tensor:
         """The context of prompts; warns with the words that do not fit.
 
+        Args:    clip_skip: see `checked_skip`.
         Returns: (B, max_length, width), in the weights' dtype.
         """
-        return self.encode_tokens(self.tokenizer(texts))
+        return self.encode_tokens(self.tokenizer(texts), clip_skip)
 
-    def encode_tokens(self, token_ids: Tensor) -> Tensor:
+    def encode_tokens(self, token_ids: Tensor, clip_skip: int | None = None) -> Tensor:
         """The context of token ids (B, tokens), as (B, tokens, width)."""
-        return self.module(token_ids.to(self.device))
+        if self.before_use is not None:
+            self.before_use()
+        return self.module(token_ids.to(self.device), self.checked_skip(clip_skip))
+
+    def checked_skip(self, clip_skip: int | None) -> int:
+        """How many of the last layers are left out; None: as this encoder does.
+
+        The number is diffusers': 1 is the last layer but one, which A1111 calls 2. Stable Diffusion
+        2 leaves out a layer of OpenCLIP's that its files do not hold; what is asked comes on top.
+
+        Raises: UserError: not 0 … layers − 1.
+        """
+        if clip_skip is None:
+            return self.clip_skip
+        most = int(self.module.config["num_hidden_layers"]) - 1
+        if type(clip_skip) is not int or not 0 <= clip_skip <= most:
+            raise UserError(
+                f"clip_skip must be a whole number from 0 to {most}, the text encoder's layers "
+                f"less one (1 is what A1111 calls Clip skip 2); got {clip_skip!r:.40}."
+            )
+        return clip_skip
 
     @torch.no_grad()
     def pooled(self, texts: Sequence[str]) -> Tensor:

@@ -105,12 +105,14 @@ def read_prompt(
     return ReadPrompt(text, tuple(chunks_of(parts, tokenizer.pieces, room, comma)), room)
 
 
-def encode_prompts(encoder: TextEncoder, prompts: Sequence[ReadPrompt]) -> list[Tensor]:
+def encode_prompts(
+    encoder: TextEncoder, prompts: Sequence[ReadPrompt], clip_skip: int | None = None
+) -> list[Tensor]:
     """The context of each prompt, (chunks · max_length, width); warns of words that do not fit."""
     for prompt in prompts:
         encoder.tokenizer.warn_of_cut(prompt.text, prompt.left_out)
     rows = [encoder.tokenizer.padded(chunk.ids) for prompt in prompts for chunk in prompt.chunks]
-    states = iter(encoder.encode_tokens(torch.tensor(rows, dtype=torch.int64)))
+    states = iter(encoder.encode_tokens(torch.tensor(rows, dtype=torch.int64), clip_skip))
     return [
         torch.cat([emphasised(next(states), chunk.weights) for chunk in prompt.chunks])
         for prompt in prompts

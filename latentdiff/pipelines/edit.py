@@ -25,6 +25,7 @@ from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.errors import UserError, warn
 from latentdiff.models.finite import check_finite
+from latentdiff.pipelines.call import run_task
 from latentdiff.pipelines.inputs import (
     check_pixels,
     check_share,
@@ -34,7 +35,8 @@ from latentdiff.pipelines.inputs import (
 )
 from latentdiff.pipelines.masks import composite, crop_box, in_latents, padded, widened
 from latentdiff.pipelines.pictures import PictureInput, Pictures, read_masks, read_pictures
-from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task, run_task
+from latentdiff.pipelines.settings import recorded
+from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 MAX_BLUR = 256
 
 
+@recorded
 def image_to_image(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
@@ -74,6 +77,7 @@ def image_to_image(
     return run_task(pipeline, _prompts(prompt, pictures), task, **options)
 
 
+@recorded
 def inpaint(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
@@ -103,6 +107,7 @@ def inpaint(
     if padding_mask_crop is not None:
         check_whole(padding_mask_crop=padding_mask_crop)
     pictures = read_pictures(image)
+    seen = pictures.rgb
     if mask_image is not None:
         mask = read_masks(mask_image, pictures.size, len(pictures))
     else:
@@ -114,9 +119,12 @@ def inpaint(
             )
     if (mask == 1).all():
         warn("the mask is white everywhere, so nothing of the image is kept.")
-    return _paint(pipeline, prompt, pictures, mask, strength, mask_blur, padding_mask_crop, options)
+    return _paint(
+        pipeline, prompt, pictures, seen, mask, strength, mask_blur, padding_mask_crop, options
+    )
 
 
+@recorded
 def outpaint(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
@@ -148,9 +156,11 @@ def outpaint(
     margins = (left, right, top, bottom)
     mask = F.pad(pictures.clear, margins, value=1.0)
     larger = Pictures(F.pad(pictures.given[:, :3], margins, mode="replicate"))
-    return _paint(pipeline, prompt, larger, mask, strength, mask_blur, None, options)
+    seen = F.pad(pictures.rgb, margins, mode="replicate")
+    return _paint(pipeline, prompt, larger, seen, mask, strength, mask_blur, None, options)
 
 
+@recorded
 def variations(
     pipeline: LatentDiffusionPipeline,
     image: PictureInput,
@@ -167,17 +177,21 @@ def _paint(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
     pictures: Pictures,
+    seen: Tensor,
     mask: Tensor,
     strength: float,
     blur: int,
     padding: int | None,
     options: SamplingOptions,
 ) -> PipelineOutput:
-    """Paint where the mask is above 0, and put it over the pictures with the mask widened."""
+    """Paint where the mask is above 0, and put it over the pictures with the mask widened.
+
+    Args:    seen: the pictures as the network sees them, (N, 3, H, W).
+    """
     soft = widened(mask, blur)
     region = Region.of(soft, padding, pipeline.default_size)
     down = pipeline.autoencoder.downscale
-    canvas = padded(region.cut(pictures.rgb, "bicubic").clamp(-1, 1), down)
+    canvas = padded(region.cut(seen, "bicubic").clamp(-1, 1), down)
     paint = (padded(region.cut(mask, "area"), down) > 0).float()
     known = _Latents(pipeline, canvas)
 

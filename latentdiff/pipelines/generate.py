@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -24,22 +25,38 @@ from latentdiff.embedded import EMBEDDED_MODEL
 from latentdiff.errors import UserError
 from latentdiff.formats.embedding import read_embedding
 from latentdiff.formats.folder import Components
+from latentdiff.formats.hub import resolve_folder
 from latentdiff.formats.model import load_model, save_model
 from latentdiff.formats.scheduler import STEPS_OFFSET
+from latentdiff.images import to_output
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.preview import apply_linear, linear_decoder
 from latentdiff.models.prompts import (
     PromptSyntax,
     ReadPrompt,
     add_word,
     read_prompt,
 )
-from latentdiff.pipelines import edit
+from latentdiff.models.safety_checker import SafetyChecker, load_safety_checker
+from latentdiff.pipelines import edit, restore, two_pass
+from latentdiff.pipelines.call import result_of, stream_task
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels
+from latentdiff.pipelines.interpolate import interpolate
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
-from latentdiff.pipelines.task import PipelineOutput, SamplingOptions, Task, run_task
+from latentdiff.pipelines.offload import Offload
+from latentdiff.pipelines.task import (
+    PipelineOutput,
+    Progress,
+    SamplingOptions,
+    Task,
+)
 from latentdiff.sampling import Network, SamplingPlan
 from latentdiff.weights import raw_bytes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 #: Guidance scale when neither the caller nor the model's folder gives one.
 DEFAULT_GUIDANCE = 5.0
@@ -64,6 +81,13 @@ class LatentDiffusionPipeline:
         self.schedule = NoiseSchedule(components.schedule)
         self.prediction = components.prediction
         self.loras = Loras(parts_of(components))
+        self.preview_decoder: Autoencoder | None = None
+        """A tiny autoencoder (AutoencoderTiny) with this one's latents, see `preview`."""
+        self._linear_decoder: Tensor | None = None
+        self.safety_checker: SafetyChecker | None = None
+        """Says of each image whether it shows what it should not, see `load_safety_checker`."""
+        self._interrupt = False
+        self._offload: Offload | None = None
         #: Learned words, as `settings` records them.
         self.embeddings: list[dict[str, Any]] = []
         #: The model, as `settings` records it; its hash is added when it is needed.
@@ -78,6 +102,7 @@ class LatentDiffusionPipeline:
         revision: str | None = None,
         variant: str | None = None,
         prediction: str | None = None,
+        vae: str | Path | None = None,
     ) -> Self:
         """Load a model: a folder of diffusers' Stable Diffusion layout, or a single file.
 
@@ -87,6 +112,7 @@ class LatentDiffusionPipeline:
                  revision: branch, tag or commit on the hub.
                  variant: which weights, where there are several: fp16, non_ema.
                  prediction: eps or v instead of what the model says.
+                 vae: an autoencoder instead of the model's own, see `load_model`.
         Raises:  UserError: missing, incomplete, unsupported or inconsistent.
         """
         source = "embedded" if folder_or_hub_id is None else str(folder_or_hub_id)
@@ -97,7 +123,8 @@ class LatentDiffusionPipeline:
                     "Give a model folder or a Hugging Face id."
                 )
             folder_or_hub_id = EMBEDDED_MODEL
-        options = {"revision": revision, "variant": variant, "prediction": prediction}
+        options: dict[str, Any] = {"revision": revision, "variant": variant}
+        options |= {"prediction": prediction, "vae": None if vae is None else str(vae)}
         pipeline = cls(load_model(folder_or_hub_id, dtype=dtype, **options))
         pipeline.model = {"source": source, "name": model_name(source), **options}
         return pipeline
@@ -109,6 +136,8 @@ class LatentDiffusionPipeline:
         height: int | None = None,
         width: int | None = None,
         latents: Tensor | None = None,
+        hires_scale: float | None = None,
+        hires_strength: float = two_pass.STRENGTH,
         **options: Unpack[SamplingOptions],
     ) -> PipelineOutput:
         """Generate images.
@@ -117,18 +146,58 @@ class LatentDiffusionPipeline:
                  height, width: in pixels, multiples of the autoencoder's downscale, at most
                  `MAX_PIXELS` in all; None: the size of the training.
                  latents: initial noise (B, C, h, w) instead of the seeds'.
+                 hires_scale: draw in two passes, the second so many times as wide and tall, begun
+                 from the first enlarged, see `two_pass`; None: in one.
+                 hires_strength: 0 … 1, how much of the way from noise the second pass goes.
                  options: steps, guidance, sampler, seed …, see `SamplingOptions`.
         Returns: images, their seeds, and how the prompts were read.
         Raises:  UserError: any argument outside what is described here, before any work.
                  NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
         """
-        task = Task(self.image_size(height, width))
-        return run_task(self, prompt, task, latents=latents, **options)
+        given = {"height": height, "width": width, "latents": latents}
+        hires = {"hires_scale": hires_scale, "hires_strength": hires_strength}
+        return result_of(self.stream(prompt, **given, **hires, **options))  # type: ignore[arg-type]
 
     image_to_image = edit.image_to_image
     inpaint = edit.inpaint
     outpaint = edit.outpaint
     variations = edit.variations
+    interpolate = interpolate
+    colorize = restore.colorize
+    upscale = restore.upscale
+    restore = restore.restore
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        hires_scale: float | None = None,
+        hires_strength: float = two_pass.STRENGTH,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Progress | PipelineOutput]:
+        """Generate images and look on: a `Progress` after each step, then the result.
+
+        To stop at once, leave the loop and drop (or `close`) the generator; to have what is there,
+        set `pipeline._interrupt` first.
+
+        Args, Raises: as for a call.
+        """
+        size = self.image_size(height, width)
+        if hires_scale is None:
+            return stream_task(self, prompt, Task(size), latents=latents, **options)
+        hires = hires_scale, hires_strength
+        return two_pass.stream_two_passes(self, prompt, size, *hires, latents, {**options})
+
+    def preview(self, latents: Tensor) -> list[Image]:
+        """Rough images of latents (B, C, h, w): `preview_decoder`'s, or as large as the latents."""
+        if self.preview_decoder is not None:
+            return to_output(self.preview_decoder.decode(latents), "pil")
+        if self._linear_decoder is None:
+            self._linear_decoder = linear_decoder(self.autoencoder)
+        return to_output(apply_linear(self._linear_decoder, latents), "pil")
 
     def read_prompt(self, prompt: str, prompt_syntax: PromptSyntax = "a1111") -> ReadPrompt:
         """How a prompt would be read: its tokens, its chunks, words that do not fit.
@@ -169,6 +238,16 @@ class LatentDiffusionPipeline:
         """
         return self.loras.load(path, weight, name)
 
+    def load_safety_checker(self, name: str | Path) -> None:
+        """Have images checked; `PipelineOutput.flagged` says of which, and nothing is blackened.
+
+        Args:    name: a folder or Hugging Face id of Stable Diffusion's safety checker, such as
+                 CompVis/stable-diffusion-safety-checker, or of a model that has one.
+        Raises:  UserError: there is none.
+        """
+        checker = load_safety_checker(resolve_folder(name))
+        self.safety_checker = checker.to(self.device)
+
     def fuse_lora(self) -> None:
         """Add the attached LoRA files to the weights: the same images, no more to compute."""
         self.loras.fuse()
@@ -184,10 +263,30 @@ class LatentDiffusionPipeline:
 
         The autoencoder stays float32: Stable Diffusion's decoders overflow in float16.
         """
+        if device is not None and self._offload is not None:
+            self._offload.remove()
+            self._offload = None
         self.unet.to(device=device, dtype=dtype)
         self.text_encoder.to(device=device, dtype=dtype)
         self.autoencoder.to(device=device)
+        if self.safety_checker is not None:
+            self.safety_checker.to(device=device)
         return self
+
+    def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> None:
+        """Keep the parts on the CPU and each on the device only while it computes; `to` ends it.
+
+        Args:    device: None: cuda or mps, whichever there is.
+        Raises:  UserError: there is none.
+        """
+        if device is None and not torch.accelerator.is_available():
+            raise UserError(
+                "enable_model_cpu_offload needs another device than the CPU (cuda, mps), and this "
+                "machine has none; leave it out."
+            )
+        self.to("cpu")
+        chosen = torch.accelerator.current_accelerator() if device is None else device
+        self._offload = Offload(self, torch.device(chosen or "cpu"))
 
     def enable_vae_slicing(self) -> None:
         """Encode and decode one image at a time, which takes less memory."""
@@ -199,8 +298,8 @@ class LatentDiffusionPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is."""
-        return self.unet.device
+        """Where the U-Net computes."""
+        return self.unet.device if self._offload is None else self._offload.device
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -219,6 +318,11 @@ class LatentDiffusionPipeline:
         self.autoencoder.check_image_size(size)
         check_pixels(*size)
         return size
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of `size`, (height, width)."""
+        down = self.autoencoder.downscale
+        return self.autoencoder.latent_channels, size[0] // down, size[1] // down
 
     @property
     def default_guidance(self) -> float:
@@ -265,18 +369,24 @@ class LatentDiffusionPipeline:
         if timesteps is not None:
             return SamplingPlan(custom_grid(self.schedule, timesteps), name, options)
         row = SAMPLERS[name]
-        if spacing is None:
-            spacing = named_spacing or row.spacing or defaults.spacing
-        spacing = get_spacing(spacing or usual_spacing(self.schedule))
+        usual = named_spacing or row.spacing or defaults.spacing or usual_spacing(self.schedule)
+        spacing = get_spacing(usual if spacing is None else spacing)
         grid = timestep_grid(self.schedule, steps, spacing, STEPS_OFFSET, style=row.grid)
         return SamplingPlan(grid, name, options, spacing)
 
-    def network(self, size: tuple[int, int], extra: Tensor | None = None) -> Network:
-        """The U-Net as sampling uses it on images of a (height, width) in pixels.
+    @property
+    def network(self) -> Network:
+        """The U-Net as sampling uses it, on its device."""
+        if self._offload is not None:
+            self._offload.bring("unet")
+        return Network(self.unet, self.schedule, self.prediction, device=self.device)
 
-        Args:    extra: (B, E, h, w), channels that it takes after those of x_t; None: an inpainting
-                 U-Net finds everything masked, as in a quarter of its training.
+    def network_for(self, size: tuple[int, int], extra: Tensor | None = None) -> Network:
+        """The same for images of a (height, width) in pixels.
+
+        Args:    extra: (B, E, h, w), channels that the U-Net takes after those of x_t; None: where
+                 it inpaints, those of an image with everything masked.
         """
         if extra is None and self.unet.config.inpaints:
             extra = self.autoencoder.all_masked(size)
-        return Network(self.unet, self.schedule, self.prediction, extra=extra)
+        return replace(self.network, extra=None if extra is None else extra.to(self.device))

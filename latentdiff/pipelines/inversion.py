@@ -44,6 +44,7 @@ def invert(
     width: int | None = None,
     num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
+    clip_skip: int | None = None,
     iterations: int = 3,
     timestep_spacing: Any = None,
     batch_size: int = 16,
@@ -58,6 +59,7 @@ def invert(
              height, width: images are cropped and resized to it; None: the size of the training.
              num_inference_steps: of the way back.
              guidance_scale: of the way back; above 1 the round trip loses accuracy.
+             clip_skip: of the way back.
              iterations: network calls per step; 1 is three times as fast and less exact.
              timestep_spacing: None: as the model's folder says.
              batch_size: images per pass; does not change them.
@@ -74,14 +76,15 @@ def invert(
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, prompts)
     plan = pipeline.sampling_plan(num_inference_steps, sampler="ddim", spacing=timestep_spacing)
 
-    network, vae, encoder = pipeline.network(size), pipeline.autoencoder, pipeline.text_encoder
-    found = []
+    vae, encoder = pipeline.autoencoder, pipeline.text_encoder
+    skip, found = encoder.checked_skip(clip_skip), []
     for start in range(0, len(pixels), batch_size):
         own = slice(start, start + batch_size)
         x_0 = vae.encode(pixels[own].to(pipeline.device))
         check_finite(x_0, "the image's latents", "the autoencoder's encoder", vae.module)
-        context, empty = encoder.encode(prompts[own]), encoder.encode([""])
+        context, empty = (encoder.encode(texts, skip) for texts in (prompts[own], [""]))
         check_finite(torch.cat([context, empty]), "its states", "the text encoder", encoder.module)
+        network = pipeline.network_for(size)
         denoiser = build_denoiser(network, context, empty, guidance_scale)
         timesteps, options = plan.timesteps, {"iterations": iterations, **plan.options}
         states = ddim_inversion(denoiser, x_0, pipeline.schedule, timesteps, **options)

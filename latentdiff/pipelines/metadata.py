@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,29 +147,53 @@ class Record:
     """Fields that say otherwise in `parameters` than in the settings."""
 
 
-#: The settings that making an image again takes, and of what type they are.
-_TYPES: dict[str, Any] = {
+_PICTURE = {"file": str | None, "hash": str}
+#: What settings are, as making an image again relies on it: a type, the values, for
+#: objects the kinds of some names, for lists that of every member.
+_KINDS: dict[str, Any] = {
     **dict.fromkeys(("task", "prompt", "negative_prompt", "prompt_syntax", "sampler"), str),
     **dict.fromkeys(("seed", "num_inference_steps", "height", "width"), int),
+    "clip_skip": int,
     **dict.fromkeys(("guidance_scale", "guidance_rescale"), int | float),
-    **dict.fromkeys(("arguments", "sampler_options", "model", "batch", "versions"), dict),
-    **dict.fromkeys(("loras", "embeddings"), list),
+    "timestep_spacing": str | None,
+    "device": ("cpu", "cuda", "mps"),
+    "dtype": ("float32", "bfloat16", "float16"),
     **dict.fromkeys(("timesteps", "guidance_interval"), list | None),
-    **dict.fromkeys(("timestep_spacing", "device", "dtype"), str | None),
-    "threads": int,
+    **dict.fromkeys(("sampler_options", "versions"), dict),
+    "arguments": {"image": _PICTURE, "mask_image": _PICTURE, "frames": range(10_000)},
+    "model": dict.fromkeys(("source", "name", "hash", "variant", "revision"), str | None),
+    "loras": [{"file": str, "weight": int | float}],
+    "embeddings": [{"file": str, "token": str}],
+    "batch": {"size": range(1, 1025), "place": range(1024), "guided": bool},
+    "batch_size": int,
+    "threads": range(1, 1025),
 }
+_KINDS["images"] = [_KINDS]
 _NEEDED = ("task", "prompt", "seed", "num_inference_steps", "sampler", "height", "width")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, dict):
+        known = kind.keys() & value.keys() if isinstance(value, dict) else ()
+        return isinstance(value, dict) and all(_fits(value[n], kind[n]) for n in known)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(one, kind[0]) for one in value)
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(kind, tuple | range):
+        return value in kind and not isinstance(value, float)
+    return isinstance(value, kind)
 
 
 def texts(settings: Mapping[str, Any]) -> dict[str, str]:
     """The two texts of a file, for `images.save_image`."""
-    return {"parameters": parameters(settings), OURS: json.dumps(settings)}
+    return {"parameters": parameters(settings), OURS: json.dumps(settings, default=str)}
 
 
 def parameters(settings: Mapping[str, Any]) -> str:
     """The settings of an image as A1111 would write them, as far as it has them."""
     given, model = settings.get("arguments", {}), settings.get("model", {})
-    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip")
+    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip", 0)
     sampler = settings["sampler"]
     hashes = [f"{one.get('name')}: {one.get('hash')}" for one in settings.get("loras", ())]
     fields = {
@@ -181,14 +205,24 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "Size": f"{settings['width']}x{settings['height']}",
         "Model hash": model.get("hash"),
         "Model": model.get("name"),
-        "Denoising strength": given.get("strength"),
-        "Clip skip": clip_skip if clip_skip != 1 else None,
+        "Denoising strength": given.get("strength", given.get("hires_strength")),
+        "Hires upscale": given.get("hires_scale"),
+        "Clip skip": clip_skip + 1 if clip_skip else None,
         "Mask blur": given.get("mask_blur"),
         "Lora hashes": ", ".join(hashes) or None,
         "RNG": "CPU",
         "Version": f"latentdiff {settings.get('versions', {}).get('latentdiff')}",
     }
     return write_parameters(settings["prompt"], settings.get("negative_prompt", ""), fields)
+
+
+def of_grid(settings: Sequence[Mapping[str, Any]], columns: int | None) -> dict[str, Any]:
+    """The settings of a grid: those of its first image, and where each image's differ."""
+    first = dict(settings[0])
+    if len(settings) == 1:
+        return first
+    others = [{k: v for k, v in one.items() if v != first.get(k)} for one in settings]
+    return {**first, "images": others, "columns": columns}
 
 
 def write(image: Image, file: Path, settings: Mapping[str, Any]) -> Path:
@@ -237,7 +271,7 @@ def _ours(found: Mapping[str, str]) -> Record:
     wrong = [
         f"{name} is {value!r:.40}"
         for name, value in settings.items()
-        if not isinstance(value, _TYPES.get(name, object)) or value is True
+        if name in _KINDS and not _fits(value, _KINDS[name])
     ]
     wrong += [f"{name} is missing" for name in _NEEDED if name not in settings]
     if wrong:
@@ -292,7 +326,7 @@ def _understood(prompt: str, negative: str, fields: Mapping[str, str]) -> dict[s
             "seed": int(fields["Seed"]),
             "guidance_scale": float(fields["CFG scale"]),
             **({"width": int(size[1]), "height": int(size[2])} if size else {}),
-            **({"clip_skip": int(fields["Clip skip"])} if "Clip skip" in fields else {}),
+            **({"clip_skip": int(skip) - 1} if (skip := fields.get("Clip skip")) else {}),
             "model": {"name": fields.get("Model"), "hash": fields.get("Model hash")},
             "loras": [{"name": name, "weight": float(w)} for name, w in _LORA.findall(prompt)],
         }

@@ -6,49 +6,66 @@ batch, the place in it, the number of threads and the processor.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
+import io
+import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
+from torch import Tensor
 
 from latentdiff.diffusion.guidance import needs_unconditional
 from latentdiff.errors import UserError
 from latentdiff.pipelines.hashes import model_hash
+from latentdiff.pipelines.metadata import pixels_hash
+from latentdiff.weights import raw_bytes
 
 if TYPE_CHECKING:
+    from latentdiff.pipelines.call import Wanted
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
-    from latentdiff.pipelines.task import Batch, Condition
+    from latentdiff.pipelines.task import Batch, PipelineOutput
+
+P = ParamSpec("P")
+#: Arguments of tasks that are images.
+PICTURES = ("image", "mask_image")
 
 
 def image_settings(
     pipeline: LatentDiffusionPipeline,
     batches: Sequence[Batch],
-    conditions: Sequence[Condition],
+    wanted: Sequence[Wanted],
     call: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """The settings of each image of a call.
+    """The settings of each image of these passes.
 
-    Args:    conditions: one per image.  call: what is the same for all of them.
+    Args:    batches: the passes that were made.  wanted: one per image.
+             call: what is the same for all of them.
     """
-    shared = {**call, **_surroundings(pipeline)}
+    shared = {**call, **surroundings(pipeline)}
     found = dict[int, dict[str, Any]]()
     for batch in batches:
-        guided = needs_unconditional([conditions[k].scale for k in batch.indices])
+        guided = needs_unconditional([wanted[k].scale for k in batch.indices])
         for place, (k, seed) in enumerate(zip(batch.indices, batch.seeds, strict=True)):
             found[k] = {
-                "prompt": conditions[k].prompt,
-                "negative_prompt": conditions[k].negative_prompt,
-                "guidance_scale": conditions[k].scale,
+                "prompt": wanted[k].prompt,
+                "negative_prompt": wanted[k].negative_prompt,
+                "guidance_scale": wanted[k].scale,
                 "seed": seed,
                 "batch": {"size": len(batch.indices), "place": place, "guided": guided},
+                "task": "text_to_image",  # unless `recorded` says otherwise
+                "arguments": {},
                 **shared,
             }
-    return [found[k] for k in range(len(conditions))]
+    return [found[k] for k in sorted(found)]
 
 
-def _surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+def surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+    """What is the same for all images of a pipeline: model, adapters, machine, versions."""
     from latentdiff import __version__
 
     source = pipeline.components.source
@@ -64,9 +81,57 @@ def _surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
         "model": dict(pipeline.model),
         "loras": pipeline.loras.records(),
         "embeddings": list(pipeline.embeddings),
-        "device": str(device),
+        "device": device.type,
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "machine": machine,
         "versions": {"latentdiff": __version__, "torch": torch.__version__},
     }
+
+
+def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]:
+    """Decorate the method of a task, so that the settings of its images name it and what it was
+    given besides `SamplingOptions`: of pictures the file, if there is one, and a hash."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def run(*args: P.args, **options: P.kwargs) -> PipelineOutput:
+        output = method(*args, **options)
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        given = {
+            name: value
+            for name, value in bound.arguments.items()
+            if name not in ("pipeline", "prompt", "options")
+        }
+        pictures = {name: _described(given.pop(name, None)) for name in PICTURES}
+        each = len(output.settings) // len(output.prompts)
+        for k, settings in enumerate(output.settings):
+            own = {n: of[k // each % len(of)] for n, of in pictures.items() if of}
+            settings |= {"task": method.__name__, "arguments": {**given, **own}}
+            if isinstance(output.images, list):
+                settings["width"], settings["height"] = output.images[k].size
+        return output
+
+    return run
+
+
+def _described(given: Any) -> list[dict[str, Any]]:
+    """Where each of some pictures is, and the hash of its pixels; see `pictures.PictureInput`."""
+    from PIL import Image
+
+    if given is None:
+        return []
+    if isinstance(given, Tensor):
+        batch = given[None] if given.ndim == 3 else given
+        return [{"hash": hashlib.sha256(raw_bytes(one)).hexdigest()[:16]} for one in batch]
+    several = [given] if isinstance(given, str | os.PathLike | bytes | Image.Image) else given
+    found = []
+    for one in several:
+        if isinstance(one, Image.Image):
+            found.append({"file": getattr(one, "filename", None), "hash": pixels_hash(one)})
+            continue
+        with Image.open(io.BytesIO(one) if isinstance(one, bytes) else one) as image:
+            file = None if isinstance(one, bytes) else os.fspath(one)
+            found.append({"file": file, "hash": pixels_hash(image)})
+    return found

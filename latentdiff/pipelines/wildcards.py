@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from latentdiff.data.captions import read_text
+from latentdiff.data.captions import read_lines
 from latentdiff.errors import UserError, did_you_mean
 
 _FILE = re.compile(r"__((?:(?!__)\S)+)__")
@@ -85,7 +85,7 @@ class Wildcards:
                     f"__{name}__: there is no {name}.txt in {self.folder}."
                     f"{did_you_mean(name, known)}"
                 )
-            lines = [line.strip() for line in re.split(r"\r\n?|\n", read_text(file))]
+            lines = [line.strip() for line in read_lines(file)]
             self._lists[name] = [line for line in lines if line and line[0] != "#"]
             if not self._lists[name]:
                 raise UserError(f"__{name}__: {file} holds no choice.")

@@ -64,6 +64,9 @@ class ModelConfig:
     text_encoder: str | None = None
     """Model of the text encoder and its tokenizer; null takes the pretrained model's, or the
     embedded one."""
+    clip_skip: NotNegative[int] | None = None
+    """How many of the text encoder's last layers are left out; 1 is what A1111 and kohya call 2.
+    null: as many as in the pretrained model's training."""
     unet: UNetConfig = field(default_factory=_small_unet)
     """Shape of a U-Net that is trained from scratch. Channels in and out, cross_attention_dim and
     sample_size follow from the frozen parts and the image size when they are not given."""

@@ -37,6 +37,7 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     """
     from latentdiff.formats.folder import Components
     from latentdiff.formats.model import load_model, open_autoencoder, open_text_encoder
+    from latentdiff.formats.scheduler import SamplingDefaults
 
     check_given(given)
     config, notes, model = given.config, list[str](), given.config.model
@@ -60,15 +61,18 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     )
     if base is None:
         config = fit_unet(config, given.keys, autoencoder, text_encoder)
+    sampling = SamplingDefaults() if base is None or notes else base.sampling
+    skip = (
+        model.clip_skip if base is None or model.clip_skip is not None else base.sampling.clip_skip
+    )
     components = Components(
         unet=base.unet if base is not None else _new_unet(config),
         autoencoder=autoencoder,
         text_encoder=text_encoder,
         schedule=config.schedule,
         prediction=config.objective.prediction,
+        sampling=dataclasses.replace(sampling, clip_skip=skip),
     )
-    if base is not None and not notes:
-        components.sampling = base.sampling
     check_fit(components, config)
     return components, config, notes
 

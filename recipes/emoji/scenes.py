@@ -139,14 +139,18 @@ def compose(things: Sequence[Thing], drawings: Drawings, choose: Chooser) -> Sce
     artist = choose.pick("artist", tuple(ARTISTS))
     first = choose.pick("first", things)
     if kind < 0.62:
-        relation, chosen, boxes = None, [first], [_box(choose, "box", (0, 0, SIDE, SIDE), 74, 120)]
+        relation, chosen, boxes = (
+            None,
+            [first],
+            [box_in(choose, "box", (0, 0, SIDE, SIDE), 74, 120)],
+        )
     elif kind < 0.76 and is_countable(first.name):
         count = choose.pick("count", (2, 2, 3))
-        relation, chosen, boxes = None, [first] * count, _slots(choose, count)
+        relation, chosen, boxes = None, [first] * count, slots(choose, count)
     else:
         relation = choose.pick("relation", RELATIONS)
         second = _partner(things, first, choose)
-        chosen, boxes = [first, second], _sides(choose, relation)
+        chosen, boxes = [first, second], sides(choose, relation)
     artists = [_artist(thing, artist, choose) for thing in chosen]
     colours = [None if kind < 0.4 else _colour(first, artists[0], drawings, choose)]
     if relation is None:
@@ -185,7 +189,7 @@ def _colour(
     return colour if drawings.coloured(thing, artist, colour) is not None else None
 
 
-def _box(
+def box_in(
     choose: Chooser, name: str, area: tuple[int, int, int, int], low: int, high: int
 ) -> tuple[int, int, int, int]:
     """A square of `low` … `high` pixels somewhere in an area (left, top, width, height)."""
@@ -195,7 +199,7 @@ def _box(
     return left + int(x * (width - side + 1)), top + int(y * (height - side + 1)), side, side
 
 
-def _slots(choose: Chooser, count: int) -> list[tuple[int, int, int, int]]:
+def slots(choose: Chooser, count: int) -> list[tuple[int, int, int, int]]:
     """Boxes of one size that do not touch: a row, a column or (of three) a triangle."""
     layout = choose.pick("layout", ("row", "column", "triangle"))
     if count == 2 or layout != "triangle":
@@ -210,7 +214,7 @@ def _slots(choose: Chooser, count: int) -> list[tuple[int, int, int, int]]:
     return [(x, y, side, side) for x, y in places]
 
 
-def _sides(choose: Chooser, relation: str) -> list[tuple[int, int, int, int]]:
+def sides(choose: Chooser, relation: str) -> list[tuple[int, int, int, int]]:
     """Boxes of the first and the second thing in two halves."""
     half = SIDE // 2
     halves = [(1, 0, half - 2, SIDE), (half + 1, 0, half - 2, SIDE)]
@@ -218,7 +222,7 @@ def _sides(choose: Chooser, relation: str) -> list[tuple[int, int, int, int]]:
         halves = [(0, 1, SIDE, half - 2), (0, half + 1, SIDE, half - 2)]
     if relation in ("right of", "below"):
         halves.reverse()
-    return [_box(choose, f"box {i}", area, 44, half - 2) for i, area in enumerate(halves)]
+    return [box_in(choose, f"box {i}", area, 44, half - 2) for i, area in enumerate(halves)]
 
 
 def _ground(placed: Sequence[Placed], drawings: Drawings, choose: Chooser) -> tuple[str, ...]:

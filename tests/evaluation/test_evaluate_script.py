@@ -44,7 +44,10 @@ def test_the_embedded_model_is_measured(tmp_path: Path) -> None:
     for package in ("efficientnet_lite_pytorch", "stlpips_pytorch"):
         pytest.importorskip(package)
     sizes = ["--concepts", "12", "--steps", "4"]
-    result = evaluate(*sizes, "--hub-metrics", "--output", str(tmp_path))
+    asks = tmp_path / "asks.jsonl"
+    asks.write_text('{"prompt": "a bell", "count": 1, "colour": "yellow", "seeds": 2}\n')
+    more = ["--hub-metrics", "--asks", str(asks)]
+    result = evaluate(*sizes, *more, "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["prompts"] == figures["gallery"] == 12
@@ -52,5 +55,6 @@ def test_the_embedded_model_is_measured(tmp_path: Path) -> None:
     assert figures["real through VAE: Fréchet distance"] < figures["Fréchet distance"]
     for name in ("FID (Inception)", "FD-DINOv2", "CMMD"):
         assert isinstance(figures[name], float) or figures[name].startswith("not measured: ")
+    assert figures["prompts: images"] == 2 and 0 <= figures["prompts: count"] <= 1
     html = (tmp_path / "index.html").read_text()
-    assert html.count("<figure>") == 12 + 48 and 'src="http' not in html
+    assert html.count("<figure>") == 12 + 48 + 2 and 'src="http' not in html

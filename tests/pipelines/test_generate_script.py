@@ -185,7 +185,7 @@ def test_lora_option(
         options = ["--lora", *lora] if lora else []
         output = tmp_path / f"{len(images)}.png"
         call(script, monkeypatch, *fast, str(output), *options)
-        images.append(output.read_bytes())
+        images.append(Image.open(output).tobytes())
     assert images[0] == images[3]
     assert len(set(images)) == 3
     for given, message in (

@@ -155,7 +155,7 @@ def test_the_text_has_what_other_programs_show() -> None:
     settings = {
         **SETTINGS,
         "arguments": {"strength": 0.75, "mask_blur": 4},
-        "clip_skip": 2,
+        "clip_skip": 1,
         "loras": [{"name": "fur", "hash": "ab12"}],
     }
     assert parameters(settings) == (
@@ -197,7 +197,7 @@ def test_samplers_and_schedules_of_a1111(
     record = read(png(tmp_path, parameters=f"a <lora:fur:0.5> cat\n{line}, Clip skip: 2"))
     assert record.why_not == "" and record.program == A1111
     assert (record.settings["sampler"], record.settings["timestep_spacing"]) == expected
-    assert record.settings["clip_skip"] == 2 and record.settings["prompt"] == "a  cat"
+    assert record.settings["clip_skip"] == 1 and record.settings["prompt"] == "a  cat"
     assert record.settings["loras"] == [{"name": "fur", "weight": 0.5}]
 
 

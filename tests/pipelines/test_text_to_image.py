@@ -66,7 +66,7 @@ def test_output_types(pipeline: LatentDiffusionPipeline) -> None:
 def test_a_size_that_no_memory_holds_is_refused_before_any_noise_is_drawn(
     pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentdiff.pipelines.task.batch_noise", lambda *_: pytest.fail())
+    monkeypatch.setattr("latentdiff.pipelines.call.batch_noise", lambda *_: pytest.fail())
     with pytest.raises(UserError, match=r"at most 16,777,216 pixels in all.*got 100000x3200"):
         pipeline("a cat", height=100_000, width=3200, **FAST)
 

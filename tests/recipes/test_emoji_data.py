@@ -16,6 +16,8 @@ pytest.importorskip("wordfreq", reason="recipes/emoji/requirements.txt is not in
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "emoji"))
 
 import make_data
+import make_evaluation
+import make_texts
 from captions import captions, plural
 from scenes import GROUNDS, HUES, Chooser, Drawings, Placed, Scene, compose, draw
 from vocabulary import ARTISTS, Thing, held_out, with_article
@@ -42,7 +44,7 @@ def drawn(monkeypatch):
 def test_a_picture_depends_on_seed_and_number_only(drawn, tmp_path):
     whole = make_data.write_shard(str(tmp_path), "", 2, 5, 0, 4)
     first = (tmp_path / "train-00000.tar").read_bytes()
-    alone, row = make_data.sample_image(THINGS, 5, 3)
+    alone, row = make_data.picture(THINGS, 5, 3)
     again = make_data.write_shard(str(tmp_path), "", 2, 5, 0, 4)
     assert whole == again and (tmp_path / "train-00000.tar").read_bytes() == first
     assert json.loads(whole[3]) == json.loads(
@@ -51,7 +53,7 @@ def test_a_picture_depends_on_seed_and_number_only(drawn, tmp_path):
     with tarfile.open(tmp_path / "train-00000.tar") as tar:
         names = [f"{i:08d}.{ending}" for i in range(4) for ending in ("png", "json")]
         assert tar.getnames() == names
-    other, _ = make_data.sample_image(THINGS, 6, 3)
+    other, _ = make_data.picture(THINGS, 6, 3)
     assert np.any(np.asarray(alone) != np.asarray(other))
 
 
@@ -128,3 +130,34 @@ def test_names_in_one_and_many(name, one, many):
 @pytest.mark.parametrize("name", ("jeans", "bread", "shopping bags", "thumbs up"))
 def test_names_without_an_article(name):
     assert with_article(name) == name
+
+
+def test_texts_speak_of_every_noun_and_depend_on_the_words_alone():
+    nouns = ["cello", "yacht", "bread"]
+    texts = make_texts.texts(nouns, ["rusty"])
+    assert texts == make_texts.texts(nouns, ["rusty"]) and len({*texts}) == len(texts)
+    assert {"a cello", "a yacht", "bread"} <= {*texts}
+    adjectives = ("rusty", *HUES)
+    assert any(f"{word} {noun}" in t for t in texts for word in adjectives for noun in nouns)
+
+
+def test_asks_are_of_what_was_held_out(tmp_path):
+    make_evaluation.write_reference(tmp_path / "reference", THINGS, Drawings())
+    make_evaluation.write_asks(tmp_path, THINGS, Drawings())
+    rows = [json.loads(line) for line in (tmp_path / "asks.jsonl").read_text().splitlines()]
+    names = {with_article(one.name): one for one in THINGS}
+    found = {
+        group: [r for r in rows if r["group"] == group] for group in {r["group"] for r in rows}
+    }
+    for row in found["artists"]:
+        artist = next(a for a, words in ARTISTS.items() if words == row["style"])
+        assert artist not in names[row["concept"]].artists
+    for row in found["colours"]:
+        assert held_out("colour", names[row["concept"]].name, row["colour"])
+    for row in found["pairs"]:
+        assert held_out("pair", *sorted(names[row[side]].name for side in ("left", "right")))
+    assert {row["prompt"] for row in found["other names"]} == {"a secret"}
+    assert {row["count"] for row in found["counts"]} == {1, 2, 3}
+    assert all((tmp_path / row["image"]).is_file() for row in rows if "image" in row)
+    lines = (tmp_path / "reference/metadata.jsonl").read_text().splitlines()
+    assert len(lines) == len(THINGS) * len(ARTISTS)

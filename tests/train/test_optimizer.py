@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -6,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from latentdiff.models.unet import UNet
+from latentdiff.models.unet_config import UNetConfig
 from latentdiff.train.optimizer import (
     OptimizerConfig,
     learning_rate,
@@ -14,6 +17,7 @@ from latentdiff.train.optimizer import (
     named_state,
     step_if_finite,
 )
+from tests.random_models import UNET
 
 
 def module() -> nn.Module:
@@ -67,6 +71,29 @@ def test_biases_and_norms_do_not_decay() -> None:
         for p in group["params"]
     }
     assert decays == {True: 0.01, False: 0.0}
+
+
+def test_the_fused_step_sees_gradients_as_their_channels_last_weights_lie() -> None:
+    """torch's fused kernel walks memory: a gradient of another layout would move other weights."""
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(**UNET | {"resnet_time_scale_shift": "scale_shift"}))
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, UNET["cross_attention_dim"])
+    plain = copy.deepcopy(unet)
+    unet.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(unet, OptimizerConfig())
+    with torch.autocast("cpu", torch.bfloat16):
+        unet(x, 500, context).square().mean().backward()
+    for ours, theirs in zip(unet.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None
+        theirs.grad = ours.grad.clone(memory_format=torch.contiguous_format)
+    assert not unet.conv_in.weight.is_contiguous()
+    optimizer.step()
+    groups = [{**g, "params": []} for g in optimizer.param_groups]
+    for p in plain.parameters():
+        groups[p.ndim < 2]["params"].append(p)
+    torch.optim.AdamW(groups, fused=False).step()
+    for ours, theirs in zip(unet.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from latentdiff.errors import UserError
 from latentdiff.train.clip import ClipConfig, ClipTrainConfig, build_clip, train_tokenizer
@@ -84,11 +85,17 @@ def test_taught_texts_are_the_lines_of_a_file(
 
 
 def test_the_loss_is_one_minus_the_cosine() -> None:
-    vectors = torch.randn(5, 4)
-    across = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 2.0], [1.0, 0.0]])
-    assert float(cosine_distance(3 * vectors, vectors)) == pytest.approx(0, abs=1e-6)
-    assert float(cosine_distance(*across)) == pytest.approx(1)
-    assert float(cosine_distance(vectors, -vectors)) == pytest.approx(2)
+    wanted = torch.randn(5, 4)
+    read = torch.tensor([True, False, True]).expand(5, 3)
+    for factor, distance in ((3, 0), (-1, 2)):
+        given = (factor * wanted)[:, None].expand(5, 3, 4).clone()
+        given[:, 1] = torch.randn(5, 4)  # not read
+        assert float(cosine_distance(given, wanted, read)) == pytest.approx(distance, abs=1e-6)
+    given = torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])
+    read = torch.tensor([[True, True], [True, False]])
+    assert float(cosine_distance(given, torch.tensor([[0.0, 2.0]] * 2), read)) == pytest.approx(
+        (0.5 + 0) / 2  # each text counts the same, however long
+    )
 
 
 def test_the_loss_is_over_the_positions_that_have_read_the_text(teacher: SentenceTeacher) -> None:
@@ -102,17 +109,13 @@ def test_the_loss_is_over_the_positions_that_have_read_the_text(teacher: Sentenc
     distill = Distillation(32, teacher, ["kitty"], seed=0)
     assert set(distill.state_dict()) == {"head.weight", "head.bias"}
     texts = [*captions[:2], *["kitty"] * 8]  # a quarter of the captions, a text for each
-    words = [len(tokenizer.pieces(text)) for text in texts]
-    given = [
-        distill.head(clip.text_model(input_ids=tokenizer([text])).last_hidden_state[0, count:])
-        for text, count in zip(texts, words, strict=True)
-    ]
-    wanted = [
-        teacher([text]).expand(24 - count, -1) for text, count in zip(texts, words, strict=True)
-    ]
-    torch.testing.assert_close(
-        distill(clip, tokenizer, captions, 7), cosine_distance(torch.cat(given), torch.cat(wanted))
-    )
+    longest = max(len(tokenizer.pieces(text)) for text in texts) + 2
+    each = []
+    for text in texts:
+        words = len(tokenizer.pieces(text))
+        states = clip.text_model(input_ids=tokenizer([text])).last_hidden_state[0, words:longest]
+        each.append(1 - F.cosine_similarity(distill.head(states), teacher([text])).mean())
+    torch.testing.assert_close(distill(clip, tokenizer, captions, 7), torch.stack(each).mean())
     assert open_teacher(ClipTrainConfig(), CPU) is None
 
 

@@ -79,7 +79,7 @@ def timestep_grid(
     Source:  Lin et al. 2024, Table 2, arXiv:2305.08891.
     """
     total = schedule.num_train_timesteps
-    spacing = get_spacing(spacing or usual_spacing(schedule))
+    spacing = get_spacing(usual_spacing(schedule) if spacing is None else spacing)
     most = _most_steps(total, spacing, style)
     if not 1 <= n <= most:
         raise UserError(

@@ -1,0 +1,173 @@
+"""Edit images.
+
+    latentdiff edit inpaint cat.png "a cat with a hat" --mask hat.png --output hat-cat.png
+    latentdiff edit outpaint cat.png "a cat in a garden" --left 32 --right 32
+    latentdiff edit image_to_image sketch.jpg "a cat painting" --strength 0.6 --num-images 4
+    latentdiff edit interpolate "a cat" "a dog" --frames 16 --output morph.gif
+    latentdiff edit --replay hat-cat.png --output again.png
+    latentdiff edit TASK --help
+
+The image keeps its size. Options and files are those of `latentdiff generate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from latentdiff.cli import generate
+from latentdiff.errors import UserError, command
+from latentdiff.images import check_image_file, save_animation
+
+Option = tuple[str, dict[str, Any]]
+
+
+class Task(NamedTuple):
+    """A word of the command line."""
+
+    about: str
+    options: tuple[Option, ...]
+    """Names and what argparse is told; `dest` is the argument of the pipeline's method."""
+    takes_image: bool = True
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _option(name: str, kind: Any, help: str, **more: Any) -> Option:
+    return name, {"type": kind, "help": help, **more}
+
+
+_STRENGTH = _option("--strength", float, "0 keeps the image … 1 begins from pure noise")
+_BLUR = _option("--mask-blur", int, "pixels by which the mask is widened and softened; default: 0")
+#: The pipeline's method → what the shell says of it.
+TASKS: dict[str, Task] = {
+    "image_to_image": Task("draw an image anew from its noised self", (_STRENGTH,)),
+    "inpaint": Task(
+        "paint a part of an image anew; the rest stays to the bit",
+        (
+            _option(
+                "--mask",
+                str,
+                "image that is white where to paint; default: where the image is transparent",
+                dest="mask_image",
+                metavar="IMAGE",
+            ),
+            _STRENGTH,
+            _BLUR,
+            _option(
+                "--padding-mask-crop",
+                int,
+                "work on the masked area alone, with so many pixels around it, at the model's size",
+                metavar="N",
+            ),
+        ),
+    ),
+    "outpaint": Task(
+        "paint beyond the edges, and where the image is transparent",
+        (
+            *(
+                _option(f"--{side}", int, "pixels to add there", metavar="N")
+                for side in ("left", "right", "top", "bottom")
+            ),
+            _STRENGTH,
+            _BLUR,
+        ),
+    ),
+    "variations": Task("draw images like it, four by default", (_STRENGTH,)),
+    "colorize": Task("give a grey image colours; its lightness stays", ()),
+    "restore": Task(
+        "take noise, blur or the traces of JPEG from an image",
+        (
+            _option("--kind", str, "denoise (default), deblur or jpeg"),
+            _option("--noise", float, "its deviation, of colours in 0 … 1; default: 0.1"),
+            _option("--blur", float, "its deviation in pixels; default: 1.5"),
+            _option("--quality", int, "1 … 100, of the JPEG; default: 30"),
+            _STRENGTH,
+        ),
+    ),
+    "upscale": Task(
+        "enlarge an image, inventing what agrees with it",
+        (_option("--scale", float, "above 1; default: 2"), _STRENGTH),
+    ),
+    "interpolate": Task(
+        "frames from one prompt or seed to the next: a strip, or a GIF if --output ends in .gif",
+        (
+            _option("--frames", int, "how many; default: 16"),
+            _option("--seeds", whole_numbers, "to pass through", dest="seed", metavar="N,N,…"),
+            _option(
+                "--size", str, "pixels, up to 4096x4096; default: as trained", metavar="N or HxW"
+            ),
+        ),
+        takes_image=False,
+    ),
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; nothing heavy is imported yet, so --help is instant."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("latentdiff edit", description=__doc__, formatter_class=form)
+    words = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    for name, task in TASKS.items():
+        own = words.add_parser(name, help=task.about, description=f"{task.about}.")
+        own.set_defaults(size=None, image=None)
+        if task.takes_image:
+            own.add_argument("image", metavar="IMAGE", help="any image file")
+        several = "*" if task.takes_image else "+"
+        own.add_argument("prompts", nargs=several, metavar="PROMPT", help="what to draw")
+        for flag, told in task.options:
+            own.add_argument(flag, **told)
+        generate.add_options(own)
+        own.set_defaults(output=Path("edited.png"))
+    return parser.parse_args(argv)
+
+
+def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the pipeline's method, of those that were given."""
+    names = [
+        told.get("dest", flag.lstrip("-").replace("-", "_"))
+        for flag, told in TASKS[args.task].options
+        if flag != "--size"
+    ]
+    own = {name: getattr(args, name) for name in ["image", *names]}
+    found = {name: value for name, value in own.items() if value is not None}
+    return {"prompt": "", **generate.given(args), **found}
+
+
+def check_files(arguments: dict[str, Any]) -> None:
+    """Read the images that are given, before a model is loaded. Raises: UserError."""
+    from latentdiff.pipelines.pictures import read_pictures
+
+    for name in ("image", "mask_image"):
+        if name in arguments:
+            read_pictures(arguments[name], name)
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; see `errors.command` for exit codes."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["--replay"]:
+        return generate.main(words)
+    args = parse(words)
+    if args.columns is not None and args.columns < 1:
+        raise UserError(f"--columns must be at least 1; got {args.columns}.")
+    check_image_file(args.output, "--output")
+    given = arguments_of(args)
+    check_files(given)
+    pipeline = generate.opened(args, {})
+    output = getattr(pipeline, args.task)(**given, progress=not args.quiet)
+    if args.task == "interpolate" and args.output.suffix.lower() == ".gif":
+        paths = [save_animation(output.images, args.output)]
+    else:
+        row = len(output.images) if args.task == "interpolate" else args.num_images
+        paths = generate.save(output, args, args.columns or row)
+    print(f"seed {output.seeds[0]}, {output.steps} steps", file=sys.stderr)
+    for path in paths:
+        print(path)
+    return 0

@@ -1,0 +1,107 @@
+"""From one image to the next: frames between prompts, between seeds, or both.
+
+    c = (1 − w) c_i + w c_{i+1},      x_T = [sin((1 − w) θ) ε_i + sin(w θ) ε_{i+1}] / sin θ
+
+Contexts lie on a line; noise turns by the angle θ between its ends, which keeps its deviation
+(Shoemake 1985, doi:10.1145/325334.325242; of DDIM, Song et al. 2021, section 5.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Unpack
+
+import torch
+
+from latentdiff.diffusion.noise import batch_noise, slerp
+from latentdiff.errors import UserError
+from latentdiff.pipelines.call import run_task
+from latentdiff.pipelines.inputs import check_counts, for_each, prompt_list, seeds_of
+from latentdiff.pipelines.task import Condition, PipelineOutput, SamplingOptions, Task
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+
+#: Options that there may be one of for each prompt.
+_EACH: tuple[Literal["negative_prompt", "guidance_scale"], ...] = (
+    "negative_prompt",
+    "guidance_scale",
+)
+
+
+def interpolate(
+    pipeline: LatentDiffusionPipeline,
+    prompt: str | Sequence[str],
+    frames: int = 16,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    **options: Unpack[SamplingOptions],
+) -> PipelineOutput:
+    """Draw frames from the first prompt and seed to the last; `images.save_animation` makes a GIF.
+
+    Args:    prompt: one for all frames, or several to pass through, evenly.
+             frames: how many in all, the ends included.
+             height, width: see `LatentDiffusionPipeline.__call__`.
+             options: `seed` may be several, to pass through; with one, all frames begin from its
+             noise. negative_prompt and guidance_scale may be one for each prompt.
+    Raises:  UserError: neither two prompts nor two seeds; fewer frames than these; prompts of
+             different numbers of chunks.
+    """
+    prompts, seed = prompt_list(prompt, "prompt"), options.get("seed")
+    several = isinstance(seed, Sequence) and not isinstance(seed, str)
+    seeds = seeds_of(seed, len(seed) if several else 1)  # type: ignore[arg-type]
+    keys = max(len(prompts), len(seeds))
+    check_counts(frames=frames)
+    if keys < 2 or frames < keys:
+        raise UserError(
+            "interpolate needs at least two prompts or two seeds, and as many frames; got "
+            f"{len(prompts)} prompt(s), {len(seeds)} seed(s) and {frames} frame(s)."
+        )
+    if options.get("num_images_per_prompt", 1) != 1:
+        raise UserError("interpolate draws one image per frame: leave num_images_per_prompt out.")
+    prompts = for_each(prompts, keys, "prompt", "text", "seeds")
+    seeds = for_each(seeds, keys, "seed", "number", "prompts")
+    places = [k * (keys - 1) / (frames - 1) for k in range(frames)]
+    near = [round(place) for place in places]
+    ends = [(min(int(place), keys - 2), place) for place in places]
+    size = pipeline.image_size(height, width)
+    noise = batch_noise(seeds, pipeline.latent_shape(size))
+
+    def blend(conditions: list[Condition]) -> list[Condition]:
+        of_key = [conditions[near.index(i)] for i in range(keys)]
+        return [_between(of_key[i], of_key[i + 1], place - i) for i, place in ends]
+
+    frame_options: SamplingOptions = {**options, "seed": [seeds[i] for i in near]}
+    if isinstance(negatives := options.get("negative_prompt"), list):
+        negatives = for_each(negatives, keys, "negative_prompt", "text")
+        frame_options["negative_prompt"] = [negatives[i] for i in near]
+    if isinstance(scales := options.get("guidance_scale"), list):
+        scales = for_each(scales, keys, "guidance_scale", "number")
+        frame_options["guidance_scale"] = [scales[i] for i in near]
+    output = run_task(
+        pipeline,
+        [prompts[i] for i in near],
+        Task(size, blend=blend),
+        latents=torch.stack([slerp(noise[i], noise[i + 1], place - i) for i, place in ends]),
+        **frame_options,
+    )
+    call = {"prompt": prompts, "seed": seeds, "frames": frames, "height": size[0], "width": size[1]}
+    call |= {name: options[name] for name in _EACH if name in options}
+    for k, settings in enumerate(output.settings):
+        settings |= {"task": "interpolate", "arguments": {**call, "frame": k}}
+        del settings["latents"]  # which follow from these
+    return output
+
+
+def _between(first: Condition, second: Condition, w: float) -> Condition:
+    if first.context.shape != second.context.shape or first.negative.shape != second.negative.shape:
+        raise UserError(
+            "prompts to interpolate between must have the same number of chunks; these have "
+            f"{len(first.context)} and {len(second.context)} tokens. Shorten the longer one."
+        )
+    return first._replace(
+        context=torch.lerp(first.context, second.context, w),
+        negative=torch.lerp(first.negative, second.negative, w),
+        scale=(1 - w) * first.scale + w * second.scale,
+    )

@@ -1,0 +1,214 @@
+"""An image made again from what its file says, and how like it the new one is.
+
+The bits of an image depend on the size of the batch, its place in it, the number of threads and
+the processor. So an image that was the third of four is made again as the third of four copies;
+what stands beside it does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from latentdiff.errors import UserError, warn
+from latentdiff.images import grid
+from latentdiff.pipelines.metadata import OURS, Record, pixels_hash, read
+from latentdiff.pipelines.settings import PICTURES
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+    from latentdiff.pipelines.task import PipelineOutput
+
+#: Settings that are options of a call by the same name.
+_OPTIONS = (
+    *("prompt_syntax", "num_inference_steps", "sampler", "sampler_options", "timestep_spacing"),
+    *("timesteps", "guidance_rescale", "guidance_interval", "clip_skip", "batch_size"),
+)
+#: Methods of the pipeline.
+_TASKS = (
+    *("text_to_image", "image_to_image", "inpaint", "outpaint", "variations"),
+    *("colorize", "restore", "upscale", "interpolate"),
+)
+_LOSSLESS = ("PNG", "TIFF", "BMP", "PPM")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What makes the image of a file again, or the images of a grid."""
+
+    file: Path
+    record: Record
+
+    @classmethod
+    def of(cls, file: Path) -> Replay:
+        """Read a file.
+
+        Raises:  UserError: it does not say how it was made, or that cannot be done here.
+        """
+        record = read(file)
+        why_not = record.why_not
+        if not why_not and record.settings["task"] not in _TASKS:
+            why_not = f"it was made by {record.settings['task']}"
+        if not why_not and "latents" in record.settings:
+            why_not = "its noise was given, not drawn"
+        if why_not:
+            by = f" (made by {record.program})" if record.program else ""
+            raise UserError(f"{file}{by} cannot be made again: {why_not}.")
+        if record.edited:
+            warn(
+                f"the text beside the pixels of {file} was edited ({', '.join(record.edited)}); "
+                "the settings are taken that the image was made with."
+            )
+        return cls(file, record)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the image, or of the first in a grid."""
+        return self.record.settings
+
+    def run(
+        self, pipeline: LatentDiffusionPipeline, given: Mapping[str, Any], *, progress: bool = True
+    ) -> PipelineOutput:
+        """Make the images.
+
+        Args:    given: options and arguments of the task that replace what is recorded.
+        Returns: one image, or those of the grid; of replaced options any number.
+        Raises:  UserError: an image that it was made from is not there; what the task raises.
+        """
+        task = self.settings["task"]
+        method = pipeline if task == "text_to_image" else getattr(pipeline, task)
+        images, pick = self._images(exact=not given)
+        call = {name: v for name in _OPTIONS if (v := self.settings.get(name)) is not None}
+        if task != "interpolate":
+            call |= _of_each(images, given)
+        call |= {"progress": progress, **self._arguments(images, given), **given}
+        frame = call.pop("frame", None)
+        if "timesteps" in call:  # they say all of these
+            replaced = {"num_inference_steps", "timestep_spacing"} & given.keys()
+            for name in ["timesteps"] if replaced else ["num_inference_steps", "timestep_spacing"]:
+                call.pop(name, None)
+        if "sampler" in given and "sampler_options" not in given:
+            call.pop("sampler_options", None)
+        output: PipelineOutput = method(**call)
+        if frame is not None:
+            pick = None if "images" in self.settings else frame
+        return output if pick is None else output.only(pick)
+
+    def _images(self, *, exact: bool) -> tuple[list[dict[str, Any]], int | None]:
+        """The settings of the images of the call, and which of them is kept; None: all."""
+        one = self.settings
+        if "images" in one:
+            return [{**one, **part} for part in one["images"]], None
+        batch = one.get("batch", {"size": 1, "place": 0})
+        if not exact:
+            return [one], None
+        other = dict(one)
+        if batch.get("guided") and one["guidance_scale"] <= 1:
+            other["guidance_scale"] = 2.0  # others of the pass had guidance
+        return [one if k == batch["place"] else other for k in range(batch["size"])], batch["place"]
+
+    def _arguments(self, images: list[dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the task; pictures by their files."""
+        if self.settings["task"] == "text_to_image":
+            return {n: self.settings[n] for n in ("height", "width") if n in self.settings}
+        arguments = dict(self.settings["arguments"])
+        for name in PICTURES:
+            if name not in arguments or name in given:
+                continue
+            files = [image["arguments"][name].get("file") for image in images]
+            for file in files:
+                if file is None or not Path(file).is_file():
+                    where = "was no file" if file is None else f"is not there: {file}"
+                    raise UserError(
+                        f"the {name} that {self.file} was made from {where}. Give it anew."
+                    )
+            arguments[name] = files[0] if len(set(files)) == 1 else files
+        return arguments
+
+    def verdict(self, output: PipelineOutput, given: Mapping[str, Any]) -> str:
+        """How what `run` gave relates to the file.
+
+        Args:    given: as for `run`.
+        """
+        if given:
+            return f"{self.file}: with other {', '.join(given)}"
+        image = output.images[0]
+        if len(output.images) > 1:
+            image = grid(output.images, self.settings.get("columns"))
+        other = ", ".join(self._differences(output.settings[0]))
+        if self.record.program != OURS:
+            found = f"made as {self.record.program} recorded, whose noise and arithmetic are others"
+        else:
+            found = self._likeness(image)
+        return f"{self.file}: {found}{f'; {other}' if other else ''}"
+
+    def _likeness(self, image: Image) -> str:
+        from PIL.Image import open as open_image
+
+        recorded = self.settings.get("pixels")
+        same = pixels_hash(image) == recorded
+        with open_image(self.file) as old:
+            lossless = old.format in _LOSSLESS
+            if lossless and recorded not in (None, pixels_hash(old)):
+                which = "the image as it was made" if same else "not the image as it was made"
+                return f"edited after it was made; this is {which}"
+            if same:
+                return "the same image, bit for bit"
+            if not lossless or old.size != image.size:
+                return f"not the same image to the bit; {old.format} cannot tell by how much"
+            both = [np.asarray(one.convert("RGBA"), dtype=int) for one in (old, image)]
+        most = int(np.abs(both[0] - both[1]).max())
+        return f"{'the same' if most <= 1 else 'another'} image, differing by up to {most}/255"
+
+    def _differences(self, settings: Mapping[str, Any]) -> list[str]:
+        """What was not as it had been."""
+        old, new = _facts(self.settings), _facts(settings)
+        return [
+            f"{name} {new.get(name, 'none')} instead of {old[name]}"
+            for name in old
+            if old[name] != new.get(name)
+        ]
+
+    @contextmanager
+    def threads(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """Compute with the recorded number of threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(before if given else self.settings.get("threads", before))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _of_each(images: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What each image of a call has of its own; the first one's where there are others now."""
+    call: dict[str, Any] = {"num_images_per_prompt": 1}
+    for name in ("prompt", "negative_prompt", "guidance_scale", "seed"):
+        values = [one[name] for one in images if name in one]
+        if values:
+            replaced = {"prompt", "num_images_per_prompt"} & given.keys()
+            call[name] = values[0] if replaced else values
+    return call
+
+
+def _facts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What else an image depends on; only what is known."""
+    facts = {
+        name: settings.get(name) for name in ("device", "dtype", "threads", "machine", "batch")
+    }
+    facts |= settings.get("versions", {})
+    facts["model"] = settings.get("model", {}).get("hash")
+    for name, kind in (("LoRA", "loras"), ("word", "embeddings")):
+        shown = (f"{o.get('hash')} at {o.get('weight', 1.0)}" for o in settings.get(kind, ()))
+        facts[name] = ", ".join(shown)
+    for name in PICTURES:
+        facts[name] = settings.get("arguments", {}).get(name, {}).get("hash")
+    return {name: fact for name, fact in facts.items() if fact}

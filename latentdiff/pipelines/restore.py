@@ -1,0 +1,295 @@
+"""Tasks that are given a measurement of an image: its grey, a smaller, blurred or noisy copy.
+
+Each is a `Task` of the one core. At every step its denoiser is corrected by the measurement
+(`diffusion.guidance.measurement`), and its result is brought to agree with it to 8 bit. An image
+larger than the training's is sampled in tiles (`diffusion.guidance.tiled`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Unpack, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentdiff.colour import to_lab, with_lightness
+from latentdiff.diffusion.guidance.measurement import agree, ddnm
+from latentdiff.diffusion.guidance.tiled import tiled
+from latentdiff.diffusion.noise import batch_noise
+from latentdiff.diffusion.operators import Blur, Downsample, Grey, Jpeg, Operator
+from latentdiff.diffusion.prediction import Denoiser
+from latentdiff.errors import UserError, choice_error
+from latentdiff.pipelines.call import run_task
+from latentdiff.pipelines.edit import _own, _prompts, _size
+from latentdiff.pipelines.inputs import check_counts, check_pixels, check_share, is_number
+from latentdiff.pipelines.masks import padded
+from latentdiff.pipelines.pictures import PictureInput, Pictures, read_pictures
+from latentdiff.pipelines.settings import recorded
+from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+
+Kind = Literal["denoise", "deblur", "jpeg"]
+#: In units of [−1, 1]: 1/255 of the range, and the deviation of what rounding to 8 bit does.
+LEVEL = 2 / 255
+ROUNDING = LEVEL / 12**0.5
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is known of images, and what is begun from."""
+
+    operator: Operator
+    y: Tensor
+    """A x + noise · ε, (N, …)."""
+    noise: float
+    start: Tensor
+    """Images (N, 3, H, W) in [−1, 1] somewhat like what is looked for."""
+
+
+@recorded
+def colorize(
+    pipeline: LatentDiffusionPipeline,
+    image: PictureInput,
+    prompt: str | Sequence[str] = "",
+    **options: Unpack[SamplingOptions],
+) -> PipelineOutput:
+    """Give grey images colours; the CIELAB lightness of each pixel stays.
+
+    Args:    image: see `image_to_image`; only its lightness counts.
+             prompt: what it shows, one text or one for each image; colours may be named.
+    Returns: images of the size given.
+    """
+    pictures = read_pictures(image)
+    lightness = to_lab(pictures.rgb / 2 + 0.5)[:, :1]
+    grey = with_lightness(torch.zeros_like(pictures.rgb), lightness).float() * 2 - 1
+
+    def finish(images: Tensor, own: list[int]) -> Tensor:
+        return with_lightness(images / 2 + 0.5, lightness[own].to(images.device)).float() * 2 - 1
+
+    known = Measurement(Grey(), Grey().apply(grey), ROUNDING, grey)
+    return _measured(pipeline, prompt, pictures, known, 1.0, finish, options)
+
+
+@recorded
+def upscale(
+    pipeline: LatentDiffusionPipeline,
+    image: PictureInput,
+    scale: float = 2,
+    prompt: str | Sequence[str] = "",
+    *,
+    strength: float = 0.5,
+    **options: Unpack[SamplingOptions],
+) -> PipelineOutput:
+    """Enlarge images; the mean over the area of each of their pixels stays, to 1/255.
+
+    Args:    image, prompt: see `colorize`.
+             scale: above 1; sides become the nearest whole numbers. Where it is not a whole
+             number, sharp edges may keep the means from being met that closely.
+             strength: 0 … 1, the share of the steps that is run; more invents more.
+    """
+    if not is_number(scale) or not scale > 1:
+        raise UserError(f"scale must be a number above 1, such as 2; got {scale!r:.80}.")
+    pictures = read_pictures(image)
+    height, width = (round(side * scale) for side in pictures.size)
+    check_pixels(height, width, "the enlarged size")
+    larger = Pictures(F.interpolate(pictures.given, (height, width), mode="bicubic").clamp(-1, 1))
+    operator = Downsample((height, width), pictures.size)
+    start = F.interpolate(pictures.rgb, (height, width), mode="bicubic").clamp(-1, 1)
+    known = Measurement(operator, pictures.rgb, ROUNDING, start)
+    finish = _agreeing(known, pictures)
+    return _measured(pipeline, prompt, larger, known, strength, finish, options)
+
+
+@recorded
+def restore(
+    pipeline: LatentDiffusionPipeline,
+    image: PictureInput,
+    kind: Kind = "denoise",
+    prompt: str | Sequence[str] = "",
+    *,
+    noise: float = 0.1,
+    blur: float = 1.5,
+    quality: int = 30,
+    strength: float = 0.5,
+    **options: Unpack[SamplingOptions],
+) -> PipelineOutput:
+    """Take noise, blur or the traces of JPEG from images.
+
+    Args:    image, prompt: see `colorize`.
+             kind: denoise: what is taken off has the deviation `noise` to 10 %, see `denoise`.
+             deblur: the result, blurred, is the input to 1/255.
+             jpeg: the result, compressed, has the coefficients of the input.
+             noise: its deviation, of colours in 0 … 1.  blur: the Gaussian's, in pixels.
+             quality: 1 … 100, what the file was written with.
+             strength: of deblur and jpeg, see `upscale`.
+    Returns: images of the size given.
+    """
+    if kind not in get_args(Kind):
+        raise choice_error("kind", kind, get_args(Kind))
+    checks = (("noise", noise, 0.004, 1.0), ("blur", blur, 0.1, 20.0), ("quality", quality, 1, 100))
+    for name, value, low, high in checks:
+        if not is_number(value, type(high) | int) or not low <= value <= high:
+            kind_of = "whole number" if isinstance(high, int) else "number"
+            raise UserError(f"{name} must be a {kind_of} in {low} … {high}; got {value!r:.80}.")
+    pictures = read_pictures(image)
+    if kind == "denoise":
+        return _denoised(pipeline, prompt, pictures, 2 * noise, options)
+    if kind == "deblur":
+        known = Measurement(Blur(pictures.size, blur), pictures.rgb, ROUNDING, pictures.rgb)
+    else:
+        whole = padded(pictures.rgb, Jpeg.MULTIPLE)
+        jpeg = Jpeg(_size(whole), quality)
+        known = Measurement(jpeg, jpeg.measure(whole), Jpeg.NOISE, whole)
+    finish = _agreeing(known, pictures)
+    return _measured(pipeline, prompt, pictures, known, strength, finish, options)
+
+
+def _agreeing(known: Measurement, pictures: Pictures) -> Callable[[Tensor, list[int]], Tensor]:
+    """Brings images to agree with their measurement, also after they are rounded to 8 bit."""
+    tolerance = 0.45 if isinstance(known.operator, Jpeg) else LEVEL / 4
+
+    def finish(images: Tensor, own: list[int]) -> Tensor:
+        images = _grey_as(pictures.rgb[own].to(images.device), images)
+        return agree(images, known.operator, known.y[own].to(images.device), tolerance)
+
+    return finish
+
+
+def _measured(
+    pipeline: LatentDiffusionPipeline,
+    prompt: str | Sequence[str],
+    pictures: Pictures,
+    known: Measurement,
+    strength: float,
+    finish: Callable[[Tensor, list[int]], Tensor],
+    options: SamplingOptions,
+) -> PipelineOutput:
+    """Sample images of which a measurement is known.
+
+    Args:    pictures: their size and opacity.
+             finish: images (B, 3, H, W) and the numbers of their measurements → the result.
+    """
+    check_share("strength", strength)
+    vae, device, (height, width) = pipeline.autoencoder, pipeline.device, _size(known.start)
+    canvas = padded(known.start, vae.downscale)
+
+    def decode(latents: Tensor) -> Tensor:
+        return vae.decode(latents)[..., :height, :width]
+
+    def encode(images: Tensor) -> Tensor:
+        return vae.encode(padded(images.clamp(-1, 1), vae.downscale))
+
+    def start(batch: Batch) -> Tensor:
+        return vae.encode(canvas[_own(batch, len(canvas))].to(device))
+
+    def wrap(denoiser: Denoiser, batch: Batch) -> Denoiser:
+        y = known.y[_own(batch, len(canvas))].to(device)
+        return ddnm(
+            _tiled(pipeline, denoiser),
+            pipeline.schedule,
+            known.operator,
+            y,
+            known.noise,
+            decode=decode,
+            encode=encode,
+        )
+
+    def finished(images: Tensor, batch: Batch) -> Tensor:
+        own = _own(batch, len(canvas))
+        return _as_given(finish(images[..., :height, :width], own), pictures, own)
+
+    task = Task(_size(canvas), start, strength, wrap, finish=finished)
+    prompts = _prompts(prompt, pictures)
+    return run_task(pipeline, prompts, task, **_unguided(prompts, options))
+
+
+@torch.no_grad()
+def _denoised(
+    pipeline: LatentDiffusionPipeline,
+    prompt: str | Sequence[str],
+    pictures: Pictures,
+    noise: float,
+    options: SamplingOptions,
+) -> PipelineOutput:
+    """Take noise off with the sampler itself: noisy latents are an x_t.
+
+    An image with noise has latents of about x_0 + s ε. At the timestep where σ_t/α_t = s, α_t times
+    them is what q(x_t | x_0) draws, and sampling goes on from there. What as much noise again does
+    to the latents, over the images of the call, is taken for s.
+    """
+    prompts, vae, schedule = _prompts(prompt, pictures), pipeline.autoencoder, pipeline.schedule
+    canvas = padded(pictures.rgb, vae.downscale)
+    more = canvas + noise * batch_noise(range(len(canvas)), canvas.shape[1:])
+    latents, noisier = (
+        torch.cat([vae.encode(one[None].to(pipeline.device)).cpu() for one in images])
+        for images in (canvas, more)
+    )
+    most = float(schedule.noise_ratio(schedule.last_timestep))
+    t = max(1.0, schedule.timestep_at(min(float((noisier - latents).std()), most)))
+    steps, copies = options.get("num_inference_steps", 25), options.get("num_images_per_prompt", 1)
+    check_counts(num_inference_steps=steps, num_images_per_prompt=copies)
+    count = max(1, math.ceil(steps * t / schedule.num_train_timesteps))
+    own = [k % len(canvas) for k in range(len(prompts)) for _ in range(copies)]
+
+    def finish(images: Tensor, batch: Batch) -> Tensor:
+        own, (height, width) = _own(batch, len(canvas)), pictures.size
+        y = pictures.rgb[own].to(images.device)
+        images = _grey_as(y, images[..., :height, :width])
+        return _as_given(_with_residual(images, y, noise), pictures, own)
+
+    def wrap(denoiser: Denoiser, batch: Batch) -> Denoiser:
+        return _tiled(pipeline, denoiser)
+
+    task = Task(_size(canvas), wrap=wrap, finish=finish)
+    options = {**options, "timesteps": [t * (1 - k / count) for k in range(count)]}
+    x = float(schedule.alpha(t)) * latents[own]
+    return run_task(pipeline, prompts, task, latents=x, **_unguided(prompts, options))
+
+
+def _tiled(pipeline: LatentDiffusionPipeline, denoiser: Denoiser) -> Denoiser:
+    """A denoiser whose network sees no more at once than in its training."""
+    height, width = (side // pipeline.autoencoder.downscale for side in pipeline.default_size)
+    return tiled(denoiser, (height, width))
+
+
+def _with_residual(images: Tensor, y: Tensor, noise: float) -> Tensor:
+    """Images with y − x made larger or smaller until its deviation is `noise`, to 5 %.
+
+    Where y is black or white the noise was cut off; these pixels do not count.
+    """
+    residual = y - images
+    inside = (y.abs() < 1).float()
+    squares = (residual.square() * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
+    deviation = squares.sqrt()[:, None, None, None]
+    wanted = deviation.clamp(0.95 * noise, 1.05 * noise)
+    return (y - residual * wanted / deviation.clamp(min=1e-3 * noise)).clamp(-1, 1)
+
+
+def _grey_as(given: Tensor, images: Tensor) -> Tensor:
+    """Images without colours where the given ones (B, 3, …) have none."""
+    is_grey = (given == given[:, :1]).flatten(1).all(1)[:, None, None, None]
+    return torch.where(is_grey, Grey().apply(images), images)
+
+
+def _as_given(images: Tensor, pictures: Pictures, own: list[int]) -> Tensor:
+    """Images over white (B, 3, H, W) at the size that was given, with the opacity if there was."""
+    height, width = pictures.size
+    images = images[..., :height, :width]
+    if pictures.given.shape[1] == 3:
+        return images
+    clear = pictures.clear[own].to(images.device)
+    colours = ((images - clear) / (1 - clear).clamp(min=1 / 255)).clamp(-1, 1)
+    return torch.cat([colours, 1 - 2 * clear], 1)
+
+
+def _unguided(prompts: Sequence[str], options: SamplingOptions) -> SamplingOptions:
+    """Options with guidance off where no prompt and no negative prompt says anything."""
+    if any(prompts) or options.get("negative_prompt") or "guidance_scale" in options:
+        return options
+    return {**options, "guidance_scale": 1.0}
