@@ -13,10 +13,7 @@ COMMANDS = {
     "edit": ("latentdiff.cli.edit", "paint into images, beyond them, between them"),
     "train": ("latentdiff.train.__main__", "train a U-Net, or fine-tune a model"),
     "evaluate": ("latentdiff.cli.evaluate", "measure a model beside captioned images"),
-    "inspect": (
-        "latentdiff.cli.inspect",
-        "say what a file of weights is, or how an image was made",
-    ),
+    "inspect": ("latentdiff.cli.inspect", "say what a model's file or an image holds"),
     "convert": ("latentdiff.cli.convert", "turn a model into a folder or a single file"),
     "doctor": ("latentdiff.cli.doctor", "look a data set over before training on it"),
 }

@@ -56,7 +56,7 @@ def embed_clip(run: Path, target: Path) -> None:
 
 
 def embed_unet(model: Path, target: Path) -> None:
-    """Take a trained model's U-Net in small files, its schedule and its index."""
+    """Take a trained model's U-Net in small files, its schedule, its index and its settings."""
     from latentdiff.formats.folder import SMALL_SHARDS, load_components, save_components
 
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,9 @@ def embed_unet(model: Path, target: Path) -> None:
         )
         for part in ("unet", "scheduler"):
             replace(again / part, target / part)
-        shutil.copy(again / "model_index.json", target)
+        for file in ("model_index.json", GENERATION):
+            if (again / file).is_file():
+                shutil.copy(again / file, target)
 
 
 def embed_text(run: Path, target: Path) -> None:

@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from latentdiff.cli.generate import given, opened
+from latentdiff.cli.generate import given, opened, say_flagged
 from latentdiff.cli.prompt_file import check_lines, noted, read_prompt_file
 from latentdiff.errors import UserError
 from latentdiff.files import parse_json
 from latentdiff.images import check_image_file, contact_sheet, is_whole, read_texts, save_image
+from latentdiff.models.prompts import NETWORK
+from latentdiff.pipelines.hashes import file_hash
 from latentdiff.pipelines.inputs import check_counts, check_seed
 from latentdiff.pipelines.metadata import OURS, write
+from latentdiff.pipelines.prompt_loras import Files, LoraFolder
 from latentdiff.pipelines.styles import read_styles, styled
 from latentdiff.pipelines.wildcards import Wildcards
 
@@ -37,6 +40,7 @@ _OWN = ("prompt", "negative_prompt", "guidance_scale", "seed")
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 #: The name of the hash among the settings in a file.
 _REQUEST = "request"
+_hash = cache(file_hash)
 
 
 class Wanted(NamedTuple):
@@ -45,6 +49,8 @@ class Wanted(NamedTuple):
     line: int
     file: Path
     options: dict[str, Any]
+    loras: Files
+    """What its prompt asks for, see `prompt_loras`."""
 
 
 def generate_all(args: argparse.Namespace) -> str:
@@ -88,6 +94,7 @@ def wanted(args: argparse.Namespace) -> list[Wanted]:
     check_counts(num_images_per_prompt=several)
     styles = read_styles(args.styles) if args.style else {}
     choices = Wildcards(folder) if folder else None
+    files = LoraFolder(common["lora_dir"]) if "lora_dir" in common else None
     images, problems = list[Wanted](), dict[int, str]()
     for line, own in read_prompt_file(args.prompt_file):
         options = {**common, **own}
@@ -95,13 +102,14 @@ def wanted(args: argparse.Namespace) -> list[Wanted]:
         texts = styled(styles, args.style, options["prompt"], options.get("negative_prompt", ""))
         for k in range(count):
             number = len(images)
+            file = args.output.with_name(f"{args.output.stem}-{number:05d}{args.output.suffix}")
             drawing = first + number if seed is None else seed + k
             with noted(problems, line):
                 check_seed(drawing, 1)
-                both = choices.expand(texts, drawing) if choices else texts
-                options |= dict(zip(("prompt", "negative_prompt"), both, strict=True))
-            file = args.output.with_name(f"{args.output.stem}-{number:05d}{args.output.suffix}")
-            images.append(Wanted(line, file, {**options, "seed": drawing}))
+                prompt, negative = choices.expand(texts, drawing) if choices else texts
+                of_image = {"prompt": prompt, "negative_prompt": negative, "seed": drawing}
+                loras = files.split(prompt)[1] if files else ()
+                images.append(Wanted(line, file, {**options, **of_image}, loras))
     check_lines(args.prompt_file, problems)
     return images
 
@@ -129,13 +137,21 @@ def check(pipeline: LatentDiffusionPipeline, images: Sequence[Wanted], file: Pat
         pipeline.image_size(height, width)
         pipeline.sampling_plan(steps, sampler=sampler, spacing=spacing)
 
+    @cache
+    def fits(lora: Path) -> None:
+        with pipeline.loras.also([(lora, 0)]):
+            pass
+
     problems = dict[int, str]()
-    for line, _, options in images:
+    for line, _, options, loras in images:
         with noted(problems, line):
             get = options.get
             steps = get("num_inference_steps", 25)
             settings(get("height"), get("width"), steps, get("sampler"), get("timestep_spacing"))
-            for text in (options["prompt"], options["negative_prompt"]):
+            for lora, _ in loras:
+                fits(lora)
+            prompt = NETWORK.sub("", options["prompt"]) if loras else options["prompt"]
+            for text in (prompt, options["negative_prompt"]):
                 pipeline.read_prompt(text, get("prompt_syntax", "plain"))
     check_lines(file, problems)
 
@@ -145,7 +161,7 @@ def decisive(pipeline: LatentDiffusionPipeline) -> list[Any]:
     from latentdiff.pipelines.settings import surroundings
 
     found = surroundings(pipeline)
-    model = [found["model"].get(name) for name in ("hash", "prediction")]
+    model = [found["model"].get(name) for name in ("hash", "prediction", "vae")]
     loras = [[one["hash"], one["weight"]] for one in found["loras"]]
     words = [[one["hash"], one["token"]] for one in found["embeddings"]]
     return [*model, loras, words, found["dtype"]]
@@ -170,6 +186,7 @@ def make(
         if name in options:
             options[name] = [one.options[name] for one in images]
     output = pipeline(**options, batch_size=batch_size, progress=False)
+    say_flagged(output)
     for one, image, settings in zip(images, output.images, output.settings, strict=True):
         write(image, one.file, {**settings, _REQUEST: request(one, facts)})
 
@@ -185,7 +202,9 @@ def is_there(one: Wanted, facts: Any) -> bool:
 
 def request(one: Wanted, facts: Any) -> str:
     """A hash of all that decides an image: its options, and the model's `facts`."""
-    return hashlib.sha256(_text([one.options, facts]).encode()).hexdigest()[:16]
+    options = {name: value for name, value in one.options.items() if name != "lora_dir"}
+    loras = [[_hash(file), weight] for file, weight in one.loras]
+    return hashlib.sha256(_text([options, loras, facts]).encode()).hexdigest()[:16]
 
 
 def _text(value: Mapping[str, Any] | list[Any]) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from latentdiff.formats.folder import Components
 
 
-def check_dora(loras: list[str], target: Path, rank: int) -> None:
+def check_adapter(loras: list[str], target: Path, rank: int) -> None:
     """Refuse options that do not go together, before a model is read. Raises: UserError."""
     if rank < 1:
         raise UserError(f"--rank must be at least 1; got {rank}.")
@@ -38,32 +38,38 @@ def check_dora(loras: list[str], target: Path, rank: int) -> None:
         raise UserError(f"a LoRA is written as .safetensors; got {target}.")
 
 
-def convert_dora(
+def convert_adapter(
     components: Components, lora: str, target: Path, rank: int, dtype: torch.dtype | None
 ) -> str:
-    """Write the plain LoRA that is nearest to a DoRA on a model, in kohya's layout.
+    """Write the plain LoRA that is nearest to a DoRA, LoHa or LoKr on a model, in kohya's layout.
 
-    A DoRA's change has no small rank, since every output channel of the weight has a factor of its
-    own; the plain LoRA holds the largest singular values.
+    Their changes have no small rank; the plain LoRA holds the largest singular values.
 
-    Args:    dtype: on disk; None: as the DoRA's matrices are.
+    Args:    dtype: on disk; None: as the file's matrices are.
     Returns: what was written, and its relative error ‖ΔW − ΔW_R‖ / ‖ΔW‖, as the file has it.
-    Raises:  UserError: no DoRA, not for this model, or the target cannot be written.
+    Raises:  UserError: none of them, not for this model, or the target cannot be written.
     """
     from latentdiff.formats.lora import read_lora, write_lora
-    from latentdiff.models.low_rank import layers_of, nearest
+    from latentdiff.models.low_rank import LowRank, layers_of, nearest
     from latentdiff.pipelines.lora import match, parts_of
 
     parts = parts_of(components)
     changes, whole_changes = match(read_lora(lora), parts)
-    if whole_changes or all(change.magnitude is None for change in changes.values()):
-        raise UserError(f"{lora} is no DoRA, or more than one; --rank is for a DoRA alone.")
+    ready = {
+        place: change
+        for place, change in changes.items()
+        if isinstance(change, LowRank) and change.magnitude is None
+    }
+    if whole_changes or len(ready) == len(changes):
+        raise UserError(
+            f"{lora} is no DoRA, LoHa or LoKr, or more than that; --rank is for these alone."
+        )
     plain, missing, whole, worst = {}, 0.0, 0.0, (0.0, "")
     for (part, module), change in changes.items():
         name, weight = f"{part}.{module}", layers_of(parts[part])[module].weight
         delta = change.delta(weight)
-        near = change if change.magnitude is None else nearest(delta, rank)
-        kind = dtype or change.down.dtype
+        near = ready.get((part, module)) or nearest(delta, rank)
+        kind = dtype or change.dtype
         near = replace(near, down=near.down.to(kind), up=near.up.to(kind))
         off, size = float((delta - near.delta(weight)).square().sum()), float(delta.square().sum())
         missing, whole = missing + off, whole + size
@@ -95,7 +101,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prediction", choices=("eps", "v"), help="instead of what SOURCE says")
     add("--title", help="shown by programs that open a single file; default: its name")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
-    add("--rank", type=int, metavar="R", help="write the one --lora, a DoRA, as a plain LoRA")
+    add(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="write the one --lora (DoRA, LoHa, LoKr) as a plain LoRA",
+    )
     add("--overwrite", action="store_true", help="replace TARGET if it is there")
     return parser.parse_args(arguments)
 
@@ -105,7 +116,7 @@ def convert(args: argparse.Namespace) -> str:
     target: Path = args.target.expanduser()
     _check(args.source, target, args.overwrite)
     if args.rank is not None:
-        check_dora(args.lora, target, args.rank)
+        check_adapter(args.lora, target, args.rank)
     import torch
 
     from latentdiff.formats.folder import save_components
@@ -119,7 +130,7 @@ def convert(args: argparse.Namespace) -> str:
     components = load_model(args.source, dtype=None, **options)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if args.rank is not None:
-        return convert_dora(components, args.lora[0], target, args.rank, dtype)
+        return convert_adapter(components, args.lora[0], target, args.rank, dtype)
     _fuse(components, args.lora)
     if single:
         return report(save_single_file(target, components, dtype, title=args.title), components)

@@ -1,10 +1,11 @@
 """Edit images.
 
-    latentdiff edit inpaint cat.png "a cat with a hat" --mask hat.png --output hat-cat.png
+    latentdiff edit inpaint cat.png "a cat with a hat" --mask hat.png --mask-blur 4 --output new.png
     latentdiff edit outpaint cat.png "a cat in a garden" --left 32 --right 32
     latentdiff edit image_to_image sketch.jpg "a cat painting" --strength 0.6 --num-images 4
     latentdiff edit interpolate "a cat" "a dog" --frames 16 --output morph.gif
-    latentdiff edit --replay hat-cat.png --output again.png
+    latentdiff edit upscale small.png --scale 4 --output large.png
+    latentdiff edit --replay new.png --output again.png
     latentdiff edit TASK --help
 
 The image keeps its size. Options and files are those of `latentdiff generate`.
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentdiff.cli import generate
-from latentdiff.errors import UserError, command
-from latentdiff.images import check_image_file, save_animation
+from latentdiff.errors import command
+from latentdiff.images import save_animation
 
 Option = tuple[str, dict[str, Any]]
 
@@ -115,16 +116,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     for name, task in TASKS.items():
         own = words.add_parser(name, help=task.about, description=f"{task.about}.")
-        own.set_defaults(size=None, image=None)
+        own.set_defaults(size=None, image=None, hires_scale=None, hires_strength=None)
         if task.takes_image:
-            own.add_argument("image", metavar="IMAGE", help="any image file")
-        several = "*" if task.takes_image else "+"
-        own.add_argument("prompts", nargs=several, metavar="PROMPT", help="what to draw")
+            own.add_argument("image", nargs="?", metavar="IMAGE", help="any image file")
+        own.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
         for flag, told in task.options:
             own.add_argument(flag, **told)
         generate.add_options(own)
         own.set_defaults(output=Path("edited.png"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.replay:
+        if TASKS[args.task].takes_image and args.image is None:
+            parser.error(f"give an IMAGE: latentdiff edit {args.task} IMAGE, or --replay FILE")
+        if not TASKS[args.task].takes_image and not args.prompts:
+            parser.error(f"give a PROMPT: latentdiff edit {args.task} PROMPT, or --replay FILE")
+    return args
 
 
 def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +142,7 @@ def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
     ]
     own = {name: getattr(args, name) for name in ["image", *names]}
     found = {name: value for name, value in own.items() if value is not None}
-    return {"prompt": "", **generate.given(args), **found}
+    return {**({} if args.replay else {"prompt": ""}), **generate.given(args), **found}
 
 
 def check_files(arguments: dict[str, Any]) -> None:
@@ -152,21 +158,29 @@ def check_files(arguments: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; see `errors.command` for exit codes."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words[:1] == ["--replay"]:
-        return generate.main(words)
+    if words[:1] == ["--replay"] and len(words) > 1:
+        from latentdiff.pipelines.replay import Replay
+
+        task = Replay.of(Path(words[1])).settings["task"]
+        if task not in TASKS:
+            return generate.main(words)
+        words.insert(0, task)
     args = parse(words)
-    if args.columns is not None and args.columns < 1:
-        raise UserError(f"--columns must be at least 1; got {args.columns}.")
-    check_image_file(args.output, "--output")
+    generate.check_outputs(args)
     given = arguments_of(args)
     check_files(given)
-    pipeline = generate.opened(args, {})
-    output = getattr(pipeline, args.task)(**given, progress=not args.quiet)
+    columns = args.columns
+    if args.replay:
+        output, columns = generate.replayed(args, given)
+    else:
+        pipeline = generate.opened(args, {})
+        output = getattr(pipeline, args.task)(**given, **generate.watching(args))
+    generate.say_flagged(output)
     if args.task == "interpolate" and args.output.suffix.lower() == ".gif":
         paths = [save_animation(output.images, args.output)]
     else:
         row = len(output.images) if args.task == "interpolate" else args.num_images
-        paths = generate.save(output, args, args.columns or row)
+        paths = generate.save(output, args, columns or row)
     print(f"seed {output.seeds[0]}, {output.steps} steps", file=sys.stderr)
     for path in paths:
         print(path)

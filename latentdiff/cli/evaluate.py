@@ -8,7 +8,8 @@ first captions of the reference's images, examples/twemoji by default; which are
 are fixed, so two models are asked for the same images. Needs the `eval` extra and
 `pip install --no-deps stlpips-pytorch==0.0.2`.
 
-A file of --asks has prompts of its own and what their images must show: see evaluation/asks.py.
+A file of --asks has prompts to take instead, and what their images must show: see
+evaluation/asks.py.
 
 With --likelihood nothing is generated: the evidence lower bound of the reference's images in bits
 per latent dimension, and a plot of the loss over the timesteps.
@@ -38,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("model", nargs="?", help="folder or Hugging Face id; default: the embedded model")
     add("--output", "-o", type=Path, default=Path("runs/evaluation"), help="default: %(default)s")
     add("--reference", metavar="DATASET", help="folder, .zip or .parquet of captioned images")
-    add("--asks", type=Path, metavar="FILE", help="prompts with what their images must show")
+    add("--asks", type=Path, metavar="FILE", help="other prompts, and what they must show")
     add("--concepts", type=int, default=300, metavar="N", help="at most; default: %(default)s")
     add("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     add("--guidance", type=float, help="default: the pipeline's")
@@ -80,6 +81,10 @@ def check(args: argparse.Namespace) -> None:
         if value < least:
             option = name.replace("_", "-")
             raise UserError(f"--{option} must be at least {least}; got {value}.")
+    if args.hub_metrics and args.asks:
+        raise UserError(
+            "--hub-metrics compares images of the reference's prompts; leave out --asks."
+        )
     if args.reference is None and not EXAMPLE.is_dir():
         raise UserError(
             f"--reference is required: {EXAMPLE}, which is taken without it, is not there. Give a "
@@ -111,18 +116,19 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
     device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
-    reference = reference_of(args, args.concepts, pipeline)
+    reference = reference_of(args, sys.maxsize if args.asks else args.concepts, pipeline)
     guidance = pipeline.default_guidance if args.guidance is None else args.guidance
     generator = Generator(pipeline, args.steps, guidance, args.batch_size)
 
     def say(text: str) -> None:
         print(f"… {text}", file=sys.stderr, flush=True)
 
-    score = open_score(Path(named(args.model or EMBEDDED_MODEL)))
-    asks = None if args.asks is None else read_asks(args.asks, reference)
-    result = measure(pipeline, generator, reference, score, say)
-    if asks is not None:
-        result |= measure_asks(asks, args.asks.parent, reference, generator, say)
+    if args.asks:
+        asks = read_asks(args.asks, reference)
+        result = measure_asks(asks, args.asks.parent, reference, generator, say)
+    else:
+        score = open_score(Path(named(args.model or EMBEDDED_MODEL)))
+        result = measure(pipeline, generator, reference, score, say)
     facts = {
         "model": str(args.model or "embedded"),
         "reference": str(args.reference or EXAMPLE.name),

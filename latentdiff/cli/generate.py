@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError, command, warn
-from latentdiff.images import check_image_file
+from latentdiff.images import check_image_file, save_image
 from latentdiff.pipelines.inputs import check_pixels
 from latentdiff.pipelines.styles import read_styles, styled
 
@@ -53,26 +53,30 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--batch-size", type=int, metavar="N", help="with --prompts: at once; default: 16")
     add("--contact-sheet", type=Path, metavar="FILE", help="with --prompts: all images, small")
-    add(
-        "--replay",
-        type=Path,
-        metavar="IMAGE",
-        help="make a file's image again; other options replace what the file says",
-    )
     add_options(parser)
     add("--size", metavar="N or HxW", help="pixels, up to 4096x4096; default: as trained")
+    add("--hires-scale", type=float, metavar="X", help="then enlarge, and draw from there again")
+    add("--hires-strength", type=float, metavar="X", help="0 ... 1; default: 0.7")
     args = parser.parse_args(argv)
     if bool(args.prompt_file) == bool(args.prompts or args.replay):
         parser.error("give a PROMPT, or a file with --prompts, or an image with --replay")
     for option in ("batch_size", "contact_sheet"):
         if getattr(args, option) is not None and not args.prompt_file:
             parser.error(f"--{option.replace('_', '-')} belongs to --prompts")
+    if args.preview and args.prompt_file:
+        parser.error("--preview does not go with --prompts")
     return args
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every task has."""
     add = parser.add_argument
+    add(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="make that file's image again; other options replace what it says",
+    )
     add("--output", "-o", type=Path, default=Path("image.png"), help="default: %(default)s")
     add("--model", help="folder, single file or Hugging Face id; default: the embedded model")
     add("--revision", help="branch, tag or commit on the hub")
@@ -82,7 +86,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("eps", "v"),
         help="what the U-Net predicts; default: as the model says",
     )
+    add("--vae", metavar="NAME", help="another autoencoder: a folder, file or Hugging Face id")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
+    add(
+        "--lora-dir", metavar="DIR", help="where <lora:name:0.7> of a prompt finds name.safetensors"
+    )
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--style", action="append", default=[], metavar="NAME", help="may be repeated")
     add("--styles", type=Path, default=Path("styles.csv"), metavar="FILE", help="%(default)s")
@@ -93,6 +101,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--long", action="store_true", help="take prompts of any length, which are cut otherwise"
     )
     syntax("--weighted", action="store_true", help="any length, with (red:1.3), [red] and BREAK")
+    add("--clip-skip", type=int, metavar="N", help="text encoder layers to leave out; A1111's - 1")
     add("--steps", type=int, help="sampling steps; default: 25")
     add("--guidance", help="up to 1 = off; one, or one per prompt: 3,7; default: the model's, or 5")
     add("--guidance-interval", metavar="LOW,HIGH", help="guide only at these timesteps")
@@ -112,6 +121,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="columns of the grid; default: --num-images, or square",
     )
     add("--separate", action="store_true", help="numbered files instead of a grid")
+    add("--preview", type=Path, metavar="FILE", help="how it looks so far, after every step")
+    add("--safety-checker", metavar="NAME", help="folder or Hugging Face id; says what it flags")
+    add("--low-memory", action="store_true", help="slower; the images stay the same")
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     add("--quiet", action="store_true", help="no progress bar")
@@ -160,6 +172,7 @@ def opened(args: argparse.Namespace, recorded: Mapping[str, Any]) -> LatentDiffu
         revision=args.revision or model.get("revision"),
         variant=args.variant or model.get("variant"),
         prediction=args.prediction or model.get("prediction"),
+        vae=args.vae or model.get("vae"),
     )
     loras = [lora_and_weight(text) for text in args.lora]
     for file, weight in loras or files_of(recorded.get("loras", ()), "weight"):
@@ -173,7 +186,15 @@ def opened(args: argparse.Namespace, recorded: Mapping[str, Any]) -> LatentDiffu
         if args.device:
             raise
         device = device_of(None)
-    return pipeline.to(device)
+    pipeline.to(device)
+    if args.low_memory:
+        pipeline.enable_vae_slicing()
+        pipeline.enable_vae_tiling()
+        if device.type != "cpu":
+            pipeline.enable_model_cpu_offload(device)
+    if args.safety_checker:
+        pipeline.load_safety_checker(args.safety_checker)
+    return pipeline
 
 
 def files_of(recorded: Iterable[Mapping[str, Any]], name: str) -> list[tuple[str, Any]]:
@@ -198,6 +219,9 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         "prompt_syntax": "a1111" if args.weighted else "long" if args.long else None,
         "height": height,
         "width": width,
+        "clip_skip": args.clip_skip,
+        "hires_scale": args.hires_scale,
+        "hires_strength": args.hires_strength,
         "num_inference_steps": args.steps,
         "guidance_scale": numbers("--guidance", args.guidance),
         "guidance_interval": numbers("--guidance-interval", args.guidance_interval),
@@ -207,8 +231,58 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         "timesteps": numbers("--timesteps", args.timesteps),
         "seed": args.seed,
         "wildcards": args.wildcards,
+        "lora_dir": args.lora_dir,
     }
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse what could not be written. Raises: UserError."""
+    if args.columns is not None and args.columns < 1:
+        raise UserError(f"--columns must be at least 1; got {args.columns}.")
+    check_image_file(args.output, "--output")
+    if args.preview is not None:
+        check_image_file(args.preview, "--preview")
+
+
+def watching(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a call by which its progress is seen."""
+    shown: dict[str, Any] = {"progress": not args.quiet}
+    if args.preview is None:
+        return shown
+    from latentdiff.images import grid
+
+    def show(pipeline: Any, step: int, timestep: float, given: Mapping[str, Any]) -> None:
+        save_image(grid(pipeline.preview(given["denoised"])), args.preview)
+
+    names = ["denoised"]
+    return shown | {"callback_on_step_end": show, "callback_on_step_end_tensor_inputs": names}
+
+
+def say_flagged(output: PipelineOutput) -> None:
+    """Say which images the safety checker flags, by their seeds."""
+    flagged = [s for s, flag in zip(output.seeds, output.flagged or (), strict=False) if flag]
+    if flagged:
+        print(
+            f"flagged by the safety checker: seed {', '.join(map(str, flagged))}", file=sys.stderr
+        )
+
+
+def replayed(
+    args: argparse.Namespace, given: Mapping[str, Any]
+) -> tuple[PipelineOutput, int | None]:
+    """The images of --replay, with given options and arguments instead of those recorded, and the
+    columns of their grid; says how like the file's they are."""
+    if args.output.resolve() == args.replay.resolve():
+        raise UserError(f"--output must not be the file of --replay itself, {args.replay}.")
+    from latentdiff.pipelines.replay import Replay
+
+    replay = Replay.of(args.replay)
+    pipeline = opened(args, replay.settings)
+    with replay.threads(given):
+        output = replay.run(pipeline, given, **watching(args))
+    print(replay.verdict(output, given), file=sys.stderr)
+    return output, args.columns or replay.settings.get("columns")
 
 
 def save(output: PipelineOutput, args: argparse.Namespace, columns: int | None) -> list[Path]:
@@ -227,28 +301,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; see `errors.command` for exit codes."""
     args = parse(arguments)
     image_size(args.size)
-    if args.columns is not None and args.columns < 1:
-        raise UserError(f"--columns must be at least 1; got {args.columns}.")
-    check_image_file(args.output, "--output")
+    check_outputs(args)
     if args.prompt_file:
         from latentdiff.cli.bulk import generate_all
 
         print(generate_all(args))
         return
-    options, columns = given(args), args.columns
+    options = given(args)
     if args.replay:
-        if args.output.resolve() == args.replay.resolve():
-            raise UserError(f"--output must not be the image of --replay itself, {args.replay}.")
-        from latentdiff.pipelines.replay import Replay
-
-        replay = Replay.of(args.replay)
-        pipeline = opened(args, replay.settings)
-        with replay.threads(options):
-            output = replay.run(pipeline, options, progress=not args.quiet)
-        print(replay.verdict(output, options), file=sys.stderr)
-        columns = columns or replay.settings.get("columns")
+        output, columns = replayed(args, options)
     else:
-        output = opened(args, {})(**options, progress=not args.quiet)
+        output, columns = opened(args, {})(**options, **watching(args)), args.columns
+    say_flagged(output)
     if args.long or args.weighted or args.wildcards:
         for read in output.prompts:
             print(f"{read.text[:40]!r}: {read}", file=sys.stderr)

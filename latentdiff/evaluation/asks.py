@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from latentdiff.config import AtLeastOne, build
 from latentdiff.data.images import fit, open_image
@@ -47,6 +48,8 @@ from latentdiff.models.autoencoder_losses import PerceptualDistance
 
 #: Concepts among which the right one has to be.
 TOP = 5
+#: LPIPS below which an image is a near copy.
+COPY = 0.1
 #: Folds of the style classifier's own accuracy.
 FOLDS = 5
 
@@ -142,6 +145,14 @@ class Judge:
         found = self._classifier(self.features.textures([cut_out(image) for image in images]))
         return [self.style_names[k] for k in found.tolist()]
 
+    def is_copy(self, cut: Image.Image, distance: PerceptualDistance) -> bool:
+        """Whether a cut-out, or its mirror image, is nearly the reference image nearest to it."""
+        scores = F.cosine_similarity(self.features([cut]), self.gallery)
+        twins = metrics.as_tensors([cut, ImageOps.mirror(cut)])
+        nearest = metrics.as_tensors([self.cut[int(scores.argmax())]] * 2)
+        with torch.no_grad():
+            return float(distance(twins, nearest).min()) < COPY
+
     def style_accuracy(self) -> float:
         """Of such a classifier on real images of concepts that it was not fitted to."""
         right = []
@@ -230,8 +241,12 @@ def measure_asks(
             Shown(ask.prompt, image, beside.get(id(ask)), _misses(verdict))
             for ask, image, verdict in zip(own, images, verdicts, strict=True)
         ]
+    if order := metrics.own_left_out(judge.gallery, reference.labels):
+        name = "real through VAE, own left out: concept top"
+        result.figures |= {f"{name}-{n}": metrics.share_within(order, n) for n in (1, TOP)}
     if any(ask.style for ask in asks):
         result.figures["real through VAE: style, unseen concepts"] = judge.style_accuracy()
+    result.figures["seconds per image"] = generator.seconds / generator.count
     return result
 
 
@@ -261,7 +276,11 @@ def _over_seeds(
         return {}
     groups = [[images[k] for k in of_one] for of_one in rows.values()]
     cut = [[cut_out(image) for image in of_one] for of_one in groups]
-    figures: dict[str, Any] = {f"{group}: LPIPS between seeds": metrics.diversity(cut, distance)}
+    copies = [judge.is_copy(image, distance) for of_one in cut for image in of_one]
+    figures: dict[str, Any] = {
+        f"{group}: LPIPS between seeds": metrics.diversity(cut, distance),
+        f"{group}: near copies of a reference image": sum(copies) / len(copies),
+    }
     if any(judge.reference.styles):
         styles = [len({*judge.styles(of_one)}) for of_one in groups]
         figures[f"{group}: styles among the seeds"] = sum(styles) / len(styles)

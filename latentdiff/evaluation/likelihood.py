@@ -81,10 +81,8 @@ def measure(
     ode: list[Tensor] = []
     for start in range(0, len(images), size.batch_size):
         rows = range(start, min(start + size.batch_size, len(images)))
-        x_0, denoiser = (
-            _latents(pipeline, images, rows),
-            _denoiser(pipeline, images, captions, rows),
-        )
+        x_0 = _latents(pipeline, images, rows)
+        denoiser = _denoiser(pipeline, images, captions, rows)
         with torch.no_grad():
             bounds.append(sampled_elbo(denoiser, x_0, pipeline.schedule, rows, size.levels))
         few = [row for row in rows if row < size.ode_images]

@@ -229,9 +229,6 @@ class Result:
     figures: dict[str, Any] = field(default_factory=dict)
     pages: dict[str, list[Shown]] = field(default_factory=dict)
 
-    def __or__(self, other: Result) -> Result:
-        return Result(self.figures | other.figures, self.pages | other.pages)
-
 
 class Generator:
     """Prompts to images in fixed batches, each prompt with a seed of its own; keeps the time."""
@@ -303,8 +300,6 @@ def concepts(ours: Tensor, rebuilt: Tensor, gallery: Tensor, labels: Tensor) -> 
                 nearest_distance(found, gallery).mean()
             ),
         }
-    if order := own_left_out(gallery, labels):
-        figures |= {f"real, own left out: concept top-{n}": share_within(order, n) for n in (1, 5)}
     return figures
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from latentdiff.errors import UserError, choice_error, some
 from latentdiff.files import parse_json, read_json, written_file
 from latentdiff.formats.name_patterns import NamePatterns, number
-from latentdiff.models.low_rank import LowRank
+from latentdiff.models.low_rank import Change, Combined, Factor, LowRank
 from latentdiff.tensor_file import TensorFile, load_content, usual_file
 from latentdiff.weights import refuse_not_finite, save_tensors
 
@@ -66,21 +66,27 @@ _ROLES = {
     "alpha": r"\.alpha$",
     "diff": r"\.diff$",
     "diff_b": r"\.diff_b$",
+    "w_norm": r"\.w_norm$",
+    "b_norm": r"\.b_norm$",
+    "mid": r"\.lora_mid\.weight$",
     "magnitude": r"\.(?:dora_scale$|lora_magnitude_vector(?:\.|$))",
 }
 #: What a full-rank difference is of, by its role.
-_FULL = {"diff": "weight", "diff_b": "bias"}
-#: Other ways to write a small change of a large matrix, by how the last words of a key begin.
+_FULL = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
+#: Other ways to write a small change of a large matrix, by how the last words of a key begin; the
+#: first two are read, see `_combined`.
 _OTHER_ADAPTERS = {
     "hada": "a LoHa (LyCORIS)",
     "lokr": "a LoKr (LyCORIS)",
     "oft": "an OFT adapter",
     "ia3": "an IA3 adapter",
 }
+_READ = ("hada", "lokr")
+#: One of these is in every LoHa and LoKr.
+_FIRST_OF_TWO = ("hada_w1_a", "lokr_w1", "lokr_w1_a")
 _OTHER_ROLE = re.compile(rf"\.(({'|'.join(_OTHER_ADAPTERS)})_\w+)")
 #: LoRAs with more than we use, by a piece of their keys.
 _UNSUPPORTED = {
-    r"lora_mid\.": "it is a LoCon with a Tucker decomposition (LyCORIS), not a plain LoRA",
     r"lora_B(\.\w+)?\.bias$": "its LoRA has biases, which are not supported",
     r"lora_embedding|(token|position)_embedding\.": "it changes an embedding table, which is not "
     "supported",
@@ -108,7 +114,7 @@ class LoraFile:
 
     path: Path
     """Where it came from."""
-    weights: dict[str, LowRank]
+    weights: dict[str, Change]
     """Changes by the layer's name: `unet.…` and `text_encoder.…` with dots, ComfyUI's
     `diffusion_model.…`, or kohya's spelling with underscores, whose dots only a model's own names
     tell."""
@@ -158,11 +164,14 @@ def read_lora(path: str | Path) -> LoraFile:
     settings = _read_settings(path, metadata)
     try:
         stated = _stated_alphas(layers, settings)
-        weights = {
+        weights: dict[str, Change] = {
             name: _low_rank(name, roles, stated.get(name), _is_rslora(name, settings))
             for name, roles in layers.items()
-            if "down" in roles
+            if "down" in roles and "mid" not in roles
         }
+        for name, roles in layers.items():
+            if roles.keys() & {"mid", *_FIRST_OF_TWO}:
+                weights[name] = _combined(name, roles)
         whole = {
             name: found for name, roles in layers.items() if (found := _full_diffs(name, roles))
         }
@@ -284,11 +293,12 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str], list[st
 
 def _foreign_kind(keys: Collection[str]) -> str:
     """What a file with these keys is, if it is nothing for Stable Diffusion 1.x / 2.x; or ""."""
-    if key := next((key for key in keys if _OTHER_ROLE.search(key)), None):
-        return f"it is {adapter_kind([key])}, not a LoRA ({key})."
+    for key in keys:
+        if (found := _OTHER_ROLE.search(key)) and found[2] not in _READ:
+            return f"it is {adapter_kind([key])}, not a LoRA ({key})."
     for piece, text in _UNSUPPORTED.items():
-        if key := next((key for key in keys if re.search(piece, key)), None):
-            return f"{text} ({key})."
+        if wrong := next((key for key in keys if re.search(piece, key)), None):
+            return f"{text} ({wrong})."
     family = next((_FAMILIES[p] for p in _FAMILIES if any(re.match(p, key) for key in keys)), "")
     return family and f"it is for {family}; here Stable Diffusion 1.x / 2.x models are changed."
 
@@ -303,7 +313,9 @@ def _check_complete(path: Path, layers: Layers, unknown: list[str], twice: list[
     broken = [
         name
         for name, roles in layers.items()
-        if roles.keys() - _FULL.keys() and not {"down", "up"} <= roles.keys()
+        if roles.keys() - _FULL.keys()
+        and not {"down", "up"} <= roles.keys()
+        and not roles.keys() & set(_FIRST_OF_TWO)
     ]
     if unknown and not broken and not any("lora" in key for key in unknown):
         raise UserError(
@@ -355,6 +367,50 @@ def _low_rank(
             f"{name} has a DoRA magnitude per input channel; only per output channel is supported"
         )
     return LowRank(down, up, alpha, None if magnitude is None else magnitude.flatten())
+
+
+def _combined(name: str, roles: Mapping[str, Tensor]) -> Combined:
+    """One layer's change by LoHa, LoKr or LoRA with a core, as the package lycoris_lora writes it.
+
+    Raises: ValueError: its tensors do not make one.
+    """
+    magnitude, alpha = roles.get("magnitude"), None
+    if not all(tensor.is_floating_point() and tensor.numel() for tensor in roles.values()):
+        raise ValueError(f"{name} has tensors that are empty or no real numbers")
+    if "alpha" in roles and (alpha := _scalar(roles["alpha"])) is None:
+        raise ValueError(f"the alpha of {name} is not one real number")
+    try:
+        if "mid" in roles:
+            kind: Any = "core"
+            up = roles["up"].flatten(1).T
+            factors: tuple[Factor, ...] = (Factor(up, roles["down"].flatten(1), roles["mid"]),)
+        elif "hada_w1_a" in roles:
+            kind = "hadamard"
+            factors = tuple(
+                Factor(roles[f"hada_w{i}_a"], roles[f"hada_w{i}_b"], roles.get(f"hada_t{i}"))
+                for i in (1, 2)
+            )
+        else:
+            kind = "kronecker"
+            factors = tuple(_kronecker_factor(roles, i) for i in (1, 2))
+    except KeyError as error:
+        raise ValueError(f"{name} has no {error.args[0]}") from error
+    # Of two whole matrices there is no rank, and lycoris_lora scales by 1.
+    ranks = [len(factor.down) for factor in factors if factor.down is not None]
+    scale = alpha / ranks[0] if alpha is not None and ranks else 1.0
+    if not abs(scale) <= _LARGEST_SCALE:
+        raise ValueError(f"the alpha of {name} is {alpha:g}, too much for its rank")
+    found = Combined(kind, factors, scale, None if magnitude is None else magnitude.flatten())
+    out = found.shape[0]
+    if magnitude is not None and magnitude.numel() != out:
+        raise ValueError(f"{name} has a magnitude per input channel; only per output is supported")
+    return found
+
+
+def _kronecker_factor(roles: Mapping[str, Tensor], i: int) -> Factor:
+    if (whole := roles.get(f"lokr_w{i}")) is not None:
+        return Factor(whole)
+    return Factor(roles[f"lokr_w{i}_a"], roles[f"lokr_w{i}_b"], roles.get(f"lokr_t{i}"))
 
 
 def _full_diffs(name: str, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -475,7 +531,7 @@ def _kohya_facts(weights: Mapping[str, LowRank]) -> dict[str, str]:
 # Describing a LoRA, or one of its kin, which are not read.
 
 #: Roles of tensors that change nothing alone.
-_AUXILIARY = {"up", "alpha", "magnitude", "diff", "diff_b"}
+_AUXILIARY = {"up", "mid", "alpha", "magnitude", *_FULL}
 #: Matrices that are rank × inputs, or rank × a factor of them.
 _RANK_FIRST = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 #: Keys and values of cross-attention, whose inputs are text states.

@@ -1,20 +1,25 @@
-"""Low-rank changes of a layer's weight: LoRA and DoRA.
+"""Changes of a layer's weight that are made of small matrices: LoRA, LoHa, LoKr, DoRA.
 
     LoRA:  W' = W + ΔW,   ΔW = (α/r) B A                    A: (r, in), B: (out, r)
+    LoHa:  ΔW = (α/r) (B₁ A₁) ⊙ (B₂ A₂)
+    LoKr:  ΔW = (α/r) C ⊗ D                                  C, D: matrices, or products B A
     DoRA:  W' = m (W + ΔW) / ‖W + ΔW‖                        norms and m per output channel
 
-For a convolution A holds r kernels and B mixes them, so that ΔW flattened is the same product.
+For a convolution A holds r kernels and B mixes them, so that ΔW flattened is the same product; or
+a core T of r×r kernels stands between two matrices (Tucker): Σ_ij B_oi T_ij A_jc.
 A strength s goes the straight way: W + s (W' − W).
 
 Source:  LoRA: Hu et al. 2021, section 4.1, arXiv:2106.09685.  DoRA: Liu et al. 2024, eq. 5,
-         arXiv:2402.09353.
+         arXiv:2402.09353.  LoHa: Hyeon-Woo et al. 2022, proposition 1, arXiv:2108.06098.  LoKr and
+         the core: Yeh et al. 2024, section 3, arXiv:2309.14859.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,27 +52,126 @@ class LowRank:
         """α/r."""
         return self.alpha / self.rank
 
-    def fits(self, weight: Tensor) -> bool:
-        """Whether a weight (out, in) or (out, in, kh, kw) can be changed by this."""
-        return (
-            weight.ndim > 1
-            and len(self.up) == len(weight)
-            and self.up[0].numel() == self.rank
-            and self.down[0].numel() == weight[0].numel()
-            and (self.magnitude is None or len(self.magnitude) == len(weight))
-        )
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored."""
+        return self.down.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) or (out, in, kh, kw) of ΔW; kernels may be flat."""
+        return (len(self.up), *self.down.shape[1:])
 
     def delta(self, weight: Tensor) -> Tensor:
         """W' − W in float32, in the shape of the weight W and where it is."""
         w = weight.detach().float()
         up, down = (part.to(w).flatten(1) for part in (self.up, self.down))
-        change = self.scale * (up @ down).reshape(w.shape)
-        if self.magnitude is None:
-            return change
-        # Of a row of zeros the direction is none, and the row stays.
-        norm = (w + change).flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        factor = (self.magnitude.to(w) / norm).reshape(-1, *[1] * (w.ndim - 1))
-        return factor * (w + change) - w
+        return redirected(w, self.scale * (up @ down).reshape(w.shape), self.magnitude)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A matrix (out, in) or kernels (out, in, kh, kw), whole or as a product."""
+
+    up: Tensor
+    """The matrix itself where it is whole; B, (out, r), and with a core (r, out)."""
+    down: Tensor | None = None
+    """A, (r, in) or (r, in·kh·kw) or (r, in, kh, kw); None: the matrix is whole."""
+    core: Tensor | None = None
+    """T, (r, r, kh, kw)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the product. Raises: ValueError: there is none."""
+        if self.down is None:
+            return tuple(self.up.shape)
+        ranks = [len(self.down), *(self.core.shape[:2] if self.core is not None else ())]
+        ranks += [len(self.up) if self.core is not None else self.up.shape[1]]
+        if self.up.ndim != 2 or len(set(ranks)) > 1:
+            raise ValueError(f"{tuple(self.up.shape)} and {tuple(self.down.shape)} differ in rank")
+        if self.core is None:
+            return (len(self.up), *self.down.shape[1:])
+        return (self.up.shape[1], self.down.shape[1], *self.core.shape[2:])
+
+    def product(self) -> Tensor:
+        """The matrix in float32."""
+        up = self.up.float()
+        if self.down is None:
+            return up
+        down = self.down.float()
+        if self.core is not None:
+            return torch.einsum("ij...,io,jc->oc...", self.core.float(), up, down)
+        return (up @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The change of one layer's weight by LoHa, LoKr or LoRA with a core."""
+
+    kind: Literal["hadamard", "kronecker", "core"]
+    factors: tuple[Factor, ...]
+    """Two; one where the kind is core."""
+    scale: float
+    """α/r."""
+    magnitude: Tensor | None = None
+    """DoRA's m, (out,); None: none."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored."""
+        return self.factors[0].up.dtype
+
+    def _change(self) -> Tensor:
+        first, *rest = (factor.product() for factor in self.factors)
+        if self.kind == "core":
+            return self.scale * first
+        second = rest[0]
+        if self.kind == "hadamard":
+            return self.scale * first * second
+        first = first[(..., *[None] * (second.ndim - first.ndim))]
+        return self.scale * torch.kron(first.contiguous(), second.contiguous())  # it takes views
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `LowRank.shape`. Raises: ValueError: the factors cannot be multiplied."""
+        shapes = [factor.shape for factor in self.factors]
+        if self.kind != "kronecker":
+            if len(set(shapes)) > 1:
+                raise ValueError(f"factors of {shapes[0]} and {shapes[1]} cannot be multiplied")
+            return shapes[0]
+        (rows, columns), (out, inner, *kernel) = shapes
+        return (rows * out, columns * inner, *kernel)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """W' − W in float32, in the shape of the weight W and where it is."""
+        w = weight.detach().float()
+        return redirected(w, self._change().to(w).reshape(w.shape), self.magnitude)
+
+
+Change = LowRank | Combined
+
+
+def fits(change: Change, weight: Tensor) -> bool:
+    """Whether a weight (out, in) or (out, in, kh, kw) can have a change."""
+    out, *rest = change.shape
+    own = change.magnitude
+    return (
+        weight.ndim > 1
+        and not (isinstance(change, LowRank) and change.up[0].numel() != change.rank)
+        and out == len(weight)
+        and math.prod(rest) == weight[0].numel()
+        and (own is None or len(own) == len(weight))
+    )
+
+
+def redirected(w: Tensor, change: Tensor, magnitude: Tensor | None) -> Tensor:
+    """A change of W, with DoRA's magnitudes where there are any: W' − W."""
+    if magnitude is None:
+        return change
+    # Of a row of zeros the direction is none, and the row stays.
+    norm = (w + change).flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    factor = (magnitude.to(w) / norm).reshape(-1, *[1] * (w.ndim - 1))
+    return factor * (w + change) - w
 
 
 def nearest(delta: Tensor, rank: int) -> LowRank:
@@ -85,15 +189,15 @@ def nearest(delta: Tensor, rank: int) -> LowRank:
     return LowRank(down, (left[:, :rank] * root).reshape(-1, rank, *ends), float(rank))
 
 
-def beside(change: LowRank, layer: Layer, weight: Tensor, strength: float) -> Branch | Difference:
+def beside(change: Change, layer: Layer, weight: Tensor, strength: float) -> Branch | Difference:
     """A forward hook that adds a change to a layer's output, the weight left as it is.
 
-    LoRA costs two thin products; DoRA's change is held as a whole matrix.
+    LoRA costs two thin products; the change of all others is held as a whole matrix.
 
     Args:    weight: W that the change is of, when the layer holds another by now.
              strength: s, may be negative.
     """
-    if change.magnitude is None:
+    if isinstance(change, LowRank) and change.magnitude is None:
         return Branch(change, layer, strength)
     return Difference({"weight": change.delta(weight)}, strength)
 

@@ -267,7 +267,7 @@ def _refuse_schedule(inside: str) -> None:
 
 
 def _refuse_networks(text: str) -> None:
-    if network := _NETWORK.search(text):
+    if network := NETWORK.search(text):
         raise UserError(
             f"the prompt holds {network[0][:60]!r}, which loads a file in A1111; a prompt loads "
             f"nothing here. Take it out; {_how_to_load(network)}."
@@ -338,7 +338,7 @@ def _fill(
 
 
 #: A1111's way to load a file from within a prompt: kind, name, weight.
-_NETWORK = re.compile(r"<(lora|lyco|hypernet):([^>:]*)(?::([^>]*))?>", re.IGNORECASE)
+NETWORK = re.compile(r"<(lora|lyco|hypernet):([^>:]*)(?::([^>]*))?>", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d+(\.\d+)?|-?\.\d+")
 _ENDING = re.compile(r"\.(safetensors|pt|bin|ckpt)$", re.IGNORECASE)
 #: A1111's weights and chunks, (red:1.3) and BREAK.
@@ -361,7 +361,7 @@ def warn_of_unknown_words(
 
 
 def _misread(tokenizer: ClipTokenizer, text: str, a1111: bool) -> Iterator[str]:
-    for network in _NETWORK.finditer(text) if not a1111 else ():
+    for network in NETWORK.finditer(text) if not a1111 else ():
         yield (
             f"the prompt holds {network[0]!r}, which loads a file in A1111; here it loads nothing "
             f"and is read as words. Take it out; {_how_to_load(network)}."

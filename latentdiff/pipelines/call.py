@@ -47,6 +47,7 @@ from latentdiff.pipelines.inputs import (
     seeds_of,
     warn_of_unused_negatives,
 )
+from latentdiff.pipelines.prompt_loras import Files, LoraFolder
 from latentdiff.pipelines.settings import image_settings
 from latentdiff.pipelines.task import (
     CALLBACK_TENSORS,
@@ -72,6 +73,10 @@ class Wanted(NamedTuple):
     negative_prompt: str
     scale: float
     """Of guidance."""
+    template: str
+    """The prompt before wildcards were drawn."""
+    files: Files = ()
+    """LoRA files that its prompt asks for."""
 
 
 def run_task(
@@ -115,6 +120,7 @@ def stream_task(
     timesteps: Sequence[float] | None = None,
     seed: int | Sequence[int] | None = None,
     wildcards: str | Path | None = None,
+    lora_dir: str | Path | None = None,
     output_type: OutputType = "pil",
     batch_size: int = 16,
     progress: bool = True,
@@ -136,7 +142,7 @@ def stream_task(
     prompts, every = prompt_list(prompt, "prompt"), num_images_per_prompt
     seeds = seeds_of(seed, len(prompts) * every)
     scale = pipeline.default_guidance if guidance_scale is None else guidance_scale
-    wanted = _wanted(prompts, negative_prompt, scale, seeds, wildcards)
+    wanted = _wanted(prompts, negative_prompt, scale, seeds, wildcards, lora_dir)
     interval = guidance_interval_of(guidance_interval)
     check_share("guidance_rescale", guidance_rescale)
     check_output_type(output_type)
@@ -160,18 +166,26 @@ def stream_task(
     known = pipeline.components.sampling.known_things
     warn_of_unknown_things(pipeline.text_encoder, (one.prompt for one in wanted), known)
 
-    context = _encoded(pipeline, read, clip_skip)
+    context, loras = dict[tuple[Files, str], Tensor](), dict[Files, list[dict[str, Any]]]()
+    for files in dict.fromkeys(one.files for one in wanted):
+        parts = {text: read[text] for one in wanted if one.files == files for text in one[:2]}
+        with pipeline.loras.also(files) as loras[files]:
+            encoded = _encoded(pipeline, parts, clip_skip)
+        context |= {(files, text): states for text, states in encoded.items()}
     conditions = [
-        Condition(context[one.prompt], context[one.negative_prompt], one.scale) for one in wanted
+        Condition(
+            context[one.files, one.prompt], context[one.files, one.negative_prompt], one.scale
+        )
+        for one in wanted
     ]
     if task.blend is not None:
         conditions = task.blend(conditions)
     batches = [
         Batch(own, [k // every for k in own], [seeds[k] for k in own])
-        for own in passes(conditions, batch_size)
+        for own in passes(conditions, [one.files for one in wanted], batch_size)
     ]
     guidance = {"rescale": guidance_rescale, "interval": interval}
-    call = _Call(pipeline, task, conditions, x_T, plan, guidance, output_type, on_step)
+    call = _Call(pipeline, task, wanted, conditions, x_T, plan, guidance, output_type, on_step)
     with tqdm(unit="step", leave=False, disable=not progress) as bar:
         done = yield from call.run(batches, bar)
     found = {k: one for batch, images in done for k, one in zip(batch.indices, images, strict=True)}
@@ -191,7 +205,11 @@ def stream_task(
         "width": task.size[1],
         "batch_size": batch_size,
         **({} if latents is None else {"latents": "given"}),
+        **({"interrupted": True} if pipeline._interrupt else {}),
     }
+    settings = image_settings(pipeline, [batch for batch, _ in done], wanted, shared)
+    for k, one in zip(order, settings, strict=True):
+        one["loras"] = [*one["loras"], *loras[wanted[k].files]]
     images = torch.stack([found[k] for k in order])
     check = None if output_type == "latent" else pipeline.safety_checker
     yield PipelineOutput(
@@ -199,7 +217,7 @@ def stream_task(
         [seeds[k] for k in order],
         [read[one.prompt] for one in wanted[:: 1 if wildcards is not None else every]],
         len(plan.timesteps),
-        image_settings(pipeline, [batch for batch, _ in done], wanted, shared),
+        settings,
         None if check is None else [f for one in images[:, :3].split(1) for f in check(one)],
     )
 
@@ -210,6 +228,7 @@ def _wanted(
     guidance_scale: float | Sequence[float],
     seeds: Sequence[int],
     wildcards: str | Path | None,
+    lora_dir: str | Path | None,
 ) -> list[Wanted]:
     """What is wanted of each image; wildcards make texts of its own of each. Raises: UserError."""
     negative = "" if negative_prompt is None else negative_prompt
@@ -218,16 +237,23 @@ def _wanted(
     scales = guidance_scales(guidance_scale, len(prompts))
     warn_of_unused_negatives(negatives, scales)
     every = len(seeds) // len(prompts)
-    given = zip(prompts, negatives, scales, strict=True)
+    given = zip(prompts, negatives, scales, prompts, strict=True)
     wanted = [Wanted(*one) for one in given for _ in range(every)]
-    if wildcards is None:
-        return wanted
-    choices = Wildcards(wildcards)
-    expanded = (choices.expand(one[:2], seed) for one, seed in zip(wanted, seeds, strict=True))
-    return [
-        Wanted(prompt, negative, one.scale)
-        for (prompt, negative), one in zip(expanded, wanted, strict=True)
-    ]
+    if wildcards is not None:
+        choices = Wildcards(wildcards)
+        drawn = [choices.expand(one[:2], seed) for one, seed in zip(wanted, seeds, strict=True)]
+        wanted = [
+            one._replace(prompt=prompt, negative_prompt=negative)
+            for one, (prompt, negative) in zip(wanted, drawn, strict=True)
+        ]
+    if lora_dir is not None:
+        folder = LoraFolder(lora_dir)
+        split = [folder.split(one.prompt) for one in wanted]
+        wanted = [
+            one._replace(prompt=prompt, files=files)
+            for one, (prompt, files) in zip(wanted, split, strict=True)
+        ]
+    return wanted
 
 
 def _hook(
@@ -267,6 +293,7 @@ class _Call:
 
     pipeline: LatentDiffusionPipeline
     task: Task
+    wanted: Sequence[Wanted]
     conditions: Sequence[Condition]
     noise: Tensor
     plan: SamplingPlan
@@ -290,17 +317,18 @@ class _Call:
             batch, images = batches[0], None
             bar.total = done + len(self.plan.timesteps) * len(batches)
             try:
-                x, states = self.start(batch)
-                for state in states:
-                    x, done = state.x_t, done + 1
-                    bar.update()
-                    self.on_step(state)
-                    tensors = state.x_t, state.x_0, self.pipeline.preview
-                    yield Progress(done, bar.total, state.t, batch.indices, *tensors)
-                    if self.pipeline._interrupt:
-                        x = state.x_0
-                        break
-                images = self.finished(x, batch)
+                with self.pipeline.loras.also(self.wanted[batch.indices[0]].files):
+                    x, states = self.start(batch)
+                    for state in states:
+                        x, done = state.x_t, done + 1
+                        bar.update()
+                        self.on_step(state)
+                        tensors = state.x_t, state.x_0, self.pipeline.preview
+                        yield Progress(done, bar.total, state.t, batch.indices, *tensors)
+                        if self.pipeline._interrupt:
+                            x = state.x_0
+                            break
+                    images = self.finished(x, batch)
             except torch.OutOfMemoryError as error:
                 batches = _halved(batches, error)
             if images is None:
@@ -361,11 +389,14 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def passes(conditions: Sequence[Condition], batch_size: int) -> list[list[int]]:
-    """Which images are sampled together: at most batch_size, with contexts of the same lengths."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, one in enumerate(conditions):
-        groups.setdefault((len(one.context), len(one.negative)), []).append(index)
+def passes(
+    conditions: Sequence[Condition], files: Sequence[Files], batch_size: int
+) -> list[list[int]]:
+    """Which images are sampled together: at most batch_size, with contexts of the same lengths and
+    the same LoRA files."""
+    groups: dict[tuple[int, int, Files], list[int]] = {}
+    for index, (one, own) in enumerate(zip(conditions, files, strict=True)):
+        groups.setdefault((len(one.context), len(one.negative), own), []).append(index)
     return [
         group[start : start + batch_size]
         for group in groups.values()

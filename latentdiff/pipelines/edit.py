@@ -11,7 +11,7 @@ Source: image to image: Meng et al. 2022, arXiv:2108.01073. For inpainting see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Unpack
@@ -33,7 +33,7 @@ from latentdiff.pipelines.inputs import (
     for_each,
     prompt_list,
 )
-from latentdiff.pipelines.masks import composite, crop_box, in_latents, padded, widened
+from latentdiff.pipelines.masks import composite, crop_box, in_latents, matched, padded, widened
 from latentdiff.pipelines.pictures import PictureInput, Pictures, read_masks, read_pictures
 from latentdiff.pipelines.settings import recorded
 from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task
@@ -64,7 +64,6 @@ def image_to_image(
     check_share("strength", strength)
     pictures = read_pictures(image)
     canvas = padded(pictures.rgb, pipeline.autoencoder.downscale)
-    latents = _Latents(pipeline, canvas)
     height, width = pictures.size
 
     def finish(images: Tensor, batch: Batch) -> Tensor:
@@ -73,7 +72,8 @@ def image_to_image(
             return given
         return torch.cat([images[..., :height, :width], given[:, 3:]], dim=1)
 
-    task = Task(_size(canvas), start=latents.of, strength=strength, finish=finish)
+    latents = _latents(pipeline, canvas)
+    task = Task(_size(canvas), start=latents, strength=strength, finish=finish)
     return run_task(pipeline, _prompts(prompt, pictures), task, **options)
 
 
@@ -190,38 +190,37 @@ def _paint(
     """
     soft = widened(mask, blur)
     region = Region.of(soft, padding, pipeline.default_size)
-    down = pipeline.autoencoder.downscale
+    vae, device = pipeline.autoencoder, pipeline.device
+    down = vae.downscale
     canvas = padded(region.cut(seen, "bicubic").clamp(-1, 1), down)
     paint = (padded(region.cut(mask, "area"), down) > 0).float()
-    known = _Latents(pipeline, canvas)
+    known = _latents(pipeline, canvas)
+    extra = _of_each(
+        len(canvas), lambda k: vae.encode_masked(canvas[k].to(device), paint[k].to(device))
+    )
 
     def here(batch: Batch) -> Tensor:
         return in_latents(paint[_own(batch, len(paint))], down).to(pipeline.device)
 
     def wrap(denoiser: Denoiser, batch: Batch) -> Denoiser:
-        own = known.of(batch)
+        own = known(batch)
         noise = batch_noise(batch.seeds, own.shape[1:]).to(own.device)
         return keep_known(denoiser, pipeline.schedule, own, here(batch), noise)
 
     def settle(latents: Tensor, batch: Batch) -> Tensor:
         """Without the noise of a sampler that ends above the clean image."""
-        return torch.where(here(batch) > 0, latents, known.of(batch))
-
-    emptied = _Latents(pipeline, canvas * (1 - paint))
-
-    def extra(batch: Batch) -> Tensor:
-        own = emptied.of(batch)
-        nearest = F.interpolate(paint[_own(batch, len(paint))], size=own.shape[-2:])
-        return torch.cat([nearest.to(own.device), own], dim=1)
+        return torch.where(here(batch) > 0, latents, known(batch))
 
     def finish(images: Tensor, batch: Batch) -> Tensor:
         own = _own(batch, len(pictures))
         given = Pictures(pictures.given[own].to(images.device))
         if strength == 0:
             return given.given
-        return composite(region.put(images, given.rgb), given, soft[own].to(images.device))
+        over = soft[own].to(images.device)
+        painted = region.put(images, given.rgb)
+        return composite(matched(painted, given.rgb, over, 2 * down), given, over)
 
-    task = Task(_size(canvas), start=known.of, strength=strength, finish=finish)
+    task = Task(_size(canvas), start=known, strength=strength, finish=finish)
     if pipeline.unet.config.inpaints:
         task = replace(task, extra=extra)
     else:
@@ -271,24 +270,22 @@ def _resized(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return F.interpolate(images, size=size, mode=mode, **smooth)
 
 
-class _Latents:
-    """The latents of images, each encoded once and alone: the batch does not change them."""
+def _of_each(count: int, compute: Callable[[slice], Tensor]) -> Callable[[Batch], Tensor]:
+    """Of each image of a pass what is computed once and alone: the batch does not change it."""
+    once = cache(lambda k: compute(slice(k, k + 1)))
+    return lambda batch: torch.cat([once(k) for k in _own(batch, count)])
 
-    def __init__(self, pipeline: LatentDiffusionPipeline, images: Tensor) -> None:
-        self._count = len(images)
 
-        @cache
-        def encoded(k: int) -> Tensor:
-            vae = pipeline.autoencoder
-            latents = vae.encode(images[k : k + 1].to(pipeline.device))
-            check_finite(latents, "the image's latents", "the autoencoder's encoder", vae.module)
-            return latents
+def _latents(pipeline: LatentDiffusionPipeline, images: Tensor) -> Callable[[Batch], Tensor]:
+    """The latents (B, C, h, w) of the images of a pass."""
+    vae = pipeline.autoencoder
 
-        self._encoded = encoded
+    def encode(k: slice) -> Tensor:
+        latents = vae.encode(images[k].to(pipeline.device))
+        check_finite(latents, "the image's latents", "the autoencoder's encoder", vae.module)
+        return latents
 
-    def of(self, batch: Batch) -> Tensor:
-        """(B, C, h, w) of each image of a pass."""
-        return torch.cat([self._encoded(k) for k in _own(batch, self._count)])
+    return _of_each(len(images), encode)
 
 
 def _own(batch: Batch, count: int) -> list[int]:

@@ -41,7 +41,7 @@ from latentdiff.models.safety_checker import SafetyChecker, load_safety_checker
 from latentdiff.pipelines import edit, restore, two_pass
 from latentdiff.pipelines.call import result_of, stream_task
 from latentdiff.pipelines.hashes import model_name
-from latentdiff.pipelines.inputs import check_pixels
+from latentdiff.pipelines.inputs import check_pixels, for_each, prompt_list
 from latentdiff.pipelines.interpolate import interpolate
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
@@ -245,8 +245,20 @@ class LatentDiffusionPipeline:
                  CompVis/stable-diffusion-safety-checker, or of a model that has one.
         Raises:  UserError: there is none.
         """
-        checker = load_safety_checker(resolve_folder(name))
-        self.safety_checker = checker.to(self.device)
+        self.safety_checker = load_safety_checker(resolve_folder(name)).to(self.device)
+
+    def set_adapters(
+        self, names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0
+    ) -> None:
+        """Use these loaded LoRA files at these strengths, and no others, without reloading any.
+
+        Args:    names: of one file or several.  adapter_weights: one for all or one each.
+        Raises:  UserError: a name that is not loaded, another number of weights, or fused files.
+        """
+        chosen = prompt_list(names, "names")
+        given = adapter_weights if isinstance(adapter_weights, Sequence) else [adapter_weights]
+        weights = for_each(list(given), len(chosen), "adapter_weights", "number", "names")
+        self.loras.set_strengths(dict(zip(chosen, weights, strict=True)))
 
     def fuse_lora(self) -> None:
         """Add the attached LoRA files to the weights: the same images, no more to compute."""

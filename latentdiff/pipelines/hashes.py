@@ -8,10 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from latentdiff.files import default_cache, read_json, write_json
 from latentdiff.formats.folder import PARTS
 from latentdiff.tensor_file import ENDINGS
-from latentdiff.weights import TEXT_STEM, UNET_STEM, weight_files
+from latentdiff.weights import TEXT_STEM, UNET_STEM, raw_bytes, weight_files
 
 #: Files from this size on are hashed once, and the hash kept.
 _LARGE = 64 * 2**20
@@ -41,6 +43,14 @@ def model_hash(source: Path, variant: str | None = None) -> str:
     }
     lines = [f"{name} {file_hash(file)}\n" for name, file in sorted(names.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:10]
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Ten digits for a network's weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(module.state_dict().items()):
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()[:10]
 
 
 def file_hash(file: Path) -> str:

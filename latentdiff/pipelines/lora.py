@@ -9,7 +9,8 @@ W' = W + Σ s_k ΔW_k, so the order does not matter and fused equals attached.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 from latentdiff.errors import UserError, some, warn
 from latentdiff.formats.key_map import unet_names
 from latentdiff.formats.lora import BASES, LoraFile, places, read_lora
-from latentdiff.models.low_rank import Difference, LowRank, add_to, beside, layers_of, norms_of
+from latentdiff.models.low_rank import (
+    Change,
+    Difference,
+    add_to,
+    beside,
+    fits,
+    layers_of,
+    norms_of,
+)
 from latentdiff.pipelines.hashes import file_hash
 from latentdiff.pipelines.inputs import FINITE, is_number
 
@@ -34,7 +43,7 @@ Place = tuple[str, str]
 class _Loaded:
     """One file on the model."""
 
-    changes: dict[Place, LowRank]
+    changes: dict[Place, Change]
     whole: dict[Place, dict[str, Tensor]]
     strength: float
     file: str
@@ -121,6 +130,27 @@ class Loras:
             difference = Difference(changes, one.strength)
             one.hooks.append(self._layer(place).register_forward_hook(difference))
 
+    def set_strengths(self, strengths: Mapping[str, float]) -> None:
+        """Give the files these strengths; the others are off (0) and stay loaded.
+
+        Raises: UserError: no such file, no finite number, or files are fused; nothing changes.
+        """
+        for name, strength in strengths.items():
+            self._check_loaded(name)
+            if not is_number(strength, most=FINITE):
+                raise UserError(f"the weight of {name} must be a finite number; got {strength!r}.")
+        if any(not one.hooks for one in self._loaded.values()):
+            raise UserError("fused LoRA files have their strength for good; unload_lora() first.")
+        for name, one in self._loaded.items():
+            self._unhook(one)
+            one.strength = float(strengths.get(name, 0.0))
+            self._attach(one)
+
+    def _check_loaded(self, name: str) -> None:
+        if name not in self._loaded:
+            known = ", ".join(self._loaded) or "none is loaded"
+            raise UserError(f"no LoRA named {name!r} is loaded ({known}).")
+
     def fuse(self) -> None:
         """Add all attached files to the weights."""
         for one in self._loaded.values():
@@ -148,9 +178,8 @@ class Loras:
 
         Raises: UserError: no such file; or it is fused together with others.
         """
-        if name is not None and name not in self._loaded:
-            known = ", ".join(self._loaded) or "none is loaded"
-            raise UserError(f"no LoRA named {name!r} is loaded ({known}).")
+        if name is not None:
+            self._check_loaded(name)
         names = list(self._loaded) if name is None else [name]
         fused = [n for n, one in self._loaded.items() if not one.hooks]
         if name in fused and len(fused) > 1:
@@ -166,6 +195,22 @@ class Loras:
             self._before.clear()
         for each in names:
             del self._loaded[each]
+
+    @contextmanager
+    def also(self, files: Iterable[tuple[str | Path, float]]) -> Iterator[list[dict[str, Any]]]:
+        """Attach further files, with a weight each, within the block.
+
+        Yields:  what is recorded of them.
+        Raises:  UserError: as `load` does.
+        """
+        names = list[str]()
+        try:
+            for path, weight in files:
+                names.append(self.load(path, weight))
+            yield [one for one in self.records() if one["name"] in names]
+        finally:
+            for name in names:
+                self.unload(name)
 
     def _layer(self, place: Place) -> Any:
         part, module = place
@@ -199,7 +244,7 @@ def parts_of(components: Components) -> dict[str, nn.Module]:
 
 def match(
     file: LoraFile, parts: Mapping[str, nn.Module]
-) -> tuple[dict[Place, LowRank], dict[Place, dict[str, Tensor]]]:
+) -> tuple[dict[Place, Change], dict[Place, dict[str, Tensor]]]:
     """Find the layer of every change in a file.
 
     Returns: changes of low rank, and whole ones in the shapes of the weights and biases.
@@ -230,13 +275,13 @@ def match(
     return found, whole
 
 
-def _unfit(changes: Mapping[Place, LowRank], layers: Mapping[str, Any]) -> Iterator[str]:
+def _unfit(changes: Mapping[Place, Change], layers: Mapping[str, Any]) -> Iterator[str]:
     for (part, module), change in changes.items():
         weight = layers[part][module].weight
-        if not change.fits(weight):
+        if not fits(change, weight):
             yield (
                 f"{part}.{module} is {tuple(weight.shape)} here and the file changes "
-                f"({len(change.up)}, {', '.join(map(str, change.down.shape[1:]))})"
+                f"({', '.join(map(str, change.shape))})"
             )
 
 
@@ -255,10 +300,10 @@ def _unfit_whole(
                 )
 
 
-def _guess(changes: Mapping[str, LowRank]) -> str:
+def _guess(changes: Mapping[str, Change]) -> str:
     """Which family has such a text width, where one layer shows it."""
     for name, change in changes.items():
-        if name.endswith(("attn2.to_k", "attn2_to_k")) and change.down.shape[1] in BASES:
-            width = change.down.shape[1]
+        if name.endswith(("attn2.to_k", "attn2_to_k")) and change.shape[1] in BASES:
+            width = change.shape[1]
             return f" Its text states are {width} wide, as those of {BASES[width]} are."
     return ""

@@ -68,8 +68,10 @@ _AUTOMATIC = {
 }
 #: Beginnings of fields → why such an image cannot be made from its settings.
 _BEYOND = {
-    "Hires": "it was made in two passes (hires fix)",
-    "Denoising strength": "it was made from another image, which the file does not hold",
+    "Hires prompt": "its second pass (hires fix) had a prompt of its own",
+    "Hires negative": "its second pass (hires fix) had a prompt of its own",
+    "Hires checkpoint": "its second pass (hires fix) had a model of its own",
+    "Hires resize": "its second pass (hires fix) has another shape",
     "Variation seed": "its noise is a mixture of two seeds",
     "Seed resize": "its noise is that of another size",
     "Refiner": "two models made it (a refiner)",
@@ -153,19 +155,22 @@ _PICTURE = {"file": str | None, "hash": str}
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("task", "prompt", "negative_prompt", "prompt_syntax", "sampler"), str),
     **dict.fromkeys(("seed", "num_inference_steps", "height", "width"), int),
-    "clip_skip": int,
     **dict.fromkeys(("guidance_scale", "guidance_rescale"), int | float),
     "timestep_spacing": str | None,
     "device": ("cpu", "cuda", "mps"),
     "dtype": ("float32", "bfloat16", "float16"),
     **dict.fromkeys(("timesteps", "guidance_interval"), list | None),
     **dict.fromkeys(("sampler_options", "versions"), dict),
-    "arguments": {"image": _PICTURE, "mask_image": _PICTURE, "frames": range(10_000)},
-    "model": dict.fromkeys(("source", "name", "hash", "variant", "revision"), str | None),
+    "arguments": {
+        **dict.fromkeys(("image", "mask_image"), _PICTURE),
+        **dict.fromkeys(("height", "width"), int),
+        "frames": range(10_000),
+    },
+    "model": dict.fromkeys(("source", "name", "hash", "variant", "revision", "vae"), str | None),
     "loras": [{"file": str, "weight": int | float}],
     "embeddings": [{"file": str, "token": str}],
     "batch": {"size": range(1, 1025), "place": range(1024), "guided": bool},
-    "batch_size": int,
+    **dict.fromkeys(("batch_size", "clip_skip"), int),
     "threads": range(1, 1025),
 }
 _KINDS["images"] = [_KINDS]
@@ -193,7 +198,7 @@ def texts(settings: Mapping[str, Any]) -> dict[str, str]:
 def parameters(settings: Mapping[str, Any]) -> str:
     """The settings of an image as A1111 would write them, as far as it has them."""
     given, model = settings.get("arguments", {}), settings.get("model", {})
-    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip", 0)
+    scale, clip_skip = settings.get("guidance_scale"), settings.get("clip_skip")
     sampler = settings["sampler"]
     hashes = [f"{one.get('name')}: {one.get('hash')}" for one in settings.get("loras", ())]
     fields = {
@@ -312,6 +317,9 @@ def _understood(prompt: str, negative: str, fields: Mapping[str, str]) -> dict[s
     for start, why in _BEYOND.items():
         if any(name.startswith(start) for name in fields):
             raise UserError(why)
+    strength, scale = fields.get("Denoising strength"), fields.get("Hires upscale")
+    if strength and not scale:
+        raise UserError("it was made from another image, which the file does not hold")
     sampler, spacing = _sampler(fields.get("Sampler", ""), fields.get("Schedule type"))
     size = re.fullmatch(r"(\d{1,5})x(\d{1,5})", fields.get("Size", ""))
     try:
@@ -327,6 +335,11 @@ def _understood(prompt: str, negative: str, fields: Mapping[str, str]) -> dict[s
             "guidance_scale": float(fields["CFG scale"]),
             **({"width": int(size[1]), "height": int(size[2])} if size else {}),
             **({"clip_skip": int(skip) - 1} if (skip := fields.get("Clip skip")) else {}),
+            "arguments": (
+                {"hires_scale": float(scale), "hires_strength": float(strength or 0.7)}
+                if scale
+                else {}
+            ),
             "model": {"name": fields.get("Model"), "hash": fields.get("Model hash")},
             "loras": [{"name": name, "weight": float(w)} for name, w in _LORA.findall(prompt)],
         }

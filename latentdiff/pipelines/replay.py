@@ -7,6 +7,7 @@ what stands beside it does not matter.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from latentdiff.errors import UserError, warn
 from latentdiff.images import grid
 from latentdiff.pipelines.metadata import OURS, Record, pixels_hash, read
 from latentdiff.pipelines.settings import PICTURES
+from latentdiff.pipelines.task import PipelineOutput, SamplingOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
-    from latentdiff.pipelines.task import PipelineOutput
 
 #: Settings that are options of a call by the same name.
 _OPTIONS = (
@@ -37,6 +38,11 @@ _TASKS = (
     *("text_to_image", "image_to_image", "inpaint", "outpaint", "variations"),
     *("colorize", "restore", "upscale", "interpolate"),
 )
+#: What settings may name that is not in the file, and why the image can then not be made again.
+_GONE = {
+    "latents": "its noise was given, not drawn",
+    "interrupted": "it was interrupted before its last step",
+}
 _LOSSLESS = ("PNG", "TIFF", "BMP", "PPM")
 
 
@@ -57,8 +63,8 @@ class Replay:
         why_not = record.why_not
         if not why_not and record.settings["task"] not in _TASKS:
             why_not = f"it was made by {record.settings['task']}"
-        if not why_not and "latents" in record.settings:
-            why_not = "its noise was given, not drawn"
+        for name, reason in _GONE.items():
+            why_not = why_not or (reason if name in record.settings else "")
         if why_not:
             by = f" (made by {record.program})" if record.program else ""
             raise UserError(f"{file}{by} cannot be made again: {why_not}.")
@@ -75,11 +81,12 @@ class Replay:
         return self.record.settings
 
     def run(
-        self, pipeline: LatentDiffusionPipeline, given: Mapping[str, Any], *, progress: bool = True
+        self, pipeline: LatentDiffusionPipeline, given: Mapping[str, Any], **watching: Any
     ) -> PipelineOutput:
         """Make the images.
 
         Args:    given: options and arguments of the task that replace what is recorded.
+                 watching: options that change no image, such as progress.
         Returns: one image, or those of the grid; of replaced options any number.
         Raises:  UserError: an image that it was made from is not there; what the task raises.
         """
@@ -89,7 +96,7 @@ class Replay:
         call = {name: v for name in _OPTIONS if (v := self.settings.get(name)) is not None}
         if task != "interpolate":
             call |= _of_each(images, given)
-        call |= {"progress": progress, **self._arguments(images, given), **given}
+        call |= {**watching, **self._arguments(images, given), **given}
         frame = call.pop("frame", None)
         if "timesteps" in call:  # they say all of these
             replaced = {"num_inference_steps", "timestep_spacing"} & given.keys()
@@ -97,6 +104,11 @@ class Replay:
                 call.pop(name, None)
         if "sampler" in given and "sampler_options" not in given:
             call.pop("sampler_options", None)
+        known = {*inspect.signature(method).parameters, *SamplingOptions.__annotations__}
+        if unknown := call.keys() - known:
+            raise UserError(
+                f"{self.file} was made by {task}, which takes no {' or '.join(sorted(unknown))}."
+            )
         output: PipelineOutput = method(**call)
         if frame is not None:
             pick = None if "images" in self.settings else frame
@@ -117,9 +129,10 @@ class Replay:
 
     def _arguments(self, images: list[dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the task; pictures by their files."""
+        arguments = dict(self.settings.get("arguments", {}))
         if self.settings["task"] == "text_to_image":
-            return {n: self.settings[n] for n in ("height", "width") if n in self.settings}
-        arguments = dict(self.settings["arguments"])
+            size = {n: self.settings[n] for n in ("height", "width") if n in self.settings}
+            return {**size, **arguments}
         for name in PICTURES:
             if name not in arguments or name in given:
                 continue
@@ -205,7 +218,8 @@ def _facts(settings: Mapping[str, Any]) -> dict[str, Any]:
         name: settings.get(name) for name in ("device", "dtype", "threads", "machine", "batch")
     }
     facts |= settings.get("versions", {})
-    facts["model"] = settings.get("model", {}).get("hash")
+    for name, of in (("model", "hash"), ("vae", "vae_hash")):
+        facts[name] = settings.get("model", {}).get(of)
     for name, kind in (("LoRA", "loras"), ("word", "embeddings")):
         shown = (f"{o.get('hash')} at {o.get('weight', 1.0)}" for o in settings.get(kind, ()))
         facts[name] = ", ".join(shown)

@@ -22,6 +22,7 @@ from latentdiff.diffusion.guidance.tiled import tiled
 from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.operators import Blur, Downsample, Grey, Jpeg, Operator
 from latentdiff.diffusion.prediction import Denoiser
+from latentdiff.diffusion.samplers import custom_grid
 from latentdiff.errors import UserError, choice_error
 from latentdiff.pipelines.call import run_task
 from latentdiff.pipelines.edit import _own, _prompts, _size
@@ -221,20 +222,25 @@ def _denoised(
 
     An image with noise has latents of about x_0 + s ε. At the timestep where σ_t/α_t = s, α_t times
     them is what q(x_t | x_0) draws, and sampling goes on from there. What as much noise again does
-    to the latents, over the images of the call, is taken for s.
+    to the latents, over the images of the call, is taken for s; or `timesteps` begin where they do.
     """
     prompts, vae, schedule = _prompts(prompt, pictures), pipeline.autoencoder, pipeline.schedule
-    canvas = padded(pictures.rgb, vae.downscale)
-    more = canvas + noise * batch_noise(range(len(canvas)), canvas.shape[1:])
-    latents, noisier = (
-        torch.cat([vae.encode(one[None].to(pipeline.device)).cpu() for one in images])
-        for images in (canvas, more)
-    )
-    most = float(schedule.noise_ratio(schedule.last_timestep))
-    t = max(1.0, schedule.timestep_at(min(float((noisier - latents).std()), most)))
     steps, copies = options.get("num_inference_steps", 25), options.get("num_images_per_prompt", 1)
     check_counts(num_inference_steps=steps, num_images_per_prompt=copies)
-    count = max(1, math.ceil(steps * t / schedule.num_train_timesteps))
+    canvas = padded(pictures.rgb, vae.downscale)
+
+    def encode(images: Tensor) -> Tensor:
+        return torch.cat([vae.encode(one[None].to(pipeline.device)).cpu() for one in images])
+
+    latents, grid = encode(canvas), options.get("timesteps")
+    if grid is None:
+        again = noise * batch_noise(range(len(canvas)), canvas.shape[1:])
+        level = float((encode(canvas + again) - latents).std())
+        most = float(schedule.noise_ratio(schedule.last_timestep))
+        t = max(1.0, schedule.timestep_at(min(level, most)))
+        count = max(1, math.ceil(steps * t / schedule.num_train_timesteps))
+        grid = [t * (1 - k / count) for k in range(count)]
+    first = custom_grid(schedule, grid)[0]
     own = [k % len(canvas) for k in range(len(prompts)) for _ in range(copies)]
 
     def finish(images: Tensor, batch: Batch) -> Tensor:
@@ -247,9 +253,12 @@ def _denoised(
         return _tiled(pipeline, denoiser)
 
     task = Task(_size(canvas), wrap=wrap, finish=finish)
-    options = {**options, "timesteps": [t * (1 - k / count) for k in range(count)]}
-    x = float(schedule.alpha(t)) * latents[own]
-    return run_task(pipeline, prompts, task, latents=x, **_unguided(prompts, options))
+    x = float(schedule.alpha(first)) * latents[own]
+    options = {**_unguided(prompts, options), "timesteps": grid}
+    output = run_task(pipeline, prompts, task, latents=x, **options)
+    for settings in output.settings:
+        del settings["latents"]  # which follow from the image
+    return output
 
 
 def _tiled(pipeline: LatentDiffusionPipeline, denoiser: Denoiser) -> Denoiser:

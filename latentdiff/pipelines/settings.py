@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.guidance import needs_unconditional
 from latentdiff.errors import UserError
-from latentdiff.pipelines.hashes import model_hash
+from latentdiff.pipelines.hashes import model_hash, weights_hash
 from latentdiff.pipelines.metadata import pixels_hash
 from latentdiff.weights import raw_bytes
 
@@ -53,6 +53,7 @@ def image_settings(
         for place, (k, seed) in enumerate(zip(batch.indices, batch.seeds, strict=True)):
             found[k] = {
                 "prompt": wanted[k].prompt,
+                "template": wanted[k].template,
                 "negative_prompt": wanted[k].negative_prompt,
                 "guidance_scale": wanted[k].scale,
                 "seed": seed,
@@ -72,6 +73,8 @@ def surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
     if source is not None and "hash" not in pipeline.model:
         with suppress(OSError, UserError):  # it is there no more
             pipeline.model["hash"] = model_hash(source, pipeline.model.get("variant"))
+    if pipeline.model.get("vae") and "vae_hash" not in pipeline.model:
+        pipeline.model["vae_hash"] = weights_hash(pipeline.autoencoder.module)
     device = pipeline.device
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
@@ -105,10 +108,15 @@ def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]
             if name not in ("pipeline", "prompt", "options")
         }
         pictures = {name: _described(given.pop(name, None)) for name in PICTURES}
-        each = len(output.settings) // len(output.prompts)
+        asked = bound.arguments.get("options", {})
         for k, settings in enumerate(output.settings):
-            own = {n: of[k // each % len(of)] for n, of in pictures.items() if of}
+            own = {n: of[k * len(of) // len(output.settings)] for n, of in pictures.items() if of}
             settings |= {"task": method.__name__, "arguments": {**given, **own}}
+            if "timesteps" not in asked and settings["timesteps"] is not None:  # the task chose
+                settings["timesteps"] = None
+                settings["num_inference_steps"] = asked.get("num_inference_steps", 25)
+            if "latents" not in asked:
+                settings.pop("latents", None)
             if isinstance(output.images, list):
                 settings["width"], settings["height"] = output.images[k].size
         return output
@@ -129,7 +137,7 @@ def _described(given: Any) -> list[dict[str, Any]]:
     found = []
     for one in several:
         if isinstance(one, Image.Image):
-            found.append({"file": getattr(one, "filename", None), "hash": pixels_hash(one)})
+            found.append({"file": getattr(one, "filename", "") or None, "hash": pixels_hash(one)})
             continue
         with Image.open(io.BytesIO(one) if isinstance(one, bytes) else one) as image:
             file = None if isinstance(one, bytes) else os.fspath(one)

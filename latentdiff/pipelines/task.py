@@ -63,6 +63,9 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     """Of the first image, image k has seed + k, below 2^64; or of each image; None: drawn, see
     `.seeds`."""
+    lora_dir: str | Path | None
+    """A folder of LoRA files: `<lora:fur:0.7>` in a prompt is fur.safetensors at that weight, for
+    the images of that prompt, see `prompt_loras`; None: nothing is loaded."""
     wildcards: str | Path | None
     """A folder of text files: `__animal__` in a prompt is a line of animal.txt and `{a|b}` a or b,
     drawn for each image from its own seed, see `wildcards`; None: they are text."""

@@ -83,5 +83,6 @@ def stream_two_passes(
     for event in stream_task(pipeline, prompt, task, **{**options, "seed": first.seeds}):
         if isinstance(event, PipelineOutput):
             own = {"height": size[0], "width": size[1], "arguments": arguments}
+            own |= {} if latents is None else {"latents": "given"}
             event = replace(event, settings=[one | own for one in event.settings])
         yield event

@@ -21,7 +21,7 @@ from scenes import GROUNDS, HUES, Chooser, Drawings, Placed, Scene, draw, sides,
 from vocabulary import ARTISTS, Thing, held_out, is_countable, read_things, unit_hash, with_article
 
 #: Asks of a kind.
-ASKS = {"artists": 150, "colours": 150, "pairs": 100, "counts": 90, "seeds": 24}
+ASKS = {"names": 300, "artists": 150, "colours": 150, "pairs": 100, "counts": 90, "seeds": 24}
 SEEDS = 8
 WHITE = ("white",)
 _BOX = (14, 14, 100, 100)
@@ -105,6 +105,10 @@ def all_asks(things: list[Thing], drawings: Drawings) -> Iterator[tuple[str, Ask
     """Every ask with its group."""
     whole = [one for one in shuffled("counts", things) if in_one_piece(one, drawings)]
     groups = {
+        "names": [
+            ({"prompt": x, "concept": x}, None)
+            for x in (with_article(one.name) for one in shuffled("names", things))
+        ],
         "artists": shuffled_asks(unseen_artists(things)),
         "colours": shuffled_asks(unseen_colours(things, drawings)),
         "pairs": shuffled_asks(unseen_pairs(things)),

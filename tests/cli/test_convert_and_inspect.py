@@ -194,7 +194,7 @@ def test_what_becomes_no_plain_lora(folder: Path, tmp_path: Path, capsys: Any) -
         ([out, "--lora", str(plain), "--rank", "0"], "at least 1"),
         ([out, "--rank", "4"], "one --lora"),
         ([str(tmp_path / "out"), "--lora", str(plain), "--rank", "4"], "written as .safetensors"),
-        ([out, "--lora", str(plain), "--rank", "4"], "is no DoRA"),
+        ([out, "--lora", str(plain), "--rank", "4"], "is no DoRA, LoHa or LoKr"),
         ([out, "--lora", str(tmp_path / "none"), "--rank", "4"], "no LoRA file"),
         ([out, "--lora", f"{plain}:much"], "FILE:WEIGHT"),
     ):

@@ -103,7 +103,7 @@ def test_damaged_settings_are_said_and_the_rest_described(tmp_path: Path) -> Non
 def test_kin_is_named(kind: str, pieces: dict[str, Any], rank: str, tmp_path: Path) -> None:
     tensors = {f"{FLAT}.{name}": torch.zeros(shape) for name, shape in pieces.items()}
     found = saved(tmp_path / "k.safetensors", tensors | {f"{FLAT}.alpha": torch.tensor(2.0)})
-    assert found["what"].startswith(f"{kind}; cannot be used: it is a Lo")
+    assert found["what"].startswith(f"{kind}; used beside a model, with --lora")
     assert (found["layout"], found["rank"], found["alpha"]) == ("kohya", rank, "2")
     assert found["changes"] == "1 layers of the U-Net"
     assert found["made for"] == "Stable Diffusion 1.x"

@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from latentdiff.errors import UserError
 from latentdiff.evaluation import asks as module
 from latentdiff.evaluation.asks import Ask, Judge, measure_asks, read_asks
-from latentdiff.evaluation.metrics import LinearClassifier, own_left_out, to_tensors
+from latentdiff.evaluation.metrics import (
+    TEXTURE_BLOCKS,
+    ClassifierFeatures,
+    LinearClassifier,
+    own_left_out,
+    to_tensors,
+)
+from latentdiff.evaluation.objects import cut_out
 from latentdiff.evaluation.reference import Reference
 
 SHAPES = {"a bar": (10, 40, 90, 60), "a post": (40, 10, 60, 90), "a box": (20, 20, 80, 80)}
@@ -122,6 +129,7 @@ def test_figures_by_group_with_ceilings(tmp_path: Path, monkeypatch) -> None:
     seeds = list[int]()
 
     class Generator:
+        seconds, count = 1.0, 5
         pipeline = SimpleNamespace(device=torch.device("cpu"), autoencoder=None)
 
         def __call__(self, prompts: list[str], seed: int) -> list[Image.Image]:
@@ -134,6 +142,8 @@ def test_figures_by_group_with_ceilings(tmp_path: Path, monkeypatch) -> None:
     figures = result.figures
     assert figures["one: images"] == 2 and figures["one: concept top-1"] == 0.5
     assert figures["real through VAE: one: concept top-1"] == 1
+    order = own_left_out(Pixels()([cut_out(i) for i in REFERENCE.images]), REFERENCE.labels)
+    assert figures["real through VAE, own left out: concept top-1"] == order.count(0) / 6
     assert figures["more: style"] == pytest.approx(2 / 3)
     assert figures["more: styles among the seeds"] == 2
     assert figures["more: LPIPS between seeds"] > 0
@@ -141,6 +151,20 @@ def test_figures_by_group_with_ceilings(tmp_path: Path, monkeypatch) -> None:
     assert [len(page) for page in result.pages.values()] == [2, 3] and len(said) == 3
     assert result.pages["One"][1].miss == "not concept top-1" and result.pages["One"][0].real
     assert len({*seeds}) == 5
+
+
+def test_a_copy_may_be_moved_scaled_and_mirrored(judge) -> None:
+    def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+    image = drawn("a post", "red")
+    ImageDraw.Draw(image).rectangle((40, 10, 48, 20), fill="white")
+    reference = Reference(["a post"], [image], torch.tensor([0]), ["plain"])
+    alone = Judge(reference, Pixels(), None)  # type: ignore[arg-type]
+    moved = Image.new("RGB", (128, 128), "white")
+    moved.paste(ImageOps.mirror(image).resize((96, 96)), (20, 0))
+    for copy, shown in ((True, cut_out(moved)), (False, cut_out(drawn("a bar", "red")))):
+        assert alone.is_copy(shown, distance) == copy  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -188,3 +212,18 @@ def test_ranks_without_the_image_itself() -> None:
     # The fourth is alone in its concept and nearest to the second.
     assert own_left_out(gallery, torch.tensor([0, 0, 1, 2])) == [0, 1]
     assert own_left_out(gallery, torch.arange(4)) == []
+
+
+def test_textures_are_the_statistics_of_earlier_maps() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    features = ClassifierFeatures(batch_size=2)
+    images = [drawn("a bar", "red"), drawn("a post", "blue"), drawn("a box", "red")]
+    net, parts = features._net, []
+    with torch.no_grad():
+        x = net._swish(net._bn0(net._conv_stem(to_tensors(images, 224))))
+        for number, block in enumerate(net._blocks):
+            x = block(x)
+            if number in TEXTURE_BLOCKS:
+                parts += [x.mean((2, 3)), x.flatten(2).std(2)]
+    torch.testing.assert_close(features.textures(images), torch.cat(parts, 1), rtol=1e-4, atol=1e-4)
+    assert not any(block._forward_hooks for block in net._blocks)

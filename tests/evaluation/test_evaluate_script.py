@@ -21,6 +21,7 @@ def evaluate(*arguments: str) -> "subprocess.CompletedProcess[str]":
     ("given", "words"),
     [
         (["--concepts", "1"], "error: --concepts must be at least 2; got 1.\n"),
+        (["--asks", "a", "--hub-metrics"], "error: --hub-metrics compares images of the ref"),
         ([], "error: --reference is required: gone, which is taken without it, is not there. "),
     ],
 )
@@ -44,10 +45,7 @@ def test_the_embedded_model_is_measured(tmp_path: Path) -> None:
     for package in ("efficientnet_lite_pytorch", "stlpips_pytorch"):
         pytest.importorskip(package)
     sizes = ["--concepts", "12", "--steps", "4"]
-    asks = tmp_path / "asks.jsonl"
-    asks.write_text('{"prompt": "a bell", "count": 1, "colour": "yellow", "seeds": 2}\n')
-    more = ["--hub-metrics", "--asks", str(asks)]
-    result = evaluate(*sizes, *more, "--output", str(tmp_path))
+    result = evaluate(*sizes, "--hub-metrics", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["prompts"] == figures["gallery"] == 12
@@ -55,6 +53,19 @@ def test_the_embedded_model_is_measured(tmp_path: Path) -> None:
     assert figures["real through VAE: Fréchet distance"] < figures["Fréchet distance"]
     for name in ("FID (Inception)", "FD-DINOv2", "CMMD"):
         assert isinstance(figures[name], float) or figures[name].startswith("not measured: ")
-    assert figures["prompts: images"] == 2 and 0 <= figures["prompts: count"] <= 1
     html = (tmp_path / "index.html").read_text()
-    assert html.count("<figure>") == 12 + 48 + 2 and 'src="http' not in html
+    assert html.count("<figure>") == 12 + 48 and 'src="http' not in html
+
+
+@pytest.mark.slow
+def test_asks_are_measured_instead(tmp_path: Path) -> None:
+    for package in ("efficientnet_lite_pytorch", "stlpips_pytorch"):
+        pytest.importorskip(package)
+    file = tmp_path / "asks.jsonl"
+    file.write_text('{"prompt": "a bell", "count": 1, "colour": "yellow", "seeds": 2}\n')
+    result = evaluate("--asks", str(file), "--steps", "4", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["prompts: images"] == 2 and 0 <= figures["prompts: count"] <= 1
+    assert figures["prompts: LPIPS between seeds"] >= 0 and "concept top-1" not in figures
+    assert (tmp_path / "index.html").read_text().count("<figure>") == 2

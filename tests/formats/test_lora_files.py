@@ -138,8 +138,8 @@ def refused(path: Path, *words: str) -> None:
         "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.lora_up.weight": (
             "embedding table",
         ),
-        "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": ("LoHa",),
-        "lora_unet_mid_block_attentions_0_proj_in.lokr_w1": ("LoKr",),
+        "lora_unet_mid_block_attentions_0_proj_in.oft_diag": ("OFT",),
+        "lora_unet_mid_block_attentions_0_proj_in.ia3_w": ("IA3",),
         "unet.mid_block.attentions.0.proj_in.lora_B.bias": ("biases",),
         "unet.mid_block.attentions.0.proj_in.lora_B.default.bias": ("biases",),
         "model.diffusion_model.input_blocks.0.0.weight": ("no LoRA file", "--model"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.models.low_rank import Layer, LowRank, add_to, beside, nearest
+from latentdiff.models.low_rank import Layer, LowRank, add_to, beside, fits, nearest
 
 
 def make(layer: Layer, rank: int = 3, alpha: float = 5.0, dora: bool = False) -> LowRank:
@@ -70,7 +70,7 @@ def test_the_nearest_lora_leaves_out_the_smallest_singular_values(number: int) -
     values = torch.linalg.svdvals(delta.flatten(1))
     for rank in (1, 2, 9):
         change = nearest(delta, rank)
-        assert change.fits(weight) and change.rank == min(rank, len(values))
+        assert fits(change, weight) and change.rank == min(rank, len(values))
         off = (change.delta(weight) - delta).norm()
         torch.testing.assert_close(off, values[rank:].norm(), atol=1e-5, rtol=1e-4)
 
@@ -86,9 +86,9 @@ def test_a_row_of_zeros_stays_one() -> None:
 
 def test_what_fits() -> None:
     linear, one, three, _ = layers()
-    assert make(linear).fits(linear.weight)
-    assert make(linear).fits(one.weight), "a 1×1 convolution is a matrix"
-    assert not make(linear).fits(three.weight)
-    assert not make(three).fits(nn.Linear(6, 5).weight)
+    assert fits(make(linear), linear.weight)
+    assert fits(make(linear), one.weight), "a 1×1 convolution is a matrix"
+    assert not fits(make(linear), three.weight)
+    assert not fits(make(three), nn.Linear(6, 5).weight)
     change = make(linear)
-    assert not LowRank(change.down, change.up[:, :2], 5.0).fits(linear.weight)
+    assert not fits(LowRank(change.down, change.up[:, :2], 5.0), linear.weight)

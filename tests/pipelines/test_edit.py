@@ -378,11 +378,14 @@ def test_a_full_mask_works_with_a_note(pipeline: LatentDiffusionPipeline) -> Non
     assert np.abs(np.asarray(found, int) - np.asarray(text, int)).max() <= 1
 
 
-def test_an_inpainting_model_says_what_it_is_for(models: dict[int, tuple[Any, Any]]) -> None:
+def test_an_inpainting_model_draws_without_a_mask_as_with_a_full_one(
+    models: dict[int, tuple[Any, Any]],
+) -> None:
     pipeline = models[9][1]
-    for call in (pipeline, lambda *a, **k: pipeline.image_to_image(*a, IMAGE, **k)):
-        with pytest.raises(UserError, match=r"inpainting model.*Call inpaint or outpaint"):
-            call("a cat", **FAST)
+    with pytest.warns(UserWarning, match="nothing of the image is kept"):
+        full = pipeline.inpaint("a cat", IMAGE, Image.new("L", (96, 64), 255), **FAST).images[0]
+    text = pipeline("a cat", height=64, width=96, **FAST).images[0]
+    assert np.abs(np.asarray(full, int) - np.asarray(text, int)).max() <= 1
     assert pipeline.outpaint("a cat", IMAGE, left=9, **FAST).images[0].size == (105, 64)
 
 

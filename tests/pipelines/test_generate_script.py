@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -195,6 +196,42 @@ def test_lora_option(
         with pytest.raises(SystemExit) as end:
             call(script, monkeypatch, *fast, str(tmp_path / "x.png"), "--lora", given)
         assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_two_passes_previews_little_memory_and_other_parts(
+    script: ModuleType,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The images that the pipeline makes of the same options; the preview is the last step's."""
+    from latentdiff.pipelines.generate import LatentDiffusionPipeline
+    from latentdiff.pipelines.task import PipelineOutput
+
+    make_pipeline().vae.save_pretrained(tmp_path / "vae")
+    output, preview = tmp_path / "a.png", tmp_path / "so-far.png"
+    given = ("--model", model, "--vae", str(tmp_path / "vae"), "--steps", "2", "--seed", "3")
+    given += ("--clip-skip", "1", "--hires-scale", "1.5", "--hires-strength", "0.5", "--low-memory")
+    given += ("--preview", str(preview), "--output", str(output), "--quiet", "--device", "cpu")
+    call(script, monkeypatch, "a cat", *given)
+    pipeline = LatentDiffusionPipeline.from_pretrained(model, vae=tmp_path / "vae")
+    options = {"clip_skip": 1, "hires_scale": 1.5, "hires_strength": 0.5, "progress": False}
+    *steps, result = pipeline.stream("a cat", seed=3, num_inference_steps=2, **options)
+    assert isinstance(result, PipelineOutput)
+    for file, expected in ((output, result.images[0]), (preview, steps[-1].preview[0])):
+        difference = np.asarray(Image.open(file), int) - np.asarray(expected, int)
+        assert np.abs(difference).max() <= 1
+    again = ("--replay", str(output), "--low-memory", "--quiet", "--output", f"{output}-2.png")
+    call(script, monkeypatch, *again)
+    assert "the same image, bit for bit" in capsys.readouterr().err
+    monkeypatch.setattr(LatentDiffusionPipeline, "load_safety_checker", lambda self, name: setattr(
+        self, "safety_checker", lambda images: [name == "bad"] * len(images)))  # fmt: skip
+    for name in ("good", "bad"):
+        capsys.readouterr()
+        call(script, monkeypatch, "a cat", *given, "--safety-checker", name)
+        said = "flagged by the safety checker: seed 3" in capsys.readouterr().err
+        assert said == (name == "bad")
 
 
 def test_styles_and_wildcards(

@@ -339,6 +339,43 @@ def test_files_for_other_models_are_refused_by_name(model: Path, tmp_path: Path)
     refused(pipeline, tmp_path / "wide.safetensors", "(16, 24) here", "2048", "Diffusion XL")
 
 
+@pytest.mark.parametrize("dora", (False, True))
+def test_strengths_are_changed_without_reloading(model: Path, tmp_path: Path, dora: bool) -> None:
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    before = output(pipeline)
+    files = [
+        write_lora(tmp_path / f"{seed}.safetensors", make(pipeline, seed, dora)) for seed in (1, 2)
+    ]
+
+    def fresh(*weights: float) -> Tensor:
+        other = LatentDiffusionPipeline.from_pretrained(model)
+        for file, weight in zip(files, weights, strict=True):
+            other.load_lora(file, weight)
+        return output(other)
+
+    for file in files:
+        pipeline.load_lora(file)
+    pipeline.set_adapters(["1", "2"], [0.3, -0.5])
+    assert pipeline.loras.names == {"1": 0.3, "2": -0.5}
+    torch.testing.assert_close(output(pipeline), fresh(0.3, -0.5))
+    pipeline.set_adapters("2")
+    assert pipeline.loras.names == {"1": 0.0, "2": 1.0}
+    torch.testing.assert_close(output(pipeline), fresh(0.0, 1.0))
+    for names, weights, message in (
+        (["1", "3"], 1.0, r"no LoRA named '3' is loaded \(1, 2\)"),
+        (["1", "2"], [1.0, 2.0, 3.0], "one for each of the 2 names; got 3"),
+        ("1", float("nan"), "must be a finite number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipeline.set_adapters(names, weights)
+    assert pipeline.loras.names == {"1": 0.0, "2": 1.0}
+    pipeline.fuse_lora()
+    with pytest.raises(UserError, match="fused"):
+        pipeline.set_adapters("1")
+    pipeline.unload_lora()
+    assert torch.equal(output(pipeline), before)
+
+
 def test_names(model: Path, tmp_path: Path) -> None:
     pipeline = LatentDiffusionPipeline.from_pretrained(model)
     files = [write_lora(tmp_path / f"{n}.safetensors", make(pipeline, int(n))) for n in "12"]

@@ -218,9 +218,9 @@ INVOKEAI = {"positive_prompt": "a cat", "seed": 5, "scheduler": "euler"}
             {"Seed": "1"},
         ),
         (
-            {"parameters": f"a\n{LINE}, Denoising strength: 0.5, Hires upscale: 2"},
+            {"parameters": f"a\n{LINE}, Denoising strength: 0.5, Hires resize: 64x32"},
             A1111,
-            "in two passes",
+            "its second pass (hires fix) has another shape",
             {},
         ),
         ({"parameters": f"a\n{LINE}".replace("Euler", "DPM fast")}, A1111, "DPM fast", {}),
@@ -263,3 +263,10 @@ def test_a_text_that_was_edited_is_told_from_the_settings(tmp_path: Path) -> Non
     )
     record = read(file)
     assert record.edited == ["prompt", "Seed"] and record.settings == SETTINGS
+
+
+def test_two_passes_of_a1111(tmp_path: Path) -> None:
+    passes = "Denoising strength: 0.4, Hires upscale: 1.5, Hires upscaler: Latent"
+    record = read(png(tmp_path, parameters=f"a cat\n{LINE}, {passes}"))
+    assert record.why_not == ""
+    assert record.settings["arguments"] == {"hires_scale": 1.5, "hires_strength": 0.4}

@@ -15,7 +15,14 @@ import torch
 from PIL import Image, ImageOps
 
 from latentdiff.errors import UserError
-from latentdiff.pipelines.masks import composite, crop_box, in_latents, padded, widened
+from latentdiff.pipelines.masks import (
+    composite,
+    crop_box,
+    in_latents,
+    matched,
+    padded,
+    widened,
+)
 from latentdiff.pipelines.pictures import Pictures, read_masks, read_pictures
 
 
@@ -262,3 +269,20 @@ def test_composite_is_the_over_operator_and_leaves_the_rest_to_the_bit() -> None
     torch.testing.assert_close(half[0, 3, 0], torch.tensor([0.0, 0.5, 1.0]))
     torch.testing.assert_close(half[0, :3, 0, 0], painted[0, :, 0, 0])
     torch.testing.assert_close(half[0, :3, 0, 2], (painted + given[:, :3])[0, :, 0, 2] / 2)
+
+
+@pytest.mark.parametrize("reach", [2.0, 8.0])
+def test_colours_meet_at_the_border_of_the_mask(reach: float) -> None:
+    """A step of height h at a straight border: the shift is h ρ^d with ρ + 1/ρ = 2 + 1/reach²."""
+    mask = torch.zeros(1, 1, 6, 60)
+    mask[..., 20:] = 1
+    given = torch.full((1, 3, 6, 60), 0.25)
+    painted = torch.full((1, 3, 6, 60), -0.15)
+    found = matched(painted, given, mask, reach)
+    trace = 2 + 1 / reach**2
+    rho = (trace - (trace**2 - 4) ** 0.5) / 2
+    expected = -0.15 + 0.4 * rho ** torch.arange(1, 11)
+    torch.testing.assert_close(found[0, 1, 3, 20:30], expected, rtol=0, atol=2e-3)
+    assert torch.equal(found[..., :20], painted[..., :20])
+    whole = torch.ones(1, 1, 6, 60)
+    assert torch.equal(matched(painted, given, whole, reach), painted)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.cli import generate, inspect
+from latentdiff.cli import edit, generate, inspect
 from latentdiff.errors import UserError
 from latentdiff.formats.embedding import write_embedding
 from latentdiff.formats.lora import write_lora
@@ -61,8 +61,10 @@ def pixels(file: Path) -> Any:
         (["a cat", LONG, "dog", LONG], {"prompt_syntax": "long", "sampler": "euler_ancestral"}),
         (["a (cat:1.2)", "dog"], {"prompt_syntax": "a1111", "negative_prompt": ["", "[x]"]}),
         (["a cat", "dog", "x"], {"guidance_scale": [1, 3, 9.5], "guidance_rescale": 0.5}),
+        ("a {cat|dog} {x|y|z}", {"num_images_per_prompt": 4, "wildcards": ".", "seed": 7}),
         ("a cat", {"timesteps": [900, 500.5, 20], "num_images_per_prompt": 2}),
-        ("a cat", {"sampler": "DPM++ 2M Karras", "guidance_interval": (200, 800)}),
+        ("a cat", {"hires_scale": 1.5, "num_images_per_prompt": 2, "hires_strength": 0.5}),
+        ("a cat", {"clip_skip": 1, "sampler": "DPM++ 2M Karras", "guidance_interval": (200, 800)}),
         ("a cat", {"sampler": "ddim", "sampler_options": {"eta": 0.7, "clip": 2.0}, "width": 48}),
     ],
 )
@@ -103,6 +105,11 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("inpaint", {"mask_image": "mask.png", "padding_mask_crop": 4, "strength": 0.5}),
         ("outpaint", {"left": 5, "bottom": 3, "sampler": "euler_ancestral"}),
         ("variations", {"batch_size": 3}),
+        ("colorize", {"prompt": "", "num_images_per_prompt": 2}),
+        ("restore", {"kind": "denoise", "noise": 0.2, "num_images_per_prompt": 2}),
+        ("restore", {"kind": "deblur", "prompt": ""}),
+        ("restore", {"kind": "jpeg", "quality": 20}),
+        ("upscale", {"scale": 1.5, "strength": 0.7}),
         ("interpolate", {"prompt": ["a cat", "dog"], "frames": 3, "guidance_scale": [1, 3]}),
         ("interpolate", {"prompt": "a cat", "seed": [5, 9, 2**40], "frames": 5, "batch_size": 2}),
     ],
@@ -165,6 +172,42 @@ def test_images_that_were_given_are_known_by_their_pixels(
     np.testing.assert_array_equal(np.asarray(anew.images[0]), np.asarray(outputs[0].images[0]))
 
 
+def test_edits_from_the_shell(
+    photo: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, other = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "other.png"
+    PHOTO.rotate(180).save(other)
+    words = ["inpaint", photo, "a cat", "--mask", photo.with_name("mask.png"), "--model", model]
+    shared = ["--steps", 2, "--num-images", 2, "--separate", "--quiet"]
+    assert edit.main([*map(str, [*words, *shared, "--output", old])]) == 0
+    old, of = tmp_path / "a-001.png", tmp_path / "a-001.png"
+    for program in (edit, generate):
+        assert program.main(["--replay", str(old), "--output", str(new), "--quiet"]) == 0
+        assert f"{old}: the same image, bit for bit\n" in capsys.readouterr().err
+        np.testing.assert_array_equal(pixels(old), pixels(new))
+    recorded = read(old).settings["arguments"]
+    for given, name, expected in (
+        (["--replay", of, "--strength", 0.5], "strength", 0.5),
+        (["inpaint", other, "--replay", of], "image", read_picture(other)),
+    ):
+        assert edit.main([*map(str, [*given, "--output", new, "--quiet"])]) == 0
+        assert f"{old}: with other {name}\n" in capsys.readouterr().err
+        assert read(new).settings["arguments"] == {**recorded, name: expected}
+    for program, words, message in (
+        (edit, ["outpaint", "--replay", of, "--left", 3], "made by inpaint, which takes no left."),
+        (generate, ["--replay", of, "--size", 64], "by inpaint, which takes no height or width."),
+        (edit, ["--replay", photo], "does not say how it was made"),
+        (edit, ["--replay", of, "--output", of], "--output must not be the file of --replay"),
+    ):
+        assert program.main([*map(str, words), "--quiet"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def read_picture(file: Path) -> dict[str, str]:
+    with Image.open(file) as image:
+        return {"file": str(file), "hash": pixels_hash(image)}
+
+
 def np_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
 
@@ -218,7 +261,10 @@ def test_what_differs_is_said(
 ) -> None:
     old, new, other = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "other"
     make_pipeline(seed=1).save_pretrained(other)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     call("a cat", "--model", model, "--steps", 2, "--output", old)
+    torch.set_num_threads(threads)
     hashes = model_hash(other), model_hash(model)
     call("--replay", old, "--output", new, "--model", other)
     most = np.abs(pixels(old) - pixels(new)).max()
@@ -228,10 +274,10 @@ def test_what_differs_is_said(
     ) in capsys.readouterr().err
     settings = read(old).settings
     image = Image.open(old).convert("RGB")
-    write(image, old, {**settings, "threads": 3, "versions": {"torch": "1.0"}})
+    write(image, old, {**settings, "versions": {"torch": "1.0"}})
     call("--replay", old, "--output", new)
     assert f"bit for bit; torch {torch.__version__} instead of 1.0" in capsys.readouterr().err
-    assert read(new).settings["threads"] == 3
+    assert read(new).settings["threads"] == 3 and torch.get_num_threads() == threads
     image.putpixel((0, 0), (1, 2, 3))
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("latentdiff", json.dumps(settings))
@@ -368,6 +414,8 @@ def damaged(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (damaged(device="meta"), "damaged (device is 'meta')"),
         (damaged(images=[{"seed": "1"}]), "damaged (images is [{'seed': '1'}])"),
         (damaged(task="save_pretrained"), "it was made by save_pretrained"),
+        (damaged(task="variations", arguments={"x": 1}), "by variations, which takes no x."),
+        (damaged(task="interpolate", arguments={"frames": 10**9}), "damaged (arguments is"),
         (damaged(latents="given"), "its noise was given, not drawn"),
         (damaged(num_inference_steps=0), "num_inference_steps must be a whole number"),
         (damaged(height=10**6), "height x width must be at most"),
@@ -407,6 +455,13 @@ def test_what_is_not_recorded_or_not_an_image(
     given = pipeline("a cat", latents=noise, height=32, width=32, **FAST).save(file)[0]
     with pytest.raises(UserError, match="its noise was given"):
         Replay.of(given)
+
+    def stop(one: Any, step: int, timestep: float, tensors: Any) -> None:
+        one._interrupt = step == 1
+
+    stopped = pipeline("a cat", callback_on_step_end=stop, **FAST).save(file)[0]
+    with pytest.raises(UserError, match="it was interrupted before"):
+        Replay.of(stopped)
     array = pipeline("a cat", output_type="np", **FAST)
     with pytest.raises(UserError, match="output_type='pil'"):
         array.save(file)
@@ -424,6 +479,21 @@ def test_an_own_model_without_files_and_a_model_that_is_gone(tmp_path: Path) -> 
     for part in folder.rglob("*.safetensors"):
         part.unlink()
     assert "source" not in in_memory("a cat", **FAST).settings[0]["model"]
+
+
+def test_an_autoencoder_from_elsewhere(model: Path, tmp_path: Path) -> None:
+    made = make_pipeline()
+    for parameter in made.vae.parameters():
+        parameter.data.mul_(1.2)
+    made.save_pretrained(tmp_path / "other")
+    other = LatentDiffusionPipeline.from_pretrained(model, vae=tmp_path / "other")
+    output = other("a cat", **FAST)
+    call("--replay", output.save(tmp_path / "a.png")[0], "--output", tmp_path / "b.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "b.png"), np.asarray(output.images[0]))
+    settings = read(tmp_path / "b.png").settings
+    assert settings["model"] == output.settings[0]["model"]
+    own = LatentDiffusionPipeline.from_pretrained(model, vae=model)("a cat", **FAST)
+    assert own.settings[0]["model"]["vae_hash"] != settings["model"]["vae_hash"]
 
 
 def test_hashes_of_models(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
