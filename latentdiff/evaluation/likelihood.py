@@ -81,12 +81,13 @@ def measure(
     ode: list[Tensor] = []
     for start in range(0, len(images), size.batch_size):
         rows = range(start, min(start + size.batch_size, len(images)))
-        x_0, denoiser = _latents(pipeline, images, rows), _denoiser(pipeline, captions, rows)
+        x_0 = _latents(pipeline, images, rows)
+        denoiser = _denoiser(pipeline, images, captions, rows)
         with torch.no_grad():
             bounds.append(sampled_elbo(denoiser, x_0, pipeline.schedule, rows, size.levels))
         few = [row for row in rows if row < size.ode_images]
         if few:
-            denoiser = _denoiser(pipeline, captions, few)
+            denoiser = _denoiser(pipeline, images, captions, few)
             ode.append(_ode(denoiser, x_0[: len(few)], few, pipeline.schedule, size.ode_steps))
     shape = tuple(x_0.shape[1:])
     figures = summary(bounds, math.prod(shape))
@@ -171,10 +172,12 @@ def _latents(pipeline: Any, images: Tensor, rows: Sequence[int]) -> Tensor:
         return pipeline.autoencoder.latents_from_moments(moments, eps)
 
 
-def _denoiser(pipeline: Any, captions: Sequence[str], rows: Sequence[int]) -> Denoiser:
+def _denoiser(
+    pipeline: Any, images: Tensor, captions: Sequence[str], rows: Sequence[int]
+) -> Denoiser:
     with torch.no_grad():
         context = pipeline.text_encoder.encode([captions[row] for row in rows])
-        return build_denoiser(pipeline.network, context)
+        return build_denoiser(pipeline.network_for(images.shape[-2:]), context)
 
 
 def _ode(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
@@ -378,10 +378,7 @@ class _Call:
             x = pipeline.schedule.alpha(t) * x_0 + pipeline.schedule.sigma(t) * x
         own = [self.conditions[k] for k in batch.indices]
         contexts, negatives, scales = zip(*own, strict=True)
-        extra = None if task.extra is None else task.extra(batch).to(device)
-        if extra is None and pipeline.unet.config.inpaints:
-            extra = pipeline.autoencoder.all_masked(task.size)
-        network = replace(pipeline.network, extra=extra)
+        network = pipeline.network_for(task.size, task.extra(batch) if task.extra else None)
         both = torch.stack(contexts), torch.stack(negatives)
         denoiser = build_denoiser(network, *both, scales, **self.guidance)
         if task.wrap is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -391,3 +392,13 @@ class LatentDiffusionPipeline:
         if self._offload is not None:
             self._offload.bring("unet")
         return Network(self.unet, self.schedule, self.prediction, device=self.device)
+
+    def network_for(self, size: tuple[int, int], extra: Tensor | None = None) -> Network:
+        """The same for images of a (height, width) in pixels.
+
+        Args:    extra: (B, E, h, w), channels that the U-Net takes after those of x_t; None: where
+                 it inpaints, those of an image with everything masked.
+        """
+        if extra is None and self.unet.config.inpaints:
+            extra = self.autoencoder.all_masked(size)
+        return replace(self.network, extra=None if extra is None else extra.to(self.device))

@@ -67,7 +67,8 @@ def invert(
     check_counts(
         num_inference_steps=num_inference_steps, iterations=iterations, batch_size=batch_size
     )
-    pixels = image_tensors(image, pipeline.image_size(height, width))
+    size = pipeline.image_size(height, width)
+    pixels = image_tensors(image, size)
     prompts = for_each(prompt_list(prompt, "prompt"), len(pixels), "prompt", "text", "images")
     warn_of_unknown_words(pipeline.text_encoder.tokenizer, prompts)
     plan = pipeline.sampling_plan(num_inference_steps, sampler="ddim", spacing=timestep_spacing)
@@ -80,7 +81,7 @@ def invert(
         check_finite(x_0, "the image's latents", "the autoencoder's encoder", vae.module)
         context, empty = (encoder.encode(texts, skip) for texts in (prompts[own], [""]))
         check_finite(torch.cat([context, empty]), "its states", "the text encoder", encoder.module)
-        network = pipeline.network
+        network = pipeline.network_for(size)
         denoiser = build_denoiser(network, context, empty, guidance_scale)
         timesteps, options = plan.timesteps, {"iterations": iterations, **plan.options}
         states = ddim_inversion(denoiser, x_0, pipeline.schedule, timesteps, **options)

@@ -152,8 +152,8 @@ def _check_shardable(unet: nn.Module) -> None:
     frozen = [n for n, p in unet.named_parameters() if not p.requires_grad]
     if any(not name.startswith("time_proj.") for name in frozen):
         raise UserError(
-            "finetune.kind=full alone can be sharded: the others train so little that copies "
-            "take no more memory. Launch with training/accelerate/ddp.yaml."
+            "finetune.kind=full or inpainting can be sharded: the others train so little that "
+            "copies take no more memory. Launch with training/accelerate/ddp.yaml."
         )
     if any(not p.is_contiguous() for p in unet.parameters()):
         raise UserError(

@@ -210,6 +210,8 @@ def test_its_result_opens_in_diffusers_and_here(folder: Path, tmp_path: Path) ->
     ours = LatentDiffusionPipeline(components)
     found = ours("a cat", latents=latents, progress=False, **options).images
     assert np.abs(found - expected).max() <= 2 / 255
+    inverted = ours.invert(Image.new("RGB", (32, 32)), num_inference_steps=2, iterations=1)
+    assert inverted.latents.shape == (1, 4, 16, 16) and bool(inverted.latents.isfinite().all())
     file = save_model(tmp_path / "m.safetensors", components)
     again = LatentDiffusionPipeline.from_pretrained(file)
     assert np.array_equal(again("a cat", latents=latents, progress=False, **options).images, found)

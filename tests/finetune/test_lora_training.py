@@ -181,4 +181,4 @@ def test_shards_are_refused_before_training(folder: Path) -> None:
         ROOT / "training" / "train_latent.py", given(folder, "sharded"), "fsdp2_cpu_2.yaml"
     )
     assert run.returncode != 0
-    assert "finetune.kind=full alone can be sharded" in run.stderr
+    assert "finetune.kind=full or inpainting can be sharded" in run.stderr
