@@ -48,7 +48,8 @@ from latentdiff.models.autoencoder_losses import PerceptualDistance
 
 #: Concepts among which the right one has to be.
 TOP = 5
-#: LPIPS below which an image is a near copy.
+#: LPIPS below which an image is a near copy. A drawing that was moved and scaled only has 0.01, one
+#: artist's beside another's 0.4 (medians of 80 emoji).
 COPY = 0.1
 #: Folds of the style classifier's own accuracy.
 FOLDS = 5
