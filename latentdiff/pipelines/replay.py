@@ -1,8 +1,8 @@
 """An image made again from what its file says, and how like it the new one is.
 
 The bits of an image depend on the size of the batch, its place in it, the number of threads and
-the processor. So an image that was the third of four is made again as the third of four copies;
-what stands beside it does not matter.
+the processor. So an image that was the third of four, and is another alone, is made again as the
+third of four copies; what stands beside it does not matter.
 """
 
 from __future__ import annotations
@@ -65,6 +65,10 @@ class Replay:
         why_not = record.why_not
         if not why_not and record.settings["task"] not in _TASKS:
             why_not = f"it was made by {record.settings['task']}"
+        batch, of = (record.settings.get(name, {}) for name in ("batch", "arguments"))
+        missing = batch.get("place", 0) >= batch.get("size", 1)
+        if not why_not and (missing or of.get("frame", 0) >= of.get("frames", 1)):
+            why_not = "its settings are damaged (it is no image of its batch)"
         for name, reason in _GONE.items():
             why_not = why_not or (reason if name in record.settings else "")
         if why_not:
@@ -85,22 +89,36 @@ class Replay:
     def run(
         self, pipeline: LatentDiffusionPipeline, given: Mapping[str, Any], **watching: Any
     ) -> PipelineOutput:
-        """Make the images.
+        """Make the images: one alone, and only if that is not the same in its place in its batch.
 
         Args:    given: options and arguments of the task that replace what is recorded.
                  watching: options that change no image, such as progress.
         Returns: one image, or those of the grid; of replaced options any number.
         Raises:  UserError: an image that it was made from is not there; what the task raises.
         """
+        settings = self.settings
+        single = "images" not in settings and settings["task"] != "interpolate"
+        if not given and single and settings.get("batch", {}).get("size", 1) > 1:
+            alone = self._run(pipeline, given, watching, exact=False)
+            if pixels_hash(alone.images[0]) == settings.get("pixels"):
+                return alone
+        return self._run(pipeline, given, watching, exact=not given)
+
+    def _run(
+        self,
+        pipeline: LatentDiffusionPipeline,
+        given: Mapping[str, Any],
+        watching: Mapping[str, Any],
+        *,
+        exact: bool,
+    ) -> PipelineOutput:
         task = self.settings["task"]
         method = pipeline if task == "text_to_image" else getattr(pipeline, task)
-        images, pick = self._images(exact=not given)
+        images, pick = self._images(exact=exact)
         arguments = self._arguments(images, given)
         frame = arguments.pop("frame", None)
         if frame is not None and "images" not in self.settings:
             pick = frame
-        if pick is not None and pick >= arguments.get("frames", len(images)):
-            raise UserError(f"the settings in {self.file} are damaged: there is no image {pick}.")
         signature = inspect.signature(method)
         own = {*signature.parameters, *_EACH}
         if unknown := {*arguments} - own | {*given} - own - {*SamplingOptions.__annotations__}:
@@ -228,9 +246,7 @@ def _of_each(images: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> d
 
 def _facts(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What else an image depends on; only what is known."""
-    facts = {
-        name: settings.get(name) for name in ("device", "dtype", "threads", "machine", "batch")
-    }
+    facts = {name: settings.get(name) for name in ("device", "dtype", "threads", "machine")}
     facts |= settings.get("versions", {})
     for name, of in (("model", "hash"), ("vae", "vae_hash")):
         facts[name] = settings.get("model", {}).get(of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -81,6 +82,15 @@ def test_each_image_of_a_call_is_made_again_to_the_bit(
         np.testing.assert_array_equal(np.asarray(again.images[0]), np.asarray(image))
         assert again.seeds == [seed] == [replay.settings["seed"]]
         assert len(again.settings) == len(again.images) == 1
+        in_place = other_alone(replay).run(pipeline, {}, progress=False)
+        np.testing.assert_array_equal(np.asarray(in_place.images[0]), np.asarray(image))
+        assert in_place.settings[0]["batch"] == replay.settings["batch"]
+
+
+def other_alone(replay: Replay) -> Replay:
+    """A replay to which the image alone is not the same."""
+    record = dataclasses.replace(replay.record, settings={**replay.settings, "pixels": "other"})
+    return Replay(replay.file, record)
 
 
 PHOTO = Image.effect_mandelbrot((29, 21), (-2, -1.5, 1, 1.5), 50).convert("RGB")
@@ -133,7 +143,10 @@ def test_each_image_of_a_task_is_made_again_to_the_bit(
         assert (replay.settings["width"], replay.settings["height"]) == image.size
         again = replay.run(pipeline, {}, progress=False)
         assert replay.verdict(again, {}) == f"{file}: the same image, bit for bit"
-        np.testing.assert_array_equal(np.asarray(again.images[0]), np.asarray(image))
+        in_place = other_alone(replay).run(pipeline, {}, progress=False)
+        assert in_place.settings[0]["batch"] == replay.settings["batch"]
+        for one in (again, in_place):
+            np.testing.assert_array_equal(np.asarray(one.images[0]), np.asarray(image))
     sheet = write(grid(output.images, 2), tmp_path / "b.png", of_grid(output.settings, 2))
     again = Replay.of(sheet).run(pipeline, {}, progress=False)
     assert Replay.of(sheet).verdict(again, {}).endswith("the same image, bit for bit")
@@ -408,7 +421,7 @@ def damaged(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (damaged(seed="1"), "damaged (seed is '1')"),
         (damaged(seed=True), "damaged (seed is True)"),
         (damaged(batch={"size": 10**9}), "damaged (batch is {'size': 1000000000})"),
-        (damaged(batch={"size": 2, "place": 2}), "are damaged: there is no image 2."),
+        (damaged(batch={"size": 2, "place": 2}), "are damaged (it is no image of its batch)"),
         (damaged(sampler_options={"eta": [1]}), "damaged (sampler_options is {'eta': [1]})"),
         (damaged(loras=[{"file": "x"}]), "the weight of a LoRA must be a finite number; got None"),
         (damaged(task="inpaint", images=[{}]), "are damaged: missing a required argument: 'image'"),
