@@ -122,10 +122,14 @@ def test_a_linear_preview_has_the_colours_of_the_embedded_model_s_images() -> No
     files = sorted((Path(__file__).parents[2] / "examples" / "twemoji").glob("*.webp"))[::16]
     images = torch.stack([to_tensor(to_rgb(Image.open(f), WHITE), (64, 64)) for f in files])
     latents = autoencoder.encode(images)
-    found = apply_linear(linear_decoder(autoencoder), latents)
-    expected = F.adaptive_avg_pool2d(autoencoder.decode(latents), found.shape[2:])
-    unexplained = (found - expected).square().mean() / expected.var()
-    assert float(unexplained) < 0.25
+    decoded = autoencoder.decode(latents)
+    expected = F.adaptive_avg_pool2d(decoded, latents.shape[2:])
+    best = fitted(latents, decoded)  # on these very images
+    own, least = (
+        float((apply_linear(decoder, latents) - expected).square().mean() / expected.var())
+        for decoder in (linear_decoder(autoencoder), best)
+    )
+    assert own < max(0.1, 2 * least) < 0.5
 
 
 def test_two_threads_on_one_pipeline_make_what_one_makes(
