@@ -53,7 +53,7 @@ def load_model(
     folder = Path() if file else resolve_folder(name, revision, variant)
     autoencoder = None
     if vae is not None:
-        autoencoder = open_autoencoder(vae, like=_vae_configuration(file, folder))
+        autoencoder = open_autoencoder(vae, like=autoencoder_config(file or folder))
     if file:
         options = {"variant": variant, "prediction": prediction}
         return load_single_file(file, dtype=dtype, autoencoder=autoencoder, **options)
@@ -77,11 +77,11 @@ def save_model(
     return save_components(path, components, dtype, max_shard_bytes=max_shard_bytes)
 
 
-def _vae_configuration(file: Path | None, folder: Path) -> Any:
-    """That of a model's own autoencoder, if it says it."""
-    if file:
+def autoencoder_config(name: str | Path, revision: str | None = None) -> Any:
+    """The configuration of a model's own autoencoder; None: it does not say it."""
+    if file := as_file(name):
         return vae_configuration(file)
-    own = folder / "vae" / "config.json"
+    own = resolve_folder(name, revision) / "vae" / "config.json"
     return read_json(own) if own.is_file() else None
 
 

@@ -185,7 +185,7 @@ def latent_size_of_file(file: Path) -> Any:
 
     A version 2 that does not say what it predicts is read and asked, since its two kinds differ.
     """
-    opened = _parse(read_tensor_file(file))
+    opened = _parse(read_tensor_file(file), with_vae=False)
     config = opened.config
     if opened.is_measured:
         unet = fill_unet(opened.networks["unet"], opened.state("unet"), file, torch.float32)

@@ -3,8 +3,8 @@
     rgb = latents · W + b          (each position on its own)
 
 W and b are fitted by least squares to the decoder itself, on random latents that are as smooth as
-those of pictures: on the embedded model's images they explain 85 % of the colours' variance, a fit
-on these images 90 %.
+those of pictures. That needs no pictures and is nearly as good as a fit to some: with an
+autoencoder of 8 channels it left 15 % of the variance of 100 drawings' colours, the other 10 %.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     config, notes, model = given.config, list[str](), given.config.model
     base: Components | None = None
     if model.pretrained is not None:
-        base = load_model(model.pretrained, revision=model.revision)
+        base = load_model(model.pretrained, revision=model.revision, vae=model.vae)
         config, notes = adopt(given, base.schedule, base.prediction)
         config = resolve_image_size(config, base, "data.image_size" in given.keys)
     # The maths is checked before anything else is opened.
@@ -51,7 +51,7 @@ def load_parts(given: Given) -> tuple[Components, TrainConfig, list[str]]:
     vae, text = model.vae, model.text_encoder
     autoencoder = (
         base.autoencoder
-        if base is not None and vae is None
+        if base is not None
         else open_autoencoder(EMBEDDED_MODEL if vae is None else vae)
     )
     text_encoder = (
@@ -163,12 +163,15 @@ def frozen_autoencoder(given: Given) -> tuple[Any, TrainConfig]:
     The U-Net and the text encoder stay closed: of a pretrained model only its image size is read.
     Raises: UserError: no such model.
     """
-    from latentdiff.formats.model import latent_size, open_autoencoder
+    from latentdiff.formats.model import autoencoder_config, latent_size, open_autoencoder
 
     config, model = given.config, given.config.model
     base = EMBEDDED_MODEL if model.pretrained is None else model.pretrained
-    revision = model.revision if model.vae is None else None
-    autoencoder = open_autoencoder(base if model.vae is None else model.vae, revision)
+    if model.vae is None:
+        autoencoder = open_autoencoder(base, model.revision)
+    else:
+        own = model.pretrained and autoencoder_config(model.pretrained, model.revision)
+        autoencoder = open_autoencoder(model.vae, like=own)
     if model.pretrained is None or "data.image_size" in given.keys:
         return autoencoder, config
     size = latent_size(base, model.revision)

@@ -16,6 +16,8 @@ from latentdiff.formats.identify import identify, refuse_unsupported
 from latentdiff.formats.key_map import VAE_PREFIX
 from latentdiff.formats.model import load_model, save_model
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.train.config import read_config
+from latentdiff.train.parts import frozen_autoencoder, load_parts
 from tests.random_models import make_pipeline, make_vae
 
 
@@ -87,6 +89,21 @@ def test_the_given_one_takes_the_place_of_the_model_s(
     if source == "a.vae.pt":
         again = load_model(save_model(tmp_path / model, parts))
         torch.testing.assert_close(again.autoencoder.decode(latents), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["none", "none.safetensors"])
+def test_a_model_without_one_is_trained_with_another(
+    models: dict[str, Path], sources: dict[str, Path], wanted: Autoencoder, model: str
+) -> None:
+    source = "folder" if model == "none" else "a.vae.pt"
+    given = read_config(None, [f"model.pretrained={models[model]}", f"model.vae={sources[source]}"])
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    parts, config, _ = load_parts(given)
+    alone, same = frozen_autoencoder(given)  # what the latent cache is made with
+    assert config.data == same.data
+    for autoencoder in (parts.autoencoder, alone):
+        torch.testing.assert_close(autoencoder.decode(latents), wanted.decode(latents))
 
 
 @torch.no_grad()
