@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -89,16 +91,19 @@ class Grey(Operator):
         return w * y / w.square().sum()
 
 
+@dataclass(frozen=True)
 class Separable(Operator):
     """One matrix for the columns and one for the rows: Y = R X Cᵀ in every channel.
 
-    The pseudo-inverse of a Kronecker product is that of its factors: X = R⁺ Y (C⁺)ᵀ.
+    An inverse of a Kronecker product is that of its factors: X = R⁺ Y (C⁺)ᵀ.
     """
 
-    def __init__(self, rows: Tensor, columns: Tensor) -> None:
-        """Args: rows: (h, H).  columns: (w, W)."""
-        self.rows, self.columns = rows, columns
-        self._inverse = torch.linalg.pinv(rows), torch.linalg.pinv(columns)
+    rows: Tensor
+    """(h, H)"""
+    columns: Tensor
+    """(w, W)"""
+    inverse: Callable[[Tensor], Tensor] = torch.linalg.pinv
+    """Of such a matrix."""
 
     def apply(self, x: Tensor) -> Tensor:
         return self.rows.to(x) @ x @ self.columns.to(x).mT
@@ -106,8 +111,12 @@ class Separable(Operator):
     def adjoint(self, y: Tensor) -> Tensor:
         return self.rows.to(y).mT @ y @ self.columns.to(y)
 
+    @cached_property
+    def _inverses(self) -> tuple[Tensor, Tensor]:
+        return self.inverse(self.rows), self.inverse(self.columns)
+
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        rows, columns = self._inverse
+        rows, columns = self._inverses
         return rows.to(y) @ y @ columns.to(y).mT
 
 
@@ -116,18 +125,29 @@ class Blur(Separable):
 
     def __init__(self, size: tuple[int, int], sigma: float) -> None:
         """Args: size: (H, W).  sigma: the Gaussian's standard deviation, pixels."""
-        super().__init__(*(_blur_matrix(side, sigma) for side in size))
+        rows, columns = (_blur_matrix(side, sigma) for side in size)
+        super().__init__(rows, columns)
 
     def correction(self, y: Tensor) -> Tensor:
         return self.adjoint(y)  # no singular value is above 1, and many are near 0
 
 
 class Downsample(Separable):
-    """Each pixel is the mean over the area that it covers, in parts where the edges cut pixels."""
+    """Each pixel is the mean over the area that it covers, in parts where the edges cut pixels.
+
+    Of the images with these means, A⁺ gives a smooth one: S Aᵀ (A S Aᵀ)⁻¹ y with a Gaussian S.
+    """
 
     def __init__(self, size: tuple[int, int], smaller: tuple[int, int]) -> None:
         """Args: size: (H, W).  smaller: (h, w), at most as large."""
-        super().__init__(*(_area_matrix(*sides) for sides in zip(size, smaller, strict=True)))
+        rows, columns = (_area_matrix(*sides) for sides in zip(size, smaller, strict=True))
+        super().__init__(rows, columns, _smooth_inverse)
+
+
+def _smooth_inverse(areas: Tensor) -> Tensor:
+    few, many = areas.shape
+    smooth = areas @ _blur_matrix(many, many / few / 2)
+    return torch.linalg.solve(smooth @ areas.mT, smooth).mT
 
 
 def _blur_matrix(side: int, sigma: float) -> Tensor:

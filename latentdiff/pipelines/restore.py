@@ -73,7 +73,7 @@ def colorize(
     def finish(images: Tensor, own: list[int]) -> Tensor:
         return with_lightness(images / 2 + 0.5, lightness[own].to(images.device)).float() * 2 - 1
 
-    known = Measurement(Grey(), Grey().apply(grey), ROUNDING, grey)
+    known = Measurement(Grey(), Grey().apply(grey), 0, grey)
     return _measured(pipeline, prompt, pictures, known, 1.0, finish, options)
 
 
@@ -102,7 +102,7 @@ def upscale(
     larger = Pictures(F.interpolate(pictures.given, (height, width), mode="bicubic").clamp(-1, 1))
     operator = Downsample((height, width), pictures.size)
     start = F.interpolate(pictures.rgb, (height, width), mode="bicubic").clamp(-1, 1)
-    known = Measurement(operator, pictures.rgb, ROUNDING, start)
+    known = Measurement(operator, pictures.rgb, 0, start)
     finish = _agreeing(known, pictures)
     return _measured(pipeline, prompt, larger, known, strength, finish, options)
 

@@ -95,8 +95,20 @@ def test_without_noise_the_measurement_is_kept_and_the_rest_is_the_models(operat
     denoiser = data.denoiser(SCHEDULE)
     found = estimate_at(ddnm(denoiser, SCHEDULE, operator, y), x_t, 300)
     before = estimate_at(denoiser, x_t, 300)
-    expected = before + operator.pseudo_inverse(y - operator.apply(before))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(operator.apply(found), y)
+    moved = found - before  # nothing that A does not see, but by A⁺
+    torch.testing.assert_close(operator.pseudo_inverse(operator.apply(moved)), moved)
+
+
+@pytest.mark.parametrize("operator", [Identity(), Grey(), OPERATORS["mask"], OPERATORS["blur"]])
+def test_exact_is_the_limit_of_little_noise(operator) -> None:
+    data = Blocks(SHAPE)
+    y, x_t = operator.apply(data.draw(2, 1)), normal((2, *SHAPE), 3, torch.float64)
+    exact, nearly = (
+        estimate_at(ddnm(data.denoiser(SCHEDULE), SCHEDULE, operator, y, noise), x_t, 300)
+        for noise in (0, 1e-7)
+    )
+    torch.testing.assert_close(nearly, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_latents_are_corrected_by_what_changes_in_their_images() -> None:

@@ -48,9 +48,12 @@ def ddnm(
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         estimate = denoiser(x_t, t)
-        v = per_sample(1 / (1 + schedule.snr(t)), x_t)
         image = decode(estimate)
-        corrected = condition(image, lambda u: v * u, operator, y, noise)
+        if noise == 0:
+            corrected = image + operator.pseudo_inverse(y - operator.apply(image))
+        else:
+            v = per_sample(1 / (1 + schedule.snr(t)), x_t)
+            corrected = condition(image, lambda u: v * u, operator, y, noise)
         return estimate + encode(corrected) - encode(image)
 
     return denoise
