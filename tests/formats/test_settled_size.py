@@ -24,7 +24,7 @@ def test_latent_size(
         state=lambda part: {},
     )
     monkeypatch.setattr(single_file, "read_tensor_file", lambda file: None)
-    monkeypatch.setattr(single_file, "_parse", lambda file: opened)
+    monkeypatch.setattr(single_file, "_parse", lambda file, **_: opened)
     monkeypatch.setattr(single_file, "fill_unet", lambda *_: None)
     monkeypatch.setattr(single_file, "measured_prediction", lambda *_: measured)
     found = single_file.latent_size_of_file(Path("x.safetensors"))
