@@ -100,6 +100,9 @@ def colorize(bench: Bench) -> str:
         },
         "colorize, no prompt": bench.pipeline.colorize(grey, **CALL).images,
         "colorize": bench.pipeline.colorize(grey, names, **CALL).images,
+        "colorize, guidance 5": bench.pipeline.colorize(
+            grey, names, guidance_scale=5.0, **CALL
+        ).images,
     }
     network, wanted = ClassifierFeatures(), colourfulness(originals)
     features = F.normalize(network(originals), dim=1)

@@ -80,7 +80,7 @@ TASKS: dict[str, Task] = {
         ),
     ),
     "variations": Task("draw images like it, four by default", (_STRENGTH,)),
-    "colorize": Task("give a grey image colours; its lightness stays", ()),
+    "colorize": Task("give a grey image colours; its lightness stays", (_STRENGTH,)),
     "restore": Task(
         "take noise, blur or the traces of JPEG from an image",
         (

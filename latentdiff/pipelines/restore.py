@@ -58,12 +58,16 @@ def colorize(
     pipeline: LatentDiffusionPipeline,
     image: PictureInput,
     prompt: str | Sequence[str] = "",
+    *,
+    strength: float = 0.7,
     **options: Unpack[SamplingOptions],
 ) -> PipelineOutput:
     """Give grey images colours; the CIELAB lightness of each pixel stays.
 
     Args:    image: see `image_to_image`; only its lightness counts.
              prompt: what it shows, one text or one for each image; colours may be named.
+             strength: 0 … 1, the share of the steps that is run; more gives brighter colours, and
+             patches that follow no object.
     Returns: images of the size given.
     """
     pictures = read_pictures(image)
@@ -74,7 +78,7 @@ def colorize(
         return with_lightness(images / 2 + 0.5, lightness[own].to(images.device)).float() * 2 - 1
 
     known = Measurement(Grey(), Grey().apply(grey), 0, grey)
-    return _measured(pipeline, prompt, pictures, known, 1.0, finish, options)
+    return _measured(pipeline, prompt, pictures, known, strength, finish, options)
 
 
 @recorded
