@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from latentdiff.__main__ import COMMANDS
+from latentdiff.cli.edit import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("latentdiff", "training", "inference", "benchmarks", "examples")
@@ -70,14 +71,16 @@ def commands(program: str) -> list[tuple[str, str]]:
 def test_help_is_there_and_has_the_options_that_the_docs_use(
     program: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [program, "--help"])
-    with pytest.raises(SystemExit) as end:
-        if program.endswith(".py"):
-            runpy.run_path(str(ROOT / program), run_name="__main__")
-        import_module(COMMANDS[program.split()[1]][0]).main(["--help"])
-    assert end.value.code in (0, None)
-    help_text = capsys.readouterr().out
-    known = set(re.findall(r"--[a-z][a-z0-9-]*", help_text.split("usage", 1)[1]))
+    known = set[str]()
+    for task in [[], *([name] for name in TASKS if program.endswith(("edit", "edit.py")))]:
+        monkeypatch.setattr(sys, "argv", [program, *task, "--help"])
+        with pytest.raises(SystemExit) as end:
+            if program.endswith(".py"):
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            import_module(COMMANDS[program.split()[1]][0]).main([*task, "--help"])
+        assert end.value.code in (0, None)
+        help_text = capsys.readouterr().out
+        known |= set(re.findall(r"--[a-z][a-z0-9-]*", help_text.split("usage", 1)[1]))
     for page, command in commands(program):
         used = set(re.findall(r"(?<=\s)--[a-z][a-z0-9-]*", command))
         assert used <= known, f"{page}: {command!r}"
