@@ -45,7 +45,7 @@ class Bench(NamedTuple):
     names: list[str]
     """What each shows."""
     grids: Path | None
-    """Where to put pictures of inputs and results."""
+    """Where to put images of inputs and results."""
 
     def show(self, name: str, rows: list[Images]) -> None:
         """Write some of the images: a column for each, a row for each kind."""
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder, file or hub id; default: the embedded one")
     parser.add_argument("--data", help="captioned images; default: the package's examples")
     parser.add_argument("--images", type=int, default=32, help="how many; default: 32")
-    parser.add_argument("--grids", type=Path, metavar="DIR", help="where to put pictures")
+    parser.add_argument("--grids", type=Path, metavar="DIR", help="where to put images")
     args = parser.parse_args()
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model)
     reference = open_reference(DataConfig(path=args.data), args.images, pipeline.default_size[0])

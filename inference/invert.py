@@ -54,11 +54,11 @@ def run(args: argparse.Namespace) -> tuple[list[Any], list[Any], Any, float]:
     from latentdiff.data.images import to_rgb
     from latentdiff.images import psnr, to_output, to_pil
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
+    from latentdiff.pipelines.image_inputs import decoded_images
     from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.inversion import image_tensors
-    from latentdiff.pipelines.pictures import read_images
 
-    (image,) = read_images(args.image, "image", to_rgb)
+    (image,) = decoded_images(args.image, "image", to_rgb)
     device = device_of(args.device)
     pipeline = LatentDiffusionPipeline.from_pretrained(args.model).to(device)
     found = pipeline.invert(

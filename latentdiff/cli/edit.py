@@ -147,11 +147,11 @@ def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_files(arguments: dict[str, Any]) -> None:
     """Read the images that are given, before a model is loaded. Raises: UserError."""
-    from latentdiff.pipelines.pictures import read_pictures
+    from latentdiff.pipelines.image_inputs import read_images
 
     for name in ("image", "mask_image"):
         if name in arguments:
-            read_pictures(arguments[name], name)
+            read_images(arguments[name], name)
 
 
 @command

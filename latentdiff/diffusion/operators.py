@@ -1,4 +1,4 @@
-"""Degradations as linear operators y = A x on images: what is left of a picture, and the way back.
+"""Degradations as linear operators y = A x on images: what is left of an image, and the way back.
 
 Each has `apply` (A), `adjoint` (Aᵀ, with ⟨A x, y⟩ = ⟨x, Aᵀ y⟩) and `pseudo_inverse` (A⁺, with
 A A⁺ A = A: an image that gives y). Images are (B, C, H, W) in [−1, 1]. A new degradation is one

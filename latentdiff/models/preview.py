@@ -1,9 +1,9 @@
-"""Latents → colours by one matrix: a picture as large as the latents, in no time.
+"""Latents → colours by one matrix: an image as large as the latents, in no time.
 
     rgb = latents · W + b          (each position on its own)
 
 W and b are fitted by least squares to the decoder itself, on random latents that are as smooth as
-those of pictures. That needs no pictures and is nearly as good as a fit to some: with an
+those of images. That needs no images and is nearly as good as a fit to some: with an
 autoencoder of 8 channels it left 15 % of the variance of 100 drawings' colours, the other 10 %.
 """
 

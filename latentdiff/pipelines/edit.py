@@ -26,6 +26,7 @@ from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.errors import UserError, warn
 from latentdiff.models.finite import check_finite
 from latentdiff.pipelines.call import run_task
+from latentdiff.pipelines.image_inputs import GivenImages, ImageInput, read_images, read_masks
 from latentdiff.pipelines.inputs import (
     check_pixels,
     check_share,
@@ -34,7 +35,6 @@ from latentdiff.pipelines.inputs import (
     prompt_list,
 )
 from latentdiff.pipelines.masks import composite, crop_box, in_latents, matched, padded, widened
-from latentdiff.pipelines.pictures import PictureInput, Pictures, read_masks, read_pictures
 from latentdiff.pipelines.settings import recorded
 from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task
 
@@ -49,40 +49,40 @@ MAX_BLUR = 256
 def image_to_image(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
-    image: PictureInput,
+    image: ImageInput,
     strength: float = 0.8,
     **options: Unpack[SamplingOptions],
 ) -> PipelineOutput:
     """Draw images anew from their noised selves.
 
-    Args:    image: one, or one for each prompt, all of one size; see `read_pictures`. The network
+    Args:    image: one, or one for each prompt, all of one size; see `read_images`. The network
              sees transparency as white; the result has it where the image had it.
              strength: 0 gives the image itself, without a step; 1 begins from pure noise, so that
              nothing of the image is left; between them that share of the steps is run.
     Returns: images of the size given; `.steps` says how many steps were run.
     """
     check_share("strength", strength)
-    pictures = read_pictures(image)
-    canvas = padded(pictures.rgb, pipeline.autoencoder.downscale)
-    height, width = pictures.size
+    inputs = read_images(image)
+    canvas = padded(inputs.rgb, pipeline.autoencoder.downscale)
+    height, width = inputs.size
 
     def finish(images: Tensor, batch: Batch) -> Tensor:
-        given = pictures.given[_own(batch, len(pictures))].to(images.device)
+        given = inputs.given[own_images(batch, len(inputs))].to(images.device)
         if strength == 0:
             return given
         return torch.cat([images[..., :height, :width], given[:, 3:]], dim=1)
 
     latents = _latents(pipeline, canvas)
-    task = Task(_size(canvas), start=latents, strength=strength, finish=finish)
-    return run_task(pipeline, _prompts(prompt, pictures), task, **options)
+    task = Task(size_of(canvas), start=latents, strength=strength, finish=finish)
+    return run_task(pipeline, prompts_of(prompt, inputs), task, **options)
 
 
 @recorded
 def inpaint(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
-    image: PictureInput,
-    mask_image: PictureInput | None = None,
+    image: ImageInput,
+    mask_image: ImageInput | None = None,
     strength: float = 1.0,
     *,
     mask_blur: int = 0,
@@ -106,12 +106,12 @@ def inpaint(
     check_whole(MAX_BLUR, mask_blur=mask_blur)
     if padding_mask_crop is not None:
         check_whole(padding_mask_crop=padding_mask_crop)
-    pictures = read_pictures(image)
-    seen = pictures.rgb
+    inputs = read_images(image)
+    seen = inputs.rgb
     if mask_image is not None:
-        mask = read_masks(mask_image, pictures.size, len(pictures))
+        mask = read_masks(mask_image, inputs.size, len(inputs))
     else:
-        mask, pictures = pictures.clear, _opaque(pictures, strength)
+        mask, inputs = inputs.clear, _opaque(inputs, strength)
         if not mask.flatten(1).any(1).all():
             raise UserError(
                 "inpaint needs mask_image, white where to paint, or an image with transparent "
@@ -120,7 +120,7 @@ def inpaint(
     if (mask == 1).all():
         warn("the mask is white everywhere, so nothing of the image is kept.")
     return _paint(
-        pipeline, prompt, pictures, seen, mask, strength, mask_blur, padding_mask_crop, options
+        pipeline, prompt, inputs, seen, mask, strength, mask_blur, padding_mask_crop, options
     )
 
 
@@ -128,7 +128,7 @@ def inpaint(
 def outpaint(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
-    image: PictureInput,
+    image: ImageInput,
     strength: float = 1.0,
     *,
     left: int = 0,
@@ -150,20 +150,20 @@ def outpaint(
     check_whole(MAX_BLUR, mask_blur=mask_blur)
     if not any(sides.values()):
         raise UserError("outpaint needs at least one of left, right, top, bottom above 0.")
-    pictures = read_pictures(image)
-    height, width = pictures.size
+    inputs = read_images(image)
+    height, width = inputs.size
     check_pixels(height + top + bottom, width + left + right, "the size with what is added")
     margins = (left, right, top, bottom)
-    mask = F.pad(pictures.clear, margins, value=1.0)
-    larger = Pictures(F.pad(_opaque(pictures, strength).given, margins, mode="replicate"))
-    seen = F.pad(pictures.rgb, margins, mode="replicate")
+    mask = F.pad(inputs.clear, margins, value=1.0)
+    larger = GivenImages(F.pad(_opaque(inputs, strength).given, margins, mode="replicate"))
+    seen = F.pad(inputs.rgb, margins, mode="replicate")
     return _paint(pipeline, prompt, larger, seen, mask, strength, mask_blur, None, options)
 
 
 @recorded
 def variations(
     pipeline: LatentDiffusionPipeline,
-    image: PictureInput,
+    image: ImageInput,
     prompt: str | Sequence[str] = "",
     strength: float = 0.7,
     **options: Unpack[SamplingOptions],
@@ -176,7 +176,7 @@ def variations(
 def _paint(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
-    pictures: Pictures,
+    inputs: GivenImages,
     seen: Tensor,
     mask: Tensor,
     strength: float,
@@ -184,9 +184,9 @@ def _paint(
     padding: int | None,
     options: SamplingOptions,
 ) -> PipelineOutput:
-    """Paint where the mask is above 0, and put it over the pictures with the mask widened.
+    """Paint where the mask is above 0, and put it over the images with the mask widened.
 
-    Args:    seen: the pictures as the network sees them, (N, 3, H, W).
+    Args:    seen: the images as the network sees them, (N, 3, H, W).
     """
     soft = widened(mask, blur)
     region = Region.of(soft, padding, pipeline.default_size)
@@ -200,7 +200,7 @@ def _paint(
     )
 
     def here(batch: Batch) -> Tensor:
-        return in_latents(paint[_own(batch, len(paint))], down).to(pipeline.device)
+        return in_latents(paint[own_images(batch, len(paint))], down).to(pipeline.device)
 
     def wrap(denoiser: Denoiser, batch: Batch) -> Denoiser:
         own = known(batch)
@@ -212,20 +212,20 @@ def _paint(
         return torch.where(here(batch) > 0, latents, known(batch))
 
     def finish(images: Tensor, batch: Batch) -> Tensor:
-        own = _own(batch, len(pictures))
-        given = Pictures(pictures.given[own].to(images.device))
+        own = own_images(batch, len(inputs))
+        given = GivenImages(inputs.given[own].to(images.device))
         if strength == 0:
             return given.given
         over = soft[own].to(images.device)
         painted = region.put(images, given.rgb)
         return composite(matched(painted, given.rgb, over, 2 * down), given, over)
 
-    task = Task(_size(canvas), start=known, strength=strength, finish=finish)
+    task = Task(size_of(canvas), start=known, strength=strength, finish=finish)
     if pipeline.unet.config.inpaints:
         task = replace(task, extra=extra)
     else:
         task = replace(task, wrap=wrap, settle=settle)
-    return run_task(pipeline, _prompts(prompt, pictures), task, **options)
+    return run_task(pipeline, prompts_of(prompt, inputs), task, **options)
 
 
 @dataclass(frozen=True)
@@ -270,15 +270,15 @@ def _resized(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return F.interpolate(images, size=size, mode=mode, **smooth)
 
 
-def _opaque(pictures: Pictures, strength: float) -> Pictures:
-    """The colours of pictures whose transparent part will be painted, if anything will."""
-    return pictures if strength == 0 else Pictures(pictures.given[:, :3])
+def _opaque(inputs: GivenImages, strength: float) -> GivenImages:
+    """The colours of images whose transparent part will be painted, if anything will."""
+    return inputs if strength == 0 else GivenImages(inputs.given[:, :3])
 
 
 def _of_each(count: int, compute: Callable[[slice], Tensor]) -> Callable[[Batch], Tensor]:
     """Of each image of a pass what is computed once and alone: the batch does not change it."""
     once = cache(lambda k: compute(slice(k, k + 1)))
-    return lambda batch: torch.cat([once(k) for k in _own(batch, count)])
+    return lambda batch: torch.cat([once(k) for k in own_images(batch, count)])
 
 
 def _latents(pipeline: LatentDiffusionPipeline, images: Tensor) -> Callable[[Batch], Tensor]:
@@ -293,19 +293,19 @@ def _latents(pipeline: LatentDiffusionPipeline, images: Tensor) -> Callable[[Bat
     return _of_each(len(images), encode)
 
 
-def _own(batch: Batch, count: int) -> list[int]:
+def own_images(batch: Batch, count: int) -> list[int]:
     """Which of the given images belongs to each of a pass: the one there is, or its prompt's."""
     return [prompt % count for prompt in batch.prompts]
 
 
-def _prompts(prompt: str | Sequence[str], pictures: Pictures) -> list[str]:
+def prompts_of(prompt: str | Sequence[str], inputs: GivenImages) -> list[str]:
     """One prompt for each image, or several for one image."""
     prompts = prompt_list(prompt, "prompt")
-    if len(pictures) == 1:
+    if len(inputs) == 1:
         return prompts
-    return for_each(prompts, len(pictures), "prompt", "text", "images")
+    return for_each(prompts, len(inputs), "prompt", "text", "images")
 
 
-def _size(images: Tensor) -> tuple[int, int]:
+def size_of(images: Tensor) -> tuple[int, int]:
     height, width = images.shape[-2:]
     return height, width

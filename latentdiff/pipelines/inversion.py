@@ -18,7 +18,7 @@ from latentdiff.sampling import build_denoiser, last_latents
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
-    from latentdiff.pipelines.pictures import PictureInput
+    from latentdiff.pipelines.image_inputs import ImageInput
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Inversion:
 @torch.no_grad()
 def invert(
     pipeline: LatentDiffusionPipeline,
-    image: PictureInput,
+    image: ImageInput,
     prompt: str | Sequence[str] = "",
     *,
     height: int | None = None,
@@ -89,13 +89,13 @@ def invert(
     return Inversion(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def image_tensors(image: PictureInput, size: tuple[int, int]) -> Tensor:
+def image_tensors(image: ImageInput, size: tuple[int, int]) -> Tensor:
     """Images as (B, 3, height, width) in [−1, 1], cropped and resized in the middle.
 
-    Raises: UserError: see `read_pictures`; a tensor that is not (B, 3, height, width).
+    Raises: UserError: see `read_images`; a tensor that is not (B, 3, height, width).
     """
     from latentdiff.data.images import to_rgb, to_tensor
-    from latentdiff.pipelines.pictures import read_images
+    from latentdiff.pipelines.image_inputs import decoded_images
 
     if isinstance(image, Tensor):
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *size) or not len(image):
@@ -104,4 +104,4 @@ def image_tensors(image: PictureInput, size: tuple[int, int]) -> Tensor:
                 f"{tuple(image.shape)}."
             )
         return image.float() * 2 - 1
-    return torch.stack([to_tensor(one, size) for one in read_images(image, "image", to_rgb)])
+    return torch.stack([to_tensor(one, size) for one in decoded_images(image, "image", to_rgb)])

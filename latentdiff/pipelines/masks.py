@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.diffusion.guidance.measurement import conjugate_gradients
-from latentdiff.pipelines.pictures import Pictures
+from latentdiff.pipelines.image_inputs import GivenImages
 
 
 def widened(mask: Tensor, blur: int) -> Tensor:
@@ -99,15 +99,15 @@ def _minus_laplacian(u: Tensor) -> Tensor:
     return 4 * u - rows[..., 2:, :] - rows[..., :-2, :] - columns[..., 2:] - columns[..., :-2]
 
 
-def composite(painted: Tensor, pictures: Pictures, mask: Tensor) -> Tensor:
+def composite(painted: Tensor, inputs: GivenImages, mask: Tensor) -> Tensor:
     """What was painted, over what was given; exactly that where the mask is 0.
 
     Args:    painted: (N, 3, H, W) in [−1, 1].  mask: (N, 1, H, W), the share of `painted`.
     Returns: (N, 3, H, W), or with opacity (N, 4, H, W) where the images have it.
     """
-    opacity = 1 - pictures.clear
+    opacity = 1 - inputs.clear
     whole = mask + opacity * (1 - mask)
-    given = pictures.given[:, :3]
+    given = inputs.given[:, :3]
     colours = (mask * painted + (1 - mask) * opacity * given) / whole.clamp(min=1e-6)
-    over = torch.cat([colours, 2 * whole - 1], dim=1)[:, : pictures.given.shape[1]]
-    return torch.where(mask > 0, over, pictures.given)
+    over = torch.cat([colours, 2 * whole - 1], dim=1)[:, : inputs.given.shape[1]]
+    return torch.where(mask > 0, over, inputs.given)

@@ -149,7 +149,7 @@ class Record:
     """Fields that say otherwise in `parameters` than in the settings."""
 
 
-_PICTURE = {"file": str | None, "hash": str}
+_IMAGE_RECORD = {"file": str | None, "hash": str}
 #: What settings are, as making an image again relies on it: a type, the values, for objects the
 #: kinds of some names (… of all others), for lists that of every member.
 _KINDS: dict[str, Any] = {
@@ -163,7 +163,7 @@ _KINDS: dict[str, Any] = {
     "sampler_options": {...: int | float | None},
     "versions": {...: str},
     "arguments": {
-        **dict.fromkeys(("image", "mask_image"), _PICTURE),
+        **dict.fromkeys(("image", "mask_image"), _IMAGE_RECORD),
         **dict.fromkeys(("height", "width"), int),
         **dict.fromkeys(("frames", "frame"), range(10_000)),
     },

@@ -20,7 +20,7 @@ import torch
 from latentdiff.errors import UserError, warn
 from latentdiff.images import grid
 from latentdiff.pipelines.metadata import OURS, Record, pixels_hash, read
-from latentdiff.pipelines.settings import PICTURES
+from latentdiff.pipelines.settings import IMAGE_ARGUMENTS
 from latentdiff.pipelines.task import PipelineOutput, SamplingOptions
 
 if TYPE_CHECKING:
@@ -159,16 +159,16 @@ class Replay:
         return [one if k == place else other for k in range(size)], place
 
     def _arguments(self, images: list[dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the task; pictures by their files."""
+        """Those of the task; images by their files."""
         arguments = dict(self.settings.get("arguments", {}))
         if self.settings["task"] == "text_to_image":
             size = {n: self.settings[n] for n in ("height", "width") if n in self.settings}
             return {**size, **arguments}
-        for name in PICTURES:
+        for name in IMAGE_ARGUMENTS:
             if name not in arguments or name in given:
                 continue
             each = (image.get("arguments", {}).get(name, {}) for image in images)
-            files = [picture.get("file") for picture in each]
+            files = [one.get("file") for one in each]
             for file in files:
                 if file is None or not Path(file).is_file():
                     where = "was no file" if file is None else f"is not there: {file}"
@@ -253,6 +253,6 @@ def _facts(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in (("LoRA", "loras"), ("word", "embeddings")):
         shown = (f"{o.get('hash')} at {o.get('weight', 1.0)}" for o in settings.get(kind, ()))
         facts[name] = ", ".join(shown)
-    for name in PICTURES:
+    for name in IMAGE_ARGUMENTS:
         facts[name] = settings.get("arguments", {}).get(name, {}).get("hash")
     return {name: fact for name, fact in facts.items() if fact}

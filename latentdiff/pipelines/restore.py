@@ -25,10 +25,15 @@ from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.diffusion.samplers import custom_grid
 from latentdiff.errors import UserError, choice_error
 from latentdiff.pipelines.call import run_task
-from latentdiff.pipelines.edit import _own, _prompts, _size
-from latentdiff.pipelines.inputs import check_counts, check_pixels, check_share, is_number
+from latentdiff.pipelines.edit import own_images, prompts_of, size_of
+from latentdiff.pipelines.image_inputs import GivenImages, ImageInput, read_images
+from latentdiff.pipelines.inputs import (
+    check_counts,
+    check_pixels,
+    check_share,
+    is_number,
+)
 from latentdiff.pipelines.masks import padded
-from latentdiff.pipelines.pictures import PictureInput, Pictures, read_pictures
 from latentdiff.pipelines.settings import recorded
 from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task
 
@@ -56,7 +61,7 @@ class Measurement:
 @recorded
 def colorize(
     pipeline: LatentDiffusionPipeline,
-    image: PictureInput,
+    image: ImageInput,
     prompt: str | Sequence[str] = "",
     *,
     strength: float = 0.7,
@@ -70,21 +75,21 @@ def colorize(
              patches that follow no object.
     Returns: images of the size given.
     """
-    pictures = read_pictures(image)
-    lightness = to_lab(pictures.rgb / 2 + 0.5)[:, :1]
-    grey = with_lightness(torch.zeros_like(pictures.rgb), lightness).float() * 2 - 1
+    inputs = read_images(image)
+    lightness = to_lab(inputs.rgb / 2 + 0.5)[:, :1]
+    grey = with_lightness(torch.zeros_like(inputs.rgb), lightness).float() * 2 - 1
 
     def finish(images: Tensor, own: list[int]) -> Tensor:
         return with_lightness(images / 2 + 0.5, lightness[own].to(images.device)).float() * 2 - 1
 
     known = Measurement(Grey(), Grey().apply(grey), 0, grey)
-    return _measured(pipeline, prompt, pictures, known, strength, finish, options)
+    return _measured(pipeline, prompt, inputs, known, strength, finish, options)
 
 
 @recorded
 def upscale(
     pipeline: LatentDiffusionPipeline,
-    image: PictureInput,
+    image: ImageInput,
     scale: float = 2,
     prompt: str | Sequence[str] = "",
     *,
@@ -100,21 +105,21 @@ def upscale(
     """
     if not is_number(scale) or not scale > 1:
         raise UserError(f"scale must be a number above 1, such as 2; got {scale!r:.80}.")
-    pictures = read_pictures(image)
-    height, width = (round(side * scale) for side in pictures.size)
+    inputs = read_images(image)
+    height, width = (round(side * scale) for side in inputs.size)
     check_pixels(height, width, "the enlarged size")
-    larger = Pictures(F.interpolate(pictures.given, (height, width), mode="bicubic").clamp(-1, 1))
-    operator = Downsample((height, width), pictures.size)
-    start = F.interpolate(pictures.rgb, (height, width), mode="bicubic").clamp(-1, 1)
-    known = Measurement(operator, pictures.rgb, 0, start)
-    finish = _agreeing(known, pictures)
+    larger = GivenImages(F.interpolate(inputs.given, (height, width), mode="bicubic").clamp(-1, 1))
+    operator = Downsample((height, width), inputs.size)
+    start = F.interpolate(inputs.rgb, (height, width), mode="bicubic").clamp(-1, 1)
+    known = Measurement(operator, inputs.rgb, 0, start)
+    finish = _agreeing(known, inputs)
     return _measured(pipeline, prompt, larger, known, strength, finish, options)
 
 
 @recorded
 def restore(
     pipeline: LatentDiffusionPipeline,
-    image: PictureInput,
+    image: ImageInput,
     kind: Kind = "denoise",
     prompt: str | Sequence[str] = "",
     *,
@@ -142,25 +147,25 @@ def restore(
         if not is_number(value, type(high) | int) or not low <= value <= high:
             kind_of = "whole number" if isinstance(high, int) else "number"
             raise UserError(f"{name} must be a {kind_of} in {low} … {high}; got {value!r:.80}.")
-    pictures = read_pictures(image)
+    inputs = read_images(image)
     if kind == "denoise":
-        return _denoised(pipeline, prompt, pictures, 2 * noise, options)
+        return _denoised(pipeline, prompt, inputs, 2 * noise, options)
     if kind == "deblur":
-        known = Measurement(Blur(pictures.size, blur), pictures.rgb, ROUNDING, pictures.rgb)
+        known = Measurement(Blur(inputs.size, blur), inputs.rgb, ROUNDING, inputs.rgb)
     else:
-        whole = padded(pictures.rgb, Jpeg.MULTIPLE)
-        jpeg = Jpeg(_size(whole), quality)
+        whole = padded(inputs.rgb, Jpeg.MULTIPLE)
+        jpeg = Jpeg(size_of(whole), quality)
         known = Measurement(jpeg, jpeg.measure(whole), Jpeg.NOISE, whole)
-    finish = _agreeing(known, pictures)
-    return _measured(pipeline, prompt, pictures, known, strength, finish, options)
+    finish = _agreeing(known, inputs)
+    return _measured(pipeline, prompt, inputs, known, strength, finish, options)
 
 
-def _agreeing(known: Measurement, pictures: Pictures) -> Callable[[Tensor, list[int]], Tensor]:
+def _agreeing(known: Measurement, inputs: GivenImages) -> Callable[[Tensor, list[int]], Tensor]:
     """Brings images to agree with their measurement, also after they are rounded to 8 bit."""
     tolerance = 0.45 if isinstance(known.operator, Jpeg) else LEVEL / 4
 
     def finish(images: Tensor, own: list[int]) -> Tensor:
-        images = _grey_as(pictures.rgb[own].to(images.device), images)
+        images = _grey_as(inputs.rgb[own].to(images.device), images)
         return agree(images, known.operator, known.y[own].to(images.device), tolerance)
 
     return finish
@@ -169,7 +174,7 @@ def _agreeing(known: Measurement, pictures: Pictures) -> Callable[[Tensor, list[
 def _measured(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
-    pictures: Pictures,
+    inputs: GivenImages,
     known: Measurement,
     strength: float,
     finish: Callable[[Tensor, list[int]], Tensor],
@@ -177,11 +182,11 @@ def _measured(
 ) -> PipelineOutput:
     """Sample images of which a measurement is known.
 
-    Args:    pictures: their size and opacity.
+    Args:    images: their size and opacity.
              finish: images (B, 3, H, W) and the numbers of their measurements → the result.
     """
     check_share("strength", strength)
-    vae, device, (height, width) = pipeline.autoencoder, pipeline.device, _size(known.start)
+    vae, device, (height, width) = pipeline.autoencoder, pipeline.device, size_of(known.start)
     canvas = padded(known.start, vae.downscale)
 
     def decode(latents: Tensor) -> Tensor:
@@ -191,10 +196,10 @@ def _measured(
         return vae.encode(padded(images.clamp(-1, 1), vae.downscale))
 
     def start(batch: Batch) -> Tensor:
-        return vae.encode(canvas[_own(batch, len(canvas))].to(device))
+        return vae.encode(canvas[own_images(batch, len(canvas))].to(device))
 
     def wrap(denoiser: Denoiser, batch: Batch) -> Denoiser:
-        y = known.y[_own(batch, len(canvas))].to(device)
+        y = known.y[own_images(batch, len(canvas))].to(device)
         return ddnm(
             _tiled(pipeline, denoiser),
             pipeline.schedule,
@@ -206,11 +211,11 @@ def _measured(
         )
 
     def finished(images: Tensor, batch: Batch) -> Tensor:
-        own = _own(batch, len(canvas))
-        return _as_given(finish(images[..., :height, :width], own), pictures, own)
+        own = own_images(batch, len(canvas))
+        return _as_given(finish(images[..., :height, :width], own), inputs, own)
 
-    task = Task(_size(canvas), start, strength, wrap, finish=finished)
-    prompts = _prompts(prompt, pictures)
+    task = Task(size_of(canvas), start, strength, wrap, finish=finished)
+    prompts = prompts_of(prompt, inputs)
     return run_task(pipeline, prompts, task, **_unguided(prompts, options))
 
 
@@ -218,7 +223,7 @@ def _measured(
 def _denoised(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
-    pictures: Pictures,
+    inputs: GivenImages,
     noise: float,
     options: SamplingOptions,
 ) -> PipelineOutput:
@@ -228,10 +233,10 @@ def _denoised(
     them is what q(x_t | x_0) draws, and sampling goes on from there. What as much noise again does
     to the latents, over the images of the call, is taken for s; or `timesteps` begin where they do.
     """
-    prompts, vae, schedule = _prompts(prompt, pictures), pipeline.autoencoder, pipeline.schedule
+    prompts, vae, schedule = prompts_of(prompt, inputs), pipeline.autoencoder, pipeline.schedule
     steps, copies = options.get("num_inference_steps", 25), options.get("num_images_per_prompt", 1)
     check_counts(num_inference_steps=steps, num_images_per_prompt=copies)
-    canvas = padded(pictures.rgb, vae.downscale)
+    canvas = padded(inputs.rgb, vae.downscale)
 
     def encode(images: Tensor) -> Tensor:
         return torch.cat([vae.encode(one[None].to(pipeline.device)).cpu() for one in images])
@@ -248,15 +253,15 @@ def _denoised(
     own = [k % len(canvas) for k in range(len(prompts)) for _ in range(copies)]
 
     def finish(images: Tensor, batch: Batch) -> Tensor:
-        own, (height, width) = _own(batch, len(canvas)), pictures.size
-        y = pictures.rgb[own].to(images.device)
+        own, (height, width) = own_images(batch, len(canvas)), inputs.size
+        y = inputs.rgb[own].to(images.device)
         images = _grey_as(y, images[..., :height, :width])
-        return _as_given(_with_residual(images, y, noise), pictures, own)
+        return _as_given(_with_residual(images, y, noise), inputs, own)
 
     def wrap(denoiser: Denoiser, batch: Batch) -> Denoiser:
         return _tiled(pipeline, denoiser)
 
-    task = Task(_size(canvas), wrap=wrap, finish=finish)
+    task = Task(size_of(canvas), wrap=wrap, finish=finish)
     x = float(schedule.alpha(first)) * latents[own]
     options = {**_unguided(prompts, options), "timesteps": grid}
     output = run_task(pipeline, prompts, task, latents=x, **options)
@@ -290,13 +295,13 @@ def _grey_as(given: Tensor, images: Tensor) -> Tensor:
     return torch.where(is_grey, Grey().apply(images), images)
 
 
-def _as_given(images: Tensor, pictures: Pictures, own: list[int]) -> Tensor:
+def _as_given(images: Tensor, inputs: GivenImages, own: list[int]) -> Tensor:
     """Images over white (B, 3, H, W) at the size that was given, with the opacity if there was."""
-    height, width = pictures.size
+    height, width = inputs.size
     images = images[..., :height, :width]
-    if pictures.given.shape[1] == 3:
+    if inputs.given.shape[1] == 3:
         return images
-    clear = pictures.clear[own].to(images.device)
+    clear = inputs.clear[own].to(images.device)
     colours = ((images - clear) / (1 - clear).clamp(min=1 / 255)).clamp(-1, 1)
     return torch.cat([colours, 1 - 2 * clear], 1)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 #: Arguments of tasks that are images.
-PICTURES = ("image", "mask_image")
+IMAGE_ARGUMENTS = ("image", "mask_image")
 
 
 def image_settings(
@@ -95,7 +95,7 @@ def surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
 
 def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]:
     """Decorate the method of a task, so that the settings of its images name it and what it was
-    given besides `SamplingOptions`: of pictures the file, if there is one, and a hash."""
+    given besides `SamplingOptions`: of images the file, if there is one, and a hash."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -108,10 +108,10 @@ def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]
             for name, value in bound.arguments.items()
             if name not in ("pipeline", "prompt", "options")
         }
-        pictures = {name: _described(given.pop(name, None)) for name in PICTURES}
+        inputs = {name: _described(given.pop(name, None)) for name in IMAGE_ARGUMENTS}
         asked = bound.arguments.get("options", {})
         for k, settings in enumerate(output.settings):
-            own = {n: of[k * len(of) // len(output.settings)] for n, of in pictures.items() if of}
+            own = {n: of[k * len(of) // len(output.settings)] for n, of in inputs.items() if of}
             settings |= {"task": method.__name__, "arguments": {**given, **own}}
             if "timesteps" not in asked and settings["timesteps"] is not None:  # the task chose
                 settings["timesteps"] = None
@@ -126,7 +126,7 @@ def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]
 
 
 def _described(given: Any) -> list[dict[str, Any]]:
-    """Where each of some pictures is, and the hash of its pixels; see `pictures.PictureInput`."""
+    """Where each of some images is, and the hash of its pixels; see `images.PictureInput`."""
     from PIL import Image
 
     if given is None:

@@ -265,9 +265,9 @@ def _drawing(one: Placed, drawings: Drawings) -> Image.Image:
 
 def draw(scene: Scene, drawings: Drawings, choose: Chooser) -> Image.Image:
     """The image of a scene, RGB, SIDE × SIDE pixels."""
-    picture = Image.new("RGB", (SIDE, SIDE), _shade(scene.ground[0], choose))
+    one = Image.new("RGB", (SIDE, SIDE), _shade(scene.ground[0], choose))
     if len(scene.ground) == 2:
-        picture.paste(_shade(scene.ground[1], choose), (SIDE // 2, 0, SIDE, SIDE))
+        one.paste(_shade(scene.ground[1], choose), (SIDE // 2, 0, SIDE, SIDE))
     for one in scene.placed:
         left, top, width, height = one.box
         image = _drawing(one, drawings)
@@ -276,8 +276,8 @@ def draw(scene: Scene, drawings: Drawings, choose: Chooser) -> Image.Image:
         image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
         if one.mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        picture.paste(image, (left + (width - size[0]) // 2, top + (height - size[1]) // 2), image)
-    return picture
+        one.paste(image, (left + (width - size[0]) // 2, top + (height - size[1]) // 2), image)
+    return one
 
 
 def _shade(ground: str, choose: Chooser) -> tuple[int, int, int]:

@@ -294,14 +294,14 @@ def test_pictures_are_those_that_were_encoded(buckets: bool, folder: Path, tmp_p
     stored, weight = cache.read(indices)
     assert weight is None, "these masks do not weigh the loss"
     seeds = [5 * i for i in indices]
-    pictures = cache.pixels(indices, seeds)
-    pixels = torch.stack([p.pixels for p in pictures])
+    inputs = cache.pixels(indices, seeds)
+    pixels = torch.stack([p.pixels for p in inputs])
     with torch.no_grad():
         torch.testing.assert_close(vae.encode_moments(pixels), stored.float(), rtol=2e-3, atol=2e-3)
-    for picture in pictures:
-        assert picture.mask is not None
-        dark = picture.pixels[0] < 0
-        assert float((dark == picture.mask).float().mean()) > 0.95
+    for one in inputs:
+        assert one.mask is not None
+        dark = one.pixels[0] < 0
+        assert float((dark == one.mask).float().mean()) > 0.95
     if not buckets:
         moving = OnlineLatents(source, vae, dataclasses.replace(config, crop="random"))
         cut = torch.stack([p.pixels for p in moving.pixels(indices, seeds)])
@@ -309,7 +309,7 @@ def test_pictures_are_those_that_were_encoded(buckets: bool, folder: Path, tmp_p
             torch.testing.assert_close(vae.encode_moments(cut), moving.read(indices, seeds).moments)
         assert not torch.equal(cut, pixels)
         online = OnlineLatents(source, vae, config).pixels(indices, seeds)
-        for ours, theirs in zip(online, pictures, strict=True):
+        for ours, theirs in zip(online, inputs, strict=True):
             assert torch.equal(ours.pixels, theirs.pixels)
             assert ours.mask is not None and theirs.mask is not None
             assert torch.equal(ours.mask, theirs.mask)

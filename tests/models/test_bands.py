@@ -55,7 +55,7 @@ def autoencoder(request: pytest.FixtureRequest) -> Autoencoder:
 def test_bands_give_what_the_whole_gives(
     autoencoder: Autoencoder, half: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A picture that is dark on one side: tiles with statistics of their own would differ."""
+    """An image that is dark on one side: tiles with statistics of their own would differ."""
     monkeypatch.setattr(bands, "PIXELS", 2**9)
     down, run = autoencoder.downscale, getattr(autoencoder, half)
     size = 192 * (1 + autoencoder.is_tiny), 32

@@ -221,7 +221,7 @@ def write_inputs() -> None:
     box((96, 64), 0, 0, 9, 9).save("m.png")
     box((50, 50), 0, 0, 9, 9).save("wide.png")
     Image.new("L", (96, 64)).save("black.png")
-    Path("text.png").write_text("not a picture")
+    Path("text.png").write_text("not an image")
     frames = [Image.new("RGB", (96, 64), colour) for colour in ("red", "blue")]
     frames[0].save("moving.gif", save_all=True, append_images=frames[1:])
 

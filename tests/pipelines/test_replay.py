@@ -201,7 +201,7 @@ def test_edits_from_the_shell(
     recorded = read(old).settings["arguments"]
     for given, name, expected in (
         (["--replay", of, "--strength", 0.5], "strength", 0.5),
-        (["inpaint", other, "--replay", of], "image", read_picture(other)),
+        (["inpaint", other, "--replay", of], "image", read_image(other)),
     ):
         assert edit.main([*map(str, [*given, "--output", new, "--quiet"])]) == 0
         assert f"{old}: with other {name}\n" in capsys.readouterr().err
@@ -216,7 +216,7 @@ def test_edits_from_the_shell(
         assert message in capsys.readouterr().err
 
 
-def read_picture(file: Path) -> dict[str, str]:
+def read_image(file: Path) -> dict[str, str]:
     with Image.open(file) as image:
         return {"file": str(file), "hash": pixels_hash(image)}
 

@@ -44,9 +44,9 @@ def image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(rounded.numpy().astype(np.uint8))
 
 
-def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
+def as_jpeg(one: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    one.save(file, "JPEG", quality=quality)
     return Image.open(file)
 
 

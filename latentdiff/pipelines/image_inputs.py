@@ -21,12 +21,12 @@ from latentdiff.errors import UserError
 from latentdiff.pipelines.inputs import check_pixels, for_each
 
 #: One image or several: files, Pillow images, or a tensor in 0 … 1.
-PictureInput = Source | Sequence[Source] | Tensor
+ImageInput = Source | Sequence[Source] | Tensor
 _SOURCES = (str, os.PathLike, bytes, Image.Image)
 
 
 @dataclass(frozen=True)
-class Pictures:
+class GivenImages:
     """Images of one size."""
 
     given: Tensor
@@ -56,7 +56,7 @@ class Pictures:
         return len(self.given)
 
 
-def read_pictures(image: PictureInput, name: str = "image") -> Pictures:
+def read_images(image: ImageInput, name: str = "image") -> GivenImages:
     """Read images.
 
     Args:    image: a file, a Pillow image, several of one size, or a tensor (N, 3 or 4, H, W) or
@@ -65,8 +65,8 @@ def read_pictures(image: PictureInput, name: str = "image") -> Pictures:
     Raises:  UserError: none of these; unreadable, animated, too large, or of several sizes.
     """
     if isinstance(image, Tensor):
-        return Pictures(_checked(image, (3, 4), name) * 2 - 1)
-    images = read_images(image, name, to_srgb)
+        return GivenImages(_checked(image, (3, 4), name) * 2 - 1)
+    images = decoded_images(image, name, to_srgb)
     sizes = sorted({one.size for one in images})
     if len(sizes) > 1:
         raise UserError(
@@ -74,25 +74,25 @@ def read_pictures(image: PictureInput, name: str = "image") -> Pictures:
             f"{' and '.join(_size(one) for one in sizes[:3])}. Give them one by one."
         )
     mode = "RGBA" if any(one.mode == "RGBA" for one in images) else "RGB"
-    return Pictures(torch.stack([_pixels(one.convert(mode)) for one in images]) / 127.5 - 1)
+    return GivenImages(torch.stack([_pixels(one.convert(mode)) for one in images]) / 127.5 - 1)
 
 
-def read_masks(mask: PictureInput, size: tuple[int, int], count: int) -> Tensor:
+def read_masks(mask: ImageInput, size: tuple[int, int], count: int) -> Tensor:
     """Read masks: white where to paint, black where to keep, grey in between; clear is black.
 
     A mask of another size and the same ratio is enlarged by repeating pixels, or averaged down.
 
-    Args:    mask: as `image` of `read_pictures`, tensors with one channel or none.
+    Args:    mask: as `image` of `read_images`, tensors with one channel or none.
              size: (height, width) of the images.  count: how many there are.
     Returns: (count, 1, height, width) in 0 … 1.
-    Raises:  UserError: see `read_pictures`; another aspect ratio; nothing to paint.
+    Raises:  UserError: see `read_images`; another aspect ratio; nothing to paint.
     """
     if isinstance(mask, Tensor):
         channels = mask[None] if mask.ndim == 2 else mask
         unit = (_checked(channels, (1,), "mask_image") * 255).round().byte().cpu()
         images = [Image.fromarray(one.numpy()) for one in unit[:, 0]]
     else:
-        images = read_images(mask, "mask_image", to_grey)
+        images = decoded_images(mask, "mask_image", to_grey)
     stretched = [_stretched(one, size) for one in images]
     for one in stretched:
         if not one.getextrema()[1]:
@@ -104,10 +104,10 @@ def read_masks(mask: PictureInput, size: tuple[int, int], count: int) -> Tensor:
     return torch.stack([_pixels(one) for one in masks]) / 255
 
 
-def read_images(
+def decoded_images(
     image: Any, name: str, use: Callable[[Image.Image], Image.Image]
 ) -> list[Image.Image]:
-    """What `use` makes of each image, upright. Raises: UserError: see `read_pictures`."""
+    """What `use` makes of each image, upright. Raises: UserError: see `read_images`."""
     images = [image] if isinstance(image, _SOURCES) else image
     if (
         not isinstance(images, Sequence)
@@ -121,10 +121,10 @@ def read_images(
 
     def check(one: Image.Image) -> None:
         check_pixels(one.height, one.width, f"{name}'s size")
-        # A phone's JPEG may hold a second picture, of depth or brightness (MPO).
+        # A phone's JPEG may hold a second image, of depth or brightness (MPO).
         if getattr(one, "is_animated", False) and one.format != "MPO":
             raise UserError(
-                f"{name} must be one picture; {getattr(one, 'filename', '') or 'it'} has "
+                f"{name} must be one image; {getattr(one, 'filename', '') or 'it'} has "
                 f"{one.n_frames} frames or pages. Take one out of it, as by seek(k) and copy() "  # type: ignore[attr-defined]
                 "in Pillow."
             )

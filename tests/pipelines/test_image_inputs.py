@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from latentdiff.errors import UserError
+from latentdiff.pipelines.image_inputs import GivenImages, read_images, read_masks
 from latentdiff.pipelines.masks import (
     composite,
     crop_box,
@@ -23,7 +24,6 @@ from latentdiff.pipelines.masks import (
     padded,
     widened,
 )
-from latentdiff.pipelines.pictures import Pictures, read_masks, read_pictures
 
 
 def as_path(data: bytes, folder: Path, ending: str) -> Path:
@@ -49,9 +49,9 @@ def door(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Image.Imag
     return pass_through
 
 
-def values(pictures: Pictures) -> np.ndarray:
+def values(inputs: GivenImages) -> np.ndarray:
     """The colours and opacity of the first image, (H, W, C) of 0 … 255."""
-    unit = pictures.given[0].permute(1, 2, 0).double().numpy() * 127.5 + 127.5
+    unit = inputs.given[0].permute(1, 2, 0).double().numpy() * 127.5 + 127.5
     assert np.abs(unit - unit.round()).max() < 1e-3
     return unit.round().astype(int)
 
@@ -68,7 +68,7 @@ def test_a_grey_ramp_in_every_mode(mode: str, door: Callable[..., Any]) -> None:
         grey = grey.convert("P")
     elif mode != "L":
         grey = grey.convert(mode)
-    found = values(read_pictures(door(grey)))
+    found = values(read_images(door(grey)))
     assert found.shape == (8, 256, 4 if mode in ("LA", "RGBA") else 3)
     assert (found[..., 0] == found[..., 1]).all() and (found[..., 1] == found[..., 2]).all()
     if mode == "1":
@@ -79,7 +79,7 @@ def test_a_grey_ramp_in_every_mode(mode: str, door: Callable[..., Any]) -> None:
 
 def test_cmyk_has_the_colours_that_pillow_shows(door: Callable[..., Any]) -> None:
     ramp = Image.fromarray(RAMP).convert("CMYK")
-    found = values(read_pictures(door(ramp, "JPEG", quality=100)))
+    found = values(read_images(door(ramp, "JPEG", quality=100)))
     assert np.abs(found - RAMP[..., None]).max() <= 4
 
 
@@ -97,7 +97,7 @@ def test_orientation_is_applied_once(orientation: int, kind: str, door: Callable
         opened if isinstance(opened, Image.Image) else Image.open(opened)
     )
     for _ in range(2):  # a Pillow image stays as it was
-        found = values(read_pictures(given))
+        found = values(read_images(given))
         assert (found == np.asarray(right.convert("RGB"), int)).all()
     assert found.shape[:2] == ((40, 20) if orientation > 4 else (20, 40))
 
@@ -108,13 +108,13 @@ def test_transparency_is_white_to_networks_and_kept_beside_the_colours(
     image = Image.new("RGBA", (6, 4), (200, 100, 0, 255))
     image.paste((10, 20, 30, 0), (0, 0, 3, 4))
     image.paste((10, 20, 30, 51), (0, 0, 1, 4))
-    pictures = read_pictures(door(image))
-    assert (values(pictures) == np.asarray(image, int)).all()
-    seen = (pictures.rgb[0, :, 0] * 127.5 + 127.5).T
+    inputs = read_images(door(image))
+    assert (values(inputs) == np.asarray(image, int)).all()
+    seen = (inputs.rgb[0, :, 0] * 127.5 + 127.5).T
     expected = [[206, 208, 210], [255, 255, 255], [255, 255, 255], *[[200, 100, 0]] * 3]
     torch.testing.assert_close(seen, torch.tensor(expected).float(), rtol=0, atol=1e-3)
     torch.testing.assert_close(
-        pictures.clear[0, 0, 0], torch.tensor([0.8, 1, 1, 0, 0, 0]), rtol=0, atol=1e-6
+        inputs.clear[0, 0, 0], torch.tensor([0.8, 1, 1, 0, 0, 0]), rtol=0, atol=1e-6
     )
 
 
@@ -194,7 +194,7 @@ def truncated() -> bytes:
 )
 def test_what_is_no_picture_is_refused(image: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_pictures(image)
+        read_images(image)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_what_is_no_picture_is_refused(image: Any, message: str) -> None:
         ([box((96, 64), 0, 0, 9, 9)] * 3, "one for each of the 2 images; got 3"),
         (torch.zeros(64, 96), "nothing to paint"),
         (torch.zeros(3, 64, 96), r"\(N, 1, height, width\)"),
-        (animated("GIF"), "mask_image must be one picture"),
+        (animated("GIF"), "mask_image must be one image"),
     ],
 )
 def test_what_is_no_mask_is_refused(mask: Any, message: str) -> None:
@@ -260,12 +260,12 @@ def test_composite_is_the_over_operator_and_leaves_the_rest_to_the_bit() -> None
     given = torch.rand(1, 4, 1, 3) * 2 - 1
     given[0, 3, 0] = torch.tensor([-1.0, 0.0, 1.0])  # clear, half, opaque
     painted = torch.rand(1, 3, 1, 3) * 2 - 1
-    pictures = Pictures(given)
-    assert torch.equal(composite(painted, pictures, torch.zeros(1, 1, 1, 3)), given)
-    whole = composite(painted, pictures, torch.ones(1, 1, 1, 3))
+    inputs = GivenImages(given)
+    assert torch.equal(composite(painted, inputs, torch.zeros(1, 1, 1, 3)), given)
+    whole = composite(painted, inputs, torch.ones(1, 1, 1, 3))
     torch.testing.assert_close(whole[:, :3], painted)
     assert (whole[:, 3] == 1).all()
-    half = composite(painted, pictures, torch.full((1, 1, 1, 3), 0.5))
+    half = composite(painted, inputs, torch.full((1, 1, 1, 3), 0.5))
     torch.testing.assert_close(half[0, 3, 0], torch.tensor([0.0, 0.5, 1.0]))
     torch.testing.assert_close(half[0, :3, 0, 0], painted[0, :, 0, 0])
     torch.testing.assert_close(half[0, :3, 0, 2], (painted + given[:, :3])[0, :, 0, 2] / 2)
