@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from latentdiff.data.images import to_tensor
 from latentdiff.errors import UserError
@@ -240,7 +241,8 @@ class Generator:
     def __call__(self, prompts: Sequence[str], seed: int = 0) -> Images:
         """Generate; prompt number i has seed + i."""
         images: Images = []
-        for start in range(0, len(prompts), self.batch_size):
+        starts = range(0, len(prompts), self.batch_size)
+        for start in tqdm(starts, unit="batch", leave=False, disable=len(starts) < 2):
             began = time.perf_counter()
             images += self.pipeline(
                 list(prompts[start : start + self.batch_size]),
