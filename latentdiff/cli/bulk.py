@@ -181,7 +181,8 @@ def batches(images: Sequence[Wanted], most: int) -> Iterator[list[Wanted]]:
     groups: dict[str, list[Wanted]] = {}
     for one in images:
         shared = {name: value for name, value in one.options.items() if name not in _OWN}
-        groups.setdefault(_text(shared), []).append(one)
+        named = [name for name in _OWN if name in one.options]  # others are the model's own
+        groups.setdefault(_text([shared, named]), []).append(one)
     for group in groups.values():
         yield from (group[k : k + most] for k in range(0, len(group), most))
 

@@ -69,6 +69,21 @@ def pixels(file: Path) -> np.ndarray:
     return np.asarray(Image.open(file).convert("RGB")).astype(int)
 
 
+@pytest.mark.parametrize("scales", [(3, None, 1.5), (None, 3, None)])
+def test_a_row_without_guidance_has_the_models_own(
+    scales: tuple[float | None, ...], model: str, tmp_path: Path
+) -> None:
+    lines = [f"a cat,{'' if scale is None else scale}" for scale in scales]
+    file = tmp_path / "prompts.csv"
+    file.write_text("\n".join(["prompt,guidance", *lines]))
+    output = tmp_path / "cat.png"
+    given = ("--prompts", file, "--model", model, "--steps", "1", "--quiet", "--output", output)
+    assert main([*map(str, given)]) == 0
+    own = LatentDiffusionPipeline.from_pretrained(model).default_guidance
+    found = [read(tmp_path / f"cat-{k:05d}.png").settings for k in range(len(scales))]
+    assert [one["guidance_scale"] for one in found] == [s or own for s in scales]
+
+
 NAMES = [f"cat-{k:05d}.png" for k in range(COUNT)]
 
 
