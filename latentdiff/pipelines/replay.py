@@ -120,7 +120,7 @@ class Replay:
         images, pick = self._images(exact=exact)
         arguments = self._arguments(images, given)
         frame = arguments.pop("frame", None)
-        if frame is not None and "images" not in self.settings:
+        if frame is not None and "images" not in self.settings and "frames" not in given:
             pick = frame
         signature = inspect.signature(method)
         own = {*signature.parameters, *_EACH}

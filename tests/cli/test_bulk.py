@@ -230,6 +230,12 @@ def test_only_whole_files_of_the_same_settings_are_kept(
         ([{"prompt": "a [b:c:0.5]"}], ["--weighted"], ["line 1: "]),
         ([{"prompt": "a __q__"}, {"prompt": "{2$$a|b}"}], [], ["line 1: __q__", "line 2: "]),
         ([{"prompt": "a", "seed": 2**64 - 1, "num_images": 2}], [], ["line 1: seed must be"]),
+        (
+            [{"prompt": "a"}, {"prompt": "b", "size": "2048"}],
+            ["--hires-scale", "4"],
+            ["line 2: the size after hires_scale"],
+        ),
+        ([{"prompt": "a"}], ["--hires-scale", "0.5"], ["line 1: hires_scale must be above 1"]),
         ([{"prompt": "a"}], ["--guidance", "3,4"], ["--guidance must be one number"]),
         ([{"prompt": "a"}], ["--output", "a.bmp"], ["--output must end in .png"]),
         ([{"prompt": "a"}], ["--batch-size", "0"], ["batch_size must be a whole number"]),

@@ -166,6 +166,12 @@ def test_replay_takes_the_texts_that_were_drawn(
     for file in ("out-000.png", "out-002.png"):
         assert main(["--quiet", f"--replay={file}", "-o", "again.png"]) == 0
         assert f"{file}: the same image, bit for bit" in capsys.readouterr().err
+    other = ("--replay", "out-002.png", "--frames", "2", "-o", "again.png", "--separate")
+    assert main([*other, "--quiet"]) == 0
+    assert sorted(file.name for file in Path().glob("again-*")) == [
+        "again-000.png",
+        "again-001.png",
+    ]
 
 
 def test_a_style_without_a_prompt(
