@@ -29,6 +29,7 @@ from latentdiff.pipelines.inputs import check_counts, check_seed
 from latentdiff.pipelines.metadata import OURS, write
 from latentdiff.pipelines.prompt_loras import Files, LoraFolder
 from latentdiff.pipelines.styles import read_styles, styled
+from latentdiff.pipelines.two_pass import STRENGTH, enlarged_size
 from latentdiff.pipelines.wildcards import Wildcards
 
 if TYPE_CHECKING:
@@ -134,12 +135,18 @@ def _on_this_device(args: argparse.Namespace, ranks: int) -> argparse.Namespace:
 
 def check(pipeline: LatentDiffusionPipeline, images: Sequence[Wanted], file: Path) -> None:
     """Raises: UserError: naming the lines that ask for what this model cannot do."""
+    given = images[0].options  # the command line's, of all rows
+    hires = None
+    if "hires_scale" in given:
+        hires = given["hires_scale"], given.get("hires_strength", STRENGTH)
 
     @cache
     def settings(
         height: int | None, width: int | None, steps: int, sampler: str | None, spacing: str | None
     ) -> None:
-        pipeline.image_size(height, width)
+        size = pipeline.image_size(height, width)
+        if hires is not None:
+            enlarged_size(size, *hires, pipeline.autoencoder.downscale)
         pipeline.sampling_plan(steps, sampler=sampler, spacing=spacing)
 
     @cache
@@ -191,9 +198,9 @@ def make(
 ) -> None:
     """Make images of the same settings and write each. Raises: UserError: one cannot be."""
     options = dict(images[0].options)
+    usual = {"guidance_scale": pipeline.default_guidance}
     for name in _OWN:
-        if name in options:
-            options[name] = [one.options[name] for one in images]
+        options[name] = [{**usual, **one.options}[name] for one in images]
     output = pipeline(**options, batch_size=batch_size, progress=False)
     say_flagged(output)
     for one, image, settings in zip(images, output.images, output.settings, strict=True):

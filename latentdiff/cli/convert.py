@@ -9,7 +9,7 @@ SOURCE is a folder, a single file (.safetensors or .ckpt) or a hub id; a TARGET 
 they have on disk unless --dtype says otherwise. Nothing is written before all of SOURCE is read.
 
 With --lora the changes of LoRA files are added to the weights. With --rank no model is written but
-a plain LoRA, which comes as near to a DoRA on this model as its rank allows.
+a plain LoRA, which comes as near to a DoRA, LoHa or LoKr on this model as its rank allows.
 """
 
 from __future__ import annotations

@@ -117,6 +117,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, task in TASKS.items():
         own = words.add_parser(name, help=task.about, description=f"{task.about}.")
         own.set_defaults(size=None, image=None, hires_scale=None, hires_strength=None)
+        own.set_defaults(prompt_file=None)
         if task.takes_image:
             own.add_argument("image", nargs="?", metavar="IMAGE", help="any image file")
         own.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
@@ -158,10 +159,13 @@ def check_files(arguments: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; see `errors.command` for exit codes."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words[:1] == ["--replay"] and len(words) > 1:
+    replay = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    replay.add_argument("--replay", type=Path, nargs="?")
+    file = None if words[:1] and words[0] in TASKS else replay.parse_known_args(words)[0].replay
+    if file is not None:
         from latentdiff.pipelines.replay import Replay
 
-        task = Replay.of(Path(words[1])).settings["task"]
+        task = Replay.of(file).settings["task"]
         if task not in TASKS:
             return generate.main(words)
         words.insert(0, task)

@@ -210,9 +210,11 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's options, of those that were given."""
     height, width = image_size(args.size)
     prompts, negatives = args.prompts, args.negative
-    if args.style and prompts:
+    if args.style and not args.prompt_file:
+        if args.replay and not prompts:
+            raise UserError("--style beside --replay needs a PROMPT, which it goes around.")
         styles = read_styles(args.styles)
-        both = [styled(styles, args.style, prompt, negatives or "") for prompt in prompts]
+        both = [styled(styles, args.style, prompt, negatives or "") for prompt in prompts or [""]]
         prompts, negatives = map(list, zip(*both, strict=True))
     options = {
         "prompt": prompts or None,

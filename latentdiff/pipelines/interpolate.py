@@ -9,12 +9,13 @@ Contexts lie on a line; noise turns by the angle θ between its ends, which keep
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 
 from latentdiff.diffusion.noise import batch_noise, slerp
 from latentdiff.errors import UserError
+from latentdiff.models.prompts import NETWORK
 from latentdiff.pipelines.call import run_task
 from latentdiff.pipelines.inputs import check_counts, for_each, prompt_list, seeds_of
 from latentdiff.pipelines.task import Condition, PipelineOutput, SamplingOptions, Task
@@ -22,6 +23,7 @@ from latentdiff.pipelines.task import Condition, PipelineOutput, SamplingOptions
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
 
+MOST_FRAMES = 9999
 #: Options that there may be one of for each prompt.
 _EACH: tuple[Literal["negative_prompt", "guidance_scale"], ...] = (
     "negative_prompt",
@@ -46,20 +48,25 @@ def interpolate(
              options: `seed` may be several, to pass through; with one, all frames begin from its
              noise. negative_prompt and guidance_scale may be one for each prompt.
     Raises:  UserError: neither two prompts nor two seeds; fewer frames than these; prompts of
-             different numbers of chunks.
+             different numbers of chunks, or that ask for different LoRA files.
     """
     prompts, seed = prompt_list(prompt, "prompt"), options.get("seed")
     several = isinstance(seed, Sequence) and not isinstance(seed, str)
     seeds = seeds_of(seed, len(seed) if several else 1)  # type: ignore[arg-type]
     keys = max(len(prompts), len(seeds))
     check_counts(frames=frames)
-    if keys < 2 or frames < keys:
+    if keys < 2 or not keys <= frames <= MOST_FRAMES:
         raise UserError(
-            "interpolate needs at least two prompts or two seeds, and as many frames; got "
-            f"{len(prompts)} prompt(s), {len(seeds)} seed(s) and {frames} frame(s)."
+            "interpolate needs at least two prompts or two seeds, and as many frames, up to "
+            f"{MOST_FRAMES}; got {len(prompts)} prompt(s), {len(seeds)} seed(s), {frames} frame(s)."
         )
     if options.get("num_images_per_prompt", 1) != 1:
         raise UserError("interpolate draws one image per frame: leave num_images_per_prompt out.")
+    if options.get("lora_dir") is not None and len({*map(_tags, prompts)}) > 1:
+        raise UserError(
+            "prompts to interpolate between must ask for the same LoRA files, which do not blend; "
+            f"got {' and '.join(repr(text) for text in prompts):.200}."
+        )
     prompts = for_each(prompts, keys, "prompt", "text", "seeds")
     seeds = for_each(seeds, keys, "seed", "number", "prompts")
     places = [k * (keys - 1) / (frames - 1) for k in range(frames)]
@@ -73,11 +80,12 @@ def interpolate(
         return [_between(of_key[i], of_key[i + 1], place - i) for i, place in ends]
 
     frame_options: SamplingOptions = {**options, "seed": [seeds[i] for i in near]}
-    if isinstance(negatives := options.get("negative_prompt"), list):
-        negatives = for_each(negatives, keys, "negative_prompt", "text")
+    negatives, scales = options.get("negative_prompt"), options.get("guidance_scale")
+    if isinstance(negatives, Sequence) and not isinstance(negatives, str):
+        negatives = for_each(list(negatives), keys, "negative_prompt", "text")
         frame_options["negative_prompt"] = [negatives[i] for i in near]
-    if isinstance(scales := options.get("guidance_scale"), list):
-        scales = for_each(scales, keys, "guidance_scale", "number")
+    if isinstance(scales, Sequence) and not isinstance(scales, str):
+        scales = for_each(list(scales), keys, "guidance_scale", "number")
         frame_options["guidance_scale"] = [scales[i] for i in near]
     output = run_task(
         pipeline,
@@ -88,10 +96,19 @@ def interpolate(
     )
     call = {"prompt": prompts, "seed": seeds, "frames": frames, "height": size[0], "width": size[1]}
     call |= {name: options[name] for name in _EACH if name in options}
+    if len(output.settings) == frames:  # not interrupted: the texts that were drawn, without tags
+        drawn = [output.settings[near.index(i)] for i in range(keys)]
+        texts = {"prompt", "negative_prompt"} & call.keys()
+        call |= {name: [one[name] for one in drawn] for name in texts}
     for k, settings in enumerate(output.settings):
         settings |= {"task": "interpolate", "arguments": {**call, "frame": k}}
         del settings["latents"]  # which follow from these
     return output
+
+
+def _tags(prompt: str) -> tuple[Any, ...]:
+    """The LoRA files that a prompt asks for, and their weights."""
+    return tuple(NETWORK.findall(prompt))
 
 
 def _between(first: Condition, second: Condition, w: float) -> Condition:

@@ -69,6 +69,9 @@ class Replay:
         missing = batch.get("place", 0) >= batch.get("size", 1)
         if not why_not and (missing or of.get("frame", 0) >= of.get("frames", 1)):
             why_not = "its settings are damaged (it is no image of its batch)"
+        adapters = [one.get("loras") for one in record.settings.get("images", ())]
+        if not why_not and any(one is not None for one in adapters):  # other than the first one's
+            why_not = "its images had different LoRA files; --separate files can be made again"
         for name, reason in _GONE.items():
             why_not = why_not or (reason if name in record.settings else "")
         if why_not:
@@ -117,7 +120,7 @@ class Replay:
         images, pick = self._images(exact=exact)
         arguments = self._arguments(images, given)
         frame = arguments.pop("frame", None)
-        if frame is not None and "images" not in self.settings:
+        if frame is not None and "images" not in self.settings and "frames" not in given:
             pick = frame
         signature = inspect.signature(method)
         own = {*signature.parameters, *_EACH}

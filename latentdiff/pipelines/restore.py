@@ -28,6 +28,7 @@ from latentdiff.pipelines.call import run_task
 from latentdiff.pipelines.edit import own_images, prompts_of, size_of
 from latentdiff.pipelines.image_inputs import GivenImages, ImageInput, read_images
 from latentdiff.pipelines.inputs import (
+    FINITE,
     check_counts,
     check_pixels,
     check_share,
@@ -103,10 +104,10 @@ def upscale(
              number, sharp edges may keep the means from being met that closely.
              strength: 0 … 1, the share of the steps that is run; more invents more.
     """
-    if not is_number(scale) or not scale > 1:
+    if not is_number(scale, most=FINITE) or not scale > 1:
         raise UserError(f"scale must be a number above 1, such as 2; got {scale!r:.80}.")
     inputs = read_images(image)
-    height, width = (round(side * scale) for side in inputs.size)
+    height, width = (round(min(side * scale, FINITE)) for side in inputs.size)
     check_pixels(height, width, "the enlarged size")
     larger = GivenImages(F.interpolate(inputs.given, (height, width), mode="bicubic").clamp(-1, 1))
     operator = Downsample((height, width), inputs.size)
@@ -147,6 +148,7 @@ def restore(
         if not is_number(value, type(high) | int) or not low <= value <= high:
             kind_of = "whole number" if isinstance(high, int) else "number"
             raise UserError(f"{name} must be a {kind_of} in {low} … {high}; got {value!r:.80}.")
+    check_share("strength", strength)
     inputs = read_images(image)
     if kind == "denoise":
         return _denoised(pipeline, prompt, inputs, 2 * noise, options)
@@ -214,7 +216,9 @@ def _measured(
         own = own_images(batch, len(canvas))
         return _as_given(finish(images[..., :height, :width], own), inputs, own)
 
-    task = Task(size_of(canvas), start, strength, wrap, finish=finished)
+    task = Task(
+        size_of(canvas), start, strength, wrap, _all_masked(pipeline, canvas), finish=finished
+    )
     prompts = prompts_of(prompt, inputs)
     return run_task(pipeline, prompts, task, **_unguided(prompts, options))
 
@@ -261,7 +265,8 @@ def _denoised(
     def wrap(denoiser: Denoiser, batch: Batch) -> Denoiser:
         return _tiled(pipeline, denoiser)
 
-    task = Task(size_of(canvas), wrap=wrap, finish=finish)
+    extra = _all_masked(pipeline, canvas)
+    task = Task(size_of(canvas), wrap=wrap, extra=extra, finish=finish)
     x = float(schedule.alpha(first)) * latents[own]
     options = {**_unguided(prompts, options), "timesteps": grid}
     output = run_task(pipeline, prompts, task, latents=x, **options)
@@ -274,6 +279,17 @@ def _tiled(pipeline: LatentDiffusionPipeline, denoiser: Denoiser) -> Denoiser:
     """A denoiser whose network sees no more at once than in its training."""
     height, width = (side // pipeline.autoencoder.downscale for side in pipeline.default_size)
     return tiled(denoiser, (height, width))
+
+
+def _all_masked(
+    pipeline: LatentDiffusionPipeline, canvas: Tensor
+) -> Callable[[Batch], Tensor] | None:
+    """Of a U-Net that inpaints the channels beside x_t, for a tile with everything masked."""
+    if not pipeline.unet.config.inpaints:
+        return None
+    sides = zip(size_of(canvas), pipeline.default_size, strict=True)
+    height, width = (min(pair) for pair in sides)
+    return lambda _: pipeline.autoencoder.all_masked((height, width))
 
 
 def _with_residual(images: Tensor, y: Tensor, noise: float) -> Tensor:

@@ -126,7 +126,7 @@ def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]
 
 
 def _described(given: Any) -> list[dict[str, Any]]:
-    """Where each of some images is, and the hash of its pixels; see `images.PictureInput`."""
+    """Where each of some images is, and the hash of its pixels; see `image_inputs.ImageInput`."""
     from PIL import Image
 
     if given is None:

@@ -41,7 +41,8 @@ class OptimizerConfig:
     extend: Literal["restart", "hold", "decay"] | None = field(default=None, metadata=FREE)
     """How a resumed run whose rate fell to 0 at its old loop.max_steps goes on to a larger one.
     restart: warm-up and cosine again over the added steps; hold: lr stays at its peak; decay: at
-    once as if the run had been planned so long, so that the rate jumps up to that cosine."""
+    once as if the run had been planned so long, so that the rate jumps up to that cosine. Of a run
+    that is extended again, all steps after its first end are added ones."""
     clip_norm: NotNegative[float] = 1.0
     """Largest gradient norm; longer gradients are scaled down. 0 turns it off."""
 

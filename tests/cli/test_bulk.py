@@ -69,6 +69,21 @@ def pixels(file: Path) -> np.ndarray:
     return np.asarray(Image.open(file).convert("RGB")).astype(int)
 
 
+@pytest.mark.parametrize("scales", [(3, None, 1.5), (None, 3, None)])
+def test_a_row_without_guidance_has_the_models_own(
+    scales: tuple[float | None, ...], model: str, tmp_path: Path
+) -> None:
+    lines = [f"a cat,{'' if scale is None else scale}" for scale in scales]
+    file = tmp_path / "prompts.csv"
+    file.write_text("\n".join(["prompt,guidance", *lines]))
+    output = tmp_path / "cat.png"
+    given = ("--prompts", file, "--model", model, "--steps", "1", "--quiet", "--output", output)
+    assert main([*map(str, given)]) == 0
+    own = LatentDiffusionPipeline.from_pretrained(model).default_guidance
+    found = [read(tmp_path / f"cat-{k:05d}.png").settings for k in range(len(scales))]
+    assert [one["guidance_scale"] for one in found] == [s or own for s in scales]
+
+
 NAMES = [f"cat-{k:05d}.png" for k in range(COUNT)]
 
 
@@ -215,6 +230,12 @@ def test_only_whole_files_of_the_same_settings_are_kept(
         ([{"prompt": "a [b:c:0.5]"}], ["--weighted"], ["line 1: "]),
         ([{"prompt": "a __q__"}, {"prompt": "{2$$a|b}"}], [], ["line 1: __q__", "line 2: "]),
         ([{"prompt": "a", "seed": 2**64 - 1, "num_images": 2}], [], ["line 1: seed must be"]),
+        (
+            [{"prompt": "a"}, {"prompt": "b", "size": "2048"}],
+            ["--hires-scale", "4"],
+            ["line 2: the size after hires_scale"],
+        ),
+        ([{"prompt": "a"}], ["--hires-scale", "0.5"], ["line 1: hires_scale must be above 1"]),
         ([{"prompt": "a"}], ["--guidance", "3,4"], ["--guidance must be one number"]),
         ([{"prompt": "a"}], ["--output", "a.bmp"], ["--output must end in .png"]),
         ([{"prompt": "a"}], ["--batch-size", "0"], ["batch_size must be a whole number"]),

@@ -382,6 +382,7 @@ IMAGE, MASK = Image.new("RGB", (96, 64)), box((96, 64), 8, 8, 24, 24)
         ("variations", {"strength": "much"}, "strength must be"),
         ("interpolate", {}, "at least two prompts or two seeds"),
         ("interpolate", {"prompt": ["a", "b", "c"], "frames": 2}, "as many frames"),
+        ("interpolate", {"prompt": ["a", "b"], "frames": 10**9}, "up to 9999"),
         ("interpolate", {"prompt": ["a", "b"], "seed": [1, 2, 3]}, "one for each of the 3"),
         ("interpolate", {"prompt": ["a", "b"], "seed": [1, -2]}, "seed must be a whole number"),
     ],
@@ -425,6 +426,12 @@ def test_frames_lead_from_one_image_to_the_next(
         alone = pipeline(prompts[k], **{**call, "seed": seeds[k]}).images[0]
         assert np.abs(frames[place] - np.asarray(alone, int)).max() <= 1
     assert all(np.abs(a - b).mean() > 1 for a, b in itertools.pairwise(frames))
+    each = {"negative_prompt": ["dog", "", "cat"], "guidance_scale": [3.0, 2.0, 5.0]}
+    lists, tuples = (
+        pipeline.interpolate(prompts, 5, **call, **{n: kind(v) for n, v in each.items()}).images
+        for kind in (list, tuple)
+    )
+    assert [one.tobytes() for one in lists] == [one.tobytes() for one in tuples]
     still = pipeline.interpolate(prompts, 3, **call)
     assert np.abs(np.asarray(still.images[0], int) - frames[0]).max() <= 1
     file = save_animation(output.images, tmp_path / "cats.gif", 0.2)

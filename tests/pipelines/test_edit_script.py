@@ -155,6 +155,39 @@ def test_interpolation_is_a_strip_or_a_gif(model: str, edit: Edit) -> None:
     assert Image.open("seeds.png").size == (66, 32)
 
 
+def test_replay_takes_the_texts_that_were_drawn(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.txt").write_text("cat\ndog\npain\n")
+    words = ("a __w__", "{dog|cat} __w__", "--negative", "__w__", "--wildcards", ".")
+    fast = ("--frames", "3", "--steps", "2", "--seed", "5", "--separate", "-o", "out.png")
+    assert main(["interpolate", *words, *fast, "--model", model, "--quiet"]) == 0
+    for file in ("out-000.png", "out-002.png"):
+        assert main(["--quiet", f"--replay={file}", "-o", "again.png"]) == 0
+        assert f"{file}: the same image, bit for bit" in capsys.readouterr().err
+    other = ("--replay", "out-002.png", "--frames", "2", "-o", "again.png", "--separate")
+    assert main([*other, "--quiet"]) == 0
+    assert sorted(file.name for file in Path().glob("again-*")) == [
+        "again-000.png",
+        "again-001.png",
+    ]
+
+
+def test_a_style_without_a_prompt(
+    model: str, edit: Edit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "styles.csv").write_text("name,prompt,negative_prompt\nink,ink {prompt},dog\n")
+    noise((32, 32)).save("a.png")
+    styled = edit("variations", "a.png", "--style", "ink")
+    assert (styled == edit("variations", "a.png", "ink ", "--negative", "dog")).all()
+    assert (styled != edit("variations", "a.png")).any()
+    assert main(["variations", "a.png", "--style", "inc", "--model", model]) == 2
+    assert "Did you mean 'ink'" in capsys.readouterr().err
+    assert main(["--replay", "out.png", "--style", "ink", "-o", "again.png"]) == 2
+    assert "--style beside --replay needs a PROMPT" in capsys.readouterr().err
+
+
 def test_replay_makes_an_edited_image_again(model: str, edit: Edit) -> None:
     noise((33, 21)).save("a.png")
     box((33, 21), 0, 0, 9, 9).save("m.png")

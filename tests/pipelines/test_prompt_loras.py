@@ -11,10 +11,12 @@ import torch
 from latentdiff.cli.generate import main
 from latentdiff.errors import UserError
 from latentdiff.formats.lora import write_lora
+from latentdiff.images import grid
 from latentdiff.models.low_rank import LowRank
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
-from latentdiff.pipelines.metadata import read
+from latentdiff.pipelines.metadata import of_grid, read, write
 from latentdiff.pipelines.prompt_loras import LoraFolder
+from latentdiff.pipelines.replay import Replay
 from tests.random_models import TEXT_WIDTH, make_pipeline
 
 FAST: dict[str, Any] = {"num_inference_steps": 2, "progress": False, "seed": 3}
@@ -119,6 +121,33 @@ def test_without_a_folder_a_tag_is_no_lora(pipeline: LatentDiffusionPipeline, fo
         pipeline("a <lora:fur:1>", **FAST)
     with pytest.raises(UserError, match="lora_dir must be a folder"):
         LoraFolder(folder / "fur.safetensors")
+
+
+def test_frames_between_prompts_have_the_same_files(
+    pipeline: LatentDiffusionPipeline, folder: Path, tmp_path: Path
+) -> None:
+    options = {**FAST, "lora_dir": folder}
+    with pytest.raises(UserError, match="must ask for the same LoRA files"):
+        pipeline.interpolate(["a cat <lora:fur:1>", "a cat"], 3, **options)
+    frames = pipeline.interpolate(["a cat <lora:fur:1>", "dog <lora:fur:1>"], 3, **options)
+    file = frames.save(tmp_path / "a.png")[2]
+    pipeline.load_lora(folder / "fur.safetensors")
+    replay = Replay.of(file)
+    again = replay.run(pipeline, {}, progress=False)
+    assert replay.verdict(again, {}) == f"{file}: the same image, bit for bit"
+
+
+def test_a_grid_of_different_files_is_not_made_again(
+    pipeline: LatentDiffusionPipeline, folder: Path, tmp_path: Path
+) -> None:
+    for tag, same in (("<lora:fur:1>", True), ("<lora:fur:0.5>", False), ("", False)):
+        found = pipeline(["a cat <lora:fur:1>", f"dog {tag}"], lora_dir=folder, **FAST)
+        file = write(grid(found.images), tmp_path / "a.png", of_grid(found.settings, 2))
+        if same:
+            assert Replay.of(file).settings["loras"] == found.settings[1]["loras"]
+        else:
+            with pytest.raises(UserError, match="its images had different LoRA files"):
+                Replay.of(file)
 
 
 def test_from_the_shell_and_in_bulk(

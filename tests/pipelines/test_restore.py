@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,14 +159,36 @@ def test_tiles_have_no_seams(
     assert farthest(*map(tensor, found)) <= 1
 
 
+def test_tiles_of_a_network_that_inpaints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each tile is given the channels of its own size: of these none is kept."""
+    make_pipeline(in_channels=9).save_pretrained(tmp_path)
+    pipeline: Any = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    vae, seen = pipeline.autoencoder, list[torch.Tensor]()
+    wanted = vae.all_masked((32, 32))
+
+    def forward(x_t: torch.Tensor, t: Any, kv: Any) -> torch.Tensor:
+        seen.append(x_t[:, 4:])
+        return x_t[:, :4]
+
+    monkeypatch.setattr(pipeline.unet, "forward", forward)
+    for task in ("upscale", "restore"):
+        getattr(pipeline, task)(drawing((70, 32)), **CALL)
+    assert len({extra.shape for extra in seen}) == 1
+    for extra in seen:
+        torch.testing.assert_close(extra, wanted.expand_as(extra))
+
+
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
         ("upscale", {"scale": 1}, "above 1"),
         ("upscale", {"scale": float("nan")}, "above 1"),
         ("upscale", {"scale": 1000}, "enlarged size"),
+        ("upscale", {"scale": float("inf")}, "above 1"),
+        ("upscale", {"scale": 1e308}, "enlarged size"),
         ("upscale", {"strength": -0.1}, "strength"),
         ("restore", {"kind": "denoize"}, "Did you mean 'denoise'"),
+        ("restore", {"strength": 2}, "strength must be"),
         ("restore", {"noise": 0}, "noise must be a number in"),
         ("restore", {"kind": "deblur", "blur": -1}, "blur must be a number in"),
         ("restore", {"kind": "jpeg", "quality": 0}, "quality must be a whole number in 1 … 100"),
