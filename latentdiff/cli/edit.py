@@ -45,6 +45,8 @@ def _option(name: str, kind: Any, help: str, **more: Any) -> Option:
 
 _STRENGTH = _option("--strength", float, "0 keeps the image … 1 begins from pure noise")
 _BLUR = _option("--mask-blur", int, "pixels by which the mask is widened and softened; default: 0")
+#: What `restore` takes off → the option that measures it.
+KINDS = {"denoise": "noise", "deblur": "blur", "jpeg": "quality"}
 #: The pipeline's method → what the shell says of it.
 TASKS: dict[str, Task] = {
     "image_to_image": Task("draw an image anew from its noised self", (_STRENGTH,)),
@@ -84,7 +86,7 @@ TASKS: dict[str, Task] = {
     "restore": Task(
         "take noise, blur or the traces of JPEG from an image",
         (
-            _option("--kind", str, "denoise (default), deblur or jpeg"),
+            _option("--kind", str, "default: that of the options below", choices=list(KINDS)),
             _option("--noise", float, "its deviation, of colours in 0 … 1; default: 0.1"),
             _option("--blur", float, "its deviation in pixels; default: 1.5"),
             _option("--quality", int, "1 … 100, of the JPEG; default: 30"),
@@ -131,7 +133,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"give an IMAGE: latentdiff edit {args.task} IMAGE, or --replay FILE")
         if not TASKS[args.task].takes_image and not args.prompts:
             parser.error(f"give a PROMPT: latentdiff edit {args.task} PROMPT, or --replay FILE")
+    _check_words(parser, args)
     return args
+
+
+def _check_words(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what is not meant as it stands, and find the kind of restoring from its measure."""
+    first = args.prompts[0] if args.prompts else ""
+    if args.task == "upscale" and first.replace(".", "", 1).isdecimal():
+        parser.error(f"{first} is taken for the prompt; the scale is --scale {first}")
+    if args.task != "restore":
+        return
+    if first in KINDS:
+        parser.error(f"{first} is taken for the prompt; the kind is --kind {first}")
+    given = [kind for kind, measure in KINDS.items() if getattr(args, measure) is not None]
+    if not args.replay and args.kind is None and len(given) == 1:
+        args.kind = given[0]
+    if others := [kind for kind in given if args.kind not in (None, kind)]:
+        parser.error(f"--{KINDS[others[0]]} is for --kind {others[0]}, not {args.kind}")
 
 
 def arguments_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -224,7 +224,11 @@ class FolderSource(FileSource):
         root = display_name(self._tree.root)
         reasons = {reason for _, reason in self.problems} - {"no caption", _UNUSED_MASK}
         if not has_table and not reasons:
-            return f"{root} has {count} images but no captions. {_FORMATS}"
+            kohya = next((name for name, _ in self.problems if repeats(name)[1]), None)
+            hint = (
+                f" {dirname(kohya)} looks like kohya's: data.repeat_folders=true." if kohya else ""
+            )
+            return f"{root} has {count} images but no captions.{hint} {_FORMATS}"
         return f"{root}: 0 usable images of {count} ({few(self.problems)}). {_FORMATS}"
 
 

@@ -70,6 +70,9 @@ def colorize(
 ) -> PipelineOutput:
     """Give grey images colours; the CIELAB lightness of each pixel stays.
 
+    Colours are coarser than lightness to the eye, so an image larger than those of the training is
+    coloured at their size, as a whole, and its colours are enlarged.
+
     Args:    image: see `image_to_image`; only its lightness counts.
              prompt: what it shows, one text or one for each image; colours may be named.
              strength: 0 … 1, the share of the steps that is run; more gives brighter colours, and
@@ -81,9 +84,11 @@ def colorize(
     grey = with_lightness(torch.zeros_like(inputs.rgb), lightness).float() * 2 - 1
 
     def finish(images: Tensor, own: list[int]) -> Tensor:
-        return with_lightness(images / 2 + 0.5, lightness[own].to(images.device)).float() * 2 - 1
+        unit = F.interpolate(images / 2 + 0.5, inputs.size, mode="bicubic").clamp(0, 1)
+        return with_lightness(unit, lightness[own].to(images.device)).float() * 2 - 1
 
-    known = Measurement(Grey(), Grey().apply(grey), 0, grey)
+    start = _no_larger(grey, pipeline.default_size)
+    known = Measurement(Grey(), Grey().apply(start), 0, start)
     return _measured(pipeline, prompt, inputs, known, strength, finish, options)
 
 
@@ -160,6 +165,16 @@ def restore(
         known = Measurement(jpeg, jpeg.measure(whole), Jpeg.NOISE, whole)
     finish = _agreeing(known, inputs)
     return _measured(pipeline, prompt, inputs, known, strength, finish, options)
+
+
+def _no_larger(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images reduced until they fit into a size, in their own shape, if they do not."""
+    height, width = size_of(images)
+    scale = min(size[0] / height, size[1] / width)
+    if scale >= 1:
+        return images
+    smaller = max(1, round(height * scale)), max(1, round(width * scale))
+    return F.interpolate(images, smaller, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def _agreeing(known: Measurement, inputs: GivenImages) -> Callable[[Tensor, list[int]], Tensor]:

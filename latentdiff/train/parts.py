@@ -298,9 +298,9 @@ def none_held_out(latents: Latents, config: TrainConfig) -> list[str]:
         f"Raise it (for example data.validation_share={more:g}), try" if more > share else "Try"
     )
     return [
-        f"note: no image is held out, so no validation loss is measured: of {len(latents.train)} "
-        f"images data.validation_share={share:g} chose none. {raising} another data.split_seed, "
-        "or set it to 0 to train on all without this note."
+        f"note: no image is held out, so no validation loss is measured: of "
+        f"{len(set(latents.train))} images data.validation_share={share:g} chose none. {raising} "
+        "another data.split_seed, or set it to 0 to train on all without this note."
     ]
 
 

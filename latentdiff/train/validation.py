@@ -202,7 +202,7 @@ class Validator:
         return torch.cat(images)
 
     def _captions(self, count: int) -> Sequence[str]:
-        rows = self._latents.held_out or self._latents.train
+        rows = list(dict.fromkeys(self._latents.held_out or self._latents.train))
         chosen = rows[:: max(1, len(rows) // max(1, count))][:count]
         own, data = self._config.captions, self._latents.data
         return [plainly(data.captions(row), own) for row in chosen]

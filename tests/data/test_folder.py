@@ -639,6 +639,13 @@ def test_captions_as_other_trainers_users_have_them(
     assert captions_of(open_folder(tmp_path, **options)) == expected
 
 
+def test_a_folder_of_kohya_is_told_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "3_toy").mkdir()
+    (tmp_path / "3_toy" / "a.png").write_bytes(png(0))
+    with pytest.raises(UserError, match=r"captions\. 3_toy looks like kohya's: data\.repeat_f"):
+        open_folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from latentdiff.cli.edit import TASKS, main
+from latentdiff.cli.edit import KINDS, TASKS, main, parse
+from latentdiff.pipelines.restore import Kind
 from tests.random_models import make_pipeline
 
 Edit = Callable[..., np.ndarray]
@@ -269,3 +271,26 @@ def test_every_task_is_a_method_with_the_arguments_of_its_options(task: str) -> 
     for flag, told in TASKS[task].options:
         name = told.get("dest", flag.lstrip("-").replace("-", "_"))
         assert name in names or name in ("seed", "size")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("restore", "a.png", "deblur"), "the kind is --kind deblur"),
+        (("upscale", "a.png", "4"), "the scale is --scale 4"),
+        (("upscale", "a.png", "1.5"), "the scale is --scale 1.5"),
+        (("restore", "a.png", "--kind", "jpeg", "--blur", "3"), "--blur is for --kind deblur"),
+    ],
+)
+def test_words_that_would_be_taken_for_something_else(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(words)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_measure_says_what_is_restored() -> None:
+    assert parse(["restore", "a.png", "--blur", "3"]).kind == "deblur"
+    assert parse(["restore", "a.png"]).kind is None
+    assert KINDS.keys() == set(get_args(Kind))

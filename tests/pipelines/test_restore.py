@@ -67,6 +67,15 @@ def test_colorize_keeps_lightness_whatever_the_mode(pipeline: Any, prompt: str) 
     assert farthest(tensor(found), tensor(again)) == 0
 
 
+def test_a_large_image_is_coloured_as_a_whole_at_the_size_of_the_training(pipeline: Any) -> None:
+    seen = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    found = pipeline.colorize(drawing((128, 96)), **CALL).images[0]
+    hook.remove()
+    assert found.size == (128, 96)
+    assert {tuple(shape) for shape in seen} == {(1, 4, 12, 16)}  # of 24x32 pixels
+
+
 def test_colours_that_an_image_has_do_not_count(pipeline: Any) -> None:
     """Another hue of the same lightness, to within what rounding does."""
     found = pipeline.colorize(drawing(), **CALL).images[0]

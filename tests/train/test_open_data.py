@@ -13,7 +13,7 @@ from latentdiff.train.parts import Latents, none_held_out
 def said(train: int, held_out: int, **data: object) -> str:
     config = TrainConfig()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
-    return "".join(none_held_out(Latents(None, [0] * train, [0] * held_out), config))
+    return "".join(none_held_out(Latents(None, list(range(train)), [0] * held_out), config))
 
 
 def test_a_set_too_small_for_a_held_out_part_is_told_so_with_the_way_out() -> None:
