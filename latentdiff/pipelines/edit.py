@@ -114,8 +114,8 @@ def inpaint(
         mask, inputs = inputs.clear, _opaque(inputs, strength)
         if not mask.flatten(1).any(1).all():
             raise UserError(
-                "inpaint needs mask_image (--mask), white where to paint, or an image with transparent "
-                "parts; this one is opaque."
+                "inpaint needs mask_image (--mask), white where to paint, or an image with "
+                "transparent parts; this one is opaque."
             )
     if (mask == 1).all():
         warn("the mask is white everywhere, so nothing of the image is kept.")
