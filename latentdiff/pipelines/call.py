@@ -194,8 +194,9 @@ def stream_task(
         **({} if latents is None else {"latents": "given"}),
         **({"interrupted": True} if pipeline._interrupt else {}),
     }
-    read_prompts = [read[one.prompt] for one in wanted[:: 1 if wildcards is not None else every]]
-    yield _output(call, done, shared, loras, read_prompts)
+    own_texts = wildcards is not None or pipeline._interrupt
+    read_prompts = [read[one.prompt] for one in wanted]
+    yield _output(call, done, shared, loras, read_prompts, 1 if own_texts else every)
 
 
 def _wanted(
@@ -259,11 +260,13 @@ def _output(
     done: Sequence[tuple[Batch, Tensor]],
     shared: Mapping[str, Any],
     loras: Mapping[Files, list[dict[str, Any]]],
-    prompts: list[ReadPrompt],
+    prompts: Sequence[ReadPrompt],
+    every: int,
 ) -> PipelineOutput:
     """The result of the passes that were made: not all, where it was interrupted.
 
     Args:    shared: what is recorded of all images.
+             prompts: of each image, one in `every` of which is given back.
     """
     pipeline, wanted = call.pipeline, call.wanted
     found = {k: one for batch, images in done for k, one in zip(batch.indices, images, strict=True)}
@@ -277,7 +280,7 @@ def _output(
     return PipelineOutput(
         to_output(images, call.output_type),
         [seeds[k] for k in order],
-        prompts,
+        [prompts[k] for k in order][::every],
         len(call.plan.timesteps),
         settings,
         None if check is None else [f for one in images[:, :3].split(1) for f in check(one)],

@@ -98,7 +98,7 @@ def inpaint(
              strength: 1 paints from pure noise, less keeps more of what was there; 0 gives the
              image itself.
              mask_blur: in pixels; the mask is first widened by it, see `widened`, so that what
-             was masked is painted in full, and nothing changes from twice that distance on.
+             was masked is painted in full, and nothing changes beyond twice that distance.
              padding_mask_crop: work on the masked area alone, with so many pixels around it,
              enlarged or reduced to the size of the model's training; None: on the whole image.
     """

@@ -16,7 +16,7 @@ def widened(mask: Tensor, blur: int) -> Tensor:
     """A mask with a soft border outside of itself.
 
     Widened by `blur` pixels and blurred by a Gaussian of half that deviation, cut off there: as it
-    was within, and 0 from 2·blur pixels on in each direction.
+    was within, and 0 beyond 2·blur pixels in each direction.
 
     Args:    mask: (N, 1, H, W) in 0 … 1.
     """

@@ -94,7 +94,7 @@ class PipelineOutput:
     """The seed of each image: give it as `seed` to get that image again."""
     prompts: list[ReadPrompt] = field(default_factory=list)
     """How each prompt was read: its tokens, its chunks, words that did not fit. With wildcards,
-    that of each image."""
+    and where it was interrupted, that of each image."""
     steps: int = 0
     """How many steps were run: those asked for, or `strength`'s share of them."""
     settings: list[dict[str, Any]] = field(default_factory=list)

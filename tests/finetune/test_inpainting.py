@@ -273,7 +273,7 @@ def test_every_method_trains_an_inpainting_model(kind: str, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("buckets", [False, True])
-def test_pictures_are_those_that_were_encoded(buckets: bool, folder: Path, tmp_path: Path) -> None:
+def test_images_are_those_that_were_encoded(buckets: bool, folder: Path, tmp_path: Path) -> None:
     """Unmasked, their latents are the means of the cached moments; masks lie where images do."""
     wide = tmp_path / "images"
     make_images(wide, 4)

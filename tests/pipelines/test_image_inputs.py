@@ -192,7 +192,7 @@ def truncated() -> bytes:
         (torch.full((3, 8, 8), torch.nan), "must lie in 0 … 1"),
     ],
 )
-def test_what_is_no_picture_is_refused(image: Any, message: str) -> None:
+def test_what_is_no_image_is_refused(image: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_images(image)
 

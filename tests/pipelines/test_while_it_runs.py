@@ -171,6 +171,12 @@ def test_what_is_stopped_stops_at_once(
     assert len(calls) == 2 + 6
     assert result.seeds == [3, 4]
     assert torch.equal(result.images[1:], kept[-1])
+    kept.clear()
+    four = {**call, "num_images_per_prompt": 1, "callback_on_step_end": stop}
+    result = pipeline(
+        ["a cat", "dog", "pain", "a"], **four, callback_on_step_end_tensor_inputs=names
+    )
+    assert [result.only(k).prompts[0].text for k in range(2)] == ["a cat", "dog"]
     assert len(pipeline("a cat", **call).images) == 3
 
 

@@ -41,7 +41,7 @@ def drawn(monkeypatch):
     monkeypatch.setattr(make_data, "SHARD", 4)
 
 
-def test_a_picture_depends_on_seed_and_number_only(drawn, tmp_path):
+def test_an_image_depends_on_seed_and_number_only(drawn, tmp_path):
     whole = make_data.write_shard(str(tmp_path), "", 2, 5, 0, 4)
     first = (tmp_path / "train-00000.tar").read_bytes()
     alone, row = make_data.one(THINGS, 5, 3)
@@ -63,7 +63,7 @@ def scenes():
     return [compose(THINGS, drawings, Chooser(0, i)) for i in range(250)]
 
 
-def test_what_is_held_out_is_in_no_picture(scenes):
+def test_what_is_held_out_is_in_no_image(scenes):
     placed = [one for scene in scenes for one in scene.placed]
     assert all(one.artist in one.thing.artists for one in placed)
     colours = {(one.thing.name, one.colour) for one in placed if one.colour}
