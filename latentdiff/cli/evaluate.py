@@ -49,7 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--likelihood", action="store_true", help="measure the likelihood of real images instead")
     add(
         "--images",
-        "--images",
+        "--pictures",
         type=int,
         default=64,
         metavar="N",
@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--levels", type=int, default=32, metavar="N", help="per image; default: %(default)s")
     add(
         "--ode-images",
-        "--ode-images",
+        "--ode-pictures",
         type=int,
         default=8,
         metavar="N",

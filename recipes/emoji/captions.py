@@ -23,7 +23,7 @@ _PLURALS = {
 _FRAMES = (
     "{x}",
     "{x}",
-    "an image of {x}",
+    "a picture of {x}",
     "an emoji of {x}",
     "an icon of {x}",
     "a drawing of {x}",

@@ -37,7 +37,7 @@ def _drawings() -> Drawings:
     return Drawings()
 
 
-def one(things: list[Thing], seed: int, index: int) -> tuple[Image.Image, dict[str, Any]]:
+def scene_image(things: list[Thing], seed: int, index: int) -> tuple[Image.Image, dict[str, Any]]:
     """Image `index` of the set, and its row of metadata."""
     choose, drawings = Chooser(seed, index), _drawings()
     scene = compose(things, drawings, choose)
@@ -64,7 +64,7 @@ def write_shard(
     partial = path.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in range(start, stop):
-            image, row = one(things, seed, index)
+            image, row = scene_image(things, seed, index)
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             _add(tar, f"{index:08d}.png", buffer.getvalue())

@@ -137,8 +137,8 @@ def in_one_piece(thing: Thing, drawings: Drawings) -> bool:
     """Whether all artists draw the thing as one object."""
     from latentdiff.evaluation.objects import objects
 
-    inputs = (draw(alone(thing, a), drawings, Chooser(0, 0)) for a in thing.svg)
-    return all(len(objects(one)) == 1 for one in inputs)
+    drawn = (draw(alone(thing, a), drawings, Chooser(0, 0)) for a in thing.svg)
+    return all(len(objects(one)) == 1 for one in drawn)
 
 
 def write_reference(folder: Path, things: list[Thing], drawings: Drawings) -> None:

@@ -265,19 +265,19 @@ def _drawing(one: Placed, drawings: Drawings) -> Image.Image:
 
 def draw(scene: Scene, drawings: Drawings, choose: Chooser) -> Image.Image:
     """The image of a scene, RGB, SIDE × SIDE pixels."""
-    one = Image.new("RGB", (SIDE, SIDE), _shade(scene.ground[0], choose))
+    canvas = Image.new("RGB", (SIDE, SIDE), _shade(scene.ground[0], choose))
     if len(scene.ground) == 2:
-        one.paste(_shade(scene.ground[1], choose), (SIDE // 2, 0, SIDE, SIDE))
-    for one in scene.placed:
-        left, top, width, height = one.box
-        image = _drawing(one, drawings)
+        canvas.paste(_shade(scene.ground[1], choose), (SIDE // 2, 0, SIDE, SIDE))
+    for canvas in scene.placed:
+        left, top, width, height = canvas.box
+        image = _drawing(canvas, drawings)
         scale = min(width / image.width, height / image.height)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
-        if one.mirrored:
+        if canvas.mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        one.paste(image, (left + (width - size[0]) // 2, top + (height - size[1]) // 2), image)
-    return one
+        canvas.paste(image, (left + (width - size[0]) // 2, top + (height - size[1]) // 2), image)
+    return canvas
 
 
 def _shade(ground: str, choose: Chooser) -> tuple[int, int, int]:

@@ -101,3 +101,10 @@ def test_the_command_measures_the_embedded_model(tmp_path: Path) -> None:
     assert figures["images"] == 4 and figures["reference"] == "twemoji"
     assert (tmp_path / "likelihood.png").is_file()
     assert set(figures["loss by timestep"]) == {"timestep", "loss", "bits"}
+
+
+def test_the_earlier_names_of_two_options_are_read() -> None:
+    from latentdiff.cli.evaluate import parse
+
+    args = parse(["--likelihood", "--pictures", "3", "--ode-pictures", "1"])
+    assert (args.images, args.ode_images) == (3, 1)

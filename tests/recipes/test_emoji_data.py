@@ -44,7 +44,7 @@ def drawn(monkeypatch):
 def test_an_image_depends_on_seed_and_number_only(drawn, tmp_path):
     whole = make_data.write_shard(str(tmp_path), "", 2, 5, 0, 4)
     first = (tmp_path / "train-00000.tar").read_bytes()
-    alone, row = make_data.one(THINGS, 5, 3)
+    alone, row = make_data.scene_image(THINGS, 5, 3)
     again = make_data.write_shard(str(tmp_path), "", 2, 5, 0, 4)
     assert whole == again and (tmp_path / "train-00000.tar").read_bytes() == first
     assert json.loads(whole[3]) == json.loads(
@@ -53,7 +53,7 @@ def test_an_image_depends_on_seed_and_number_only(drawn, tmp_path):
     with tarfile.open(tmp_path / "train-00000.tar") as tar:
         names = [f"{i:08d}.{ending}" for i in range(4) for ending in ("png", "json")]
         assert tar.getnames() == names
-    other, _ = make_data.one(THINGS, 6, 3)
+    other, _ = make_data.scene_image(THINGS, 6, 3)
     assert np.any(np.asarray(alone) != np.asarray(other))
 
 
