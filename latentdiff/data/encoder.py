@@ -65,6 +65,18 @@ def sizes_of(config: DataConfig) -> tuple[Size, ...]:
     return (*usual, *(size for size in smaller if size not in usual))
 
 
+def usual_sizes(config: DataConfig) -> int | None:
+    """How many of `sizes_of`, the first ones, are for all images; None: all of them."""
+    if not config.no_upscale:
+        return None
+    return len(sizes_of(dataclasses.replace(config, no_upscale=False)))
+
+
+def covers(size: Size, width: int, height: int) -> bool:
+    """Whether an image can be brought to a (height, width) without being enlarged."""
+    return size[0] <= height and size[1] <= width
+
+
 def nearest(sizes: Sequence[Size], width: int, height: int, usual: int | None = None) -> int:
     """Which of some (height, width) an image goes to: the nearest aspect ratio, on a log scale.
 
@@ -78,9 +90,9 @@ def nearest(sizes: Sequence[Size], width: int, height: int, usual: int | None = 
         return abs(math.log(sizes[i][1] / sizes[i][0]) - wanted)
 
     found = min(range(len(sizes))[:usual], key=distance)
-    covered = [i for i, (h, w) in enumerate(sizes) if h <= height and w <= width]
-    if usual is None or found in covered:
+    if usual is None or covers(sizes[found], width, height):
         return found
+    covered = [i for i, size in enumerate(sizes) if covers(size, width, height)]
     if covered:
         return max(covered, key=lambda i: (sizes[i][0] * sizes[i][1], -distance(i)))
     return min(range(len(sizes)), key=lambda i: (sizes[i][0] * sizes[i][1], distance(i)))
@@ -115,8 +127,7 @@ class Encoder:
         self, autoencoder: Any, config: DataConfig, device: str | torch.device = "cpu"
     ) -> None:
         self.config, self.sizes, self.masked = config, sizes_of(config), config.loss_mask != "none"
-        usual = dataclasses.replace(config, no_upscale=False)
-        self._usual = len(sizes_of(usual)) if config.no_upscale else None
+        self._usual = usual_sizes(config)
         if hasattr(autoencoder, "check_image_size"):
             for size in self.sizes:
                 autoencoder.check_image_size(size)

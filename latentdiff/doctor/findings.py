@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from latentdiff.data.encoder import nearest, sizes_of, usual_sizes
 from latentdiff.data.source import DataConfig, Skipped, Source, problems_of
 from latentdiff.doctor.likeness import similar_to
 from latentdiff.doctor.records import (
@@ -54,7 +55,7 @@ KINDS = {
     "long-caption": Kind("cut", "Captions over the text encoder's limit"),
     "narrow": Kind("cut", "Very wide or very tall images"),
     "animated": Kind("cut", "Animations and files of several pages"),
-    "small": Kind("note", "Images smaller than the training square"),
+    "small": Kind("note", "Images that training enlarges"),
     "mode": Kind("note", "Images that are not 8-bit RGB"),
     "transparent": Kind("note", "Transparent images"),
     "rotated": Kind("note", "Images stored sideways"),
@@ -149,7 +150,7 @@ class Findings:
     def _rules(self) -> dict[str, tuple[Array, Callable[[int], str]]]:
         """kind → bool (N,), index → reason."""
         r, t, ok = self.records, self.records.table, self.records.readable
-        least, square = self.order.tiny, self.order.data.image_size
+        least = self.order.tiny
         long, short = np.maximum(t["width"], t["height"]), np.minimum(t["width"], t["height"])
         tiny = ok & (short < least)
 
@@ -162,8 +163,6 @@ class Findings:
         def among(found: dict[int, int]) -> Array:
             return np.isin(np.arange(len(t)), list(found))
 
-        enlarged = f"enlarged to {square} (not with data.no_upscale)"
-        becomes = "in a smaller bucket" if self.order.data.no_upscale else enlarged
         return {
             "unreadable": (~ok, lambda i: r.reasons[i]),
             "duplicate": (
@@ -180,14 +179,29 @@ class Findings:
             ),
             "animated": (r.flagged(ANIMATED), lambda i: "only the first frame is used"),
             "small": (
-                ok & (short < square) & ~tiny,
-                lambda i: f"{size(i)}, {becomes}",
+                ok & self._enlarged(t["width"], t["height"]) & ~tiny,
+                lambda i: f"{size(i)}, enlarged",
             ),
             "mode": (ok & (t["mode"] != 0), lambda i: f"mode {r.word('mode', i)}, turned to RGB"),
             "transparent": (r.flagged(TRANSPARENT), lambda i: "laid over the background"),
             "rotated": (r.flagged(ROTATED), lambda i: "turned upright"),
             "ending": (r.flagged(WRONG_ENDING), lambda i: f"holds {r.word('format', i)}"),
         }
+
+    def _enlarged(self, widths: Array, heights: Array) -> Array:
+        """Which images training would enlarge, (N,) bool."""
+        data = self.order.data
+        sizes, usual = sizes_of(data), usual_sizes(data)
+        pairs, places = np.unique(np.stack([widths, heights], 1), axis=0, return_inverse=True)
+        found = []
+        for width, height in pairs.tolist():
+            if not width * height:  # of what cannot be read
+                found.append(False)
+                continue
+            size = sizes[nearest(sizes, width, height, usual)]
+            scales = size[1] / width, size[0] / height
+            found.append((min if data.crop == "pad" else max)(scales) > 1)
+        return np.array(found, dtype=bool)[places.reshape(-1)]
 
     def _say_long(self, index: int) -> str:
         row = self.records.table[index]

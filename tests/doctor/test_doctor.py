@@ -369,3 +369,29 @@ def test_the_command_line(tmp_path: Path) -> None:
 def test_the_kinds_are_what_was_asked_for() -> None:
     wanted = {"truncated", "wrong_magic", "zip_bomb", "huge", "empty", "cmyk", "palette"}
     assert wanted | {"animated", "no_caption"} <= set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("options", "enlarged"),
+    [
+        ((), {"40x64", "64x40", "16x16", "40x40", "48x80"}),
+        (("data.crop=pad",), {"16x16", "40x40"}),
+        (("data.buckets=true", "data.bucket_step=16"), {"16x16", "40x40", "40x64", "64x40"}),
+        (("data.buckets=true", "data.bucket_step=8", "data.no_upscale=true"), set()),
+        (("data.buckets=true", "data.bucket_step=32", "data.no_upscale=true"), {"16x16"}),
+    ],
+)
+def test_images_that_training_enlarges(
+    tmp_path: Path, options: tuple[str, ...], enlarged: set[str]
+) -> None:
+    data = tmp_path / "d"
+    data.mkdir()
+    sizes = ((40, 64), (64, 40), (16, 16), (40, 40), (64, 64), (48, 80), (100, 70))
+    for number, (width, height) in enumerate(sizes):
+        sample_image(number, (width, height)).save(data / f"{width}x{height}.png")
+        (data / f"{width}x{height}.txt").write_text("a cat")
+    words = ["data.image_size=64", *options, "--similar", "-1", "--tiny", "0"]
+    assert main([str(data), "--output", str(tmp_path / "o"), *words]) == 0
+    found = kinds_by_name(tmp_path / "o")
+    names = {name.removesuffix(".png") for name, kinds in found.items() if "small" in kinds}
+    assert names == enlarged
