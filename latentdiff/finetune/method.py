@@ -90,10 +90,10 @@ class Method:
         everything = sum(p.numel() for p in self.module.parameters())
         fixed, each = 4 * everything, 16  # 4 bytes each: gradient, two moments, average
         part, whole = ((fixed + each * n) / 2**20 for n in (trained, everything))
+        instead = f" (all trained: {whole:.0f} MB)" * (trained < everything)
         return (
             f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); "
-            f"weights, gradients, moments and average take {part:.0f} MB (all trained: "
-            f"{whole:.0f} MB)."
+            f"weights, gradients, moments and average take {part:.0f} MB{instead}."
         )
 
     def facts(self) -> dict[str, str]:

@@ -95,7 +95,7 @@ class LatentRun(Run[TrainConfig]):
         )
 
     def _notes(self) -> list[str]:
-        about = [self.method.about()] if self.method.adds else []
+        about = [self.method.about()]
         cut_off = long_captions(self.latents, self.components.text_encoder)
         about.append(plan_of(self.config.loop.max_steps, self.shape.total, self.latents))
         return about + none_held_out(self.latents, self.config) + self.notes + cut_off

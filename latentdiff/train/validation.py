@@ -102,7 +102,7 @@ class Validator:
                 unet.eval()
                 self._log_loss(step)
                 self._save_grid(step, "")
-            if self._config.validation.raw:
+            if self._config.validation.raw and step:  # before the first both are the same
                 with self._accelerator.autocast():
                     self._save_grid(step, "-raw")
             unet.train(was_training)
