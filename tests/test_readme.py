@@ -12,7 +12,7 @@ from latentdiff.__main__ import COMMANDS
 from latentdiff.cli.edit import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("latentdiff", "training", "inference", "benchmarks", "examples")
+FOLDERS = ("latentdiff", "training", "inference", "benchmarks", "examples", "recipes")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILES = sorted(p for name in ("training", "inference") for p in (ROOT / name).glob("*.py"))
 #: As the docs write them, without the `python` before a file.
