@@ -28,6 +28,7 @@ from latentdiff.diffusion.noise import step_noise
 from latentdiff.diffusion.samplers import Denoiser, SamplerState, as_denoiser, run
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.models.finite import not_finite
+from latentdiff.models.unet import with_extra
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,14 @@ class Network:
     def on_context(self, context: Tensor) -> Predict:
         """(x_t, t) → prediction, given a context (B, tokens, width)."""
         dtype = next(self.unet.parameters()).dtype
+        unet = with_extra(self.unet, self.extra)
         given = {"kv": self.unet.project_context(context)} if self.project else {"context": context}
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            y = self.unet(self._input(x_t).to(dtype), t, **given)
+            y = unet(x_t.to(dtype), t, **given)
             return y.to(x_t.dtype) if self.upcast else y
 
         return predict
-
-    def _input(self, x_t: Tensor) -> Tensor:
-        if self.extra is None:
-            return x_t
-        copies = len(x_t) // len(self.extra)  # 2 in a doubled batch
-        return torch.cat([x_t, self.extra.to(x_t.dtype).repeat(copies, 1, 1, 1)], dim=1)
 
 
 @dataclass(frozen=True)

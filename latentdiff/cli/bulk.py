@@ -29,6 +29,7 @@ from latentdiff.pipelines.inputs import check_counts, check_seed
 from latentdiff.pipelines.metadata import OURS, write
 from latentdiff.pipelines.prompt_loras import Files, LoraFolder
 from latentdiff.pipelines.styles import read_styles, styled
+from latentdiff.pipelines.task import DEFAULT_STEPS
 from latentdiff.pipelines.two_pass import STRENGTH, enlarged_size
 from latentdiff.pipelines.wildcards import Wildcards
 
@@ -158,7 +159,7 @@ def check(pipeline: LatentDiffusionPipeline, images: Sequence[Wanted], file: Pat
     for line, _, options, loras in images:
         with noted(problems, line):
             get = options.get
-            steps = get("num_inference_steps", 25)
+            steps = get("num_inference_steps", DEFAULT_STEPS)
             settings(get("height"), get("width"), steps, get("sampler"), get("timestep_spacing"))
             for lora, _ in loras:
                 fits(lora)

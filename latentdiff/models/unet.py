@@ -40,10 +40,18 @@ from latentdiff.models.unet_config import (
 
 
 def with_extra(unet: Callable[..., Tensor], extra: Tensor | None) -> Callable[..., Tensor]:
-    """A U-Net that is given `extra` (B, E, H, W) in channels after those of x_t; None: nothing."""
+    """A U-Net that is given `extra` (B, E, H, W) in channels after those of x_t; None: nothing.
+
+    x_t may be several such batches, one after another, as guidance has it.
+    """
     if extra is None:
         return unet
-    return lambda x_t, *others: unet(torch.cat([x_t, extra], dim=1), *others)
+
+    def predict(x_t: Tensor, *others: Any, **named: Any) -> Tensor:
+        own = extra.to(x_t.dtype).repeat(len(x_t) // len(extra), 1, 1, 1)
+        return unet(torch.cat([x_t, own], dim=1), *others, **named)
+
+    return predict
 
 
 class UNet(nn.Module):

@@ -51,6 +51,7 @@ from latentdiff.pipelines.prompt_loras import Files, LoraFolder
 from latentdiff.pipelines.settings import image_settings
 from latentdiff.pipelines.task import (
     CALLBACK_TENSORS,
+    DEFAULT_STEPS,
     Batch,
     Callback,
     Condition,
@@ -109,7 +110,7 @@ def stream_task(
     negative_prompt: str | Sequence[str] | None = None,
     prompt_syntax: PromptSyntax = "plain",
     clip_skip: int | None = None,
-    num_inference_steps: int = 25,
+    num_inference_steps: int = DEFAULT_STEPS,
     guidance_scale: float | Sequence[float] | None = None,
     guidance_rescale: float = 0.0,
     guidance_interval: Sequence[float] | None = None,

@@ -154,9 +154,17 @@ class LatentDiffusionPipeline:
         Raises:  UserError: any argument outside what is described here, before any work.
                  NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
         """
-        given = {"height": height, "width": width, "latents": latents}
-        hires = {"hires_scale": hires_scale, "hires_strength": hires_strength}
-        return result_of(self.stream(prompt, **given, **hires, **options))  # type: ignore[arg-type]
+        return result_of(
+            self.stream(
+                prompt,
+                height=height,
+                width=width,
+                latents=latents,
+                hires_scale=hires_scale,
+                hires_strength=hires_strength,
+                **options,
+            )
+        )
 
     image_to_image = edit.image_to_image
     inpaint = edit.inpaint

@@ -36,7 +36,7 @@ from latentdiff.pipelines.inputs import (
 )
 from latentdiff.pipelines.masks import padded
 from latentdiff.pipelines.settings import recorded
-from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task
+from latentdiff.pipelines.task import DEFAULT_STEPS, Batch, PipelineOutput, SamplingOptions, Task
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -253,7 +253,8 @@ def _denoised(
     to the latents, over the images of the call, is taken for s; or `timesteps` begin where they do.
     """
     prompts, vae, schedule = prompts_of(prompt, inputs), pipeline.autoencoder, pipeline.schedule
-    steps, copies = options.get("num_inference_steps", 25), options.get("num_images_per_prompt", 1)
+    steps = options.get("num_inference_steps", DEFAULT_STEPS)
+    copies = options.get("num_images_per_prompt", 1)
     check_counts(num_inference_steps=steps, num_images_per_prompt=copies)
     canvas = padded(inputs.rgb, vae.downscale)
 

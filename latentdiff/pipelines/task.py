@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Callback = Callable[[Any, int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
+#: Sampling steps of a call that does not say how many.
+DEFAULT_STEPS = 25
 #: What a callback may ask for.
 CALLBACK_TENSORS = ("latents", "denoised")
 

@@ -9,12 +9,12 @@ Source: the syntax is that of stable-diffusion-webui-wildcards and sd-dynamic-pr
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from latentdiff.data.captions import read_lines
+from latentdiff.diffusion.noise import mix
 from latentdiff.errors import UserError, did_you_mean
 
 _FILE = re.compile(r"__((?:(?!__)\S)+)__")
@@ -52,8 +52,7 @@ class Wildcards:
             drawn += 1
             if drawn > _MOST:
                 raise UserError(f"the wildcards of {texts[0]!r:.80} draw from themselves.")
-            digest = hashlib.sha256(f"{seed} {drawn}".encode()).digest()
-            return choices[int.from_bytes(digest[:8]) % len(choices)]
+            return choices[mix(seed, drawn) % len(choices)]
 
         return [self._expanded(text, draw) for text in texts]
 

@@ -69,7 +69,10 @@ def test_an_image_is_as_load_lora_makes_it_and_others_are_as_before(
         alone.append(pipeline("a cat", **options))
         assert found.settings[k]["loras"] == alone[-1].settings[0]["loras"]
         pipeline.unload_lora()
+        # Of other batches kernels round otherwise; alone it is the same to the bit.
         assert (found.images[k] - alone[-1].images[0]).abs().max() <= 1 / 255
+        tagged = pipeline(prompts[k], lora_dir=folder, **options).images
+        assert torch.equal(tagged, alone[-1].images)
     options["seed"] = 4
     plain = pipeline("a cat", **options).images[0]
     assert (plain - found.images[1]).abs().max() > 4 / 255
