@@ -11,6 +11,7 @@ from latentdiff.errors import command
 COMMANDS = {
     "generate": ("latentdiff.cli.generate", "generate images from prompts"),
     "edit": ("latentdiff.cli.edit", "paint into images, beyond them, between them"),
+    "serve": ("latentdiff.cli.serve", "show a web page, and answer A1111's and OpenAI's clients"),
     "train": ("latentdiff.train.__main__", "train a U-Net, or fine-tune a model"),
     "evaluate": ("latentdiff.cli.evaluate", "measure a model beside captioned images"),
     "inspect": ("latentdiff.cli.inspect", "say what a model's file or an image holds"),

@@ -200,6 +200,17 @@ def save_image(image: Image, file: Path, texts: Mapping[str, str] | None = None)
         return save_image(image, png, texts)
 
 
+def encoded_image(image: Image, ending: str, texts: Mapping[str, str]) -> bytes:
+    """What the file of an image would hold.
+
+    Args:    ending: .png, .jpg …  texts: see `save_image`.
+    """
+    content, file = io.BytesIO(), Path("image").with_suffix(ending)
+    kind = {".jpg": "JPEG"}.get(ending, ending.removeprefix(".").upper())
+    image.save(content, kind, **(_beside_pixels(texts, file) if texts else {}))
+    return content.getvalue()
+
+
 def _beside_pixels(texts: Mapping[str, str], file: Path) -> dict[str, Any]:
     """Options of Pillow's `save` that put texts into a file."""
     from PIL import Image, PngImagePlugin

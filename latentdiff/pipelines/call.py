@@ -127,6 +127,7 @@ def stream_task(
     progress: bool = True,
     callback_on_step_end: Callback | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Progress | PipelineOutput]:
     """Do a task for each prompt: a `Progress` after each step, then the result.
 
@@ -175,7 +176,8 @@ def stream_task(
         for own in passes(conditions, [one.files for one in wanted], batch_size)
     ]
     guidance = {"rescale": guidance_rescale, "interval": interval}
-    call = _Call(pipeline, task, wanted, conditions, x_T, plan, guidance, output_type, on_step)
+    hooks = on_step, on_progress
+    call = _Call(pipeline, task, wanted, conditions, x_T, plan, guidance, output_type, *hooks)
     with tqdm(unit="step", leave=False, disable=not progress) as bar:
         done = yield from call.run(batches, bar)
     shared = {
@@ -332,6 +334,7 @@ class _Call:
     guidance: Mapping[str, Any]
     output_type: OutputType
     on_step: Callable[[SamplerState], None]
+    on_progress: Callable[[Progress], None] | None
 
     def run(
         self, batches: list[Batch], bar: Any
@@ -356,7 +359,10 @@ class _Call:
                         bar.update()
                         self.on_step(state)
                         tensors = state.x_t, state.x_0, self.pipeline.preview
-                        yield Progress(done, bar.total, state.t, batch.indices, *tensors)
+                        at = Progress(done, bar.total, state.t, batch.indices, *tensors)
+                        if self.on_progress is not None:
+                            self.on_progress(at)
+                        yield at
                         if self.pipeline._interrupt:
                             x = state.x_0
                             break

@@ -34,6 +34,12 @@ class LoraFolder:
             for name in {path, file.stem}:
                 self._files.setdefault(name, []).append(file)
 
+    @property
+    def names(self) -> list[str]:
+        """Of all files, as prompts may write them: the path, without the ending."""
+        paths = dict.fromkeys(file for files in self._files.values() for file in files)
+        return [path.relative_to(self.folder).with_suffix("").as_posix() for path in paths]
+
     def split(self, prompt: str) -> tuple[str, Files]:
         """A prompt without its tags, and what they ask for.
 

@@ -83,6 +83,9 @@ class SamplingOptions(TypedDict, total=False):
     name, and set `pipeline._interrupt` to end here."""
     callback_on_step_end_tensor_inputs: Sequence[str]
     """latents, the state (B, C, h, w) after the step; denoised, its estimate of the clean ones."""
+    on_progress: Callable[[Progress], None] | None
+    """Called with a `Progress` after each step, as `stream` yields them; it may set
+    `pipeline._interrupt` to end here."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,228 @@
+"""The page's own protocol: names and values are those of `LatentDiffusionPipeline`.
+
+    POST /api/TASK      → lines of JSON: progress …, then the result or an error
+    POST /api/settings  an image file → how it was made
+    GET  /api/info      what may be asked for
+
+A request is its job: it ends with its connection, and nothing is kept between two of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from latentdiff import __version__
+from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS, split_name
+from latentdiff.errors import UserError
+from latentdiff.images import encoded_image
+from latentdiff.models.prompts import PromptSyntax
+from latentdiff.pipelines.generate import LatentDiffusionPipeline
+from latentdiff.pipelines.metadata import parameters, read
+from latentdiff.serve.engine import TEXT_TO_IMAGE, Cancelled, Job, Progress
+from latentdiff.serve.requests import (
+    Server,
+    client_of,
+    given_image,
+    given_mask,
+    orders,
+    png,
+    public,
+    server_of,
+)
+
+router = APIRouter(prefix="/api", tags=["latentdiff"])
+#: What may be asked for.
+TASKS = (
+    TEXT_TO_IMAGE,
+    *("image_to_image", "inpaint", "outpaint", "variations", "colorize", "restore", "upscale"),
+)
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Pixels = Annotated[int, Field(ge=0, le=4096)]
+
+
+class Asked(BaseModel):
+    """A request; what is left out is the pipeline's default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    prompt_syntax: PromptSyntax = "a1111"
+    model: str | None = None
+    vae: str | None = None
+    seed: int | str | None = None
+    """A text keeps all its digits in browsers, whose numbers end at 2^53."""
+    num_images: Annotated[int, Field(ge=1, le=64)] = 1
+    guidance_scale: Annotated[float | None, Field(ge=0, le=100)] = None
+    previews: bool = False
+
+    height: Annotated[int | None, Field(ge=1, le=4096)] = None
+    width: Annotated[int | None, Field(ge=1, le=4096)] = None
+    num_inference_steps: Annotated[int | None, Field(ge=1)] = None
+    guidance_rescale: _Share | None = None
+    sampler: str | None = None
+    timestep_spacing: str | None = None
+    clip_skip: Annotated[int | None, Field(ge=0)] = None
+    hires_scale: Annotated[float | None, Field(gt=1, le=8)] = None
+    hires_strength: _Share | None = None
+
+    image: str | None = None
+    mask_image: str | None = None
+    strength: _Share | None = None
+    mask_blur: Annotated[int | None, Field(ge=0, le=256)] = None
+    padding_mask_crop: _Pixels | None = None
+    left: _Pixels | None = None
+    right: _Pixels | None = None
+    top: _Pixels | None = None
+    bottom: _Pixels | None = None
+    scale: Annotated[float | None, Field(gt=1, le=8)] = None
+    kind: str | None = None
+    noise: Annotated[float | None, Field(ge=0, le=1)] = None
+    blur: Annotated[float | None, Field(ge=0, le=16)] = None
+    quality: Annotated[int | None, Field(ge=1, le=100)] = None
+
+
+#: Fields that are not arguments of the pipeline, or not of all images of a batch.
+_APART = ("prompt", "negative_prompt", "model", "vae", "seed", "num_images", "guidance_scale")
+
+
+@router.get("/info")
+def info(request: Request) -> dict[str, Any]:
+    """What may be asked for."""
+    server = server_of(request)
+    return {
+        "version": __version__,
+        "tasks": {task: sorted(_taken(task)) for task in TASKS},
+        "models": server.models.names,
+        "vaes": server.models.vaes,
+        "loras": server.models.loras,
+        "samplers": list(SAMPLERS),
+        "spacings": list(SPACINGS),
+        "max_pixels": server.settings.max_pixels,
+        "max_steps": server.settings.max_steps,
+        "max_images": server.engine.max_waiting,
+    }
+
+
+@router.post("/settings")
+async def settings(request: Request) -> dict[str, Any]:
+    """How the image that is the body was made, as far as its file says."""
+    body = await request.body()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "image")
+        file.write_bytes(body)
+        record = await asyncio.to_thread(read, file)
+    own = {name: value for name, value in record.settings.items() if name != "images"}
+    return {"program": record.program, "settings": own, "why_not": record.why_not}
+
+
+@router.post("/{task}")
+async def make(task: str, asked: Asked, request: Request) -> StreamingResponse:
+    """Make images: a line of JSON after each step, then one with all of them."""
+    server = server_of(request)
+    job = await asyncio.to_thread(_submitted, server, task, asked, client_of(request))
+    return StreamingResponse(_lines(job), media_type="application/x-ndjson")
+
+
+def _taken(task: str) -> set[str]:
+    """The fields that a task takes."""
+    call = LatentDiffusionPipeline.__call__ if task == TEXT_TO_IMAGE else None
+    own = inspect.signature(call or getattr(LatentDiffusionPipeline, task)).parameters
+    shared = {"num_inference_steps", "guidance_rescale", "sampler", "timestep_spacing"}
+    shared |= {"clip_skip", "prompt_syntax", "previews", *_APART}
+    return shared | (set(own) & set(Asked.model_fields))
+
+
+def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:
+    """The job of a request. Raises: UserError: naming the field."""
+    if task not in TASKS:
+        raise UserError(f"task must be one of {', '.join(TASKS)}; got {task!r:.40}.")
+    given = {name: value for name, value in asked if name in asked.model_fields_set}
+    given = {name: value for name, value in given.items() if value is not None}
+    if unused := sorted(set(given) - _taken(task)):
+        raise UserError(f"{', '.join(unused)}: {task} does not take it.")
+    most = server.settings.max_pixels
+    if "image" in given:
+        given["image"] = given_image(given["image"], "image", most)
+    elif task != TEXT_TO_IMAGE:
+        raise UserError(f"image is missing; {task} begins from one.")
+    if "mask_image" in given:
+        given["mask_image"] = given_mask(given["mask_image"], given["image"], most)
+    if "sampler" in given:
+        split_name(given["sampler"])
+    arguments = {"prompt_syntax": asked.prompt_syntax, **given}
+    arguments = {n: v for n, v in arguments.items() if n not in (*_APART, "previews")}
+    try:
+        seed = None if asked.seed in (None, "") else int(asked.seed)
+    except ValueError:
+        raise UserError(f"seed must be a whole number; got {asked.seed!r:.40}.") from None
+    wanted = orders(
+        server,
+        task,
+        arguments,
+        prompt=asked.prompt,
+        negative_prompt=asked.negative_prompt,
+        seed=seed,
+        count=asked.num_images,
+        guidance_scale=asked.guidance_scale,
+        model=asked.model,
+        vae=asked.vae,
+    )
+    return server.engine.submit(client, wanted, previews=asked.previews)
+
+
+async def _lines(job: Job) -> AsyncIterator[bytes]:
+    """What is sent of a job; it is dropped when the connection ends."""
+    try:
+        async with aclosing(job.events()) as events:
+            async for progress in events:
+                yield _line({"event": "progress", **_shown(progress)})
+        yield _line({"event": "result", **await asyncio.to_thread(_result, job)})
+    except UserError as error:
+        yield _line({"event": "error", "message": str(error)})
+    except Cancelled:
+        return
+    except Exception as error:
+        yield _line({"event": "error", "message": f"the server failed: {type(error).__name__}"})
+    finally:
+        job.cancel()
+
+
+def _line(event: dict[str, Any]) -> bytes:
+    return json.dumps(event).encode() + b"\n"
+
+
+def _shown(progress: Progress) -> dict[str, Any]:
+    shown = dict(vars(progress))
+    previews = [encoded_image(one, ".png", {}) for one in progress.previews]
+    return {**shown, "previews": [_data_url(one) for one in previews]}
+
+
+def _result(job: Job) -> dict[str, Any]:
+    made = [
+        {
+            "image": _data_url(png(one)),
+            "seed": str(one.settings["seed"]),
+            "settings": public(one.settings),
+            "parameters": parameters(one.settings),
+            "flagged": one.flagged,
+        }
+        for one in job.made
+    ]
+    return {"images": made, "notes": job.notes}
+
+
+def _data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()

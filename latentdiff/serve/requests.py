@@ -1,0 +1,152 @@
+"""What all protocols share: from what a request says to a job, and from images to bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+from fastapi import Request
+
+from latentdiff.errors import UserError
+from latentdiff.images import encoded_image
+from latentdiff.pipelines.hashes import model_name
+from latentdiff.pipelines.image_inputs import decoded_images, read_masks
+from latentdiff.pipelines.inputs import check_seed, seeds_of
+from latentdiff.pipelines.metadata import texts
+from latentdiff.serve.engine import Cancelled, Engine, Job, Made, Order
+from latentdiff.serve.models import Models
+from latentdiff.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass
+class Server:
+    """What the routes of an application work with; `request.app.state.server`."""
+
+    settings: Settings
+    models: Models
+    engine: Engine
+
+
+def server_of(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+def client_of(request: Request) -> str:
+    """Whose turn it is: the one with this address, and these credentials if there are any."""
+    key = request.headers.get("authorization", "")
+    host = request.client.host if request.client else ""
+    return f"{host} {hashlib.sha256(key.encode()).hexdigest()[:8] if key else ''}"
+
+
+def orders(
+    server: Server,
+    task: str,
+    arguments: Mapping[str, Any],
+    *,
+    prompt: str = "",
+    negative_prompt: str = "",
+    seed: int | None = None,
+    count: int = 1,
+    guidance_scale: float | None = None,
+    model: str | None = None,
+    vae: str | None = None,
+) -> list[Order]:
+    """The images of a request: the k-th has seed + k.
+
+    Args:    task: see `Order`.  arguments: the pipeline's others.  seed: None: drawn.
+    Raises:  UserError: no such model or autoencoder, or a seed that there is not.
+    """
+    server.models.check(model, vae)
+    if seed is not None:
+        check_seed(seed, count)
+    return [
+        Order(prompt, one, task, negative_prompt, guidance_scale, arguments, model, vae)
+        for one in seeds_of(seed, count)
+    ]
+
+
+async def finished(request: Request, job: Job) -> list[Made]:
+    """The images of a job, which is dropped if the client goes away.
+
+    Raises: what it failed of; Cancelled.
+    """
+    waiting = asyncio.ensure_future(job.result())
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise Cancelled
+        return waiting.result()
+    finally:
+        gone.cancel()
+        if not waiting.done():
+            job.cancel()
+            waiting.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Wait until the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def given_image(data: bytes | str, name: str, most: int) -> Image:
+    """An image out of a request.
+
+    Args:    data: a file's bytes, or these in base64, as a data URL or plain.
+             name: how messages call it.  most: pixels.
+    Raises:  UserError: none of these, unreadable, animated, or too large.
+    """
+    content = from_base64(data, name) if isinstance(data, str) else data
+    try:
+        with PIL.Image.open(BytesIO(content)) as image:
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise UserError(f"{name} cannot be read as an image.") from error
+    if width * height > most:
+        raise UserError(f"{name} may have {most:,} pixels; it has {width} x {height}.")
+    return decoded_images(content, name, lambda one: one.copy())[0]
+
+
+def given_mask(data: bytes | str, image: Image, most: int) -> Image:
+    """A mask for that image, as `given_image`. Raises: UserError: see `read_masks`."""
+    mask = given_image(data, "mask_image", most)
+    read_masks(mask, (image.height, image.width), 1)
+    return mask
+
+
+def from_base64(text: str, name: str) -> bytes:
+    head, sign, body = text.partition(",")
+    try:
+        return base64.b64decode(body if sign and head.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(f"{name} must be an image file in base64, or a data URL of it.") from error
+
+
+def png(one: Made) -> bytes:
+    """The file of an image, with how it was made."""
+    return encoded_image(one.image, ".png", texts(public(one.settings)))
+
+
+def public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an image without where the server has its files."""
+    model = {**settings["model"]}
+    model["source"] = model.get("name")
+    if model.get("vae"):
+        model["vae"] = model_name(model["vae"])
+    files = {
+        name: [{key: v for key, v in one.items() if key != "file"} for one in settings[name]]
+        for name in ("loras", "embeddings")
+    }
+    return {**settings, "model": model, **files}
