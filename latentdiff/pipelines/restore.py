@@ -250,7 +250,7 @@ def _denoised(
 
     An image with noise has latents of about x_0 + s ε. At the timestep where σ_t/α_t = s, α_t times
     them is what q(x_t | x_0) draws, and sampling goes on from there. What as much noise again does
-    to the latents, over the images of the call, is taken for s; or `timesteps` begin where they do.
+    to an image's latents is taken for its s; or `timesteps` begin where they do.
     """
     prompts, vae, schedule = prompts_of(prompt, inputs), pipeline.autoencoder, pipeline.schedule
     steps = options.get("num_inference_steps", DEFAULT_STEPS)
@@ -261,16 +261,21 @@ def _denoised(
     def encode(images: Tensor) -> Tensor:
         return torch.cat([vae.encode(one[None].to(pipeline.device)).cpu() for one in images])
 
-    latents, grid = encode(canvas), options.get("timesteps")
-    if grid is None:
-        again = noise * batch_noise(range(len(canvas)), canvas.shape[1:])
-        level = float((encode(canvas + again) - latents).std())
+    def grid_of(level: float) -> list[float]:
         most = float(schedule.noise_ratio(schedule.last_timestep))
         t = max(1.0, schedule.timestep_at(min(level, most)))
         count = max(1, math.ceil(steps * t / schedule.num_train_timesteps))
-        grid = [t * (1 - k / count) for k in range(count)]
-    first = custom_grid(schedule, grid)[0]
-    own = [k % len(canvas) for k in range(len(prompts)) for _ in range(copies)]
+        return [t * (1 - k / count) for k in range(count)]
+
+    latents, given = encode(canvas), options.get("timesteps")
+    if given is None:
+        again = encode(canvas + noise * batch_noise([0], canvas.shape[1:]))
+        grids = [grid_of(float(one.std())) for one in again - latents]
+    else:
+        grids = [given] * len(canvas)
+    alphas = [float(schedule.alpha(custom_grid(schedule, one)[0])) for one in grids]
+    noisy = torch.tensor(alphas)[:, None, None, None] * latents
+    own = [k % len(canvas) for k in range(len(prompts))]
 
     def finish(images: Tensor, batch: Batch) -> Tensor:
         own, (height, width) = own_images(batch, len(canvas)), inputs.size
@@ -282,13 +287,10 @@ def _denoised(
         return _tiled(pipeline, denoiser)
 
     extra = _all_masked(pipeline, canvas)
-    task = Task(size_of(canvas), wrap=wrap, extra=extra, finish=finish)
-    x = float(schedule.alpha(first)) * latents[own]
-    options = {**_unguided(prompts, options), "timesteps": grid}
-    output = run_task(pipeline, prompts, task, latents=x, **options)
-    for settings in output.settings:
-        del settings["latents"]  # which follow from the image
-    return output
+    timesteps = [grids[k] for k in own] if given is None else ()
+    task = Task(size_of(canvas), timesteps=timesteps, wrap=wrap, extra=extra, finish=finish)
+    x = noisy[own].repeat_interleave(copies, 0)
+    return run_task(pipeline, prompts, task, latents=x, **_unguided(prompts, options))
 
 
 def _tiled(pipeline: LatentDiffusionPipeline, denoiser: Denoiser) -> Denoiser:

@@ -23,7 +23,6 @@ from latentdiff.diffusion.guidance import needs_unconditional
 from latentdiff.errors import UserError
 from latentdiff.pipelines.hashes import model_hash, weights_hash
 from latentdiff.pipelines.metadata import pixels_hash
-from latentdiff.pipelines.task import DEFAULT_STEPS
 from latentdiff.weights import raw_bytes
 
 if TYPE_CHECKING:
@@ -114,9 +113,6 @@ def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]
         for k, settings in enumerate(output.settings):
             own = {n: of[k * len(of) // len(output.settings)] for n, of in inputs.items() if of}
             settings |= {"task": method.__name__, "arguments": {**given, **own}}
-            if "timesteps" not in asked and settings["timesteps"] is not None:  # the task chose
-                settings["timesteps"] = None
-                settings["num_inference_steps"] = asked.get("num_inference_steps", DEFAULT_STEPS)
             if "latents" not in asked:
                 settings.pop("latents", None)
             if isinstance(output.images, list):

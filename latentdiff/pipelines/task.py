@@ -101,7 +101,8 @@ class PipelineOutput:
     """How each prompt was read: its tokens, its chunks, words that did not fit. With wildcards,
     and where it was interrupted, that of each image."""
     steps: int = 0
-    """How many steps were run: those asked for, or `strength`'s share of them."""
+    """How many steps were run: those asked for, or `strength`'s share of them; the most of any
+    image."""
     settings: list[dict[str, Any]] = field(default_factory=list)
     """How each image was made, as `save` writes it; see `settings.image_settings`."""
     flagged: list[bool] | None = None
@@ -200,3 +201,5 @@ class Task:
     """Sampled latents (B, C, h, w) → those that are decoded."""
     finish: Callable[[Tensor, Batch], Tensor] | None = None
     """Decoded images (B, 3, H, W) in [−1, 1] → those of the result."""
+    timesteps: Sequence[Sequence[float]] = ()
+    """Those of each prompt, decreasing; none: as the call says."""
