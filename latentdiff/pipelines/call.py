@@ -183,7 +183,7 @@ def stream_task(
     guidance = {"rescale": guidance_rescale, "interval": interval}
     hooks = on_step, on_progress
     call = _Call(pipeline, task, wanted, conditions, x_T, plans, guidance, output_type, *hooks)
-    with tqdm(unit="step", leave=False, disable=not progress) as bar:
+    with tqdm(initial=task.done, unit="step", leave=False, disable=not progress) as bar:
         done = yield from call.run(batches, bar)
     shared = {
         "prompt_syntax": prompt_syntax,
@@ -351,11 +351,12 @@ class _Call:
         Returns: the passes that were made, with their images or latents.
         Raises:  UserError: no memory for one image at a time.
         """
-        found, done = list[tuple[Batch, Tensor]](), 0
+        found, done = list[tuple[Batch, Tensor]](), self.task.done
         self.pipeline._interrupt = False
         while batches and not self.pipeline._interrupt:
             batch, images = batches[0], None
-            bar.total = done + sum(self.plans[one.indices[0]].steps for one in batches)
+            later = [*batches, *(one for one, _ in found)]
+            bar.total = done + sum(map(self.steps, batches)) + sum(map(self.next_steps, later))
             try:
                 with self.pipeline.loras.also(self.wanted[batch.indices[0]].files):
                     x, states = self.start(batch)
@@ -380,6 +381,12 @@ class _Call:
                 found.append((batch, images))
                 batches = batches[1:]
         return found
+
+    def steps(self, batch: Batch) -> int:
+        return self.plans[batch.indices[0]].steps
+
+    def next_steps(self, batch: Batch) -> int:
+        return self.plans[batch.indices[0]].shortened(self.task.next_strength).steps
 
     def start(self, batch: Batch) -> tuple[Tensor, Iterable[SamplerState]]:
         """Where a pass begins, (B, C, h, w), and the states behind it."""

@@ -140,7 +140,7 @@ class Progress:
     """Where a call is after a step."""
 
     step: int
-    """1 … total, through all passes."""
+    """1 … total, through all passes, also those of `hires_scale`."""
     total: int
     timestep: float
     """The one just left."""
@@ -203,3 +203,7 @@ class Task:
     """Decoded images (B, 3, H, W) in [−1, 1] → those of the result."""
     timesteps: Sequence[Sequence[float]] = ()
     """Those of each prompt, decreasing; none: as the call says."""
+    done: int = 0
+    """Steps of a task that this one goes on from, to count through both."""
+    next_strength: float = 0.0
+    """The strength of a task that goes on from this one, for the same."""

@@ -59,10 +59,11 @@ def stream_two_passes(
     """
     vae, output_type = pipeline.autoencoder, options.get("output_type", "pil")
     large = enlarged_size(size, scale, strength, vae.downscale)
-    for event in stream_task(
-        pipeline, prompt, Task(size), latents=latents, **{**options, "output_type": "latent"}
-    ):
+    done, latent = 0, {**options, "output_type": "latent"}
+    task = Task(size, next_strength=strength)
+    for event in stream_task(pipeline, prompt, task, latents=latents, **latent):
         if isinstance(event, Progress):
+            done = event.step
             yield event
         else:
             first = event
@@ -79,7 +80,7 @@ def stream_two_passes(
         return torch.cat([vae.encode(one) for one in enlarged])
 
     arguments = {"hires_scale": scale, "hires_strength": strength}
-    task = Task(large, start=start, strength=strength)
+    task = Task(large, start=start, strength=strength, done=done)
     for event in stream_task(pipeline, prompt, task, **{**options, "seed": first.seeds}):
         if isinstance(event, PipelineOutput):
             own = {"height": size[0], "width": size[1], "arguments": arguments}
