@@ -13,10 +13,10 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +55,9 @@ from latentdiff.pipelines.task import (
     Batch,
     Callback,
     Condition,
+    Events,
     PipelineOutput,
     Progress,
-    SamplingOptions,
     Task,
 )
 from latentdiff.pipelines.wildcards import Wildcards
@@ -78,26 +78,6 @@ class Wanted(NamedTuple):
     """The prompt before wildcards were drawn."""
     files: Files = ()
     """LoRA files that its prompt asks for."""
-
-
-def run_task(
-    pipeline: LatentDiffusionPipeline,
-    prompt: str | Sequence[str],
-    task: Task,
-    *,
-    latents: Tensor | None = None,
-    **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
-    """Do a task for each prompt; arguments: `stream_task`."""
-    return result_of(stream_task(pipeline, prompt, task, latents=latents, **options))
-
-
-def result_of(events: Iterable[Progress | PipelineOutput]) -> PipelineOutput:
-    """What a stream gives last."""
-    for event in events:
-        output = event
-    assert isinstance(output, PipelineOutput)
-    return output
 
 
 @torch.no_grad()
@@ -128,7 +108,7 @@ def stream_task(
     callback_on_step_end: Callback | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     on_progress: Callable[[Progress], None] | None = None,
-) -> Iterator[Progress | PipelineOutput]:
+) -> Events:
     """Do a task for each prompt: a `Progress` after each step, then the result.
 
     Args:    latents: initial noise (B, C, h, w) instead of the seeds'.
@@ -152,6 +132,7 @@ def stream_task(
     read = {text: pipeline.read_prompt(text, prompt_syntax) for text in texts}
     clip_skip = pipeline.text_encoder.checked_skip(clip_skip)
     on_step = _hook(pipeline, callback_on_step_end, callback_on_step_end_tensor_inputs)
+    grids: Sequence[Sequence[float] | None] = task.timesteps or [timesteps]
     plans = [
         pipeline.sampling_plan(
             num_inference_steps,
@@ -160,7 +141,7 @@ def stream_task(
             spacing=timestep_spacing,
             timesteps=own,
         ).shortened(task.strength)
-        for own in task.timesteps or [timesteps]
+        for own in grids
     ]
     plans = [one for one in plans for _ in range(len(seeds) // len(plans))]
     plan = plans[0]

@@ -24,7 +24,7 @@ from latentdiff.diffusion.operators import Blur, Downsample, Grey, Jpeg, Operato
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.diffusion.samplers import custom_grid
 from latentdiff.errors import UserError, choice_error
-from latentdiff.pipelines.call import run_task
+from latentdiff.pipelines.call import stream_task
 from latentdiff.pipelines.edit import own_images, prompts_of, size_of
 from latentdiff.pipelines.image_inputs import GivenImages, ImageInput, read_images
 from latentdiff.pipelines.inputs import (
@@ -36,7 +36,7 @@ from latentdiff.pipelines.inputs import (
 )
 from latentdiff.pipelines.masks import padded
 from latentdiff.pipelines.settings import recorded
-from latentdiff.pipelines.task import DEFAULT_STEPS, Batch, PipelineOutput, SamplingOptions, Task
+from latentdiff.pipelines.task import DEFAULT_STEPS, Batch, Events, SamplingOptions, Task
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -67,7 +67,7 @@ def colorize(
     *,
     strength: float = 0.7,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Give grey images colours; the CIELAB lightness of each pixel stays.
 
     Colours are coarser than lightness to the eye, so an image larger than those of the training is
@@ -101,7 +101,7 @@ def upscale(
     *,
     strength: float = 0.5,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Enlarge images; the mean over the area of each of their pixels stays, to 1/255.
 
     Args:    image, prompt: see `colorize`.
@@ -134,7 +134,7 @@ def restore(
     quality: int = 30,
     strength: float = 0.5,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Take noise, blur or the traces of JPEG from images.
 
     Args:    image, prompt: see `colorize`.
@@ -196,7 +196,7 @@ def _measured(
     strength: float,
     finish: Callable[[Tensor, list[int]], Tensor],
     options: SamplingOptions,
-) -> PipelineOutput:
+) -> Events:
     """Sample images of which a measurement is known.
 
     Args:    images: their size and opacity.
@@ -235,7 +235,7 @@ def _measured(
         size_of(canvas), start, strength, wrap, _all_masked(pipeline, canvas), finish=finished
     )
     prompts = prompts_of(prompt, inputs)
-    return run_task(pipeline, prompts, task, **_unguided(prompts, options))
+    return stream_task(pipeline, prompts, task, **_unguided(prompts, options))
 
 
 @torch.no_grad()
@@ -245,7 +245,7 @@ def _denoised(
     inputs: GivenImages,
     noise: float,
     options: SamplingOptions,
-) -> PipelineOutput:
+) -> Events:
     """Take noise off with the sampler itself: noisy latents are an x_t.
 
     An image with noise has latents of about x_0 + s ε. At the timestep where σ_t/α_t = s, α_t times
@@ -261,7 +261,7 @@ def _denoised(
     def encode(images: Tensor) -> Tensor:
         return torch.cat([vae.encode(one[None].to(pipeline.device)).cpu() for one in images])
 
-    def grid_of(level: float) -> list[float]:
+    def grid_of(level: float) -> Sequence[float]:
         most = float(schedule.noise_ratio(schedule.last_timestep))
         t = max(1.0, schedule.timestep_at(min(level, most)))
         count = max(1, math.ceil(steps * t / schedule.num_train_timesteps))
@@ -290,7 +290,7 @@ def _denoised(
     timesteps = [grids[k] for k in own] if given is None else ()
     task = Task(size_of(canvas), timesteps=timesteps, wrap=wrap, extra=extra, finish=finish)
     x = noisy[own].repeat_interleave(copies, 0)
-    return run_task(pipeline, prompts, task, latents=x, **_unguided(prompts, options))
+    return stream_task(pipeline, prompts, task, latents=x, **_unguided(prompts, options))
 
 
 def _tiled(pipeline: LatentDiffusionPipeline, denoiser: Denoiser) -> Denoiser:

@@ -6,10 +6,11 @@ becomes of the decoded images. Text to image is the task that says nothing; `cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypedDict
 
 from torch import Tensor
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Callback = Callable[[Any, int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
+#: Methods of the pipeline that make images.
+TASKS = (
+    *("text_to_image", "image_to_image", "inpaint", "outpaint", "variations"),
+    *("colorize", "restore", "upscale", "interpolate"),
+)
 #: Sampling steps of a call that does not say how many.
 DEFAULT_STEPS = 25
 #: What a callback may ask for.
@@ -135,6 +141,9 @@ class PipelineOutput:
         return [write(*one) for one in zip(self.images, files, self.settings, strict=True)]
 
 
+Events = Iterator["Progress | PipelineOutput"]
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a call is after a step."""
@@ -157,6 +166,28 @@ class Progress:
     def preview(self) -> list[Image]:
         """How the images look so far."""
         return self.show(self.denoised)
+
+
+P = ParamSpec("P")
+
+
+def run_to_the_end(stream: Callable[P, Events]) -> Callable[P, PipelineOutput]:
+    """Decorate what makes images and tells of each step, so that it gives its result alone."""
+
+    @functools.wraps(stream)
+    def run(*args: P.args, **options: P.kwargs) -> PipelineOutput:
+        for event in stream(*args, **options):
+            output = event
+        assert isinstance(output, PipelineOutput)
+        return output
+
+    return run
+
+
+def stream_of(method: Callable[P, PipelineOutput]) -> Callable[P, Events]:
+    """What was decorated: a `Progress` after each step, then the result."""
+    stream: Callable[P, Events] = method.__wrapped__  # type: ignore[attr-defined]
+    return stream
 
 
 class Batch(NamedTuple):

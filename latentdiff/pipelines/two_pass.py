@@ -6,7 +6,7 @@ enlarged in pixels, and drawn anew from there with part of the noise; A1111 call
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from latentdiff.errors import UserError
 from latentdiff.images import to_output
 from latentdiff.pipelines.call import stream_task
 from latentdiff.pipelines.inputs import check_pixels, check_share, is_number
-from latentdiff.pipelines.task import Batch, PipelineOutput, Progress, Task
+from latentdiff.pipelines.task import Batch, Events, PipelineOutput, Progress, Task
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -50,7 +50,7 @@ def stream_two_passes(
     strength: float,
     latents: Tensor | None,
     options: dict[str, Any],
-) -> Iterator[Progress | PipelineOutput]:
+) -> Events:
     """A `Progress` after each step of both passes, then the large images.
 
     Args:    size: of the first pass.  scale: above 1.
