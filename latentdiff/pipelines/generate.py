@@ -189,7 +189,16 @@ class LatentDiffusionPipeline:
         return stream_of(getattr(type(self), task))(self, prompt=prompt, **arguments)
 
     def preview(self, latents: Tensor) -> list[Image]:
-        """Rough images of latents (B, C, h, w): `preview_decoder`'s, or as large as the latents."""
+        """Rough images of latents (B, C, h, w): `preview_decoder`'s, or as large as the latents.
+
+        Raises:  UserError: latents of another shape, or another model's.
+        """
+        channels = self.autoencoder.latent_channels
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise UserError(
+                f"latents must have the shape (images, {channels}, height, width) for this model; "
+                f"got {tuple(latents.shape)}."
+            )
         if self.preview_decoder is not None:
             return to_output(self.preview_decoder.decode(latents), "pil")
         if self._linear_decoder is None:
