@@ -41,7 +41,7 @@ from latentdiff.models.safety_checker import SafetyChecker, load_safety_checker
 from latentdiff.pipelines import edit, restore, two_pass
 from latentdiff.pipelines.call import stream_task
 from latentdiff.pipelines.hashes import model_name
-from latentdiff.pipelines.inputs import check_pixels, for_each, prompt_list
+from latentdiff.pipelines.inputs import check_pixels, for_each, prompt_list, warn_of_size
 from latentdiff.pipelines.interpolate import interpolate
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
@@ -158,6 +158,11 @@ class LatentDiffusionPipeline:
                  NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
         """
         size = self.image_size(height, width)
+        warn_of_size(
+            size,
+            self.default_size,
+            "Leave the size out and give hires_scale (--hires-scale 2), or upscale the image.",
+        )
         if hires_scale is None:
             return stream_task(self, prompt, Task(size), latents=latents, **options)
         hires = hires_scale, hires_strength
