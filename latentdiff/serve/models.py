@@ -88,7 +88,7 @@ class Models:
     def _load(self, name: str, vae: str | None) -> LatentDiffusionPipeline:
         import torch
 
-        from latentdiff.cli.generate import embedding_and_token
+        from latentdiff.formats.embedding import embedding_and_token
         from latentdiff.pipelines.generate import LatentDiffusionPipeline
         from latentdiff.pipelines.inputs import device_of
         from latentdiff.pipelines.lora import lora_and_weight
