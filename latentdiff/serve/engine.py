@@ -17,6 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError
@@ -234,10 +235,19 @@ class Engine:
                 raise Full(max(1, round(ahead * self._pace)))
             own = self._waiting.setdefault(client, deque())
             own.extend((job, k) for k in range(len(orders)))
-            ahead += len(self._running)
-            job.report(Progress(ahead=ahead, of=len(orders), seconds_left=ahead * self._pace))
+            self._report_places()
             self._changed.notify()
         return job
+
+    def _report_places(self) -> None:
+        """Tell jobs that wait how many images come before their first."""
+        turns = zip_longest(*self._waiting.values())
+        jobs = [unit[0] for turn in turns for unit in turn if unit is not None]
+        running = set(self.running)
+        for place, job in reversed(list(enumerate(jobs, len(self._running)))):
+            if job not in running and not job.made:
+                left = (place + len(job.orders)) * self._pace
+                job.report(Progress(ahead=place, of=len(job.orders), seconds_left=left))
 
     def stop(self, seconds: float = 7) -> None:
         """Refuse what comes and what waits; finish what is being made, for so long at most."""
@@ -277,6 +287,7 @@ class Engine:
                     if not self._changed.wait(self._idle or None):
                         self.models.unload()
                 self._running = units
+                self._report_places()
             self._make(units)
             with self._changed:
                 self._running = []
