@@ -12,7 +12,7 @@ LEVEL = {
     "html_report": 2, "images": 2, "plain_yaml": 2, "tensor_file": 2, "weights": 3, "config": 3,
     "diffusion": 4, "models": 4, "data": 4,
     "formats": 5, "sampling": 5, "finetune": 6, "pipelines": 7, "train": 7, "doctor": 7,
-    "evaluation": 8, "cli": 9, "__init__": 10, "__main__": 10,
+    "evaluation": 8, "serve": 8, "cli": 9, "__init__": 10, "__main__": 10,
 }  # fmt: skip
 
 

@@ -151,16 +151,11 @@ def numbers(option: str, text: str | None) -> list[float] | None:
         raise UserError(f"{option} must be numbers with commas between; got {text!r}.") from None
 
 
-def embedding_and_token(text: str) -> tuple[str, str | None]:
-    """("cat.pt", "<my-cat>") from "cat.pt=<my-cat>"; the token may be left out."""
-    file, sign, token = text.rpartition("=")
-    return (file, token) if sign and not Path(text).exists() else (text, None)
-
-
 def opened(args: argparse.Namespace, recorded: Mapping[str, Any]) -> LatentDiffusionPipeline:
     """The pipeline that the options name, else the settings of an image."""
     import torch
 
+    from latentdiff.formats.embedding import embedding_and_token
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
     from latentdiff.pipelines.inputs import device_of
     from latentdiff.pipelines.lora import lora_and_weight

@@ -104,3 +104,9 @@ def _pick(data: Any, file: Path) -> tuple[str, Tensor]:
     if inner is not data:
         key = str(data.get("name") or file.stem)
     return (file.stem if key == _NAMELESS else key), vectors
+
+
+def embedding_and_token(text: str) -> tuple[str, str | None]:
+    """("cat.pt", "<my-cat>") from "cat.pt=<my-cat>"; the token may be left out."""
+    file, sign, token = text.rpartition("=")
+    return (file, token) if sign and not Path(text).exists() else (text, None)
