@@ -13,8 +13,8 @@ from fastapi.staticfiles import StaticFiles
 
 from latentdiff import __version__
 from latentdiff.errors import UserError
-from latentdiff.serve import native
-from latentdiff.serve.engine import Engine, Full, Stopping
+from latentdiff.serve import a1111, native
+from latentdiff.serve.engine import Cancelled, Engine, Full, Stopping
 from latentdiff.serve.models import Models
 from latentdiff.serve.requests import Server, server_of
 from latentdiff.serve.settings import Settings
@@ -51,7 +51,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(UserError, _refused)
     app.add_exception_handler(Full, _full)
     app.add_exception_handler(Stopping, _stopping)
+    app.add_exception_handler(Cancelled, _gone)
     app.include_router(native.router)
+    app.include_router(a1111.router)
     app.add_api_route("/health", health)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
@@ -74,3 +76,7 @@ def _full(request: Request, error: Exception) -> JSONResponse:
 
 def _stopping(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 503)
+
+
+def _gone(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": "the client went away."}, 499)  # as nginx calls it

@@ -7,7 +7,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class Server:
     settings: Settings
     models: Models
     engine: Engine
+    options: dict[str, Any] = field(default_factory=dict)
+    """What A1111's POST /options has set."""
 
 
 def server_of(request: Request) -> Server:
@@ -65,15 +67,37 @@ def orders(
     """The images of a request: the k-th has seed + k.
 
     Args:    task: see `Order`.  arguments: the pipeline's others.  seed: None: drawn.
-    Raises:  UserError: no such model or autoencoder, or a seed that there is not.
+    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more steps or
+             pixels than the server makes.
     """
     server.models.check(model, vae)
+    _check_limits(server.settings, arguments)
     if seed is not None:
         check_seed(seed, count)
     return [
         Order(prompt, one, task, negative_prompt, guidance_scale, arguments, model, vae)
         for one in seeds_of(seed, count)
     ]
+
+
+def _check_limits(settings: Settings, arguments: Mapping[str, Any]) -> None:
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if (steps := given.get("num_inference_steps", 1)) > settings.max_steps:
+        raise UserError(f"steps may be {settings.max_steps} at most on this server; got {steps}.")
+    usual = given["image"].size if "image" in given else (512, 512)
+    width = given.get("width", usual[0]) + given.get("left", 0) + given.get("right", 0)
+    height = given.get("height", usual[1]) + given.get("top", 0) + given.get("bottom", 0)
+    scale = given.get("hires_scale", given.get("scale", 1))
+    check_size(settings, width * scale, height * scale)
+
+
+def check_size(settings: Settings, width: float, height: float) -> None:
+    """Refuse an image of more pixels than the server makes. Raises: UserError."""
+    if width * height > settings.max_pixels:
+        raise UserError(
+            f"width x height may be {settings.max_pixels:,} pixels at most on this server; got "
+            f"{width:.0f} x {height:.0f}."
+        )
 
 
 async def finished(request: Request, job: Job) -> list[Made]:
