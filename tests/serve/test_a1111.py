@@ -714,7 +714,7 @@ def test_webuiapi_looks_on_and_interrupts(port: int) -> None:
 
         try:
             now = until(shown)
-            without = api.custom_get("progress?skip_current_image=true")
+            without = api.custom_get("progress?skip_current_image=true", baseurl=True)
         finally:
             assert api.interrupt() == {}
         made = waiting.result()
