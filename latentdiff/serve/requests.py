@@ -7,7 +7,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ class Server:
     models: Models
     engine: Engine
     files: Files
+    options: dict[str, Any] = field(default_factory=dict)
+    """What A1111's POST /options has set."""
 
 
 def server_of(request: Request) -> Server:
