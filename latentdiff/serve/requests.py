@@ -22,7 +22,7 @@ from latentdiff.pipelines.image_inputs import decoded_images, read_masks
 from latentdiff.pipelines.inputs import check_seed, seeds_of
 from latentdiff.pipelines.metadata import texts
 from latentdiff.serve.engine import Cancelled, Engine, Job, Made, Order
-from latentdiff.serve.files import Files
+from latentdiff.serve.files import Links
 from latentdiff.serve.models import Models
 from latentdiff.serve.settings import Settings
 
@@ -41,7 +41,7 @@ class Server:
     settings: Settings
     models: Models
     engine: Engine
-    files: Files
+    links: Links
 
 
 def server_of(request: Request) -> Server:
