@@ -53,6 +53,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-waiting", type=int, default=usual.max_waiting, metavar="N", help="images in queue")
     add("--max-models", type=int, default=usual.max_models, metavar="N", help="models in memory")
     add("--idle-minutes", type=float, default=0, metavar="N", help="then models leave the memory")
+    add("--replicas", type=int, default=1, metavar="N", help="on Ray Serve, a GPU each")
     add("--device", help="cpu, cuda, mps; default: what there is")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=usual.dtype)
     return parser.parse_args(argv)
@@ -77,7 +78,12 @@ def settings_of(args: argparse.Namespace) -> Settings:
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; see `errors.command` for exit codes."""
-    settings = settings_of(parse(arguments))
+    args = parse(arguments)
+    settings = settings_of(args)
+    if args.replicas != 1:
+        from latentdiff.serve import replicas
+
+        return replicas.run(settings, args.replicas)
     try:
         import uvicorn  # noqa: F401
     except ImportError:

@@ -78,7 +78,9 @@ def create_app(settings: Settings) -> FastAPI:
 def health(request: Request) -> dict[str, Any]:
     """Whether it works, and how much it has to do."""
     server = server_of(request)
-    return {"status": "ok", "waiting": server.engine.waiting, "loaded": server.models.loaded}
+    engine = server.engine
+    doing = {"making": len(engine.running), "waiting": engine.waiting}
+    return {"status": "ok", **doing, "loaded": server.models.loaded}
 
 
 def docs(request: Request) -> HTMLResponse:

@@ -1,0 +1,57 @@
+"""Several replicas of the server on Ray Serve, on the GPUs and machines of one Ray cluster.
+
+Each replica is the same application with models and a queue of its own; Ray's proxy spreads
+requests. So /sdapi/v1/progress and interrupt see what their replica does.
+
+    RAY_ADDRESS=… latentdiff serve --replicas 4     joins a cluster; without, starts one here
+
+Source: https://docs.ray.io/en/latest/serve/http-guide.html
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+from latentdiff.errors import UserError
+from latentdiff.serve.settings import Settings
+
+
+def run(settings: Settings, replicas: int) -> None:
+    """Serve until interrupted.
+
+    Raises:  UserError: Ray is not installed, or a model cannot be served.
+    """
+    try:
+        import ray
+        from ray import serve
+    except ImportError:
+        raise UserError("--replicas needs: pip install latentdiff[serve,ray]") from None
+    import torch
+
+    def build() -> Any:
+        from latentdiff.serve.app import create_app
+
+        return create_app(settings)
+
+    gpus = torch.cuda.is_available()
+    # Each takes as many requests as its own queue does; Ray must not hold them back.
+    most = settings.max_waiting + settings.batch_size
+    replica = serve.deployment(
+        serve.ingress(build)(),
+        num_replicas=replicas,
+        max_ongoing_requests=most,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpus else 0},
+        graceful_shutdown_timeout_s=10,
+    )
+    ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": settings.host, "port": settings.port})
+        serve.run(replica.bind(), name="latentdiff", route_prefix="/")
+        stopped = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray has set one of its own
+        stopped.wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
