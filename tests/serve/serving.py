@@ -40,7 +40,8 @@ def client_of(model: str, host: str = "localhost", **settings: Any) -> Iterator[
 def served(model: str, **settings: Any) -> Iterator[tuple[str, FastAPI]]:
     """An application on a free port. Yields: its address, and itself."""
     app = create_app(Settings(models=(model,), **settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", proxy_headers=False))
+    config = uvicorn.Config(app, port=0, log_config=None, proxy_headers=False)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
