@@ -22,7 +22,7 @@ from latentdiff.pipelines.image_inputs import decoded_images, read_masks
 from latentdiff.pipelines.inputs import check_seed, seeds_of
 from latentdiff.pipelines.metadata import texts
 from latentdiff.serve.engine import Cancelled, Engine, Job, Made, Order
-from latentdiff.serve.files import Files
+from latentdiff.serve.files import Links
 from latentdiff.serve.models import Models
 from latentdiff.serve.settings import Settings
 
@@ -41,7 +41,7 @@ class Server:
     settings: Settings
     models: Models
     engine: Engine
-    files: Files
+    links: Links
     options: dict[str, Any] = field(default_factory=dict)
     """What A1111's POST /options has set."""
 
@@ -98,8 +98,13 @@ def check_limits(settings: Settings, arguments: Mapping[str, Any]) -> None:
     width += given.get("left", 0) + given.get("right", 0)
     height += given.get("top", 0) + given.get("bottom", 0)
     scale = given.get("scale") or given.get("hires_scale") or 1
-    if width * height * scale**2 > settings.max_pixels:
-        size = f"{width}x{height}" + f", {scale} times as wide and tall" * (scale != 1)
+    check_size(settings, width * scale, height * scale)
+
+
+def check_size(settings: Settings, width: float, height: float) -> None:
+    """Raises: UserError: an image of more pixels than a request may ask for."""
+    if width * height > settings.max_pixels:
+        size = f"{width:.0f}x{height:.0f}"
         raise UserError(f"an image may have {settings.max_pixels:,} pixels; asked for is {size}.")
 
 
