@@ -31,6 +31,7 @@ from latentdiff.serve.app import create_app
 from latentdiff.serve.settings import Settings
 from tests.random_models import make_pipeline
 
+LOCALHOST = "http://localhost"
 LOCAL = ("127.0.0.1", 50000)
 API = "/sdapi/v1"
 FAST: dict[str, Any] = {"steps": 2, "seed": 5, "prompt": "a cat", "sampler_name": "DDIM"}
@@ -76,7 +77,7 @@ def settings(folder: Path) -> Settings:
 
 @pytest.fixture(scope="module")
 def client(settings: Settings) -> Iterator[TestClient]:
-    with TestClient(create_app(settings), client=LOCAL) as client:
+    with TestClient(create_app(settings), base_url=LOCALHOST, client=LOCAL) as client:
         yield client
 
 
@@ -431,7 +432,7 @@ def test_an_autoencoder_is_named_for_one_request(client: TestClient, folder: Pat
 def test_options_are_what_later_requests_begin_from(
     settings: Settings, first: LatentDiffusionPipeline, second: LatentDiffusionPipeline
 ) -> None:
-    with TestClient(create_app(settings), client=LOCAL) as client:
+    with TestClient(create_app(settings), base_url=LOCALHOST, client=LOCAL) as client:
         # As Open WebUI does: all that GET said, with another model.
         options = client.get(f"{API}/options").json()
         options["sd_model_checkpoint"] = client.get(f"{API}/sd-models").json()[1]["title"]
@@ -455,7 +456,7 @@ def test_options_are_what_later_requests_begin_from(
 
 
 def test_options_are_set_from_here_or_with_a_key(settings: Settings) -> None:
-    with TestClient(create_app(settings), client=("192.0.2.7", 50000)) as client:
+    with TestClient(create_app(settings), base_url=LOCALHOST, client=("192.0.2.7", 50000)) as client:
         for path in ("options", "unload-checkpoint"):
             answer = client.post(f"{API}/{path}", json={"sd_model_checkpoint": "second"})
             assert answer.status_code == 403
