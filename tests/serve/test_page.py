@@ -78,6 +78,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("request", on_request)
         page.on("console", on_console)
         page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("filechooser", lambda _: None)  # from now on, not while a key is already down
         page.goto(address)
         page.locator("[role=tab][aria-selected=true]").wait_for()
         return page
