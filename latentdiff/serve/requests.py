@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
@@ -21,11 +22,16 @@ from latentdiff.pipelines.image_inputs import decoded_images, read_masks
 from latentdiff.pipelines.inputs import check_seed, seeds_of
 from latentdiff.pipelines.metadata import texts
 from latentdiff.serve.engine import Cancelled, Engine, Job, Made, Order
+from latentdiff.serve.files import Files
 from latentdiff.serve.models import Models
 from latentdiff.serve.settings import Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+#: What images may be given in; Pillow hands some others to other programs.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Server:
     settings: Settings
     models: Models
     engine: Engine
+    files: Files
 
 
 def server_of(request: Request) -> Server:
@@ -65,15 +72,33 @@ def orders(
     """The images of a request: the k-th has seed + k.
 
     Args:    task: see `Order`.  arguments: the pipeline's others.  seed: None: drawn.
-    Raises:  UserError: no such model or autoencoder, or a seed that there is not.
+    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more than a
+             request may ask for.
     """
     server.models.check(model, vae)
+    check_limits(server.settings, arguments)
     if seed is not None:
         check_seed(seed, count)
     return [
         Order(prompt, one, task, negative_prompt, guidance_scale, arguments, model, vae)
         for one in seeds_of(seed, count)
     ]
+
+
+def check_limits(settings: Settings, arguments: Mapping[str, Any]) -> None:
+    """Raises: UserError: more steps or pixels than a request may ask for."""
+    given = {name: value or 0 for name, value in arguments.items()}
+    steps = given.get("num_inference_steps", 0)
+    if steps > settings.max_steps:
+        raise UserError(f"num_inference_steps may be {settings.max_steps}; got {steps}.")
+    image = given.get("image")
+    width, height = image.size if image else (given.get("width", 0), given.get("height", 0))
+    width += given.get("left", 0) + given.get("right", 0)
+    height += given.get("top", 0) + given.get("bottom", 0)
+    scale = given.get("scale") or given.get("hires_scale") or 1
+    if width * height * scale**2 > settings.max_pixels:
+        size = f"{width}x{height}" + f", {scale} times as wide and tall" * (scale != 1)
+        raise UserError(f"an image may have {settings.max_pixels:,} pixels; asked for is {size}.")
 
 
 async def finished(request: Request, job: Job) -> list[Made]:
@@ -110,10 +135,11 @@ def given_image(data: bytes | str, name: str, most: int) -> Image:
     """
     content = from_base64(data, name) if isinstance(data, str) else data
     try:
-        with PIL.Image.open(BytesIO(content)) as image:
+        with PIL.Image.open(BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"{name} cannot be read as an image.") from error
+    except Exception as error:  # decoders fed with broken data raise nearly anything
+        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise UserError(f"{name} cannot be read as an image in {kinds}.") from error
     if width * height > most:
         raise UserError(f"{name} may have {most:,} pixels; it has {width} x {height}.")
     return decoded_images(content, name, lambda one: one.copy())[0]
@@ -143,8 +169,8 @@ def public(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of an image without where the server has its files."""
     model = {**settings["model"]}
     model["source"] = model.get("name")
-    if model.get("vae"):
-        model["vae"] = model_name(model["vae"])
+    if vae := model.get("vae"):
+        model["vae"] = Path(vae).name if Path(vae).is_absolute() else model_name(vae)
     files = {
         name: [{key: v for key, v in one.items() if key != "file"} for one in settings[name]]
         for name in ("loras", "embeddings")

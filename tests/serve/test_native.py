@@ -44,7 +44,7 @@ def client(folder: Path) -> Iterator[TestClient]:
     app = create_app(settings)
     with app.state.server.models.use(None, None):
         pass
-    with TestClient(app) as client:
+    with TestClient(app, base_url="http://localhost") as client:
         yield client
 
 
