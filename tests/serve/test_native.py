@@ -116,7 +116,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         r"seed must be a whole number from 0 to 2\^64 - 1; got",
     ),
     ("text_to_image", {"seed": "-1"}, "seed must be"),
-    ("text_to_image", {"num_inference_steps": 10}, "num_inference_steps must be at most 9"),
+    ("text_to_image", {"num_inference_steps": 10}, "num_inference_steps may be 9; got 10"),
     ("text_to_image", {"width": 33}, "width must be a multiple of 2; got 33. The nearest is 32."),
     ("text_to_image", {"width": 128, "height": 64}, "width: an image may have 4,096 pixels"),
     ("text_to_image", {"hires_scale": 4.0}, "hires_scale: an image may have 4,096 pixels"),
