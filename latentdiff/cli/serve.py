@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -59,7 +60,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """What the options say. Raises: UserError: an open server without a key."""
+    """What the options say. Raises: UserError: an open server without a key, an empty key."""
+    if args.api_key == "":
+        raise UserError("the key is empty; leave --api-key and LATENTDIFF_API_KEY out for none.")
     if args.host not in _LOOPBACK and args.api_key is None and not args.open:
         raise UserError(
             f"--host {args.host} lets others ask; give them a key with --api-key KEY, or add "
@@ -82,12 +85,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         return replicas.run(settings, args.replicas)
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("latentdiff serve needs: pip install latentdiff[serve]") from None
-    from latentdiff.serve.app import create_app
+    with listening(settings.host, settings.port) as bound:
+        from latentdiff.serve.app import create_app
+        from latentdiff.serve.server import run
 
-    app = create_app(settings)
-    with app.state.server.models.use(None, None):
-        pass  # the first request need not wait, and what cannot be loaded ends here
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning")
+        app = create_app(settings)
+        with app.state.server.models.use(None, None):
+            pass  # the first request need not wait, and what cannot be loaded ends here
+        run(app, bound, lambda: print(_greeting(settings, bound), flush=True))
+    print("stopped.", flush=True)
+    if not app.state.server.engine.ended(1):
+        os._exit(0)  # else PyTorch aborts, of which a thread is within a step
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket on which who connects waits until it is served. Raises: UserError: it is taken."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"nothing can be served on port {port} of {host or 'all addresses'} ({reason}). "
+            "Stop what is there, or name another with --port."
+        ) from None
+
+
+def _greeting(settings: Settings, bound: socket.socket) -> str:
+    """Where the server is, and how to get in."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    lines = [f"latentdiff serves on http://{host}:{bound.getsockname()[1]}{settings.root_path}"]
+    if settings.api_key is not None:
+        lines.append("Log in with any name and the key as the password.")
+    return "\n".join([*lines, "Ctrl-C stops it."])

@@ -1,4 +1,4 @@
-"""The application: who may ask, how much, what errors look like, and the protocols' routes."""
+"""The application: the protocols' routes, what errors look like, and figures about it all."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
+from jinja2 import Template
+from starlette.exceptions import HTTPException
 
 from latentdiff import __version__
 from latentdiff.errors import UserError
-from latentdiff.serve import a1111, native
+from latentdiff.serve import a1111, native, openai
 from latentdiff.serve.engine import Cancelled, Engine, Full, Stopping
+from latentdiff.serve.files import Files
+from latentdiff.serve.guard import Cors, Forwarded, Guard, errors_of, hider, origins_of, refused
+from latentdiff.serve.metrics import Counted, Figures, figures
 from latentdiff.serve.models import Models
 from latentdiff.serve.requests import Server, server_of
 from latentdiff.serve.settings import Settings
 
 PAGE = Path(__file__).parent / "page"
+_DOCS = Path(__file__).parent / "docs.html"
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -33,29 +40,38 @@ def create_app(settings: Settings) -> FastAPI:
         batch_size=settings.batch_size,
         max_waiting=settings.max_waiting,
         idle=settings.idle_minutes * 60,
+        hide=hider(settings),
     )
+    files = Files(settings.output)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         engine.stop()
+        files.close()
 
     app = FastAPI(
         title="latentdiff",
         version=__version__,
         root_path=settings.root_path,
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load scripts from the internet
+        redoc_url=None,
     )
-    app.state.server = Server(settings, models, engine)
-    app.add_exception_handler(UserError, _refused)
-    app.add_exception_handler(Full, _full)
-    app.add_exception_handler(Stopping, _stopping)
-    app.add_exception_handler(Cancelled, _gone)
-    app.include_router(native.router)
-    app.include_router(a1111.router)
-    app.add_api_route("/health", health)
+    app.state.server = Server(settings, models, engine, files)
+    app.state.figures = Figures(engine)
+    _add_errors(app)
+    for router in (native.router, a1111.router, openai.router):
+        app.include_router(router)
+    for path, route in (("/health", health), ("/metrics", figures), ("/docs", docs)):
+        app.add_api_route(path, route)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
+    # The last one added is the first that a request passes.
+    app.add_middleware(Guard, settings=settings, origins=origins_of(settings))
+    app.add_middleware(Cors, allow_origins=origins_of(settings))
+    app.add_middleware(Counted, figures=app.state.figures)
+    app.add_middleware(Forwarded, trusted_hosts=list(settings.trusted_proxies))
     return app
 
 
@@ -67,18 +83,45 @@ def health(request: Request) -> dict[str, Any]:
     return {"status": "ok", **doing, "loaded": server.models.loaded}
 
 
-def _refused(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, 422)
+def docs(request: Request) -> HTMLResponse:
+    """What may be asked, as a page that needs no network; for programs it is /openapi.json."""
+    schema = request.app.openapi()
+    return HTMLResponse(Template(_DOCS.read_text("utf-8"), autoescape=True).render(schema=schema))
 
 
-def _full(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, Full)
-    return JSONResponse({"detail": str(error)}, 429, {"Retry-After": str(error.seconds)})
+def _add_errors(app: FastAPI) -> None:
+    """Have errors answered in words, without a traceback or a path of this machine.
 
+    Of what nobody thought of the server's log has the traceback, and the client the fact.
+    """
 
-def _stopping(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, 503)
+    @app.exception_handler(UserError)
+    async def user_error(request: Request, error: UserError) -> JSONResponse:
+        text = server_of(request).engine.hide(str(error))
+        about = {name: getattr(error, name, None) for name in ("param", "code")}
+        return refused(request.scope, 422, text, **about)
 
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return refused(request.scope, 422, errors_of(error.errors()))
 
-def _gone(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": "the client went away."}, 499)  # as nginx calls it
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        return refused(request.scope, error.status_code, error.detail, dict(error.headers or {}))
+
+    @app.exception_handler(Full)
+    async def full(request: Request, error: Full) -> JSONResponse:
+        headers = {"Retry-After": str(error.seconds)}
+        return refused(request.scope, 429, str(error), headers, code="rate_limit_exceeded")
+
+    @app.exception_handler(Stopping)
+    async def stopping(request: Request, error: Stopping) -> JSONResponse:
+        return refused(request.scope, 503, str(error))
+
+    @app.exception_handler(Cancelled)
+    async def cancelled(request: Request, error: Cancelled) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> JSONResponse:
+        return refused(request.scope, 500, "the server failed; its log says of what.")

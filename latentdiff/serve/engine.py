@@ -182,14 +182,24 @@ class Engine:
     """The queue and the thread that empties it."""
 
     def __init__(
-        self, models: Models, *, batch_size: int = 8, max_waiting: int = 256, idle: float = 0
+        self,
+        models: Models,
+        *,
+        batch_size: int = 8,
+        max_waiting: int = 256,
+        idle: float = 0,
+        hide: Callable[[str], str] = str,
     ) -> None:
         self.models, self.batch_size, self.max_waiting = models, batch_size, max_waiting
         self._idle = idle
+        self.hide = hide
+        """Takes out of a text what clients must not read."""
+        self.made, self.seconds = 0, 0.0
+        """Images so far, and what they took."""
         self._waiting: dict[str, deque[_Unit]] = {}
         """By client, in the order of their turns."""
         self._running: list[_Unit] = []
-        self._pace = 1.0
+        self.pace = 1.0
         """Seconds an image, lately."""
         self._changed = threading.Condition()
         self._stopping = self._hurried = False
@@ -206,7 +216,8 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Images that wait."""
-        return sum(map(len, list(self._waiting.values())))
+        own = [unit for units in list(self._waiting.values()) for unit in list(units)]
+        return sum(not job.ended for job, _ in own)
 
     @property
     def stopping(self) -> bool:
@@ -231,7 +242,7 @@ class Engine:
             self._drop_ended()
             ahead = self.waiting
             if ahead + len(orders) > self.max_waiting:
-                raise Full(max(1, round(ahead * self._pace)))
+                raise Full(max(1, round(ahead * self.pace)))
             own = self._waiting.setdefault(client, deque())
             own.extend((job, k) for k in range(len(orders)))
             self._report_places()
@@ -245,7 +256,7 @@ class Engine:
         running = set(self.running)
         for place, job in reversed(list(enumerate(jobs, len(self._running)))):
             if job not in running and not job.made:
-                left = (place + len(job.orders)) * self._pace
+                left = (place + len(job.orders)) * self.pace
                 job.report(Progress(ahead=place, of=len(job.orders), seconds_left=left))
 
     def stop(self, seconds: float = 7) -> None:
@@ -259,6 +270,11 @@ class Engine:
         for job in refused:
             job.finish(Stopping())
         threading.Thread(target=self._hurry, args=[seconds], daemon=True).start()
+
+    def ended(self, seconds: float) -> bool:
+        """Wait so long for the work after `stop` to end. Returns: whether it has."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _hurry(self, seconds: float) -> None:
         self._thread.join(seconds)
@@ -333,13 +349,15 @@ class Engine:
                 self._draw(units, jobs)
         except Exception as error:
             if len(jobs) == 1:
-                jobs[0].finish(error)
+                known = isinstance(error, UserError)
+                jobs[0].finish(UserError(self.hide(str(error))) if known else error)
                 return
             for job in jobs:
                 self._make([unit for unit in units if unit[0] is job])
             return
         for job in jobs:
-            job.notes += sorted({str(one.message) for one in caught} - set(job.notes))
+            notes = {self.hide(str(one.message)) for one in caught}
+            job.notes += sorted(notes - set(job.notes))
 
     def _draw(self, units: list[_Unit], jobs: list[Job]) -> None:
         orders = [job.orders[k] for job, k in units]
@@ -358,26 +376,33 @@ class Engine:
                 shown = [previews[n] for n in own if n in previews] if job.wants_previews else []
                 many, made = len(job.orders), len(job.made)
                 share = (made + len(own) * at.step / at.total) / many
-                rest = (many - made - len(own)) * self._pace
+                rest = (many - made - len(own)) * self.pace
                 job.report(Progress(0, made, many, at.step, at.total, share, left + rest, shown))
 
         with self.models.use(first.model, first.vae) as pipeline:
-            usual = pipeline.default_guidance
-            scales = [usual if o.guidance_scale is None else o.guidance_scale for o in orders]
+            scales = [order.guidance_scale for order in orders]
+            if scales.count(None) < len(scales):
+                usual = pipeline.default_guidance
+                guidance = {"guidance_scale": [usual if s is None else s for s in scales]}
+            else:
+                guidance = {}  # tasks may have defaults of their own
             begun = time.monotonic()
             call = pipeline if first.task == TEXT_TO_IMAGE else getattr(pipeline, first.task)
             output = call(
                 prompt=[order.prompt for order in orders],
                 negative_prompt=[order.negative_prompt for order in orders],
                 seed=[order.seed for order in orders],
-                guidance_scale=scales,
+                num_images_per_prompt=1,
                 lora_dir=self.models.lora_dir,
                 batch_size=self.batch_size,
                 progress=False,
                 on_progress=on_progress,
+                **guidance,
                 **first.arguments,
             )
-        self._pace = (time.monotonic() - begun) / len(units)
+        self.pace = (time.monotonic() - begun) / len(units)
+        self.seconds += time.monotonic() - begun
+        self.made += len(output.images)
         made = range(len(units)) if len(output.images) == len(units) else sorted(seen)
         if len(made) == len(output.images):  # else it was interrupted while passes were halved
             flagged = output.flagged or [False] * len(made)

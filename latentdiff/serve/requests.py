@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
@@ -21,11 +22,16 @@ from latentdiff.pipelines.image_inputs import decoded_images, read_masks
 from latentdiff.pipelines.inputs import check_seed, seeds_of
 from latentdiff.pipelines.metadata import texts
 from latentdiff.serve.engine import Cancelled, Engine, Job, Made, Order
+from latentdiff.serve.files import Files
 from latentdiff.serve.models import Models
 from latentdiff.serve.settings import Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+#: What images may be given in; Pillow hands some others to other programs.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Server:
     settings: Settings
     models: Models
     engine: Engine
+    files: Files
     options: dict[str, Any] = field(default_factory=dict)
     """What A1111's POST /options has set."""
 
@@ -67,11 +74,11 @@ def orders(
     """The images of a request: the k-th has seed + k.
 
     Args:    task: see `Order`.  arguments: the pipeline's others.  seed: None: drawn.
-    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more steps or
-             pixels than the server makes.
+    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more than a
+             request may ask for.
     """
     server.models.check(model, vae)
-    _check_limits(server.settings, arguments)
+    check_limits(server.settings, arguments)
     if seed is not None:
         check_seed(seed, count)
     return [
@@ -80,24 +87,20 @@ def orders(
     ]
 
 
-def _check_limits(settings: Settings, arguments: Mapping[str, Any]) -> None:
-    given = {name: value for name, value in arguments.items() if value is not None}
-    if (steps := given.get("num_inference_steps", 1)) > settings.max_steps:
-        raise UserError(f"steps may be {settings.max_steps} at most on this server; got {steps}.")
-    usual = given["image"].size if "image" in given else (512, 512)
-    width = given.get("width", usual[0]) + given.get("left", 0) + given.get("right", 0)
-    height = given.get("height", usual[1]) + given.get("top", 0) + given.get("bottom", 0)
-    scale = given.get("hires_scale", given.get("scale", 1))
-    check_size(settings, width * scale, height * scale)
-
-
-def check_size(settings: Settings, width: float, height: float) -> None:
-    """Refuse an image of more pixels than the server makes. Raises: UserError."""
-    if width * height > settings.max_pixels:
-        raise UserError(
-            f"width x height may be {settings.max_pixels:,} pixels at most on this server; got "
-            f"{width:.0f} x {height:.0f}."
-        )
+def check_limits(settings: Settings, arguments: Mapping[str, Any]) -> None:
+    """Raises: UserError: more steps or pixels than a request may ask for."""
+    given = {name: value or 0 for name, value in arguments.items()}
+    steps = given.get("num_inference_steps", 0)
+    if steps > settings.max_steps:
+        raise UserError(f"num_inference_steps may be {settings.max_steps}; got {steps}.")
+    image = given.get("image")
+    width, height = image.size if image else (given.get("width", 0), given.get("height", 0))
+    width += given.get("left", 0) + given.get("right", 0)
+    height += given.get("top", 0) + given.get("bottom", 0)
+    scale = given.get("scale") or given.get("hires_scale") or 1
+    if width * height * scale**2 > settings.max_pixels:
+        size = f"{width}x{height}" + f", {scale} times as wide and tall" * (scale != 1)
+        raise UserError(f"an image may have {settings.max_pixels:,} pixels; asked for is {size}.")
 
 
 async def finished(request: Request, job: Job) -> list[Made]:
@@ -134,10 +137,11 @@ def given_image(data: bytes | str, name: str, most: int) -> Image:
     """
     content = from_base64(data, name) if isinstance(data, str) else data
     try:
-        with PIL.Image.open(BytesIO(content)) as image:
+        with PIL.Image.open(BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"{name} cannot be read as an image.") from error
+    except Exception as error:  # decoders fed with broken data raise nearly anything
+        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise UserError(f"{name} cannot be read as an image in {kinds}.") from error
     if width * height > most:
         raise UserError(f"{name} may have {most:,} pixels; it has {width} x {height}.")
     return decoded_images(content, name, lambda one: one.copy())[0]
@@ -167,8 +171,8 @@ def public(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of an image without where the server has its files."""
     model = {**settings["model"]}
     model["source"] = model.get("name")
-    if model.get("vae"):
-        model["vae"] = model_name(model["vae"])
+    if vae := model.get("vae"):
+        model["vae"] = Path(vae).name if Path(vae).is_absolute() else model_name(vae)
     files = {
         name: [{key: v for key, v in one.items() if key != "file"} for one in settings[name]]
         for name in ("loras", "embeddings")
