@@ -40,7 +40,7 @@ from latentdiff.serve.a1111_names import OURS, UPSCALERS, Options
 from latentdiff.serve.engine import Job
 from latentdiff.serve.requests import (
     Server,
-    check_size,
+    check_limits,
     client_of,
     finished,
     from_base64,
@@ -68,9 +68,10 @@ async def img2img(asked: ImageToImage, request: Request) -> JSONResponse:
 
 
 async def _answer(asked: Asked, request: Request) -> JSONResponse:
-    job = await asyncio.to_thread(_submitted, asked, server_of(request), client_of(request))
+    server = server_of(request)
+    job = await asyncio.to_thread(_submitted, asked, server, client_of(request))
     await finished(request, job)
-    return JSONResponse(await asyncio.to_thread(_packed, asked, job))
+    return JSONResponse(await asyncio.to_thread(_packed, asked, server, job))
 
 
 def _submitted(asked: Asked, server: Server, client: str) -> Job:
@@ -96,10 +97,12 @@ def _submitted(asked: Asked, server: Server, client: str) -> Job:
     return server.engine.submit(client, wanted)
 
 
-def _packed(asked: Asked, job: Job) -> dict[str, Any]:
+def _packed(asked: Asked, server: Server, job: Job) -> dict[str, Any]:
     """The answer: all images of a job, or of one that was interrupted those that there are."""
     flagged = [k for k, one in enumerate(job.made) if one.flagged]
     notes = [*asked.notes(), *job.notes]
+    if asked.save_images and server.settings.output is None:
+        notes.append("save_images: without effect; the server was not started with --output")
     notes += [f"images[{k}]: flagged by the safety checker" for k in flagged]
     shown = asked.known() | {"init_images": None, "mask": None}
     shown["override_settings"] = asked.override_settings.known(exclude_unset=True)
@@ -171,7 +174,7 @@ async def _enlarged(asked: Enlarging, data: str, request: Request) -> str:
         wanted = asked.upscaling_resize_w, asked.upscaling_resize_h
         scale = max(wanted[0] / image.width, wanted[1] / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    check_size(server.settings, *size)
+    check_limits(server.settings, {"width": size[0], "height": size[1]})
     if name == OURS and scale > 1:
         model, vae, _ = Options().over(server).chosen(server.models)
         task = {"image": image, "scale": scale}

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latentdiff.diffusion.samplers import SAMPLERS, split_name
-from latentdiff.errors import some
+from latentdiff.errors import some, whole_text
 from latentdiff.pipelines.metadata import SAMPLERS as LABELS
 from latentdiff.pipelines.metadata import SCHEDULES, spacing_of
 from latentdiff.serve.models import OWN_VAE, Models
@@ -61,7 +61,7 @@ class Given(BaseModel):
 
 def unknown(names: Iterable[str]) -> list[str]:
     """A warning of fields that nobody knows, if there are any."""
-    short = [name[:60] for name in names]
+    short = [whole_text(name)[:60] for name in names]
     return [f"unknown, without effect: {some(short, 50)}"] if short else []
 
 
