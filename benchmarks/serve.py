@@ -101,7 +101,7 @@ async def ask(client: httpx.AsyncClient, number: int, steps: int) -> tuple[Answe
         return None, refused
     made = last["images"][0]
     image = Image.open(BytesIO(base64.b64decode(made["image"].partition(",")[2])))
-    return Answer(np.int16(image.convert("RGB")), made["settings"]), refused
+    return Answer(np.array(image.convert("RGB"), dtype=np.int16), made["settings"]), refused
 
 
 async def load(port: int, numbers: Sequence[int], clients: int, steps: int) -> Load:

@@ -76,14 +76,17 @@ class SamplingPlan:
     spacing: str | None = None
     """How the timesteps are spaced, a name in SPACINGS; None: they were given."""
 
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
     def shortened(self, strength: float) -> SamplingPlan:
         """The last `strength` of the steps, 0 … 1; at least one, unless it is 0.
 
         Source:  SDEdit (Meng et al. 2022, arXiv:2108.01073); the number of steps is diffusers'.
         """
-        count = len(self.timesteps)
-        steps = max(int(count * strength), 1) if strength > 0 else 0
-        return replace(self, timesteps=self.timesteps[count - steps :])
+        steps = max(int(self.steps * strength), 1) if strength > 0 else 0
+        return replace(self, timesteps=self.timesteps[self.steps - steps :])
 
 
 def build_denoiser(

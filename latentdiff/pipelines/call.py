@@ -13,10 +13,10 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +55,9 @@ from latentdiff.pipelines.task import (
     Batch,
     Callback,
     Condition,
+    Events,
     PipelineOutput,
     Progress,
-    SamplingOptions,
     Task,
 )
 from latentdiff.pipelines.wildcards import Wildcards
@@ -78,26 +78,6 @@ class Wanted(NamedTuple):
     """The prompt before wildcards were drawn."""
     files: Files = ()
     """LoRA files that its prompt asks for."""
-
-
-def run_task(
-    pipeline: LatentDiffusionPipeline,
-    prompt: str | Sequence[str],
-    task: Task,
-    *,
-    latents: Tensor | None = None,
-    **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
-    """Do a task for each prompt; arguments: `stream_task`."""
-    return result_of(stream_task(pipeline, prompt, task, latents=latents, **options))
-
-
-def result_of(events: Iterable[Progress | PipelineOutput]) -> PipelineOutput:
-    """What a stream gives last."""
-    for event in events:
-        output = event
-    assert isinstance(output, PipelineOutput)
-    return output
 
 
 @torch.no_grad()
@@ -128,7 +108,7 @@ def stream_task(
     callback_on_step_end: Callback | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     on_progress: Callable[[Progress], None] | None = None,
-) -> Iterator[Progress | PipelineOutput]:
+) -> Events:
     """Do a task for each prompt: a `Progress` after each step, then the result.
 
     Args:    latents: initial noise (B, C, h, w) instead of the seeds'.
@@ -152,13 +132,19 @@ def stream_task(
     read = {text: pipeline.read_prompt(text, prompt_syntax) for text in texts}
     clip_skip = pipeline.text_encoder.checked_skip(clip_skip)
     on_step = _hook(pipeline, callback_on_step_end, callback_on_step_end_tensor_inputs)
-    plan = pipeline.sampling_plan(
-        num_inference_steps,
-        sampler=sampler,
-        options=sampler_options,
-        spacing=timestep_spacing,
-        timesteps=timesteps,
-    ).shortened(task.strength)
+    grids: Sequence[Sequence[float] | None] = task.timesteps or [timesteps]
+    plans = [
+        pipeline.sampling_plan(
+            num_inference_steps,
+            sampler=sampler,
+            options=sampler_options,
+            spacing=timestep_spacing,
+            timesteps=own,
+        ).shortened(task.strength)
+        for own in grids
+    ]
+    plans = [one for one in plans for _ in range(len(seeds) // len(plans))]
+    plan = plans[0]
     if latents is None and task.strength == 1:
         warn_of_late_start(pipeline.schedule, plan.timesteps)
     shape = pipeline.latent_shape(task.size)
@@ -173,18 +159,17 @@ def stream_task(
         conditions = task.blend(conditions)
     batches = [
         Batch(own, [k // every for k in own], [seeds[k] for k in own])
-        for own in passes(conditions, [one.files for one in wanted], batch_size)
+        for own in passes(conditions, [one.files for one in wanted], plans, batch_size)
     ]
     guidance = {"rescale": guidance_rescale, "interval": interval}
     hooks = on_step, on_progress
-    call = _Call(pipeline, task, wanted, conditions, x_T, plan, guidance, output_type, *hooks)
-    with tqdm(unit="step", leave=False, disable=not progress) as bar:
+    call = _Call(pipeline, task, wanted, conditions, x_T, plans, guidance, output_type, *hooks)
+    with tqdm(initial=task.done, unit="step", leave=False, disable=not progress) as bar:
         done = yield from call.run(batches, bar)
     shared = {
         "prompt_syntax": prompt_syntax,
         "clip_skip": clip_skip,
         "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
-        "steps_run": len(plan.timesteps),
         "sampler": plan.sampler,
         "sampler_options": dict(plan.options),
         "timestep_spacing": plan.spacing,
@@ -278,13 +263,14 @@ def _output(
     settings = image_settings(pipeline, [batch for batch, _ in done], wanted, shared)
     for k, one in zip(order, settings, strict=True):
         one["loras"] = [*one["loras"], *loras[wanted[k].files]]
+        one["steps_run"] = call.plans[k].steps
     images = torch.stack([found[k] for k in order])
     check = None if call.output_type == "latent" else pipeline.safety_checker
     return PipelineOutput(
         to_output(images, call.output_type),
         [seeds[k] for k in order],
         [prompts[k] for k in order][::every],
-        len(call.plan.timesteps),
+        max(plan.steps for plan in call.plans),
         settings,
         None if check is None else [f for one in images[:, :3].split(1) for f in check(one)],
     )
@@ -330,7 +316,7 @@ class _Call:
     wanted: Sequence[Wanted]
     conditions: Sequence[Condition]
     noise: Tensor
-    plan: SamplingPlan
+    plans: Sequence[SamplingPlan]
     guidance: Mapping[str, Any]
     output_type: OutputType
     on_step: Callable[[SamplerState], None]
@@ -346,11 +332,12 @@ class _Call:
         Returns: the passes that were made, with their images or latents.
         Raises:  UserError: no memory for one image at a time.
         """
-        found, done = list[tuple[Batch, Tensor]](), 0
+        found, done = list[tuple[Batch, Tensor]](), self.task.done
         self.pipeline._interrupt = False
         while batches and not self.pipeline._interrupt:
             batch, images = batches[0], None
-            bar.total = done + len(self.plan.timesteps) * len(batches)
+            later = [*batches, *(one for one, _ in found)]
+            bar.total = done + sum(map(self.steps, batches)) + sum(map(self.next_steps, later))
             try:
                 with self.pipeline.loras.also(self.wanted[batch.indices[0]].files):
                     x, states = self.start(batch)
@@ -376,13 +363,20 @@ class _Call:
                 batches = batches[1:]
         return found
 
+    def steps(self, batch: Batch) -> int:
+        return self.plans[batch.indices[0]].steps
+
+    def next_steps(self, batch: Batch) -> int:
+        return self.plans[batch.indices[0]].shortened(self.task.next_strength).steps
+
     def start(self, batch: Batch) -> tuple[Tensor, Iterable[SamplerState]]:
         """Where a pass begins, (B, C, h, w), and the states behind it."""
-        pipeline, task, plan, device = self.pipeline, self.task, self.plan, self.pipeline.device
+        pipeline, task, device = self.pipeline, self.task, self.pipeline.device
+        plan = self.plans[batch.indices[0]]
         x = self.noise[batch.indices].to(device, torch.float32)
         if task.start is not None and task.strength < 1:
             x_0 = task.start(batch).to(device, torch.float32)
-            if not len(plan.timesteps):
+            if not plan.steps:
                 return x_0, ()
             t = plan.timesteps[0]
             x = pipeline.schedule.alpha(t) * x_0 + pipeline.schedule.sigma(t) * x
@@ -428,13 +422,17 @@ def _free_memory() -> None:
 
 
 def passes(
-    conditions: Sequence[Condition], files: Sequence[Files], batch_size: int
+    conditions: Sequence[Condition],
+    files: Sequence[Files],
+    plans: Sequence[SamplingPlan],
+    batch_size: int,
 ) -> list[list[int]]:
-    """Which images are sampled together: at most batch_size, with contexts of the same lengths and
-    the same LoRA files."""
-    groups: dict[tuple[int, int, Files], list[int]] = {}
-    for index, (one, own) in enumerate(zip(conditions, files, strict=True)):
-        groups.setdefault((len(one.context), len(one.negative), own), []).append(index)
+    """Which images are sampled together: at most batch_size, with contexts of the same lengths,
+    the same LoRA files and the same timesteps."""
+    groups: dict[tuple[int, int, Files, tuple[float, ...]], list[int]] = {}
+    for index, (one, own, plan) in enumerate(zip(conditions, files, plans, strict=True)):
+        key = len(one.context), len(one.negative), own, tuple(plan.timesteps.tolist())
+        groups.setdefault(key, []).append(index)
     return [
         group[start : start + batch_size]
         for group in groups.values()

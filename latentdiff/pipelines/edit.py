@@ -25,7 +25,7 @@ from latentdiff.diffusion.noise import batch_noise
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.errors import UserError, warn
 from latentdiff.models.finite import check_finite
-from latentdiff.pipelines.call import run_task
+from latentdiff.pipelines.call import stream_task
 from latentdiff.pipelines.image_inputs import GivenImages, ImageInput, read_images, read_masks
 from latentdiff.pipelines.inputs import (
     check_pixels,
@@ -36,7 +36,7 @@ from latentdiff.pipelines.inputs import (
 )
 from latentdiff.pipelines.masks import composite, crop_box, in_latents, matched, padded, widened
 from latentdiff.pipelines.settings import recorded
-from latentdiff.pipelines.task import Batch, PipelineOutput, SamplingOptions, Task
+from latentdiff.pipelines.task import Batch, Events, SamplingOptions, Task, stream_of
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -52,7 +52,7 @@ def image_to_image(
     image: ImageInput,
     strength: float = 0.8,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Draw images anew from their noised selves.
 
     Args:    image: one, or one for each prompt, all of one size; see `read_images`. The network
@@ -74,7 +74,7 @@ def image_to_image(
 
     latents = _latents(pipeline, canvas)
     task = Task(size_of(canvas), start=latents, strength=strength, finish=finish)
-    return run_task(pipeline, prompts_of(prompt, inputs), task, **options)
+    return stream_task(pipeline, prompts_of(prompt, inputs), task, **options)
 
 
 @recorded
@@ -88,7 +88,7 @@ def inpaint(
     mask_blur: int = 0,
     padding_mask_crop: int | None = None,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Paint a part of images anew; every pixel of the rest stays as it is, to the bit.
 
     Args:    image: see `image_to_image`.
@@ -137,7 +137,7 @@ def outpaint(
     bottom: int = 0,
     mask_blur: int = 0,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Paint beyond the edges of images, and where they are transparent.
 
     Args:    left, right, top, bottom: how many pixels to add there.
@@ -167,10 +167,10 @@ def variations(
     prompt: str | Sequence[str] = "",
     strength: float = 0.7,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Images like the given ones: `image_to_image` without a prompt, four of each by default."""
     several: SamplingOptions = {"num_images_per_prompt": 4, **options}
-    return image_to_image(pipeline, prompt, image, strength, **several)
+    return stream_of(image_to_image)(pipeline, prompt, image, strength, **several)
 
 
 def _paint(
@@ -183,7 +183,7 @@ def _paint(
     blur: int,
     padding: int | None,
     options: SamplingOptions,
-) -> PipelineOutput:
+) -> Events:
     """Paint where the mask is above 0, and put it over the images with the mask widened.
 
     Args:    seen: the images as the network sees them, (N, 3, H, W).
@@ -225,7 +225,7 @@ def _paint(
         task = replace(task, extra=extra)
     else:
         task = replace(task, wrap=wrap, settle=settle)
-    return run_task(pipeline, prompts_of(prompt, inputs), task, **options)
+    return stream_task(pipeline, prompts_of(prompt, inputs), task, **options)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -22,7 +22,7 @@ from latentdiff.diffusion.samplers import (
 )
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.embedded import EMBEDDED_MODEL
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, choice_error
 from latentdiff.formats.embedding import read_embedding
 from latentdiff.formats.folder import Components
 from latentdiff.formats.hub import resolve_folder
@@ -39,7 +39,7 @@ from latentdiff.models.prompts import (
 )
 from latentdiff.models.safety_checker import SafetyChecker, load_safety_checker
 from latentdiff.pipelines import edit, restore, two_pass
-from latentdiff.pipelines.call import result_of, stream_task
+from latentdiff.pipelines.call import stream_task
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.inputs import check_pixels, for_each, prompt_list
 from latentdiff.pipelines.interpolate import interpolate
@@ -47,10 +47,12 @@ from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
 from latentdiff.pipelines.offload import Offload
 from latentdiff.pipelines.task import (
-    PipelineOutput,
-    Progress,
+    TASKS,
+    Events,
     SamplingOptions,
     Task,
+    run_to_the_end,
+    stream_of,
 )
 from latentdiff.sampling import Network, SamplingPlan
 from latentdiff.weights import raw_bytes
@@ -129,7 +131,8 @@ class LatentDiffusionPipeline:
         pipeline.model = {"source": source, "name": model_name(source), **options}
         return pipeline
 
-    def __call__(
+    @run_to_the_end
+    def text_to_image(
         self,
         prompt: str | Sequence[str],
         *,
@@ -139,8 +142,8 @@ class LatentDiffusionPipeline:
         hires_scale: float | None = None,
         hires_strength: float = two_pass.STRENGTH,
         **options: Unpack[SamplingOptions],
-    ) -> PipelineOutput:
-        """Generate images.
+    ) -> Events:
+        """Generate images; the pipeline's call.
 
         Args:    prompt: one text or several.
                  height, width: in pixels, multiples of the autoencoder's downscale, at most
@@ -154,18 +157,13 @@ class LatentDiffusionPipeline:
         Raises:  UserError: any argument outside what is described here, before any work.
                  NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
         """
-        return result_of(
-            self.stream(
-                prompt,
-                height=height,
-                width=width,
-                latents=latents,
-                hires_scale=hires_scale,
-                hires_strength=hires_strength,
-                **options,
-            )
-        )
+        size = self.image_size(height, width)
+        if hires_scale is None:
+            return stream_task(self, prompt, Task(size), latents=latents, **options)
+        hires = hires_scale, hires_strength
+        return two_pass.stream_two_passes(self, prompt, size, *hires, latents, {**options})
 
+    __call__ = text_to_image
     image_to_image = edit.image_to_image
     inpaint = edit.inpaint
     outpaint = edit.outpaint
@@ -176,28 +174,19 @@ class LatentDiffusionPipeline:
     restore = restore.restore
 
     def stream(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        latents: Tensor | None = None,
-        hires_scale: float | None = None,
-        hires_strength: float = two_pass.STRENGTH,
-        **options: Unpack[SamplingOptions],
-    ) -> Iterator[Progress | PipelineOutput]:
+        self, prompt: str | Sequence[str], task: str = "text_to_image", **arguments: Any
+    ) -> Events:
         """Generate images and look on: a `Progress` after each step, then the result.
 
         To stop at once, leave the loop and drop (or `close`) the generator; to have what is there,
         set `pipeline._interrupt` first.
 
-        Args, Raises: as for a call.
+        Args:    task: the method that makes the images.  arguments: its others.
+        Raises:  as that method, and UserError: an unknown task.
         """
-        size = self.image_size(height, width)
-        if hires_scale is None:
-            return stream_task(self, prompt, Task(size), latents=latents, **options)
-        hires = hires_scale, hires_strength
-        return two_pass.stream_two_passes(self, prompt, size, *hires, latents, {**options})
+        if task not in TASKS:
+            raise choice_error("task", task, TASKS)
+        return stream_of(getattr(type(self), task))(self, prompt=prompt, **arguments)
 
     def preview(self, latents: Tensor) -> list[Image]:
         """Rough images of latents (B, C, h, w): `preview_decoder`'s, or as large as the latents."""

@@ -16,9 +16,16 @@ import torch
 from latentdiff.diffusion.noise import batch_noise, slerp
 from latentdiff.errors import UserError
 from latentdiff.models.prompts import NETWORK
-from latentdiff.pipelines.call import run_task
+from latentdiff.pipelines.call import stream_task
 from latentdiff.pipelines.inputs import check_counts, for_each, prompt_list, seeds_of
-from latentdiff.pipelines.task import Condition, PipelineOutput, SamplingOptions, Task
+from latentdiff.pipelines.task import (
+    Condition,
+    Events,
+    PipelineOutput,
+    SamplingOptions,
+    Task,
+    run_to_the_end,
+)
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -31,6 +38,7 @@ _EACH: tuple[Literal["negative_prompt", "guidance_scale"], ...] = (
 )
 
 
+@run_to_the_end
 def interpolate(
     pipeline: LatentDiffusionPipeline,
     prompt: str | Sequence[str],
@@ -39,7 +47,7 @@ def interpolate(
     height: int | None = None,
     width: int | None = None,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Draw frames from the first prompt and seed to the last; `images.save_animation` makes a GIF.
 
     Args:    prompt: one for all frames, or several to pass through, evenly.
@@ -87,7 +95,7 @@ def interpolate(
     if isinstance(scales, Sequence) and not isinstance(scales, str):
         scales = for_each(list(scales), keys, "guidance_scale", "number")
         frame_options["guidance_scale"] = [scales[i] for i in near]
-    output = run_task(
+    stream = stream_task(
         pipeline,
         [prompts[i] for i in near],
         Task(size, blend=blend),
@@ -96,14 +104,16 @@ def interpolate(
     )
     call = {"prompt": prompts, "seed": seeds, "frames": frames, "height": size[0], "width": size[1]}
     call |= {name: options[name] for name in _EACH if name in options}
-    if len(output.settings) == frames:  # not interrupted: the texts that were drawn, without tags
-        drawn = [output.settings[near.index(i)] for i in range(keys)]
-        texts = {"prompt", "negative_prompt"} & call.keys()
-        call |= {name: [one[name] for one in drawn] for name in texts}
-    for k, settings in enumerate(output.settings):
-        settings |= {"task": "interpolate", "arguments": {**call, "frame": k}}
-        del settings["latents"]  # which follow from these
-    return output
+    for event in stream:
+        if isinstance(event, PipelineOutput):
+            if len(event.settings) == frames:  # not interrupted: the texts drawn, without tags
+                drawn = [event.settings[near.index(i)] for i in range(keys)]
+                texts = {"prompt", "negative_prompt"} & call.keys()
+                call |= {name: [one[name] for one in drawn] for name in texts}
+            for k, settings in enumerate(event.settings):
+                settings |= {"task": "interpolate", "arguments": {**call, "frame": k}}
+                del settings["latents"]  # which follow from these
+        yield event
 
 
 def _tags(prompt: str) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from latentdiff.errors import UserError, warn
 from latentdiff.images import grid
 from latentdiff.pipelines.metadata import OURS, Record, pixels_hash, read
 from latentdiff.pipelines.settings import IMAGE_ARGUMENTS
-from latentdiff.pipelines.task import PipelineOutput, SamplingOptions
+from latentdiff.pipelines.task import TASKS, PipelineOutput, SamplingOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,11 +35,6 @@ _OPTIONS = (
 )
 #: Options that each image has of its own.
 _EACH = ("prompt", "negative_prompt", "guidance_scale", "seed")
-#: Methods of the pipeline.
-_TASKS = (
-    *("text_to_image", "image_to_image", "inpaint", "outpaint", "variations"),
-    *("colorize", "restore", "upscale", "interpolate"),
-)
 #: What settings may name that is not in the file, and why the image can then not be made again.
 _GONE = {
     "latents": "its noise was given, not drawn",
@@ -63,7 +58,7 @@ class Replay:
         """
         record = read(file)
         why_not = record.why_not
-        if not why_not and record.settings["task"] not in _TASKS:
+        if not why_not and record.settings["task"] not in TASKS:
             why_not = f"it was made by {record.settings['task']}"
         batch, of = (record.settings.get(name, {}) for name in ("batch", "arguments"))
         missing = batch.get("place", 0) >= batch.get("size", 1)
@@ -116,7 +111,7 @@ class Replay:
         exact: bool,
     ) -> PipelineOutput:
         task = self.settings["task"]
-        method = pipeline if task == "text_to_image" else getattr(pipeline, task)
+        method = getattr(pipeline, task)
         images, pick = self._images(exact=exact)
         arguments = self._arguments(images, given)
         frame = arguments.pop("frame", None)

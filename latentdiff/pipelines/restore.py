@@ -24,7 +24,7 @@ from latentdiff.diffusion.operators import Blur, Downsample, Grey, Jpeg, Operato
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.diffusion.samplers import custom_grid
 from latentdiff.errors import UserError, choice_error
-from latentdiff.pipelines.call import run_task
+from latentdiff.pipelines.call import stream_task
 from latentdiff.pipelines.edit import own_images, prompts_of, size_of
 from latentdiff.pipelines.image_inputs import GivenImages, ImageInput, read_images
 from latentdiff.pipelines.inputs import (
@@ -36,7 +36,7 @@ from latentdiff.pipelines.inputs import (
 )
 from latentdiff.pipelines.masks import padded
 from latentdiff.pipelines.settings import recorded
-from latentdiff.pipelines.task import DEFAULT_STEPS, Batch, PipelineOutput, SamplingOptions, Task
+from latentdiff.pipelines.task import DEFAULT_STEPS, Batch, Events, SamplingOptions, Task
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -67,7 +67,7 @@ def colorize(
     *,
     strength: float = 0.7,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Give grey images colours; the CIELAB lightness of each pixel stays.
 
     Colours are coarser than lightness to the eye, so an image larger than those of the training is
@@ -101,7 +101,7 @@ def upscale(
     *,
     strength: float = 0.5,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Enlarge images; the mean over the area of each of their pixels stays, to 1/255.
 
     Args:    image, prompt: see `colorize`.
@@ -134,7 +134,7 @@ def restore(
     quality: int = 30,
     strength: float = 0.5,
     **options: Unpack[SamplingOptions],
-) -> PipelineOutput:
+) -> Events:
     """Take noise, blur or the traces of JPEG from images.
 
     Args:    image, prompt: see `colorize`.
@@ -196,7 +196,7 @@ def _measured(
     strength: float,
     finish: Callable[[Tensor, list[int]], Tensor],
     options: SamplingOptions,
-) -> PipelineOutput:
+) -> Events:
     """Sample images of which a measurement is known.
 
     Args:    images: their size and opacity.
@@ -235,7 +235,7 @@ def _measured(
         size_of(canvas), start, strength, wrap, _all_masked(pipeline, canvas), finish=finished
     )
     prompts = prompts_of(prompt, inputs)
-    return run_task(pipeline, prompts, task, **_unguided(prompts, options))
+    return stream_task(pipeline, prompts, task, **_unguided(prompts, options))
 
 
 @torch.no_grad()
@@ -245,12 +245,12 @@ def _denoised(
     inputs: GivenImages,
     noise: float,
     options: SamplingOptions,
-) -> PipelineOutput:
+) -> Events:
     """Take noise off with the sampler itself: noisy latents are an x_t.
 
     An image with noise has latents of about x_0 + s ε. At the timestep where σ_t/α_t = s, α_t times
     them is what q(x_t | x_0) draws, and sampling goes on from there. What as much noise again does
-    to the latents, over the images of the call, is taken for s; or `timesteps` begin where they do.
+    to an image's latents is taken for its s; or `timesteps` begin where they do.
     """
     prompts, vae, schedule = prompts_of(prompt, inputs), pipeline.autoencoder, pipeline.schedule
     steps = options.get("num_inference_steps", DEFAULT_STEPS)
@@ -261,16 +261,21 @@ def _denoised(
     def encode(images: Tensor) -> Tensor:
         return torch.cat([vae.encode(one[None].to(pipeline.device)).cpu() for one in images])
 
-    latents, grid = encode(canvas), options.get("timesteps")
-    if grid is None:
-        again = noise * batch_noise(range(len(canvas)), canvas.shape[1:])
-        level = float((encode(canvas + again) - latents).std())
+    def grid_of(level: float) -> Sequence[float]:
         most = float(schedule.noise_ratio(schedule.last_timestep))
         t = max(1.0, schedule.timestep_at(min(level, most)))
         count = max(1, math.ceil(steps * t / schedule.num_train_timesteps))
-        grid = [t * (1 - k / count) for k in range(count)]
-    first = custom_grid(schedule, grid)[0]
-    own = [k % len(canvas) for k in range(len(prompts)) for _ in range(copies)]
+        return [t * (1 - k / count) for k in range(count)]
+
+    latents, given = encode(canvas), options.get("timesteps")
+    if given is None:
+        again = encode(canvas + noise * batch_noise([0], canvas.shape[1:]))
+        grids = [grid_of(float(one.std())) for one in again - latents]
+    else:
+        grids = [given] * len(canvas)
+    alphas = [float(schedule.alpha(custom_grid(schedule, one)[0])) for one in grids]
+    noisy = torch.tensor(alphas)[:, None, None, None] * latents
+    own = [k % len(canvas) for k in range(len(prompts))]
 
     def finish(images: Tensor, batch: Batch) -> Tensor:
         own, (height, width) = own_images(batch, len(canvas)), inputs.size
@@ -282,13 +287,10 @@ def _denoised(
         return _tiled(pipeline, denoiser)
 
     extra = _all_masked(pipeline, canvas)
-    task = Task(size_of(canvas), wrap=wrap, extra=extra, finish=finish)
-    x = float(schedule.alpha(first)) * latents[own]
-    options = {**_unguided(prompts, options), "timesteps": grid}
-    output = run_task(pipeline, prompts, task, latents=x, **options)
-    for settings in output.settings:
-        del settings["latents"]  # which follow from the image
-    return output
+    timesteps = [grids[k] for k in own] if given is None else ()
+    task = Task(size_of(canvas), timesteps=timesteps, wrap=wrap, extra=extra, finish=finish)
+    x = noisy[own].repeat_interleave(copies, 0)
+    return stream_task(pipeline, prompts, task, latents=x, **_unguided(prompts, options))
 
 
 def _tiled(pipeline: LatentDiffusionPipeline, denoiser: Denoiser) -> Denoiser:

@@ -23,13 +23,13 @@ from latentdiff.diffusion.guidance import needs_unconditional
 from latentdiff.errors import UserError
 from latentdiff.pipelines.hashes import model_hash, weights_hash
 from latentdiff.pipelines.metadata import pixels_hash
-from latentdiff.pipelines.task import DEFAULT_STEPS
+from latentdiff.pipelines.task import Events, PipelineOutput, run_to_the_end
 from latentdiff.weights import raw_bytes
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.call import Wanted
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
-    from latentdiff.pipelines.task import Batch, PipelineOutput
+    from latentdiff.pipelines.task import Batch
 
 P = ParamSpec("P")
 #: Arguments of tasks that are images.
@@ -94,14 +94,12 @@ def surroundings(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
     }
 
 
-def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]:
-    """Decorate the method of a task, so that the settings of its images name it and what it was
-    given besides `SamplingOptions`: of images the file, if there is one, and a hash."""
-    signature = inspect.signature(method)
+def recorded(task: Callable[P, Events]) -> Callable[P, PipelineOutput]:
+    """Decorate a task, see `run_to_the_end`, so that the settings of its images name it and what it
+    was given besides `SamplingOptions`: of images the file, if there is one, and a hash."""
+    signature = inspect.signature(task)
 
-    @functools.wraps(method)
-    def run(*args: P.args, **options: P.kwargs) -> PipelineOutput:
-        output = method(*args, **options)
+    def record(output: PipelineOutput, *args: P.args, **options: P.kwargs) -> None:
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
         given = {
@@ -113,17 +111,20 @@ def recorded(method: Callable[P, PipelineOutput]) -> Callable[P, PipelineOutput]
         asked = bound.arguments.get("options", {})
         for k, settings in enumerate(output.settings):
             own = {n: of[k * len(of) // len(output.settings)] for n, of in inputs.items() if of}
-            settings |= {"task": method.__name__, "arguments": {**given, **own}}
-            if "timesteps" not in asked and settings["timesteps"] is not None:  # the task chose
-                settings["timesteps"] = None
-                settings["num_inference_steps"] = asked.get("num_inference_steps", DEFAULT_STEPS)
+            settings |= {"task": task.__name__, "arguments": {**given, **own}}
             if "latents" not in asked:
                 settings.pop("latents", None)
             if isinstance(output.images, list):
                 settings["width"], settings["height"] = output.images[k].size
-        return output
 
-    return run
+    @functools.wraps(task)
+    def stream(*args: P.args, **options: P.kwargs) -> Events:
+        for event in task(*args, **options):
+            if isinstance(event, PipelineOutput):
+                record(event, *args, **options)
+            yield event
+
+    return run_to_the_end(stream)
 
 
 def _described(given: Any) -> list[dict[str, Any]]:

@@ -6,10 +6,11 @@ becomes of the decoded images. Text to image is the task that says nothing; `cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypedDict
 
 from torch import Tensor
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Callback = Callable[[Any, int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
+#: Methods of the pipeline that make images.
+TASKS = (
+    *("text_to_image", "image_to_image", "inpaint", "outpaint", "variations"),
+    *("colorize", "restore", "upscale", "interpolate"),
+)
 #: Sampling steps of a call that does not say how many.
 DEFAULT_STEPS = 25
 #: What a callback may ask for.
@@ -101,7 +107,8 @@ class PipelineOutput:
     """How each prompt was read: its tokens, its chunks, words that did not fit. With wildcards,
     and where it was interrupted, that of each image."""
     steps: int = 0
-    """How many steps were run: those asked for, or `strength`'s share of them."""
+    """How many steps were run: those asked for, or `strength`'s share of them; the most of any
+    image."""
     settings: list[dict[str, Any]] = field(default_factory=list)
     """How each image was made, as `save` writes it; see `settings.image_settings`."""
     flagged: list[bool] | None = None
@@ -134,12 +141,15 @@ class PipelineOutput:
         return [write(*one) for one in zip(self.images, files, self.settings, strict=True)]
 
 
+Events = Iterator["Progress | PipelineOutput"]
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a call is after a step."""
 
     step: int
-    """1 … total, through all passes."""
+    """1 … total, through all passes, also those of `hires_scale`."""
     total: int
     timestep: float
     """The one just left."""
@@ -156,6 +166,28 @@ class Progress:
     def preview(self) -> list[Image]:
         """How the images look so far."""
         return self.show(self.denoised)
+
+
+P = ParamSpec("P")
+
+
+def run_to_the_end(stream: Callable[P, Events]) -> Callable[P, PipelineOutput]:
+    """Decorate what makes images and tells of each step, so that it gives its result alone."""
+
+    @functools.wraps(stream)
+    def run(*args: P.args, **options: P.kwargs) -> PipelineOutput:
+        for event in stream(*args, **options):
+            output = event
+        assert isinstance(output, PipelineOutput)
+        return output
+
+    return run
+
+
+def stream_of(method: Callable[P, PipelineOutput]) -> Callable[P, Events]:
+    """What was decorated: a `Progress` after each step, then the result."""
+    stream: Callable[P, Events] = method.__wrapped__  # type: ignore[attr-defined]
+    return stream
 
 
 class Batch(NamedTuple):
@@ -200,3 +232,9 @@ class Task:
     """Sampled latents (B, C, h, w) → those that are decoded."""
     finish: Callable[[Tensor, Batch], Tensor] | None = None
     """Decoded images (B, 3, H, W) in [−1, 1] → those of the result."""
+    timesteps: Sequence[Sequence[float]] = ()
+    """Those of each prompt, decreasing; none: as the call says."""
+    done: int = 0
+    """Steps of a task that this one goes on from, to count through both."""
+    next_strength: float = 0.0
+    """The strength of a task that goes on from this one, for the same."""

@@ -6,7 +6,7 @@ enlarged in pixels, and drawn anew from there with part of the noise; A1111 call
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from latentdiff.errors import UserError
 from latentdiff.images import to_output
 from latentdiff.pipelines.call import stream_task
 from latentdiff.pipelines.inputs import check_pixels, check_share, is_number
-from latentdiff.pipelines.task import Batch, PipelineOutput, Progress, Task
+from latentdiff.pipelines.task import Batch, Events, PipelineOutput, Progress, Task
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -50,7 +50,7 @@ def stream_two_passes(
     strength: float,
     latents: Tensor | None,
     options: dict[str, Any],
-) -> Iterator[Progress | PipelineOutput]:
+) -> Events:
     """A `Progress` after each step of both passes, then the large images.
 
     Args:    size: of the first pass.  scale: above 1.
@@ -59,10 +59,11 @@ def stream_two_passes(
     """
     vae, output_type = pipeline.autoencoder, options.get("output_type", "pil")
     large = enlarged_size(size, scale, strength, vae.downscale)
-    for event in stream_task(
-        pipeline, prompt, Task(size), latents=latents, **{**options, "output_type": "latent"}
-    ):
+    done, latent = 0, {**options, "output_type": "latent"}
+    task = Task(size, next_strength=strength)
+    for event in stream_task(pipeline, prompt, task, latents=latents, **latent):
         if isinstance(event, Progress):
+            done = event.step
             yield event
         else:
             first = event
@@ -79,7 +80,7 @@ def stream_two_passes(
         return torch.cat([vae.encode(one) for one in enlarged])
 
     arguments = {"hires_scale": scale, "hires_strength": strength}
-    task = Task(large, start=start, strength=strength)
+    task = Task(large, start=start, strength=strength, done=done)
     for event in stream_task(pipeline, prompt, task, **{**options, "seed": first.seeds}):
         if isinstance(event, PipelineOutput):
             own = {"height": size[0], "width": size[1], "arguments": arguments}

@@ -218,7 +218,8 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Images that wait."""
-        return sum(map(len, list(self._waiting.values())))
+        own = [unit for units in list(self._waiting.values()) for unit in list(units)]
+        return sum(not job.ended for job, _ in own)
 
     @property
     def stopping(self) -> bool:
@@ -378,19 +379,24 @@ class Engine:
                 job.report(Progress(0, made, many, at.step, at.total, share, left + rest, shown))
 
         with self.models.use(first.model, first.vae) as pipeline:
-            usual = pipeline.default_guidance
-            scales = [usual if o.guidance_scale is None else o.guidance_scale for o in orders]
+            scales = [order.guidance_scale for order in orders]
+            if scales.count(None) < len(scales):
+                usual = pipeline.default_guidance
+                guidance = {"guidance_scale": [usual if s is None else s for s in scales]}
+            else:
+                guidance = {}  # tasks may have defaults of their own
             begun = time.monotonic()
             call = pipeline if first.task == TEXT_TO_IMAGE else getattr(pipeline, first.task)
             output = call(
                 prompt=[order.prompt for order in orders],
                 negative_prompt=[order.negative_prompt for order in orders],
                 seed=[order.seed for order in orders],
-                guidance_scale=scales,
+                num_images_per_prompt=1,
                 lora_dir=self.models.lora_dir,
                 batch_size=self.batch_size,
                 progress=False,
                 on_progress=on_progress,
+                **guidance,
                 **first.arguments,
             )
         self.pace = (time.monotonic() - begun) / len(units)

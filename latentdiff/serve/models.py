@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError, choice_error, some, warn
 from latentdiff.pipelines.hashes import model_name
@@ -36,6 +36,8 @@ class Models:
         self._vaes = _by_name(settings.vaes, "autoencoder")
         self.lora_dir = settings.lora_dir
         self.loras = [] if self.lora_dir is None else LoraFolder(self.lora_dir).names
+        self.defaults: dict[str, dict[str, Any]] = {}
+        """Of the models that have been loaded so far: what a call takes that does not say."""
         self._loaded: OrderedDict[tuple[str, str | None], LatentDiffusionPipeline] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -107,7 +109,23 @@ class Models:
             file, token = embedding_and_token(text)
             with _only_for_some(file, len(self._sources)):
                 pipeline.load_embedding(file, token)
+        self.defaults[name] = _defaults(pipeline)
         return pipeline
+
+
+def _defaults(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+    """Values by the names of arguments; sides are multiples of `multiple`, in pixels."""
+    from latentdiff.pipelines.task import DEFAULT_STEPS
+
+    height, width = pipeline.default_size
+    return {
+        "height": height,
+        "width": width,
+        "multiple": pipeline.autoencoder.downscale,
+        "num_inference_steps": DEFAULT_STEPS,
+        "guidance_scale": pipeline.default_guidance,
+        "sampler": pipeline.components.sampling.sampler,
+    }
 
 
 @contextmanager

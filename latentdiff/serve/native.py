@@ -4,7 +4,9 @@
     POST /api/settings  an image file → how it was made
     GET  /api/info      what may be asked for
 
-A request is its job: it ends with its connection, and nothing is kept between two of them.
+A request is its job: it ends with its connection, and nothing is kept between two of them. What is
+wrong with it is answered with 422 if that can be seen without the model; messages begin with the
+name of the field. Whole numbers that a browser would round are texts.
 """
 
 from __future__ import annotations
@@ -24,12 +26,17 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff import __version__
-from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS, split_name
+from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS, get_spacing, split_name
 from latentdiff.errors import UserError
 from latentdiff.images import encoded_image
-from latentdiff.models.prompts import PromptSyntax
+from latentdiff.models.prompts import PromptSyntax, parse
+from latentdiff.pipelines.edit import MAX_BLUR
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
-from latentdiff.pipelines.metadata import parameters, read
+from latentdiff.pipelines.image_inputs import read_images
+from latentdiff.pipelines.metadata import SAMPLERS as LABELS
+from latentdiff.pipelines.metadata import SCHEDULES, parameters, read
+from latentdiff.pipelines.prompt_loras import LoraFolder
+from latentdiff.pipelines.restore import Kind
 from latentdiff.serve.engine import TEXT_TO_IMAGE, Cancelled, Job, Progress
 from latentdiff.serve.requests import (
     Server,
@@ -48,6 +55,11 @@ TASKS = (
     TEXT_TO_IMAGE,
     *("image_to_image", "inpaint", "outpaint", "variations", "colorize", "restore", "upscale"),
 )
+SIDES = ("left", "right", "top", "bottom")
+#: The longest side of a preview, in pixels.
+PREVIEW = 256
+#: Above it browsers round whole numbers.
+_EXACT = 2**53
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Pixels = Annotated[int, Field(ge=0, le=4096)]
 
@@ -81,16 +93,16 @@ class Asked(BaseModel):
     image: str | None = None
     mask_image: str | None = None
     strength: _Share | None = None
-    mask_blur: Annotated[int | None, Field(ge=0, le=256)] = None
+    mask_blur: Annotated[int | None, Field(ge=0, le=MAX_BLUR)] = None
     padding_mask_crop: _Pixels | None = None
     left: _Pixels | None = None
     right: _Pixels | None = None
     top: _Pixels | None = None
     bottom: _Pixels | None = None
     scale: Annotated[float | None, Field(gt=1, le=8)] = None
-    kind: str | None = None
-    noise: Annotated[float | None, Field(ge=0, le=1)] = None
-    blur: Annotated[float | None, Field(ge=0, le=16)] = None
+    kind: Kind | None = None
+    noise: Annotated[float | None, Field(ge=0.004, le=1)] = None
+    blur: Annotated[float | None, Field(ge=0.1, le=20)] = None
     quality: Annotated[int | None, Field(ge=1, le=100)] = None
 
 
@@ -100,19 +112,20 @@ _APART = ("prompt", "negative_prompt", "model", "vae", "seed", "num_images", "gu
 
 @router.get("/info")
 def info(request: Request) -> dict[str, Any]:
-    """What may be asked for."""
+    """What may be asked for, and what is meant by what is left out."""
     server = server_of(request)
     return {
         "version": __version__,
-        "tasks": {task: sorted(_taken(task)) for task in TASKS},
+        "tasks": {task: {n: _usual(task).get(n) for n in sorted(_taken(task))} for task in TASKS},
         "models": server.models.names,
+        "defaults": server.models.defaults,
         "vaes": server.models.vaes,
         "loras": server.models.loras,
-        "samplers": list(SAMPLERS),
-        "spacings": list(SPACINGS),
+        "samplers": {name: LABELS[name] for name in SAMPLERS},
+        "spacings": {name: SCHEDULES.get(name, name.upper()) for name in SPACINGS},
         "max_pixels": server.settings.max_pixels,
         "max_steps": server.settings.max_steps,
-        "max_images": server.engine.max_waiting,
+        "max_body": server.settings.max_body,
     }
 
 
@@ -123,9 +136,12 @@ async def settings(request: Request) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "image")
         file.write_bytes(body)
-        record = await asyncio.to_thread(read, file)
+        try:
+            record = await asyncio.to_thread(read, file)
+        except UserError as error:
+            raise UserError(str(error).replace(str(file), "the file")) from None
     own = {name: value for name, value in record.settings.items() if name != "images"}
-    return {"program": record.program, "settings": own, "why_not": record.why_not}
+    return {"program": record.program, "settings": _exact(own), "why_not": record.why_not}
 
 
 @router.post("/{task}")
@@ -136,13 +152,23 @@ async def make(task: str, asked: Asked, request: Request) -> StreamingResponse:
     return StreamingResponse(_lines(job), media_type="application/x-ndjson")
 
 
+def _own(task: str) -> dict[str, inspect.Parameter]:
+    """The pipeline's arguments for a task."""
+    call = LatentDiffusionPipeline.__call__ if task == TEXT_TO_IMAGE else None
+    return dict(inspect.signature(call or getattr(LatentDiffusionPipeline, task)).parameters)
+
+
 def _taken(task: str) -> set[str]:
     """The fields that a task takes."""
-    call = LatentDiffusionPipeline.__call__ if task == TEXT_TO_IMAGE else None
-    own = inspect.signature(call or getattr(LatentDiffusionPipeline, task)).parameters
     shared = {"num_inference_steps", "guidance_rescale", "sampler", "timestep_spacing"}
     shared |= {"clip_skip", "prompt_syntax", "previews", *_APART}
-    return shared | (set(own) & set(Asked.model_fields))
+    return shared | (set(_own(task)) & set(Asked.model_fields))
+
+
+def _usual(task: str) -> dict[str, Any]:
+    """What a task takes for fields that are left out; those of the model are not among them."""
+    own = {name: one.default for name, one in _own(task).items() if one.default is not one.empty}
+    return {"num_images": 1, "guidance_rescale": 0.0, **own}
 
 
 def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:
@@ -154,14 +180,19 @@ def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:
     if unused := sorted(set(given) - _taken(task)):
         raise UserError(f"{', '.join(unused)}: {task} does not take it.")
     most = server.settings.max_pixels
+    server.models.check(asked.model, asked.vae)
+    _check_texts(server, asked)
     if "image" in given:
         given["image"] = given_image(given["image"], "image", most)
     elif task != TEXT_TO_IMAGE:
         raise UserError(f"image is missing; {task} begins from one.")
     if "mask_image" in given:
         given["mask_image"] = given_mask(given["mask_image"], given["image"], most)
-    if "sampler" in given:
-        split_name(given["sampler"])
+    elif task == "inpaint" and not read_images(given["image"]).clear.any():
+        raise UserError("mask_image is missing, white where to paint; the image is opaque.")
+    if task == "outpaint" and not any(given.get(side) for side in SIDES):
+        raise UserError(f"left: one of {', '.join(SIDES)} must be above 0.")
+    _check_work(server, task, asked, given)
     arguments = {"prompt_syntax": asked.prompt_syntax, **given}
     arguments = {n: v for n, v in arguments.items() if n not in (*_APART, "previews")}
     try:
@@ -183,12 +214,61 @@ def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:
     return server.engine.submit(client, wanted, previews=asked.previews)
 
 
+def _check_texts(server: Server, asked: Asked) -> None:
+    """Raises: UserError: prompts that cannot be read, or names that there are not."""
+    if asked.sampler is not None:
+        split_name(asked.sampler)
+    if asked.timestep_spacing is not None:
+        get_spacing(asked.timestep_spacing)
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(asked, name)
+        try:
+            if name == "prompt" and server.models.lora_dir is not None:
+                text, _ = LoraFolder(server.models.lora_dir).split(text)
+            if asked.prompt_syntax == "a1111":
+                parse(text)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+
+
+def _check_work(server: Server, task: str, asked: Asked, given: dict[str, Any]) -> None:
+    """Raises: UserError: more steps or pixels than the server allows, or another size than the
+    model draws."""
+    most, steps = server.settings.max_pixels, server.settings.max_steps
+    if (asked.num_inference_steps or 1) > steps:
+        raise UserError(
+            f"num_inference_steps must be at most {steps}; got {asked.num_inference_steps}."
+        )
+    model = server.models.defaults.get(asked.model or server.models.names[0], {})
+    multiple = model.get("multiple", 1)  # None is known of a model that was never loaded
+    for name in ("width", "height"):
+        side = given.get(name)
+        if side is not None and side % multiple:
+            nearest = max(1, round(side / multiple)) * multiple
+            raise UserError(
+                f"{name} must be a multiple of {multiple}; got {side}. The nearest is {nearest}."
+            )
+    whole = {**_usual(task), **{n: model.get(n, 1) for n in ("width", "height")}, **given}
+    if "image" in given:
+        whole["width"], whole["height"] = given["image"].size
+    scale = whole.get("scale") or whole.get("hires_scale") or 1
+    width = (whole["width"] + whole.get("left", 0) + whole.get("right", 0)) * scale
+    height = (whole["height"] + whole.get("top", 0) + whole.get("bottom", 0)) * scale
+    if width * height > most:
+        blamed = ("hires_scale", "scale", *SIDES, "width", "height")
+        name = next((n for n in blamed if n in given), "image")
+        raise UserError(
+            f"{name}: an image may have {most:,} pixels; this would be {width:.0f} x {height:.0f}."
+        )
+
+
 async def _lines(job: Job) -> AsyncIterator[bytes]:
     """What is sent of a job; it is dropped when the connection ends."""
     try:
         async with aclosing(job.events()) as events:
             async for progress in events:
-                yield _line({"event": "progress", **_shown(progress)})
+                shown = await asyncio.to_thread(_shown, progress)
+                yield _line({"event": "progress", **shown})
         yield _line({"event": "result", **await asyncio.to_thread(_result, job)})
     except UserError as error:
         yield _line({"event": "error", "message": str(error)})
@@ -206,8 +286,12 @@ def _line(event: dict[str, Any]) -> bytes:
 
 def _shown(progress: Progress) -> dict[str, Any]:
     shown = dict(vars(progress))
-    previews = [encoded_image(one, ".png", {}) for one in progress.previews]
-    return {**shown, "previews": [_data_url(one) for one in previews]}
+    shown["previews"] = []
+    for one in progress.previews:
+        small = one.copy()
+        small.thumbnail((PREVIEW, PREVIEW))
+        shown["previews"].append(_data_url(encoded_image(small, ".png", {})))
+    return shown
 
 
 def _result(job: Job) -> dict[str, Any]:
@@ -215,13 +299,23 @@ def _result(job: Job) -> dict[str, Any]:
         {
             "image": _data_url(png(one)),
             "seed": str(one.settings["seed"]),
-            "settings": public(one.settings),
+            "settings": _exact(public(one.settings)),
             "parameters": parameters(one.settings),
             "flagged": one.flagged,
         }
         for one in job.made
     ]
     return {"images": made, "notes": job.notes}
+
+
+def _exact(value: Any) -> Any:
+    """The same with whole numbers as texts where browsers would round them."""
+    if isinstance(value, dict):
+        return {name: _exact(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_exact(one) for one in value]
+    large = isinstance(value, int) and abs(value) > _EXACT
+    return str(value) if large else value
 
 
 def _data_url(data: bytes) -> str:

@@ -1,7 +1,8 @@
 """Several replicas of the server on Ray Serve, on the GPUs and machines of one Ray cluster.
 
 Each replica is the same application with models and a queue of its own; Ray's proxy spreads
-requests. So /sdapi/v1/progress and interrupt see what their replica does.
+requests. So /sdapi/v1/progress and interrupt see what their replica does. On several machines,
+links to images need --output on a disk that all of them share.
 
     RAY_ADDRESS=… latentdiff serve --replicas 4     joins a cluster; without, starts one here
 
@@ -11,7 +12,10 @@ Source: https://docs.ray.io/en/latest/serve/http-guide.html
 from __future__ import annotations
 
 import signal
+import tempfile
 import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError
@@ -29,6 +33,10 @@ def run(settings: Settings, replicas: int) -> None:
     except ImportError:
         raise UserError("--replicas needs: pip install latentdiff[serve,ray]") from None
     import torch
+
+    own = tempfile.TemporaryDirectory(prefix="latentdiff-")
+    # A link to an image may be followed at another replica than the one that made it.
+    settings = replace(settings, output=settings.output or Path(own.name))
 
     def build() -> Any:
         from latentdiff.serve.app import create_app
@@ -55,3 +63,4 @@ def run(settings: Settings, replicas: int) -> None:
     finally:
         serve.shutdown()
         ray.shutdown()
+        own.cleanup()

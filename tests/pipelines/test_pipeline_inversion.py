@@ -93,7 +93,7 @@ def test_images_are_alone_and_together_the_same(pipeline: LatentDiffusionPipelin
         ({"height": 33}, "multiples of 2"),
         ({"height": 0}, "multiples of 2"),
         ({"width": 32.0}, "must be whole numbers"),
-        ({"timestep_spacing": ""}, "timestep spacing must be one of"),
+        ({"timestep_spacing": ""}, "timestep_spacing must be one of"),
         ({"height": 100_000, "width": 100_000}, "at most 16,777,216 pixels"),
         ({"iterations": 0}, "iterations must be a whole number"),
         ({"num_inference_steps": 1001}, "1 … 1000"),

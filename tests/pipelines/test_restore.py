@@ -154,6 +154,22 @@ def test_alone_and_in_any_batch(pipeline: Any, task: str) -> None:
     assert max(farthest(tensor(a), tensor(b)) for a, b in zip(one, four, strict=True)) <= 1
 
 
+def test_each_image_is_denoised_from_its_own_level(pipeline: Any) -> None:
+    """What noise does to the latents differs from image to image, and so do their timesteps."""
+    random = np.random.default_rng(0)
+    grain = Image.fromarray(random.integers(0, 256, (48, 32, 3), dtype=np.uint8))
+    flat = Image.new("RGB", (32, 48), (120, 130, 90))
+    call = {**CALL, "noise": 0.2, "num_inference_steps": 300}
+    alone = [pipeline.restore(one, **(call | {"seed": seed})) for one, seed in
+             ((flat, 1), (grain, 2))]  # fmt: skip
+    together = pipeline.restore([flat, grain], **call)
+    assert alone[0].steps != alone[1].steps
+    assert [one["steps_run"] for one in together.settings] == [one.steps for one in alone]
+    assert all(one["timesteps"] is None for one in together.settings)
+    for one, other in zip(alone, together.images, strict=True):
+        assert farthest(tensor(one.images[0]), tensor(other)) <= 1
+
+
 @pytest.mark.parametrize("size", [(48, 12), (10, 12), (17, 16)], ids=["three", "less", "and one"])
 def test_tiles_have_no_seams(
     pipeline: Any, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -202,7 +202,7 @@ def test_a1111_names_carry_their_grid(pipeline: LatentDiffusionPipeline) -> None
         ({"width": "32"}, "must be whole numbers; got '32'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"sampler": ""}, "sampler must be one of"),
-        ({"timestep_spacing": ""}, "timestep spacing must be one of"),
+        ({"timestep_spacing": ""}, "timestep_spacing must be one of"),
         ({"timesteps": []}, "timesteps must decrease strictly and not be empty"),
         ({"sampler": "dddim"}, "Did you mean 'ddim'"),
         ({"sampler_options": {"etaa": 1.0}}, "Did you mean 'eta'"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from latentdiff.errors import UserError
+from latentdiff.pipelines import call as call_module
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from latentdiff.pipelines.metadata import parameters
 from latentdiff.pipelines.task import Progress
@@ -52,11 +55,16 @@ def one(
     return pipeline.autoencoder.decode(latents)[0] / 2 + 0.5
 
 
-def test_it_is_streamed_stopped_and_recorded(pipeline: LatentDiffusionPipeline) -> None:
+def test_it_is_streamed_stopped_and_recorded(
+    pipeline: LatentDiffusionPipeline,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     call = {**CALL, "hires_scale": 2, "hires_strength": 0.5, "output_type": "pil"}
     *steps, output = pipeline.stream("a cat", **call)
     sizes = [tuple(e.latents.shape[2:]) for e in steps if isinstance(e, Progress)]
     assert sizes == [(16, 16)] * 4 + [(32, 32)] * 2
+    assert [(e.step, e.total) for e in steps if isinstance(e, Progress)] == counted(6)
     assert not isinstance(output, Progress)
     (settings,) = output.settings
     assert (settings["height"], settings["width"]) == (32, 32)
@@ -64,11 +72,22 @@ def test_it_is_streamed_stopped_and_recorded(pipeline: LatentDiffusionPipeline) 
     assert "Size: 32x32" in parameters(settings)
     assert "Denoising strength: 0.5, Hires upscale: 2" in parameters(settings)
 
+    reported: list[Progress] = []
+    several = {"num_images_per_prompt": 3, "batch_size": 2, "on_progress": reported.append}
+    monkeypatch.setattr(call_module, "tqdm", partial(tqdm, mininterval=0))
+    pipeline("a cat", **{**call, **several, "progress": True})
+    assert [(one.step, one.total) for one in reported] == counted(12)
+    assert "12/12" in capsys.readouterr().err
+
     def stop(pipe: Any, step: int, timestep: float, given: Any) -> None:
         pipe._interrupt = True
 
     (image,) = pipeline("a cat", **call, callback_on_step_end=stop).images
     assert isinstance(image, Image.Image) and image.size == (32, 32)
+
+
+def counted(total: int) -> list[tuple[int, int]]:
+    return [(step, total) for step in range(1, total + 1)]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from latentdiff.models.autoencoder import Autoencoder, load_autoencoder
 from latentdiff.models.preview import STABLE_DIFFUSION, apply_linear, fitted, linear_decoder
 from latentdiff.models.vae import AutoencoderKL
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
-from latentdiff.pipelines.task import PipelineOutput, Progress
+from latentdiff.pipelines.task import TASKS, PipelineOutput, Progress
 from latentdiff.sampling import SamplingPlan, build_denoiser, sampled_states
 from tests.random_models import make_pipeline, make_vae
 
@@ -113,6 +113,26 @@ def test_a_stream_gives_every_step_and_then_what_a_call_gives(
     )
     assert rough.size == (16, 16)
     assert np.array_equal(rough, expected)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_streamed(pipeline: LatentDiffusionPipeline, task: str) -> None:
+    given = {
+        "inpaint": {"mask_image": Image.linear_gradient("L").resize((24, 16))},
+        "outpaint": {"left": 8},
+        "interpolate": {"frames": 3, "seed": [3, 4]},
+    }
+    call = {**QUIET, "output_type": "pt", **given.get(task, {})}
+    if task not in ("text_to_image", "interpolate"):
+        call["image"] = Image.new("RGB", (24, 16), "teal")
+    *steps, output = pipeline.stream("a cat", task=task, **call)
+    expected = getattr(pipeline, task)(prompt="a cat", **call)
+    assert isinstance(output, PipelineOutput)
+    assert torch.equal(output.images, expected.images)
+    assert output.settings == expected.settings and output.settings[0]["task"] == task
+    assert [event.step for event in steps] == list(range(1, output.steps + 1))
+    with pytest.raises(UserError, match=r"task must be one of text_to_image, .*; got 'inpant'"):
+        pipeline.stream("a cat", task="inpant")
 
 
 @pytest.mark.skipif(not EMBEDDED_MODEL.is_dir(), reason="the embedded model is not there")

@@ -43,7 +43,7 @@ def get_spacing(name: str) -> str:
     wanted = str(name).lower().replace("-", "_").replace(" ", "_")
     wanted = SPACING_ALIASES.get(wanted, wanted)
     if wanted not in SPACINGS:
-        raise choice_error("timestep spacing", name, SPACINGS)
+        raise choice_error("timestep_spacing", name, SPACINGS)
     return wanted
 
 
