@@ -72,11 +72,11 @@ def orders(
     """The images of a request: the k-th has seed + k.
 
     Args:    task: see `Order`.  arguments: the pipeline's others.  seed: None: drawn.
-    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more than a
-             request may ask for.
+    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more steps or
+             pixels than the server makes.
     """
     server.models.check(model, vae)
-    check_limits(server.settings, arguments)
+    _check_limits(server.settings, arguments)
     if seed is not None:
         check_seed(seed, count)
     return [
@@ -85,20 +85,25 @@ def orders(
     ]
 
 
-def check_limits(settings: Settings, arguments: Mapping[str, Any]) -> None:
-    """Raises: UserError: more steps or pixels than a request may ask for."""
+def _check_limits(settings: Settings, arguments: Mapping[str, Any]) -> None:
     given = {name: value or 0 for name, value in arguments.items()}
-    steps = given.get("num_inference_steps", 0)
-    if steps > settings.max_steps:
-        raise UserError(f"num_inference_steps may be {settings.max_steps}; got {steps}.")
+    if (steps := given.get("num_inference_steps", 0)) > settings.max_steps:
+        raise UserError(f"steps may be {settings.max_steps} at most on this server; got {steps}.")
     image = given.get("image")
     width, height = image.size if image else (given.get("width", 0), given.get("height", 0))
     width += given.get("left", 0) + given.get("right", 0)
     height += given.get("top", 0) + given.get("bottom", 0)
     scale = given.get("scale") or given.get("hires_scale") or 1
-    if width * height * scale**2 > settings.max_pixels:
-        size = f"{width}x{height}" + f", {scale} times as wide and tall" * (scale != 1)
-        raise UserError(f"an image may have {settings.max_pixels:,} pixels; asked for is {size}.")
+    check_size(settings, width * scale, height * scale)
+
+
+def check_size(settings: Settings, width: float, height: float) -> None:
+    """Refuse an image of more pixels than the server makes. Raises: UserError."""
+    if width * height > settings.max_pixels:
+        raise UserError(
+            f"width x height may be {settings.max_pixels:,} pixels at most on this server; got "
+            f"{width:.0f} x {height:.0f}."
+        )
 
 
 async def finished(request: Request, job: Job) -> list[Made]:
