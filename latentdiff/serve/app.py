@@ -43,7 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
         hide=hider(settings),
         keep=None if settings.output is None else Output(settings.output).keep,
     )
-    links = Links()
+    links = Links(settings.links)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

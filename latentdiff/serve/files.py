@@ -22,9 +22,11 @@ _NAME = re.compile(r"[\w-]{22}\.(png|jpeg|webp)")
 class Links:
     """Images under names that cannot be guessed, for an hour."""
 
-    def __init__(self) -> None:
-        self._place = tempfile.TemporaryDirectory(prefix="latentdiff-")
-        self._folder = Path(self._place.name)
+    def __init__(self, folder: Path | None) -> None:
+        """Args: folder: that of all replicas; None: one of its own."""
+        self._own = None if folder else tempfile.TemporaryDirectory(prefix="latentdiff-")
+        self._folder = folder or Path(self._own.name)  # type: ignore[union-attr]
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, content: bytes, ending: str) -> str:
         """Write an image. Returns: its name."""
@@ -40,12 +42,13 @@ class Links:
         return file if _NAME.fullmatch(name) and file.is_file() else None
 
     def close(self) -> None:
-        self._place.cleanup()
+        if self._own is not None:
+            self._own.cleanup()
 
     def _drop_old(self) -> None:
         for file in self._folder.iterdir():
             with suppress(OSError):  # another request was faster
-                if file.stat().st_mtime < time.time() - KEPT:
+                if _NAME.fullmatch(file.name) and file.stat().st_mtime < time.time() - KEPT:
                     file.unlink()
 
 

@@ -76,8 +76,8 @@ def orders(
     """The images of a request: the k-th has seed + k.
 
     Args:    task: see `Order`.  arguments: the pipeline's others.  seed: None: drawn.
-    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more than a
-             request may ask for.
+    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more steps or
+             pixels than the server makes.
     """
     server.models.check(model, vae)
     _check_limits(server, task, arguments, model)

@@ -36,6 +36,8 @@ class Settings:
     """Addresses whose X-Forwarded-… headers are believed."""
     output: Path | None = None
     """Where all images are kept as files too."""
+    links: Path | None = None
+    """Where several replicas keep for an hour what links lead to; None: in a temporary folder."""
     batch_size: int = 8
     """Images per pass."""
     max_waiting: int = 256
