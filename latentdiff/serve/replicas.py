@@ -46,7 +46,7 @@ def run(settings: Settings, replicas: int) -> None:
     gpus = torch.cuda.is_available()
     # Each takes as many requests as its own queue does; Ray must not hold them back.
     most = settings.max_waiting + settings.batch_size
-    replica = serve.deployment(
+    replica: Any = serve.deployment(
         serve.ingress(build)(),
         num_replicas=replicas,
         max_ongoing_requests=most,
