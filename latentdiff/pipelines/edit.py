@@ -35,7 +35,15 @@ from latentdiff.pipelines.inputs import (
     prompt_list,
     warn_of_size,
 )
-from latentdiff.pipelines.masks import composite, crop_box, in_latents, matched, padded, widened
+from latentdiff.pipelines.masks import (
+    composite,
+    crop_box,
+    in_latents,
+    matched,
+    padded,
+    surrounded,
+    widened,
+)
 from latentdiff.pipelines.settings import recorded
 from latentdiff.pipelines.task import Batch, Events, SamplingOptions, Task, stream_of
 
@@ -91,6 +99,7 @@ def inpaint(
     *,
     mask_blur: int = 0,
     padding_mask_crop: int | None = None,
+    fill: bool = False,
     **options: Unpack[SamplingOptions],
 ) -> Events:
     """Paint a part of images anew; every pixel of the rest stays as it is, to the bit.
@@ -105,6 +114,8 @@ def inpaint(
              was masked is painted in full, and nothing changes beyond twice that distance.
              padding_mask_crop: work on the masked area alone, with so many pixels around it,
              enlarged or reduced to the size of the model's training; None: on the whole image.
+             fill: below strength 1, begin from the colours around the mask and not from what was
+             there.
     """
     check_share("strength", strength)
     check_whole(MAX_BLUR, mask_blur=mask_blur)
@@ -123,6 +134,8 @@ def inpaint(
             )
     if (mask == 1).all():
         warn("the mask is white everywhere, so nothing of the image is kept.")
+    if fill:
+        seen = surrounded(seen, mask)
     return _paint(
         pipeline, prompt, inputs, seen, mask, strength, mask_blur, padding_mask_crop, options
     )
