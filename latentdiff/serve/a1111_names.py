@@ -33,8 +33,10 @@ UPSCALERS = {
 #: The upscaler that is a task of the model.
 OURS = "latentdiff"
 #: Lists of things that there are not here.
-_EMPTY = ("hypernetworks", "face-restorers", "realesrgan-models", "latent-upscale-modes")
-_EMPTY += ("prompt-styles", "script-info", "extensions")
+_EMPTY = (
+    *("hypernetworks", "face-restorers", "realesrgan-models", "latent-upscale-modes"),
+    *("prompt-styles", "script-info", "extensions"),
+)
 
 
 class Given(BaseModel):
@@ -137,7 +139,8 @@ def set_options(given: Options, request: Request) -> dict[str, Any]:
     server = server_of(request)
     given.chosen(server.models)
     server.options.update(given.known(exclude_unset=True))
-    return {"warnings": unknown(given.others.keys() - options(request).keys())}
+    said = options(request)
+    return {"warnings": unknown(name for name in given.others if name not in said)}
 
 
 @router.post("/unload-checkpoint", dependencies=[Depends(may_set)])
