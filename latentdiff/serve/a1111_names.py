@@ -40,16 +40,18 @@ _EMPTY = (
 
 
 class Given(BaseModel):
-    """What a client sends. What is null is as if it were left out; unknown names are kept."""
+    """What a client sends. What is null is as if it were left out; unknown names are kept; halves
+    of surrogate pairs, which no answer could hold, are replaced."""
 
     model_config = ConfigDict(extra="allow")
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
+    def _cleaned(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if value is not None}
+        said = {name: value for name, value in given.items() if value is not None}
+        return {n: whole_text(v) if isinstance(v, str) else v for n, v in said.items()}
 
     @property
     def others(self) -> dict[str, Any]:
@@ -63,7 +65,7 @@ class Given(BaseModel):
 
 def unknown(names: Iterable[str]) -> list[str]:
     """A warning of fields that nobody knows, if there are any."""
-    short = [whole_text(name)[:60] for name in names]
+    short = [name[:60] for name in names]
     return [f"unknown, without effect: {some(short, 50)}"] if short else []
 
 
