@@ -33,6 +33,7 @@ from latentdiff.pipelines.inputs import (
     check_whole,
     for_each,
     prompt_list,
+    warn_of_size,
 )
 from latentdiff.pipelines.masks import (
     composite,
@@ -80,6 +81,9 @@ def image_to_image(
             return given
         return torch.cat([images[..., :height, :width], given[:, 3:]], dim=1)
 
+    if strength > 0:
+        advice = "Reduce the image before, and upscale the result."
+        warn_of_size(inputs.size, pipeline.default_size, advice)
     latents = _latents(pipeline, canvas)
     task = Task(size_of(canvas), start=latents, strength=strength, finish=finish)
     return stream_task(pipeline, prompts_of(prompt, inputs), task, **options)
@@ -203,6 +207,9 @@ def _paint(
     """
     soft = widened(mask, blur)
     region = Region.of(soft, padding, pipeline.default_size)
+    if strength > 0:
+        advice = "Reduce the image before, or inpaint with padding_mask_crop (--padding-mask-crop)."
+        warn_of_size(region.size, pipeline.default_size, advice)
     vae, device = pipeline.autoencoder, pipeline.device
     down = vae.downscale
     canvas = padded(region.cut(seen, "bicubic").clamp(-1, 1), down)

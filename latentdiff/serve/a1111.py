@@ -40,7 +40,7 @@ from latentdiff.serve.a1111_names import OURS, UPSCALERS, Options
 from latentdiff.serve.engine import Job
 from latentdiff.serve.requests import (
     Server,
-    check_limits,
+    check_size,
     client_of,
     finished,
     from_base64,
@@ -174,7 +174,7 @@ async def _enlarged(asked: Enlarging, data: str, request: Request) -> str:
         wanted = asked.upscaling_resize_w, asked.upscaling_resize_h
         scale = max(wanted[0] / image.width, wanted[1] / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    check_limits(server.settings, {"width": size[0], "height": size[1]})
+    check_size(server.settings, *size)
     if name == OURS and scale > 1:
         model, vae, _ = Options().over(server).chosen(server.models)
         task = {"image": image, "scale": scale}

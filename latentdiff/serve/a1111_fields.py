@@ -25,7 +25,7 @@ from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.pipelines.image_inputs import read_masks
 from latentdiff.serve.a1111_names import Given, Options, sampler_and_spacing, unknown
 from latentdiff.serve.engine import TEXT_TO_IMAGE
-from latentdiff.serve.requests import Server, check_limits, given_image
+from latentdiff.serve.requests import Server, check_size, given_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -167,7 +167,7 @@ class ImageToImage(Asked):
         most = server.settings.max_pixels
         image = to_srgb(given_image(self.init_images[0], "init_images", most))
         size = self.width or image.width, self.height or image.height
-        check_limits(server.settings, {"width": size[0], "height": size[1]})
+        check_size(server.settings, *size)
         if not self.mask:
             image = resized(image, size, self.resize_mode)
             return "image_to_image", {"image": image, "strength": self.denoising_strength}

@@ -189,9 +189,11 @@ class Engine:
         max_waiting: int = 256,
         idle: float = 0,
         hide: Callable[[str], str] = str,
+        keep: Callable[[Made], None] | None = None,
     ) -> None:
         self.models, self.batch_size, self.max_waiting = models, batch_size, max_waiting
         self._idle = idle
+        self._keep = keep
         self.hide = hide
         """Takes out of a text what clients must not read."""
         self.made, self.seconds = 0, 0.0
@@ -409,7 +411,9 @@ class Engine:
             images = zip(output.images, output.settings, flagged, strict=True)
             for n, image in zip(made, images, strict=True):
                 job, k = units[n]
-                job.images[k] = Made(*image)
+                job.images[k] = made_one = Made(*image)
+                if self._keep is not None:
+                    self._keep(made_one)
 
 
 def _kind(unit: _Unit) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from latentdiff.pipelines.image_inputs import decoded_images, read_masks
 from latentdiff.pipelines.inputs import check_seed, seeds_of
 from latentdiff.pipelines.metadata import texts
 from latentdiff.serve.engine import Cancelled, Engine, Job, Made, Order
-from latentdiff.serve.files import Files
+from latentdiff.serve.files import Links
 from latentdiff.serve.models import Models
 from latentdiff.serve.settings import Settings
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+#: Arguments that make an image larger; what is too large is said of the first.
+_ENLARGING = ("hires_scale", "scale", "left", "right", "top", "bottom", "width", "height")
 #: What images may be given in; Pillow hands some others to other programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 
@@ -41,7 +43,7 @@ class Server:
     settings: Settings
     models: Models
     engine: Engine
-    files: Files
+    links: Links
     options: dict[str, Any] = field(default_factory=dict)
     """What A1111's POST /options has set."""
 
@@ -74,11 +76,11 @@ def orders(
     """The images of a request: the k-th has seed + k.
 
     Args:    task: see `Order`.  arguments: the pipeline's others.  seed: None: drawn.
-    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more than a
-             request may ask for.
+    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more steps or
+             pixels than the server makes.
     """
     server.models.check(model, vae)
-    check_limits(server.settings, arguments)
+    _check_limits(server, task, arguments, model)
     if seed is not None:
         check_seed(seed, count)
     return [
@@ -87,20 +89,40 @@ def orders(
     ]
 
 
-def check_limits(settings: Settings, arguments: Mapping[str, Any]) -> None:
-    """Raises: UserError: more steps or pixels than a request may ask for."""
-    given = {name: value or 0 for name, value in arguments.items()}
-    steps = given.get("num_inference_steps", 0)
-    if steps > settings.max_steps:
-        raise UserError(f"num_inference_steps may be {settings.max_steps}; got {steps}.")
-    image = given.get("image")
-    width, height = image.size if image else (given.get("width", 0), given.get("height", 0))
-    width += given.get("left", 0) + given.get("right", 0)
-    height += given.get("top", 0) + given.get("bottom", 0)
-    scale = given.get("scale") or given.get("hires_scale") or 1
-    if width * height * scale**2 > settings.max_pixels:
-        size = f"{width}x{height}" + f", {scale} times as wide and tall" * (scale != 1)
-        raise UserError(f"an image may have {settings.max_pixels:,} pixels; asked for is {size}.")
+def _check_limits(
+    server: Server, task: str, arguments: Mapping[str, Any], model: str | None
+) -> None:
+    """Raises: UserError: more steps or pixels than a request may ask for, or a side that the model
+    does not draw, where that is known: it has been in memory."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    most, steps = server.settings, given.get("num_inference_steps", 0)
+    if steps > most.max_steps:
+        raise UserError(f"num_inference_steps may be {most.max_steps}; got {steps}.")
+    usual = server.models.defaults.get(model or server.models.names[0], {})
+    multiple = usual.get("multiple", 1)
+    for name in ("width", "height"):
+        if given.get(name, 0) % multiple:
+            nearest = max(1, round(given[name] / multiple)) * multiple
+            raise UserError(
+                f"{name} must be a multiple of {multiple}; got {given[name]}. The nearest is "
+                f"{nearest}."
+            )
+    width, height = (given.get(name, usual.get(name, 0)) for name in ("width", "height"))
+    if "image" in given:
+        width, height = given["image"].size
+    scale = given.get("scale", 2 if task == "upscale" else given.get("hires_scale", 1))
+    width = (width + given.get("left", 0) + given.get("right", 0)) * scale
+    height = (height + given.get("top", 0) + given.get("bottom", 0)) * scale
+    check_size(most, width, height, next((name for name in _ENLARGING if name in given), "image"))
+
+
+def check_size(settings: Settings, width: float, height: float, name: str = "width") -> None:
+    """Raises: UserError: an image of more pixels than a request may ask for; name: the field."""
+    if width * height > settings.max_pixels:
+        raise UserError(
+            f"{name}: an image may have {settings.max_pixels:,} pixels; this would be "
+            f"{width:.0f} x {height:.0f}."
+        )
 
 
 async def finished(request: Request, job: Job) -> list[Made]:

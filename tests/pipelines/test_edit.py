@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -486,3 +487,37 @@ def test_slerp_keeps_the_deviation_of_noise() -> None:
     torch.testing.assert_close(slerp(first, second, 1.0), second)
     assert abs(float(slerp(first, second, 0.5).std()) - 1) < 0.02
     torch.testing.assert_close(slerp(first, first, 0.3), first)
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "given", "advice"),
+    [
+        ("text_to_image", None, {"height": 50}, "hires_scale"),
+        ("text_to_image", None, {"width": 48, "hires_scale": 2}, None),
+        ("interpolate", None, {"width": 50, "frames": 2, "seed": [1, 2]}, "upscale the frames"),
+        ("image_to_image", (40, 40), {}, "Reduce the image"),
+        ("image_to_image", (32, 48), {}, None),
+        ("image_to_image", (64, 64), {"strength": 0}, None),
+        ("variations", (50, 32), {}, "Reduce the image"),
+        ("inpaint", (50, 32), {"mask_image": ()}, "padding_mask_crop"),
+        ("inpaint", (64, 64), {"mask_image": (), "padding_mask_crop": 2}, None),
+        ("outpaint", (32, 32), {"left": 18}, "Reduce the image"),
+        ("colorize", (64, 64), {}, None),
+        ("restore", (64, 64), {}, None),
+        ("upscale", (64, 64), {}, None),
+    ],
+)
+def test_what_is_much_larger_than_the_training_is_warned_of(
+    pipeline: Any, task: str, size: Any, given: dict[str, Any], advice: str | None
+) -> None:
+    """The model's is 32x32."""
+    if "mask_image" in given:
+        given = {**given, "mask_image": Image.new("L", size)}
+        given["mask_image"].paste(255, (8, 8, 20, 20))
+    image = {} if size is None else {"image": Image.new("RGB", size, "teal")}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        getattr(pipeline, task)(prompt="a cat", **{**FAST, **image, **given})
+    said = [str(one.message) for one in caught if "of the model's training" in str(one.message)]
+    assert len(said) == (advice is not None)
+    assert all(advice in one for one in said)
