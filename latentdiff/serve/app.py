@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from latentdiff import __version__
 from latentdiff.errors import UserError
-from latentdiff.serve import native, openai
+from latentdiff.serve import a1111, native, openai
 from latentdiff.serve.engine import Cancelled, Engine, Full, Stopping
 from latentdiff.serve.files import Links, Output
 from latentdiff.serve.guard import Cors, Forwarded, Guard, errors_of, hider, origins_of, refused
@@ -63,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.server = Server(settings, models, engine, links)
     app.state.figures = Figures(engine)
     _add_errors(app)
-    for router in (native.router, openai.router):
+    for router in (native.router, a1111.router, openai.router):
         app.include_router(router)
     for path, route in (("/health", health), ("/metrics", figures), ("/docs", docs)):
         app.add_api_route(path, route)

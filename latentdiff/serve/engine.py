@@ -284,16 +284,19 @@ class Engine:
         for job in self.running:
             job.finish(Stopping())
 
+    def jobs(self, client: str) -> list[Job]:
+        """This client's, those that are being made first."""
+        with self._changed:
+            running = [job for job in self.running if job.client == client]
+            return list(dict.fromkeys(running + [j for j, _ in self._waiting.get(client, ())]))
+
     def interrupt(self, client: str) -> None:
         """End this client's jobs: their results are the images so far, as they are."""
-        with self._changed:
-            running = set(self.running)
-            waiting = {job for job, _ in self._waiting.get(client, ())} - running
-        for job in running | waiting:
-            if job.client == client:
-                job.ended = True
-        for job in waiting:
-            job.finish()
+        running = self.running
+        for job in self.jobs(client):
+            job.ended = True
+            if job not in running:
+                job.finish()
 
     def _work(self) -> None:
         while True:

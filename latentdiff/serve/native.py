@@ -180,7 +180,6 @@ def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:
     if unused := sorted(set(given) - _taken(task)):
         raise UserError(f"{', '.join(unused)}: {task} does not take it.")
     most = server.settings.max_pixels
-    server.models.check(asked.model, asked.vae)
     _check_texts(server, asked)
     if "image" in given:
         given["image"] = given_image(given["image"], "image", most)
@@ -192,7 +191,6 @@ def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:
         raise UserError("mask_image is missing, white where to paint; the image is opaque.")
     if task == "outpaint" and not any(given.get(side) for side in SIDES):
         raise UserError(f"left: one of {', '.join(SIDES)} must be above 0.")
-    _check_work(server, task, asked, given)
     arguments = {"prompt_syntax": asked.prompt_syntax, **given}
     arguments = {n: v for n, v in arguments.items() if n not in (*_APART, "previews")}
     try:
@@ -229,37 +227,6 @@ def _check_texts(server: Server, asked: Asked) -> None:
                 parse(text)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-
-
-def _check_work(server: Server, task: str, asked: Asked, given: dict[str, Any]) -> None:
-    """Raises: UserError: more steps or pixels than the server allows, or another size than the
-    model draws."""
-    most, steps = server.settings.max_pixels, server.settings.max_steps
-    if (asked.num_inference_steps or 1) > steps:
-        raise UserError(
-            f"num_inference_steps must be at most {steps}; got {asked.num_inference_steps}."
-        )
-    model = server.models.defaults.get(asked.model or server.models.names[0], {})
-    multiple = model.get("multiple", 1)  # None is known of a model that was never loaded
-    for name in ("width", "height"):
-        side = given.get(name)
-        if side is not None and side % multiple:
-            nearest = max(1, round(side / multiple)) * multiple
-            raise UserError(
-                f"{name} must be a multiple of {multiple}; got {side}. The nearest is {nearest}."
-            )
-    whole = {**_usual(task), **{n: model.get(n, 1) for n in ("width", "height")}, **given}
-    if "image" in given:
-        whole["width"], whole["height"] = given["image"].size
-    scale = whole.get("scale") or whole.get("hires_scale") or 1
-    width = (whole["width"] + whole.get("left", 0) + whole.get("right", 0)) * scale
-    height = (whole["height"] + whole.get("top", 0) + whole.get("bottom", 0)) * scale
-    if width * height > most:
-        blamed = ("hires_scale", "scale", *SIDES, "width", "height")
-        name = next((n for n in blamed if n in given), "image")
-        raise UserError(
-            f"{name}: an image may have {most:,} pixels; this would be {width:.0f} x {height:.0f}."
-        )
 
 
 async def _lines(job: Job) -> AsyncIterator[bytes]:

@@ -7,7 +7,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+#: Arguments that make an image larger; what is too large is said of the first.
+_ENLARGING = ("hires_scale", "scale", "left", "right", "top", "bottom", "width", "height")
 #: What images may be given in; Pillow hands some others to other programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 
@@ -42,6 +44,8 @@ class Server:
     models: Models
     engine: Engine
     links: Links
+    options: dict[str, Any] = field(default_factory=dict)
+    """What A1111's POST /options has set."""
 
 
 def server_of(request: Request) -> Server:
@@ -76,7 +80,7 @@ def orders(
              pixels than the server makes.
     """
     server.models.check(model, vae)
-    _check_limits(server.settings, arguments)
+    _check_limits(server, task, arguments, model)
     if seed is not None:
         check_seed(seed, count)
     return [
@@ -85,23 +89,38 @@ def orders(
     ]
 
 
-def _check_limits(settings: Settings, arguments: Mapping[str, Any]) -> None:
-    given = {name: value or 0 for name, value in arguments.items()}
-    if (steps := given.get("num_inference_steps", 0)) > settings.max_steps:
-        raise UserError(f"steps may be {settings.max_steps} at most on this server; got {steps}.")
-    image = given.get("image")
-    width, height = image.size if image else (given.get("width", 0), given.get("height", 0))
-    width += given.get("left", 0) + given.get("right", 0)
-    height += given.get("top", 0) + given.get("bottom", 0)
-    scale = given.get("scale") or given.get("hires_scale") or 1
-    check_size(settings, width * scale, height * scale)
+def _check_limits(
+    server: Server, task: str, arguments: Mapping[str, Any], model: str | None
+) -> None:
+    """Raises: UserError: more steps or pixels than a request may ask for, or a side that the model
+    does not draw, where that is known: it has been in memory."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    most, steps = server.settings, given.get("num_inference_steps", 0)
+    if steps > most.max_steps:
+        raise UserError(f"num_inference_steps may be {most.max_steps}; got {steps}.")
+    usual = server.models.defaults.get(model or server.models.names[0], {})
+    multiple = usual.get("multiple", 1)
+    for name in ("width", "height"):
+        if given.get(name, 0) % multiple:
+            nearest = max(1, round(given[name] / multiple)) * multiple
+            raise UserError(
+                f"{name} must be a multiple of {multiple}; got {given[name]}. The nearest is "
+                f"{nearest}."
+            )
+    width, height = (given.get(name, usual.get(name, 0)) for name in ("width", "height"))
+    if "image" in given:
+        width, height = given["image"].size
+    scale = given.get("scale", 2 if task == "upscale" else given.get("hires_scale", 1))
+    width = (width + given.get("left", 0) + given.get("right", 0)) * scale
+    height = (height + given.get("top", 0) + given.get("bottom", 0)) * scale
+    check_size(most, width, height, next((name for name in _ENLARGING if name in given), "image"))
 
 
-def check_size(settings: Settings, width: float, height: float) -> None:
-    """Refuse an image of more pixels than the server makes. Raises: UserError."""
+def check_size(settings: Settings, width: float, height: float, name: str = "width") -> None:
+    """Raises: UserError: an image of more pixels than a request may ask for; name: the field."""
     if width * height > settings.max_pixels:
         raise UserError(
-            f"width x height may be {settings.max_pixels:,} pixels at most on this server; got "
+            f"{name}: an image may have {settings.max_pixels:,} pixels; this would be "
             f"{width:.0f} x {height:.0f}."
         )
 

@@ -3,7 +3,7 @@
 import { Problem, getInfo, make, readSettings, duration, toBlob, toDataUrl } from "./protocol.js";
 import * as form from "./form.js";
 import { loadMask, maskFile, startMask } from "./mask.js";
-import { drawSource, hasImage, offerSizes, sentImage, sourceFile, takeImage } from "./source.js";
+import { drawSource, hasImage, offerSizes, sentImage, sourceFile, takeImage, workedAt } from "./source.js";
 import { addItem, endPreviews, removeShown, showItem, showPreviews, shownItem } from "./gallery.js";
 
 const byId = (id) => document.getElementById(id);
@@ -80,7 +80,7 @@ async function imagesOf(task, asked) {
   asked.image = await toDataUrl(await sentImage());
   const mask = task === "inpaint" ? await maskFile() : null;
   if (mask) asked.mask_image = await toDataUrl(mask);
-  return { source: sourceFile(), mask };
+  return { source: sourceFile(), size: workedAt(), mask };
 }
 
 function busy(is) {
@@ -128,7 +128,7 @@ async function inspect(file) {
 async function reuse(item) {
   const missing = form.fill(item.settings);
   if (item.source) {
-    await take(item.source);
+    await take(item.source, item.size);
     if (item.mask) await loadMask(item.mask);
   } else if (form.currentTask() !== "text_to_image") {
     missing.push("The image that it was made from is not in the file; choose it again.");
@@ -143,10 +143,10 @@ function sendTo(tab, blob) {
   return take(blob);
 }
 
-async function take(file) {
+async function take(file, size) {
   form.clearProblem();
   try {
-    await takeImage(file, limits());
+    await takeImage(file, limits(), size);
     announce("The image is in the form.");
   } catch (error) {
     problem(error);

@@ -103,7 +103,7 @@ function described({ settings, program }) {
 function pair([name, text]) {
   const both = document.createElement("div");
   both.append(element("dt", name), element("dd", text));
-  both.classList.toggle("wide", text.length > 12);
+  both.classList.toggle("wide", text.length > 20);
   return both;
 }
 

@@ -10,17 +10,20 @@ const fields = document.getElementById("form").elements;
 /** {file, bitmap}: the bitmap is upright, whatever EXIF says. */
 let source = null;
 let size = { width: 0, height: 0 };
+/** The size that the user wants, as "64x48"; "": what suits the task. */
+let wanted = "";
 
 export const hasImage = () => source !== null;
 export const sourceFile = () => source?.file;
+export const workedAt = () => choices.value;
 
 /** Begin from a file.
- *  @param limits {side, keeps, max_pixels, max_body}: see `offerSizes`. */
-export async function takeImage(file, limits) {
+ *  @param limits {side, keeps, max_pixels, max_body}: see `offerSizes`.  @param at see `wanted`. */
+export async function takeImage(file, limits, at = "") {
   const bitmap = await createImageBitmap(file).catch(() => {
     throw new Problem("image cannot be shown by this browser. Take a PNG, JPEG, WebP or AVIF file.", "image");
   });
-  source = { file, bitmap };
+  [source, wanted] = [{ file, bitmap }, at];
   canvases.hidden = document.getElementById("working").hidden = false;
   document.getElementById("source-hint").hidden = true;
   document.getElementById("choose").textContent = "Another image…";
@@ -48,8 +51,12 @@ export function offerSizes({ side, keeps, max_pixels, max_body }, keep = true) {
     return new Option(`${w} × ${h}${own}`, `${w}x${h}`);
   });
   choices.replaceChildren(...options);
-  choices.selectedIndex = keeps ? options.length - 1 : 0;
-  choices.onchange = () => work(true);
+  const again = options.findIndex((option) => option.value === wanted);
+  choices.selectedIndex = again >= 0 ? again : keeps ? options.length - 1 : 0;
+  choices.onchange = () => {
+    wanted = choices.value;
+    work(true);
+  };
   work(keep);
 }
 
