@@ -99,7 +99,9 @@ def test_each_task_gives_what_the_pipeline_gives(
     expected = method(**given, num_inference_steps=STEPS, seed=SEED, progress=False, **options)
     assert result["event"] == "result"
     assert [one["seed"] for one in result["images"]] == [str(SEED), str(SEED + 1)]
-    for one, own in zip(result["images"], expected.images, strict=True):
+    each = zip(result["images"], expected.images, expected.settings, strict=True)
+    for one, own, settings in each:
+        assert one["settings"]["guidance_scale"] == settings["guidance_scale"]
         assert one["settings"]["seed"] == one["seed"]
         assert one["settings"]["task"] == task
         made = np.asarray(decoded(one["image"]), np.int16)
