@@ -230,7 +230,7 @@ def _beside_pixels(texts: Mapping[str, str], file: Path) -> dict[str, Any]:
     return {"exif": exif}
 
 
-def read_texts(file: Path) -> dict[str, str]:
+def read_texts(file: Path | bytes) -> dict[str, str]:
     """The texts beside an image's pixels, by keyword, wherever `save_image` put them.
 
     Others of EXIF's are there too, by the numbers of their tags. Nothing is decoded unless a PNG
@@ -240,8 +240,10 @@ def read_texts(file: Path) -> dict[str, str]:
     """
     from PIL import Image
 
+    name = "image" if isinstance(file, bytes) else file
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with warnings.catch_warnings(), Image.open(file) as image:
+        with warnings.catch_warnings(), Image.open(opened) as image:
             warnings.simplefilter("ignore")  # of many pixels, which are not decoded, and of EXIF
             exif = image.getexif()
             texts = {f"{tag}": text for tag, text in exif.items() if isinstance(text, str)}
@@ -256,10 +258,10 @@ def read_texts(file: Path) -> dict[str, str]:
                     texts |= image.text  # type: ignore[attr-defined]
             return texts
     except Image.DecompressionBombError as error:
-        raise UserError(f"{file} is too large to open safely ({error}).") from error
+        raise UserError(f"{name} is too large to open safely ({error}).") from error
     except Exception as error:  # decoders fed with broken data raise nearly anything
         reason = getattr(error, "strerror", None) or error or type(error).__name__
-        raise UserError(f"{file} cannot be read as an image ({reason}).") from error
+        raise UserError(f"{name} cannot be read as an image ({reason}).") from error
 
 
 def _comment(raw: bytes | str) -> str:

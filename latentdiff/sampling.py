@@ -43,8 +43,6 @@ class Network:
     project: bool = True
     """Whether the context's keys and values are computed once and not at every step. Not possible
     where weights are sharded: they are whole only while the U-Net is called."""
-    upcast: bool = True
-    """Whether a 16-bit answer is turned to x_t's type before it is guided, or after."""
     extra: Tensor | None = None
     """(B, E, h, w), what the U-Net takes in channels after those of x_t."""
     device: torch.device | None = None
@@ -57,8 +55,7 @@ class Network:
         given = {"kv": self.unet.project_context(context)} if self.project else {"context": context}
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            y = unet(x_t.to(dtype), t, **given)
-            return y.to(x_t.dtype) if self.upcast else y
+            return unet(x_t.to(dtype), t, **given).to(x_t.dtype)
 
         return predict
 

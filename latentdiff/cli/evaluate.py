@@ -101,8 +101,11 @@ def reference_of(args: argparse.Namespace, count: int, pipeline: Any) -> Any:
     from latentdiff.evaluation.reference import open_reference
 
     given = args.reference
-    data = DataConfig() if given is None else DataConfig(kind=guess_kind(given), path=given)
-    return open_reference(data, count, pipeline.default_size[0])
+    try:
+        data = DataConfig() if given is None else DataConfig(kind=guess_kind(given), path=given)
+        return open_reference(data, count, pipeline.default_size[0])
+    except UserError as error:
+        raise UserError(str(error).replace("data.path", "--reference")) from error
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:

@@ -49,7 +49,7 @@ from latentdiff.data.source import (
     problems_of,
 )
 from latentdiff.errors import UserError
-from latentdiff.files import atomic_file
+from latentdiff.files import atomic_file, read_json
 
 _log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
@@ -403,9 +403,9 @@ class LatentFolder:
                 self.bucket_path(number).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(self.path, error) from error
-        if about.is_file():
-            encoder.shapes = encoder.shapes_like(json.loads(about.read_text())["moments_shape"])
-        else:
+        try:
+            encoder.shapes = encoder.shapes_like(read_json(about)["moments_shape"])
+        except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError):  # none, or damaged
             facts = {
                 "moments_shape": encoder.shapes[0],
                 "image_size": encoder.config.image_size,

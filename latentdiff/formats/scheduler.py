@@ -32,10 +32,9 @@ PREDICTION_NAMES = {
 }
 #: How the names of schedulers begin whose spacing is linspace where the file does not say it;
 #: leading for all others.
-_LINSPACE = ("Euler", "Heun", "LMS", "KDPM2Discrete", "DPMSolverMultistepScheduler",
-             "DPMSolverSinglestep", "DEIS", "UniPC")  # fmt: skip
+_LINSPACE = ("DEIS", "DPMSolver", "Euler", "Heun", "KDPM2", "LMS", "SASolver", "UniPC")
 #: Fields that are numbers, with the range that makes sense; others that are words.
-_NUMBERS = {"num_train_timesteps": (2, 10**6), "beta_start": (0, 1), "beta_end": (0, 1)}
+NUMBERS = {"num_train_timesteps": (2, 10**6), "beta_start": (0, 1), "beta_end": (0, 1)}
 _WORDS = ("_class_name", "prediction_type", "beta_schedule", "timestep_spacing")
 #: Added to a leading grid; Stable Diffusion's readers insist on 1.
 STEPS_OFFSET = 1
@@ -84,8 +83,8 @@ def read_scheduler(
     Returns: (noise schedule, prediction, sampling defaults).
     Raises:  UserError: a schedule or prediction that we do not have, named, or a damaged field.
     """
-    for name in _NUMBERS.keys() & data.keys():
-        check_number(data[name], name, f"{where}: {name}")
+    for name in NUMBERS.keys() & data.keys():
+        check_number(data[name], NUMBERS[name], f"{where}: {name}")
     for name in _WORDS:
         if not isinstance(data.get(name, ""), str):
             raise UserError(f"{where}: {name} must be text; got {data[name]!r:.80}.")
@@ -158,13 +157,13 @@ def _write_flow(schedule: ScheduleConfig, prediction_type: str) -> dict[str, Any
     }
 
 
-def check_number(value: Any, field: str, what: str) -> None:
-    """Refuse a value that a field of `_NUMBERS` cannot have.
+def check_number(value: Any, range: tuple[float, float], what: str) -> None:
+    """Refuse what is no number in a range.
 
     Args:   what: the field for the message, as its file calls it.
     Raises: UserError.
     """
-    least, most = _NUMBERS[field]
+    least, most = range
     if not (type(value) in (int, float) and least <= value <= most):
         raise UserError(f"{what} must be a number from {least} to {most:,}; got {value!r:.80}.")
 

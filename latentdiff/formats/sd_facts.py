@@ -36,11 +36,13 @@ from latentdiff.diffusion.schedule import ScheduleConfig
 from latentdiff.errors import UserError, choice_error, printable
 from latentdiff.formats.scheduler import (
     ALPHA_TO_ONE,
+    NUMBERS,
     SamplingDefaults,
     check_number,
     write_scheduler,
 )
 from latentdiff.models.clip_text import TextEncoder
+from latentdiff.models.sizes import MOST_CHANNELS
 from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import UNetConfig, config_to_dict
 from latentdiff.plain_yaml import parse_yaml
@@ -156,11 +158,13 @@ class InferenceYaml:
             raise choice_error(f"beta_schedule in {self.path}", schedule, _BETAS)
         config["scheduler"]["beta_schedule"] = _BETAS[schedule]
         for name in _SCHEDULE.keys() & self.params.keys():
-            check_number(self.params[name], _SCHEDULE[name], f"{name} in {self.path}")
+            check_number(self.params[name], NUMBERS[_SCHEDULE[name]], f"{name} in {self.path}")
             config["scheduler"][_SCHEDULE[name]] = self.params[name]
         if "scale_factor" in self.params:
-            config["vae"]["scaling_factor"] = self.params["scale_factor"]
+            scale = config["vae"]["scaling_factor"] = self.params["scale_factor"]
+            check_number(scale, (1e-6, 1e6), f"scale_factor in {self.path}")
         if (size := self.params.get("image_size", _DEFAULT_SIZE)) != _DEFAULT_SIZE:
+            check_number(size, (1, MOST_CHANNELS), f"image_size in {self.path}")
             config["unet"]["sample_size"] = size
 
 

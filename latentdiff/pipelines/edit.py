@@ -33,8 +33,17 @@ from latentdiff.pipelines.inputs import (
     check_whole,
     for_each,
     prompt_list,
+    warn_of_size,
 )
-from latentdiff.pipelines.masks import composite, crop_box, in_latents, matched, padded, widened
+from latentdiff.pipelines.masks import (
+    composite,
+    crop_box,
+    in_latents,
+    matched,
+    padded,
+    surrounded,
+    widened,
+)
 from latentdiff.pipelines.settings import recorded
 from latentdiff.pipelines.task import Batch, Events, SamplingOptions, Task, stream_of
 
@@ -72,6 +81,9 @@ def image_to_image(
             return given
         return torch.cat([images[..., :height, :width], given[:, 3:]], dim=1)
 
+    if strength > 0:
+        advice = "Reduce the image before, and upscale the result."
+        warn_of_size(inputs.size, pipeline.default_size, advice)
     latents = _latents(pipeline, canvas)
     task = Task(size_of(canvas), start=latents, strength=strength, finish=finish)
     return stream_task(pipeline, prompts_of(prompt, inputs), task, **options)
@@ -87,6 +99,7 @@ def inpaint(
     *,
     mask_blur: int = 0,
     padding_mask_crop: int | None = None,
+    fill: bool = False,
     **options: Unpack[SamplingOptions],
 ) -> Events:
     """Paint a part of images anew; every pixel of the rest stays as it is, to the bit.
@@ -101,6 +114,8 @@ def inpaint(
              was masked is painted in full, and nothing changes beyond twice that distance.
              padding_mask_crop: work on the masked area alone, with so many pixels around it,
              enlarged or reduced to the size of the model's training; None: on the whole image.
+             fill: below strength 1, begin from the colours around the mask and not from what was
+             there.
     """
     check_share("strength", strength)
     check_whole(MAX_BLUR, mask_blur=mask_blur)
@@ -119,6 +134,8 @@ def inpaint(
             )
     if (mask == 1).all():
         warn("the mask is white everywhere, so nothing of the image is kept.")
+    if fill:
+        seen = surrounded(seen, mask)
     return _paint(
         pipeline, prompt, inputs, seen, mask, strength, mask_blur, padding_mask_crop, options
     )
@@ -190,6 +207,9 @@ def _paint(
     """
     soft = widened(mask, blur)
     region = Region.of(soft, padding, pipeline.default_size)
+    if strength > 0:
+        advice = "Reduce the image before, or inpaint with padding_mask_crop (--padding-mask-crop)."
+        warn_of_size(region.size, pipeline.default_size, advice)
     vae, device = pipeline.autoencoder, pipeline.device
     down = vae.downscale
     canvas = padded(region.cut(seen, "bicubic").clamp(-1, 1), down)

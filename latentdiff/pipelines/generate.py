@@ -41,7 +41,7 @@ from latentdiff.models.safety_checker import SafetyChecker, load_safety_checker
 from latentdiff.pipelines import edit, restore, two_pass
 from latentdiff.pipelines.call import stream_task
 from latentdiff.pipelines.hashes import model_name
-from latentdiff.pipelines.inputs import check_pixels, for_each, prompt_list
+from latentdiff.pipelines.inputs import check_pixels, for_each, prompt_list, warn_of_size
 from latentdiff.pipelines.interpolate import interpolate
 from latentdiff.pipelines.inversion import Inversion, invert
 from latentdiff.pipelines.lora import Loras, parts_of
@@ -158,6 +158,11 @@ class LatentDiffusionPipeline:
                  NotFiniteError: text encoder, U-Net or autoencoder gave NaN or infinity.
         """
         size = self.image_size(height, width)
+        warn_of_size(
+            size,
+            self.default_size,
+            "Leave the size out and give hires_scale (--hires-scale 2), or upscale the image.",
+        )
         if hires_scale is None:
             return stream_task(self, prompt, Task(size), latents=latents, **options)
         hires = hires_scale, hires_strength
@@ -189,7 +194,16 @@ class LatentDiffusionPipeline:
         return stream_of(getattr(type(self), task))(self, prompt=prompt, **arguments)
 
     def preview(self, latents: Tensor) -> list[Image]:
-        """Rough images of latents (B, C, h, w): `preview_decoder`'s, or as large as the latents."""
+        """Rough images of latents (B, C, h, w): `preview_decoder`'s, or as large as the latents.
+
+        Raises:  UserError: latents of another shape, or another model's.
+        """
+        channels = self.autoencoder.latent_channels
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise UserError(
+                f"latents must have the shape (images, {channels}, height, width) for this model; "
+                f"got {tuple(latents.shape)}."
+            )
         if self.preview_decoder is not None:
             return to_output(self.preview_decoder.decode(latents), "pil")
         if self._linear_decoder is None:

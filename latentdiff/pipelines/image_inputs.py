@@ -22,7 +22,7 @@ from latentdiff.pipelines.inputs import check_pixels, for_each
 
 #: One image or several: files, Pillow images, or a tensor in 0 … 1.
 ImageInput = Source | Sequence[Source] | Tensor
-_SOURCES = (str, os.PathLike, bytes, Image.Image)
+SOURCES = (str, os.PathLike, bytes, Image.Image)
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ def decoded_images(
     image: Any, name: str, use: Callable[[Image.Image], Image.Image]
 ) -> list[Image.Image]:
     """What `use` makes of each image, upright. Raises: UserError: see `read_images`."""
-    images = [image] if isinstance(image, _SOURCES) else image
+    images = [image] if isinstance(image, SOURCES) else image
     if (
         not isinstance(images, Sequence)
         or not images
-        or not all(isinstance(one, _SOURCES) for one in images)
+        or not all(isinstance(one, SOURCES) for one in images)
     ):
         raise UserError(
             f"{name} must be an image file, a PIL image, a list of them or a tensor; got "

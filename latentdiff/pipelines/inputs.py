@@ -22,7 +22,10 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 #: grows with the pixels in the decoder, and with their square in attention on some machines: a slip
 #: such as 100000 for 1000 would take the whole machine down instead of ending with a message.
 MAX_PIXELS = 4096 * 4096
-
+#: Above so many times the training's pixels, a model draws things twice, in part or whole: the
+#: embedded one, trained at 64 x 64, does at 80 x 80 and not at 64 x 96; Stable Diffusion 1, of
+#: 512 x 512, is said to at 768 x 768, and is much used at 512 x 768.
+LARGE = 1.5
 
 #: The largest number that a float holds: `is_number(x, most=FINITE)` is False for infinity.
 FINITE = sys.float_info.max
@@ -119,6 +122,18 @@ def check_whole(most: int = MAX_PIXELS, /, **pixels: Any) -> None:
             raise UserError(
                 f"{name} must be a whole number of pixels in 0 … {most}; got {value!r:.80}."
             )
+
+
+def warn_of_size(size: tuple[int, int], trained: tuple[int, int], advice: str) -> None:
+    """Warn of a (height, width) that the U-Net sees at once and that is much above the training's.
+
+    Args:    advice: what to do instead, a sentence.
+    """
+    if size[0] * size[1] > LARGE * trained[0] * trained[1]:
+        warn(
+            f"{size[0]}x{size[1]} pixels (height x width) are much more than the {trained[0]}x"
+            f"{trained[1]} of the model's training: things may be drawn twice. {advice}"
+        )
 
 
 def check_seed(seed: Any, count: int) -> int:

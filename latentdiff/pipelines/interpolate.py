@@ -17,7 +17,7 @@ from latentdiff.diffusion.noise import batch_noise, slerp
 from latentdiff.errors import UserError
 from latentdiff.models.prompts import NETWORK
 from latentdiff.pipelines.call import stream_task
-from latentdiff.pipelines.inputs import check_counts, for_each, prompt_list, seeds_of
+from latentdiff.pipelines.inputs import check_counts, for_each, prompt_list, seeds_of, warn_of_size
 from latentdiff.pipelines.task import (
     Condition,
     Events,
@@ -81,6 +81,7 @@ def interpolate(
     near = [round(place) for place in places]
     ends = [(min(int(place), keys - 2), place) for place in places]
     size = pipeline.image_size(height, width)
+    warn_of_size(size, pipeline.default_size, "Leave the size out and upscale the frames.")
     noise = batch_noise(seeds, pipeline.latent_shape(size))
 
     def blend(conditions: list[Condition]) -> list[Condition]:

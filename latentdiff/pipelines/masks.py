@@ -34,6 +34,23 @@ def widened(mask: Tensor, blur: int) -> Tensor:
     return mask.clamp(0, 1)
 
 
+def surrounded(images: Tensor, mask: Tensor) -> Tensor:
+    """Images with what is masked replaced by the colours around it, coarser further inside.
+
+    What is known is averaged over 2 × 2 pixels until all is, and enlarged again level by level.
+
+    Args:    images: (N, C, H, W).  mask: (N, 1, H, W) in 0 … 1, the share to replace.
+    Source:  Gortler et al. 1996, section 3.4 (pull-push), doi:10.1145/237170.237200.
+    """
+    if bool((mask == 0).all()) or max(mask.shape[-2:]) == 1:
+        return images
+    known = 1 - mask
+    weight = F.avg_pool2d(known, 2, ceil_mode=True)
+    coarse = F.avg_pool2d(images * known, 2, ceil_mode=True) / weight.clamp(min=1e-6)
+    coarse = surrounded(coarse, 1 - (4 * weight).clamp(max=1))
+    return known * images + mask * F.interpolate(coarse, mask.shape[-2:], mode="bilinear")
+
+
 def padded(images: Tensor, multiple: int) -> Tensor:
     """Images (N, C, H, W) with their right and lower edges repeated up to a multiple."""
     height, width = images.shape[-2:]

@@ -245,7 +245,7 @@ def pixels_hash(image: Image) -> str:
     return hashlib.sha256(head + image.tobytes()).hexdigest()[:16]
 
 
-def read(file: Path) -> Record:
+def read(file: Path | bytes) -> Record:
     """What a file says about how its image was made.
 
     Raises: UserError: there is no image.
@@ -356,7 +356,6 @@ def _understood(prompt: str, negative: str, fields: Mapping[str, str]) -> dict[s
 def _sampler(name: str, schedule: str | None) -> tuple[str, str]:
     """(sampler, spacing) of A1111's names; older files have both in one: "DPM++ 2M Karras"."""
     names = {label.lower(): key for key, label in SAMPLERS.items()}
-    spacings = {label.lower(): key for key, label in SCHEDULES.items()} | _SAME
     wanted, old = name.lower(), None
     for ending in ("karras", "exponential"):
         if wanted.endswith(f" {ending}"):
@@ -364,12 +363,23 @@ def _sampler(name: str, schedule: str | None) -> tuple[str, str]:
     if wanted not in names:
         known = ", ".join(SAMPLERS.values())
         raise UserError(f"its sampler {name!r:.60} is not supported here ({known})")
-    key = names[wanted]
-    usual = _USUAL_SPACING.get(key, "linspace")
+    return names[wanted], spacing_of(names[wanted], old if schedule is None else schedule)
+
+
+def spacing_of(sampler: str, schedule: str | None) -> str:
+    """The timestep spacing that A1111's schedule type means.
+
+    Args:    schedule: a label or name, in any case; None: a file's that names none.
+    Raises:  UserError: it has no equal here.
+    """
+    usual = _USUAL_SPACING.get(sampler, "linspace")
     if schedule is None:
-        return key, old or usual
-    if (schedule := schedule.lower()) == "automatic":
-        return key, _AUTOMATIC.get(key, usual)
-    if schedule not in spacings:
-        raise UserError(f"its schedule type {schedule!r:.60} is not supported here")
-    return key, spacings[schedule]
+        return usual
+    spacings = {label.lower(): key for key, label in SCHEDULES.items()} | _SAME
+    spacings["automatic"] = _AUTOMATIC.get(sampler, usual)
+    wanted = schedule.lower().replace("_", " ")
+    if wanted not in spacings:
+        raise UserError(
+            f"the schedule type {schedule!r:.60} is not supported here ({', '.join(spacings)})"
+        )
+    return spacings[wanted]

@@ -55,12 +55,12 @@ class LoraFolder:
         files = self._files.get(name.removesuffix(_ENDING), [])
         if not files:
             raise UserError(
-                f"{tag}: there is no {name.removesuffix(_ENDING)}{_ENDING} in {self.folder}."
+                f"{tag}: there is no {name.removesuffix(_ENDING)}{_ENDING} in lora_dir."
                 f"{did_you_mean(name, self._files)}"
             )
         if len(files) > 1:
             paths = some(str(file.relative_to(self.folder)) for file in files)
-            raise UserError(f"{tag}: {self.folder} has several: {paths}. Write the path.")
+            raise UserError(f"{tag}: lora_dir has several: {paths}. Write the path.")
         try:
             return files[0], 1.0 if weight is None else float(weight)
         except ValueError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import io
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from latentdiff.diffusion.guidance import needs_unconditional
 from latentdiff.errors import UserError
 from latentdiff.pipelines.hashes import model_hash, weights_hash
+from latentdiff.pipelines.image_inputs import SOURCES, ImageInput, decoded_images
 from latentdiff.pipelines.metadata import pixels_hash
 from latentdiff.pipelines.task import Events, PipelineOutput, run_to_the_end
 from latentdiff.weights import raw_bytes
@@ -99,50 +99,48 @@ def recorded(task: Callable[P, Events]) -> Callable[P, PipelineOutput]:
     was given besides `SamplingOptions`: of images the file, if there is one, and a hash."""
     signature = inspect.signature(task)
 
-    def record(output: PipelineOutput, *args: P.args, **options: P.kwargs) -> None:
-        bound = signature.bind(*args, **options)
-        bound.apply_defaults()
-        given = {
-            name: value
-            for name, value in bound.arguments.items()
-            if name not in ("pipeline", "prompt", "options")
-        }
-        inputs = {name: _described(given.pop(name, None)) for name in IMAGE_ARGUMENTS}
-        asked = bound.arguments.get("options", {})
+    def record(output: PipelineOutput, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        apart = ("pipeline", "prompt", "options", *IMAGE_ARGUMENTS)
+        shared = {name: value for name, value in given.items() if name not in apart}
         for k, settings in enumerate(output.settings):
             own = {n: of[k * len(of) // len(output.settings)] for n, of in inputs.items() if of}
-            settings |= {"task": task.__name__, "arguments": {**given, **own}}
-            if "latents" not in asked:
+            settings |= {"task": task.__name__, "arguments": {**shared, **own}}
+            if "latents" not in given.get("options", {}):
                 settings.pop("latents", None)
             if isinstance(output.images, list):
                 settings["width"], settings["height"] = output.images[k].size
 
     @functools.wraps(task)
     def stream(*args: P.args, **options: P.kwargs) -> Events:
-        for event in task(*args, **options):
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        inputs = {}
+        for name in IMAGE_ARGUMENTS:
+            if name in bound.arguments:
+                bound.arguments[name], inputs[name] = _opened(bound.arguments[name], name)
+        for event in task(*bound.args, **bound.kwargs):
             if isinstance(event, PipelineOutput):
-                record(event, *args, **options)
+                record(event, bound.arguments, inputs)
             yield event
 
     return run_to_the_end(stream)
 
 
-def _described(given: Any) -> list[dict[str, Any]]:
-    """Where each of some images is, and the hash of its pixels; see `image_inputs.ImageInput`."""
-    from PIL import Image
+def _opened(given: ImageInput | None, name: str) -> tuple[Any, list[dict[str, Any]]]:
+    """Images without their files, each read once; and where each was, and its pixels' hash.
 
+    Raises: UserError: see `read_images`.
+    """
     if given is None:
-        return []
+        return None, []
     if isinstance(given, Tensor):
         batch = given[None] if given.ndim == 3 else given
-        return [{"hash": hashlib.sha256(raw_bytes(one)).hexdigest()[:16]} for one in batch]
-    several = [given] if isinstance(given, str | os.PathLike | bytes | Image.Image) else given
-    found = []
-    for one in several:
-        if isinstance(one, Image.Image):
-            found.append({"file": getattr(one, "filename", "") or None, "hash": pixels_hash(one)})
-            continue
-        with Image.open(io.BytesIO(one) if isinstance(one, bytes) else one) as image:
-            file = None if isinstance(one, bytes) else os.fspath(one)
-            found.append({"file": file, "hash": pixels_hash(image)})
-    return found
+        return given, [{"hash": hashlib.sha256(raw_bytes(one)).hexdigest()[:16]} for one in batch]
+    images = decoded_images(given, name, lambda one: one.copy())
+    sources = [given] if isinstance(given, SOURCES) else given
+    files = [
+        os.fspath(one) if isinstance(one, str | os.PathLike) else getattr(one, "filename", None)
+        for one in sources
+    ]
+    hashes = map(pixels_hash, images)
+    return images, [{"file": f or None, "hash": h} for f, h in zip(files, hashes, strict=True)]

@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 
 from latentdiff import __version__
 from latentdiff.errors import UserError
-from latentdiff.serve import native, openai
+from latentdiff.serve import a1111, native, openai
 from latentdiff.serve.engine import Cancelled, Engine, Full, Stopping
-from latentdiff.serve.files import Files
+from latentdiff.serve.files import Links, Output
 from latentdiff.serve.guard import Cors, Forwarded, Guard, errors_of, hider, origins_of, refused
 from latentdiff.serve.metrics import Counted, Figures, figures
 from latentdiff.serve.models import Models
@@ -41,28 +41,28 @@ def create_app(settings: Settings) -> FastAPI:
         max_waiting=settings.max_waiting,
         idle=settings.idle_minutes * 60,
         hide=hider(settings),
+        keep=None if settings.output is None else Output(settings.output).keep,
     )
-    files = Files(settings.output)
+    links = Links(settings.links)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         engine.stop()
-        files.close()
+        links.close()
 
     app = FastAPI(
         title="latentdiff",
         version=__version__,
-        root_path=settings.root_path,
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from the internet
         redoc_url=None,
     )
-    app.state.server = Server(settings, models, engine, files)
+    app.state.server = Server(settings, models, engine, links)
     app.state.figures = Figures(engine)
     _add_errors(app)
-    for router in (native.router, openai.router):
+    for router in (native.router, a1111.router, openai.router):
         app.include_router(router)
     for path, route in (("/health", health), ("/metrics", figures), ("/docs", docs)):
         app.add_api_route(path, route)
@@ -71,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Guard, settings=settings, origins=origins_of(settings))
     app.add_middleware(Cors, allow_origins=origins_of(settings))
     app.add_middleware(Counted, figures=app.state.figures)
-    app.add_middleware(Forwarded, trusted_hosts=list(settings.trusted_proxies))
+    app.add_middleware(Forwarded, settings=settings)
     return app
 
 

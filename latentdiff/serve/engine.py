@@ -189,9 +189,11 @@ class Engine:
         max_waiting: int = 256,
         idle: float = 0,
         hide: Callable[[str], str] = str,
+        keep: Callable[[Made], None] | None = None,
     ) -> None:
         self.models, self.batch_size, self.max_waiting = models, batch_size, max_waiting
         self._idle = idle
+        self._keep = keep
         self.hide = hide
         """Takes out of a text what clients must not read."""
         self.made, self.seconds = 0, 0.0
@@ -282,16 +284,19 @@ class Engine:
         for job in self.running:
             job.finish(Stopping())
 
+    def jobs(self, client: str) -> list[Job]:
+        """This client's, those that are being made first."""
+        with self._changed:
+            running = [job for job in self.running if job.client == client]
+            return list(dict.fromkeys(running + [j for j, _ in self._waiting.get(client, ())]))
+
     def interrupt(self, client: str) -> None:
         """End this client's jobs: their results are the images so far, as they are."""
-        with self._changed:
-            running = set(self.running)
-            waiting = {job for job, _ in self._waiting.get(client, ())} - running
-        for job in running | waiting:
-            if job.client == client:
-                job.ended = True
-        for job in waiting:
-            job.finish()
+        running = self.running
+        for job in self.jobs(client):
+            job.ended = True
+            if job not in running:
+                job.finish()
 
     def _work(self) -> None:
         while True:
@@ -404,7 +409,9 @@ class Engine:
             images = zip(output.images, output.settings, flagged, strict=True)
             for n, image in zip(made, images, strict=True):
                 job, k = units[n]
-                job.images[k] = Made(*image)
+                job.images[k] = made_one = Made(*image)
+                if self._keep is not None:
+                    self._keep(made_one)
 
 
 def _kind(unit: _Unit) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Images as files that links lead to."""
+"""Images as files: for links to them, and for good where the server was told so."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from latentdiff.files import atomic_file
+from latentdiff.errors import UserError, warn
+from latentdiff.images import check_place
+from latentdiff.pipelines.metadata import write
+from latentdiff.serve.engine import Made
 
-#: Seconds for which an image can be had by its link, unless the server keeps them all.
+#: Seconds for which an image can be had by its link.
 KEPT = 3600
 _NAME = re.compile(r"[\w-]{22}\.(png|jpeg|webp)")
 
 
-class Files:
-    """A folder of images, the names of which cannot be guessed."""
+class Links:
+    """Images under names that cannot be guessed, for an hour."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Args: folder: where they stay; None: for an hour, in a folder of their own."""
+        """Args: folder: that of all replicas; None: one of its own."""
         self._own = None if folder else tempfile.TemporaryDirectory(prefix="latentdiff-")
         self._folder = folder or Path(self._own.name)  # type: ignore[union-attr]
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, content: bytes, ending: str) -> str:
-        """Write an image. Returns: its name. Raises: OSError."""
+        """Write an image. Returns: its name."""
         self._drop_old()
-        self._folder.mkdir(parents=True, exist_ok=True)
         name = secrets.token_urlsafe(16) + ending
-        with atomic_file(self._folder / name) as new:
-            new.write_bytes(content)
+        (self._folder / name).write_bytes(content)
         return name
 
     def find(self, name: str) -> Path | None:
-        """The file of an image that was kept."""
+        """The file of an image, as long as there is one."""
         self._drop_old()
         file = self._folder / name
         return file if _NAME.fullmatch(name) and file.is_file() else None
@@ -44,7 +46,27 @@ class Files:
             self._own.cleanup()
 
     def _drop_old(self) -> None:
-        for file in self._folder.iterdir() if self._own else ():
+        for file in self._folder.iterdir():
             with suppress(OSError):  # another request was faster
-                if file.stat().st_mtime < time.time() - KEPT:
+                if _NAME.fullmatch(file.name) and file.stat().st_mtime < time.time() - KEPT:
                     file.unlink()
+
+
+class Output:
+    """A folder in which all images are kept, with how they were made.
+
+    Raises:  UserError: nothing can be written there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        check_place(folder / "image.png", "--output")
+
+    def keep(self, made: Made) -> None:
+        """Write an image, or warn; it is sent all the same."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{stamp}-{made.settings['seed']}-{secrets.token_hex(2)}.png"
+        try:
+            write(made.image, self._folder / name, made.settings)
+        except UserError as error:
+            warn(str(error))

@@ -80,9 +80,17 @@ def errors_of(found: list[Any]) -> list[dict[str, Any]]:
 
 
 class Forwarded(ProxyHeadersMiddleware):
-    """Behind a trusted proxy: client, scheme and host are those that the proxy was asked with."""
+    """Behind a trusted proxy: client, scheme and host are those that the proxy was asked with.
+
+    Paths may begin with the `root_path` under which it shows the server, or not.
+    """
+
+    def __init__(self, app: Any, settings: Settings) -> None:
+        super().__init__(app, list(settings.trusted_proxies))
+        self._root = settings.root_path.rstrip("/")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["root_path"] = self._root
         client = scope.get("client")
         if client and client[0] in self.trusted_hosts:
             headers = MutableHeaders(scope=scope)
@@ -206,6 +214,7 @@ def hider(settings: Settings) -> Callable[[str], str]:
     named += [one.rpartition(":")[0] or one for one in settings.loras]
     named += [one.partition("=")[0] for one in settings.embeddings]
     paths = [Path(one).expanduser() for one in named if one is not None]
+    paths = [one for one in paths if one.is_absolute() or one.exists()]  # others are hub ids
     folders = {str(path.parent) for path in paths} | {str(path.resolve().parent) for path in paths}
     folders |= {tempfile.gettempdir(), str(Path.home()), str(Path.cwd())}
     longest = sorted(folders - {".", "/"}, key=len, reverse=True)

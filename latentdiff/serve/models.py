@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentdiff.embedded import named
 from latentdiff.errors import UserError, choice_error, some, warn
-from latentdiff.pipelines.hashes import model_name
+from latentdiff.pipelines.hashes import model_hash, model_name
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -39,6 +40,7 @@ class Models:
         self.defaults: dict[str, dict[str, Any]] = {}
         """Of the models that have been loaded so far: what a call takes that does not say."""
         self._loaded: OrderedDict[tuple[str, str | None], LatentDiffusionPipeline] = OrderedDict()
+        self._hashes: dict[str, str] = {}
         self._lock = threading.Lock()
 
     @property
@@ -62,6 +64,13 @@ class Models:
             raise choice_error("model", model, self._sources)
         if vae not in (None, OWN_VAE) and vae not in self._vaes:
             raise choice_error("vae", vae, (OWN_VAE, *self._vaes))
+
+    def hash(self, name: str) -> str | None:
+        """Of the model of that name, see `model_hash`; None: its files are not known yet."""
+        source = Path(named(self._sources[name]))
+        if name not in self._hashes and source.exists():
+            self._hashes[name] = model_hash(source)
+        return self._hashes.get(name)
 
     @contextmanager
     def use(self, model: str | None, vae: str | None) -> Iterator[LatentDiffusionPipeline]:

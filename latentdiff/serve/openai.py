@@ -133,7 +133,7 @@ def _model(name: str) -> dict[str, Any]:
 @router.get("/images/files/{name}")
 async def image_file(name: str, request: Request) -> FileResponse:
     """An image that was asked for as `url`."""
-    file = server_of(request).files.find(name)
+    file = server_of(request).links.find(name)
     if file is None:
         raise HTTPException(404, "there is no such image, or no longer.")
     return FileResponse(file)
@@ -253,7 +253,7 @@ async def _answer(
 
 
 async def _link(request: Request, content: bytes, asked: Asked) -> str:
-    keep = server_of(request).files.keep
+    keep = server_of(request).links.keep
     name = await asyncio.to_thread(keep, content, f".{asked.output_format or 'png'}")
     return str(request.url_for("image_file", name=name))
 

@@ -36,7 +36,7 @@ def run(settings: Settings, replicas: int) -> None:
 
     own = tempfile.TemporaryDirectory(prefix="latentdiff-")
     # A link to an image may be followed at another replica than the one that made it.
-    settings = replace(settings, output=settings.output or Path(own.name))
+    settings = replace(settings, links=(settings.output or Path(own.name)) / "links")
 
     def build() -> Any:
         from latentdiff.serve.app import create_app
@@ -46,7 +46,7 @@ def run(settings: Settings, replicas: int) -> None:
     gpus = torch.cuda.is_available()
     # Each takes as many requests as its own queue does; Ray must not hold them back.
     most = settings.max_waiting + settings.batch_size
-    replica = serve.deployment(
+    replica: Any = serve.deployment(
         serve.ingress(build)(),
         num_replicas=replicas,
         max_ongoing_requests=most,

@@ -7,7 +7,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from latentdiff.pipelines.image_inputs import decoded_images, read_masks
 from latentdiff.pipelines.inputs import check_seed, seeds_of
 from latentdiff.pipelines.metadata import texts
 from latentdiff.serve.engine import Cancelled, Engine, Job, Made, Order
-from latentdiff.serve.files import Files
+from latentdiff.serve.files import Links
 from latentdiff.serve.models import Models
 from latentdiff.serve.settings import Settings
 
@@ -43,7 +43,9 @@ class Server:
     settings: Settings
     models: Models
     engine: Engine
-    files: Files
+    links: Links
+    options: dict[str, Any] = field(default_factory=dict)
+    """What A1111's POST /options has set."""
 
 
 def server_of(request: Request) -> Server:
@@ -74,8 +76,8 @@ def orders(
     """The images of a request: the k-th has seed + k.
 
     Args:    task: see `Order`.  arguments: the pipeline's others.  seed: None: drawn.
-    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more than a
-             request may ask for.
+    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more steps or
+             pixels than the server makes.
     """
     server.models.check(model, vae)
     _check_limits(server, task, arguments, model)
@@ -111,10 +113,14 @@ def _check_limits(
     scale = given.get("scale", 2 if task == "upscale" else given.get("hires_scale", 1))
     width = (width + given.get("left", 0) + given.get("right", 0)) * scale
     height = (height + given.get("top", 0) + given.get("bottom", 0)) * scale
-    if width * height > most.max_pixels:
-        name = next((name for name in _ENLARGING if name in given), "image")
+    check_size(most, width, height, next((name for name in _ENLARGING if name in given), "image"))
+
+
+def check_size(settings: Settings, width: float, height: float, name: str = "width") -> None:
+    """Raises: UserError: an image of more pixels than a request may ask for; name: the field."""
+    if width * height > settings.max_pixels:
         raise UserError(
-            f"{name}: an image may have {most.max_pixels:,} pixels; this would be "
+            f"{name}: an image may have {settings.max_pixels:,} pixels; this would be "
             f"{width:.0f} x {height:.0f}."
         )
 

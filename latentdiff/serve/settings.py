@@ -35,7 +35,9 @@ class Settings:
     trusted_proxies: tuple[str, ...] = ()
     """Addresses whose X-Forwarded-… headers are believed."""
     output: Path | None = None
-    """Where images are kept as files too; None: for an hour, in a temporary folder."""
+    """Where all images are kept as files too."""
+    links: Path | None = None
+    """Where several replicas keep for an hour what links lead to; None: in a temporary folder."""
     batch_size: int = 8
     """Images per pass."""
     max_waiting: int = 256

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
-from latentdiff.files import parse_json
+from latentdiff.files import parse_json, read_json
 from latentdiff.train.distributed import (
     is_first_copy,
     is_sharded,
@@ -219,7 +219,7 @@ def delete_old(folder: Path, keep_last: int, keep_every: int | None = None) -> N
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return the facts that a checkpoint was written with, `step` among them."""
-    manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(checkpoint / _MANIFEST)
     # Earlier versions counted pictures.
     facts = manifest.get("facts", {}).items()
     return {**manifest, "facts": {key.replace("picture", "image"): fact for key, fact in facts}}
@@ -254,9 +254,11 @@ def _check_all_there(folder: Path, sizes: Mapping[str, int]) -> None:
 
 def _is_complete(path: Path) -> bool:
     try:
-        files = read_manifest(path)["files"]
-        return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+        manifest = read_manifest(path)
+        int(manifest["step"]), float(manifest.get("seconds", 0))
+        files = manifest["files"].items()
+        return all((path / name).stat().st_size == size for name, size in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from latentdiff.errors import UserError
 from latentdiff.files import write_text
 from latentdiff.models.unet import UNet
 
@@ -265,11 +266,20 @@ def write_environment(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_environment(folder: Path) -> list[dict[str, Any]]:
-    """The starts of a run, the first one first; empty if there is no record."""
+    """The starts of a run, the first one first; empty if there is no record.
+
+    Raises: UserError: it is damaged.
+    """
+    file = folder / ENVIRONMENT
     try:
-        return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return []
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
+        raise UserError(f"{file} is damaged: it is no list of a run's starts. Move it away.")
+    return found
 
 
 def _version(package: str) -> str | None:

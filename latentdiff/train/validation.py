@@ -179,13 +179,12 @@ class Validator:
         options, (channels, height, width) = self._config.validation, self._latents.data.shape
         autoencoder = self._parts.autoencoder
         size = height * autoencoder.downscale, width * autoencoder.downscale
-        # A sharded U-Net has its weights only when called. Guidance is in the type of autocast.
+        # A sharded U-Net has its weights only when called.
         network = Network(
             self._model,
             self._schedule,
             self._config.objective.prediction,
             project=not is_sharded(self._model),
-            upcast=False,
             extra=None if self._extra is None else autoencoder.all_masked(size),
         )
         plan = SamplingPlan(timestep_grid(self._schedule, options.steps))

@@ -243,6 +243,11 @@ def test_damaged_shards_and_indices_are_made_again(config: DataConfig, tmp_path:
     folder = next((tmp_path / "c").glob("latents-*"))
     next(folder.glob("index-*")).write_text('{"keys": [')
     assert build(config, tmp_path / "c")[1] == 0
+    about = (folder / "about.json").read_text()
+    for text in ("", "[]", "{}", '{"moments_shape": 5}', '{"moments_shape": [8, 0, 4]}'):
+        (folder / "about.json").write_text(text)
+        assert build(config, tmp_path / "c")[1] == 1  # for the shape of the latents
+        assert (folder / "about.json").read_text() == about
     shard, moments = next(folder.glob("shard-*")), first.read(range(10)).moments
     for damage in (b"not a shard", b"", shard.read_bytes()[:-1], shard.read_bytes()[:9]):
         shard.write_bytes(damage)

@@ -5,8 +5,12 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from latentdiff.cli.evaluate import parse, reference_of
+from latentdiff.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "inference" / "evaluate.py"
 
@@ -38,6 +42,12 @@ def test_what_cannot_work_is_refused_at_once(
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith(words)
+
+
+def test_a_reference_that_is_not_there_is_named_by_its_option(tmp_path: Path) -> None:
+    args = parse(["--reference", str(tmp_path / "nope")])
+    with pytest.raises(UserError, match=r"--reference: the folder .*nope does not exist"):
+        reference_of(args, 2, SimpleNamespace(default_size=(64, 64)))
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -132,6 +134,14 @@ def test_solver_and_grid_are_those_of_the_folder(
     sampling = read_scheduler(saved(scheduler(name, **SD, **fields)))[2]
     found = sampling.sampler, sampling.spacing, sampling.final_timestep(sampling.sampler)
     assert found == expected
+
+
+@pytest.mark.parametrize("name", [n for n in dir(diffusers) if n.endswith("Scheduler")])
+def test_the_spacing_that_a_folder_leaves_out_is_its_scheduler_s_own(name: str) -> None:
+    fields = inspect.signature(getattr(diffusers, name).__init__).parameters
+    if "timestep_spacing" in fields:
+        spacing = read_scheduler({"_class_name": name})[2].spacing
+        assert spacing == fields["timestep_spacing"].default
 
 
 def last_sigma(scheduler: Any) -> float:

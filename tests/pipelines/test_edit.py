@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import UserError
+from latentdiff.pipelines.masks import surrounded
 from tests.random_models import make_pipeline
 
 FAST: dict[str, Any] = {"num_inference_steps": 2, "seed": 5, "progress": False}
@@ -213,6 +215,42 @@ def test_the_padding_of_the_masked_area_matters(pipeline: LatentDiffusionPipelin
         changed = (one != np.asarray(image)).any(-1)
         assert changed[72:, 88:].any() and not changed[:72].any() and not changed[:, :88].any()
     assert (found[0] != found[1]).any() and (found[1] != found[2]).any()
+
+
+def test_fill_begins_from_what_is_around_the_mask(pipeline: LatentDiffusionPipeline) -> None:
+    mask = box((40, 30), 7, 5, 25, 21)
+    images = [colours((40, 30))] * 2
+    images[1] = images[1].copy()
+    images[1].paste((255, 0, 9), (7, 5, 25, 21))
+    call: dict[str, Any] = {"mask_image": mask, "strength": 0.5, "mask_blur": 2, **FAST}
+
+    def painted(image: Image.Image, **more: Any) -> Any:
+        return np.asarray(pipeline.inpaint("a cat", image, **call, **more).images[0])
+
+    assert (painted(images[0], fill=True) == painted(images[1], fill=True)).all()
+    assert (painted(images[0]) != painted(images[1])).any()
+    call["strength"] = 0.0
+    assert (painted(images[1], fill=True) == np.asarray(images[1])).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (37, 50), (64, 32)])
+def test_what_is_masked_is_replaced_by_the_colours_around_it(size: tuple[int, int]) -> None:
+    plain = torch.tensor([0.25, -0.5, 1.0])[None, :, None, None].expand(2, 3, *size)
+    mask = torch.zeros(2, 1, *size)
+    mask[0, :, size[0] // 3 :, size[1] // 3 :] = 1  # all of it in the smallest
+    mask[1, :, ::2] = 0.5
+    other = torch.where(mask == 1, torch.randn(2, 3, *size), plain)
+    filled = surrounded(other, mask)
+    known = mask < 1
+    where = (known | known.flatten(1).any(1)[:, None, None, None]).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(filled[where], plain[where])
+    # From a border at -1 to one at 1 there is nothing outside that range, and both are met.
+    ramp = torch.cat(
+        [-torch.ones(1, 1, 16, 4), torch.zeros(1, 1, 16, 8), torch.ones(1, 1, 16, 4)], 3
+    )
+    between = surrounded(ramp, (ramp == 0).float())[0, 0]
+    assert (between.abs() <= 1).all() and (between.diff(dim=1) >= 0).all()
+    assert between[8, 4] < -0.3 and between[8, 11] > 0.3
 
 
 def test_without_a_mask_the_transparent_part_is_painted(pipeline: LatentDiffusionPipeline) -> None:
@@ -449,3 +487,37 @@ def test_slerp_keeps_the_deviation_of_noise() -> None:
     torch.testing.assert_close(slerp(first, second, 1.0), second)
     assert abs(float(slerp(first, second, 0.5).std()) - 1) < 0.02
     torch.testing.assert_close(slerp(first, first, 0.3), first)
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "given", "advice"),
+    [
+        ("text_to_image", None, {"height": 50}, "hires_scale"),
+        ("text_to_image", None, {"width": 48, "hires_scale": 2}, None),
+        ("interpolate", None, {"width": 50, "frames": 2, "seed": [1, 2]}, "upscale the frames"),
+        ("image_to_image", (40, 40), {}, "Reduce the image"),
+        ("image_to_image", (32, 48), {}, None),
+        ("image_to_image", (64, 64), {"strength": 0}, None),
+        ("variations", (50, 32), {}, "Reduce the image"),
+        ("inpaint", (50, 32), {"mask_image": ()}, "padding_mask_crop"),
+        ("inpaint", (64, 64), {"mask_image": (), "padding_mask_crop": 2}, None),
+        ("outpaint", (32, 32), {"left": 18}, "Reduce the image"),
+        ("colorize", (64, 64), {}, None),
+        ("restore", (64, 64), {}, None),
+        ("upscale", (64, 64), {}, None),
+    ],
+)
+def test_what_is_much_larger_than_the_training_is_warned_of(
+    pipeline: Any, task: str, size: Any, given: dict[str, Any], advice: str | None
+) -> None:
+    """The model's is 32x32."""
+    if "mask_image" in given:
+        given = {**given, "mask_image": Image.new("L", size)}
+        given["mask_image"].paste(255, (8, 8, 20, 20))
+    image = {} if size is None else {"image": Image.new("RGB", size, "teal")}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        getattr(pipeline, task)(prompt="a cat", **{**FAST, **image, **given})
+    said = [str(one.message) for one in caught if "of the model's training" in str(one.message)]
+    assert len(said) == (advice is not None)
+    assert all(advice in one for one in said)

@@ -224,7 +224,7 @@ INVOKEAI = {"positive_prompt": "a cat", "seed": 5, "scheduler": "euler"}
             {},
         ),
         ({"parameters": f"a\n{LINE}".replace("Euler", "DPM fast")}, A1111, "DPM fast", {}),
-        ({"parameters": f"a\n{LINE}, Schedule type: Beta"}, A1111, "'beta'", {}),
+        ({"parameters": f"a\n{LINE}, Schedule type: Beta"}, A1111, "'Beta'", {}),
         ({"parameters": "a\nSteps: x, Sampler: Euler, CFG scale: 7, Seed: 1"}, A1111, "'x'", {}),
         ({"parameters": "a\nSteps: 4, Sampler: Euler, CFG scale: 7"}, A1111, "lack 'Seed'", {}),
         ({"prompt": json.dumps(COMFYUI)}, "ComfyUI", "graph", {"KSampler: seed": 5}),

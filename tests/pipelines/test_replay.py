@@ -153,6 +153,24 @@ def test_each_image_of_a_task_is_made_again_to_the_bit(
     assert again.settings == output.settings
 
 
+def test_an_image_that_is_replaced_meanwhile_is_recorded_as_it_was(
+    pipeline: LatentDiffusionPipeline, tmp_path: Path
+) -> None:
+    """Its file is read once, and so is the mask's."""
+    mask = PHOTO.convert("L")
+    files = {"image": tmp_path / "a.png", "mask_image": tmp_path / "b.png"}
+    for name, one in (("image", PHOTO), ("mask_image", mask)):
+        one.save(files[name])
+
+    def replace(_: Any) -> None:
+        for file in files.values():
+            Image.new("RGB", PHOTO.size).save(file)
+
+    (settings,) = pipeline.inpaint("a cat", **files, on_progress=replace, **FAST).settings
+    for name, one in (("image", PHOTO), ("mask_image", mask)):
+        assert settings["arguments"][name] == {"file": str(files[name]), "hash": pixels_hash(one)}
+
+
 def test_images_that_were_given_are_known_by_their_pixels(
     photo: Path, pipeline: LatentDiffusionPipeline, tmp_path: Path
 ) -> None:

@@ -241,6 +241,9 @@ def test_previews_of_stable_diffusion_and_by_a_tiny_decoder(
         sd = Autoencoder(AutoencoderKL(fields | kinds))
     assert torch.equal(linear_decoder(sd)[:4], torch.tensor(STABLE_DIFFUSION))
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    for wrong in (latents[:, :3], latents[0]):
+        with pytest.raises(UserError, match=r"shape \(images, 4, height, width\)"):
+            pipeline.preview(wrong)
     pipeline.preview_decoder = Autoencoder(make_vae("tiny"))
     (image,) = pipeline.preview(latents)
     expected = (make_vae("tiny").decode(latents).sample / 2 + 0.5).clamp(0, 1)[0] * 255

@@ -32,18 +32,25 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert torch.equal(read_tensors(path, "unet")["w"], TENSORS["unet"]["w"])
 
 
-@pytest.mark.parametrize("damage", ["manifest", "short file", "no file", "no manifest"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *('{"step": 2, "fil', "[]", '{"step": 2}', '{"step": [], "seconds": 0, "files": {}}'),
+        *('{"step": 2, "seconds": 0, "files": []}', '{"facts": 1}', "[" * 100_000),
+        *("short file", "no file", "no manifest"),
+    ],
+)
 def test_incomplete_checkpoints_do_not_count(tmp_path: Path, damage: str) -> None:
     good = write_checkpoint(tmp_path, 1, TENSORS, {})
     bad = write_checkpoint(tmp_path, 2, TENSORS, {})
-    if damage == "manifest":
-        (bad / "manifest.json").write_text('{"step": 2, "fil')
-    elif damage == "no manifest":
+    if damage == "no manifest":
         (bad / "manifest.json").unlink()
     elif damage == "short file":
         (bad / "unet.safetensors").write_bytes(b"short")
-    else:
+    elif damage == "no file":
         (bad / "unet.safetensors").unlink()
+    else:
+        (bad / "manifest.json").write_text(damage)
     assert latest(tmp_path) == good
 
 

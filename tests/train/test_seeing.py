@@ -168,6 +168,12 @@ def test_every_start_of_a_run_is_recorded(tmp_path: Path) -> None:
     write_environment(tmp_path, {"torch": "1"})
     write_environment(tmp_path, {"torch": "2"})
     assert [start["torch"] for start in read_environment(tmp_path)] == ["1", "2"]
+    file = tmp_path / "environment.json"
+    for damage in (b'[{"torch"', b"{}", b"5", b"[1]", b"\xff", b"[" * 100_000):
+        file.write_bytes(damage)
+        with pytest.raises(UserError, match=r"environment\.json is damaged"):
+            write_environment(tmp_path, {"torch": "3"})
+        assert file.read_bytes() == damage
 
 
 class HostTensor:

@@ -1,0 +1,113 @@
+"""The command: what it says at its start, and how it ends with requests in flight."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from latentdiff.cli.serve import main
+from latentdiff.errors import BAD_INPUT
+from tests.serve.serving import small_model, wait_until
+
+PATH = "/v1/images/generations"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@contextmanager
+def command(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server's process, on a free port, and its address once it has said it."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "latentdiff", "serve", "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("latentdiff serves on http://127.0.0.1:"), line
+            yield process, line.split()[-1]
+        finally:
+            process.kill()
+
+
+def figure(address: str, name: str) -> float:
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "size"), [(signal.SIGTERM, 32), (signal.SIGINT, 32), (signal.SIGTERM, 256)]
+)
+def test_a_signal_with_requests_in_flight(model: str, number: int, size: int) -> None:
+    """What is being made is finished if that is soon; what waits is refused; nothing hangs."""
+    with command(model) as (process, address), ThreadPoolExecutor() as pool:
+
+        def ask(side: int) -> Future[httpx.Response]:
+            asked = {"prompt": "a cat", "steps": 50, "size": f"{side}x{side}"}
+            return pool.submit(httpx.post, address + PATH, json=asked, timeout=60)
+
+        made = ask(size)
+        wait_until(lambda: figure(address, "latentdiff_running_requests"))
+        waits = ask(48)  # of another size, so that it is not made with the first
+        wait_until(lambda: figure(address, "latentdiff_waiting_images"))
+        process.send_signal(number)
+        out, errors = process.communicate(timeout=30)
+        assert waits.result().status_code == 503 and "stopping" in waits.result().text
+        assert made.result().status_code == (200 if size == 32 else 503)
+    assert process.returncode == 0
+    assert out.splitlines()[-1] == "stopped." and not errors.strip()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(address)
+
+
+@pytest.mark.slow
+def test_the_start_says_how_to_get_in_and_not_the_key(model: str) -> None:
+    with command(model, LATENTDIFF_API_KEY="very-secret") as (process, address):
+        assert httpx.get(address).status_code == 401
+        assert httpx.get(f"{address}/health", auth=("me", "very-secret")).status_code == 200
+        assert process.stdout is not None and "password" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=30)
+        assert "very-secret" not in out + errors
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["--port", str(port)]) == BAD_INPUT
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and f"port {port}" in errors and "--port" in errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--port", "99999"],
+        ["--host", "no.such.host.invalid", "--open"],
+        ["--host", "0.0.0.0"],
+        ["--api-key", ""],
+        ["no/such/model"],
+        ["--lora-dir", "no/such/folder"],
+    ],
+)
+def test_a_start_that_cannot_be(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    port = [] if "--port" in arguments else ["--port", "0"]
+    assert main([*port, *arguments]) == BAD_INPUT
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and "Traceback" not in errors
