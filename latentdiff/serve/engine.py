@@ -382,12 +382,10 @@ class Engine:
                 job.report(Progress(0, made, many, at.step, at.total, share, left + rest, shown))
 
         with self.models.use(first.model, first.vae) as pipeline:
-            scales = [order.guidance_scale for order in orders]
-            if scales.count(None) < len(scales):
-                usual = pipeline.default_guidance
-                guidance = {"guidance_scale": [usual if s is None else s for s in scales]}
-            else:
-                guidance = {}  # tasks may have defaults of their own
+            usual, given = pipeline.default_guidance, [order.guidance_scale for order in orders]
+            scales = [usual if scale is None else scale for scale in given]
+            # Where none is given, a task may have a default of its own.
+            guidance: dict[str, Any] = {} if set(given) == {None} else {"guidance_scale": scales}
             begun = time.monotonic()
             call = pipeline if first.task == TEXT_TO_IMAGE else getattr(pipeline, first.task)
             output = call(

@@ -37,6 +37,7 @@ from latentdiff.pipelines.metadata import SAMPLERS as LABELS
 from latentdiff.pipelines.metadata import SCHEDULES, parameters, read
 from latentdiff.pipelines.prompt_loras import LoraFolder
 from latentdiff.pipelines.restore import Kind
+from latentdiff.pipelines.task import DEFAULT_STEPS
 from latentdiff.serve.engine import TEXT_TO_IMAGE, Cancelled, Job, Progress
 from latentdiff.serve.requests import (
     Server,
@@ -168,7 +169,8 @@ def _taken(task: str) -> set[str]:
 def _usual(task: str) -> dict[str, Any]:
     """What a task takes for fields that are left out; those of the model are not among them."""
     own = {name: one.default for name, one in _own(task).items() if one.default is not one.empty}
-    return {"num_images": 1, "guidance_rescale": 0.0, **own}
+    shared = {"num_images": 1, "num_inference_steps": DEFAULT_STEPS, "guidance_rescale": 0.0}
+    return {**shared, **own}
 
 
 def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:
