@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from latentdiff.errors import UserError, warn
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -342,3 +343,25 @@ def test_a_model_that_cannot_be_loaded_fails_its_request_alone(folders: Path) ->
         with pytest.raises(UserError):
             result(bad)
         assert len(result(good)) == 1
+
+
+@pytest.mark.parametrize("part", ["model", "vae", "lora", "word"])
+def test_pickles_are_refused(part: str, folders: Path, tmp_path: Path) -> None:
+    """Of a folder's parts too, and though they hold nothing but tensors."""
+    shutil.copytree(folders / "one", tmp_path / "one")
+    pickle = tmp_path / "file.bin"
+    torch.save({"x": torch.zeros(2)}, pickle)
+    settings = {
+        "model": {"models": (str(tmp_path / "one"),)},
+        "vae": {"vaes": (str(pickle),), "models": (str(folders),)},
+        "lora": {"loras": (str(pickle),), "models": (str(tmp_path / "one"),)},
+        "word": {"embeddings": (str(pickle),), "models": (str(tmp_path / "one"),)},
+    }[part]
+    if part == "model":
+        weights = tmp_path / "one" / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+    models = Models(Settings(**settings))
+    name, words = "file" if part == "vae" else None, "is a pickle, which is not read here"
+    with pytest.raises(UserError, match=words), models.use(None, name):
+        pass
