@@ -79,7 +79,7 @@ def _submitted(asked: Asked, server: Server, client: str) -> Job:
     if asked.script_name:
         raise HTTPException(422, f"Script {asked.script_name!r:.60} not found")
     for name in asked.alwayson_scripts:
-        raise HTTPException(422, f"always on script {name[:60]} not found")
+        raise HTTPException(422, f"always on script {name!r:.60} not found")
     model, vae, clip_skip = asked.override_settings.over(server).chosen(server.models)
     task, arguments = asked.task(server)
     wanted = orders(
@@ -104,7 +104,7 @@ def _packed(asked: Asked, server: Server, job: Job) -> dict[str, Any]:
     if asked.save_images and server.settings.output is None:
         notes.append("save_images: without effect; the server was not started with --output")
     notes += [f"images[{k}]: flagged by the safety checker" for k in flagged]
-    shown = asked.known() | {"init_images": None, "mask": None}
+    shown = {n: v for n, v in asked.known().items() if n not in ("init_images", "mask")}
     shown["override_settings"] = asked.override_settings.known(exclude_unset=True)
     return {
         "images": [_base64(png(one)) for one in job.made] if asked.send_images else [],

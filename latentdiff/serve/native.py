@@ -30,6 +30,7 @@ from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS, get_spacing, split
 from latentdiff.errors import UserError
 from latentdiff.images import encoded_image
 from latentdiff.models.prompts import PromptSyntax, parse
+from latentdiff.pipelines import task as pipelines
 from latentdiff.pipelines.edit import MAX_BLUR
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from latentdiff.pipelines.image_inputs import read_images
@@ -52,10 +53,7 @@ from latentdiff.serve.requests import (
 
 router = APIRouter(prefix="/api", tags=["latentdiff"])
 #: What may be asked for.
-TASKS = (
-    TEXT_TO_IMAGE,
-    *("image_to_image", "inpaint", "outpaint", "variations", "colorize", "restore", "upscale"),
-)
+TASKS = tuple(task for task in pipelines.TASKS if task != "interpolate")
 SIDES = ("left", "right", "top", "bottom")
 #: The longest side of a preview, in pixels.
 PREVIEW = 256
@@ -156,8 +154,7 @@ async def make(task: str, asked: Asked, request: Request) -> StreamingResponse:
 
 def _own(task: str) -> dict[str, inspect.Parameter]:
     """The pipeline's arguments for a task."""
-    call = LatentDiffusionPipeline.__call__ if task == TEXT_TO_IMAGE else None
-    return dict(inspect.signature(call or getattr(LatentDiffusionPipeline, task)).parameters)
+    return dict(inspect.signature(getattr(LatentDiffusionPipeline, task)).parameters)
 
 
 def _taken(task: str) -> set[str]:

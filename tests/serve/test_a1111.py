@@ -363,6 +363,15 @@ def test_wrong_values_are_refused_by_name(
     assert str(folder) not in answer.text
 
 
+def test_halves_of_characters_fail_nothing(client: TestClient) -> None:
+    kind = {"Content-Type": "application/json"}
+    body = b'{"steps": 1, "prompt": "\\ud83d"}'
+    answer = client.post(f"{API}/txt2img", content=body, headers=kind)
+    assert (answer.status_code, answer.json()["parameters"]["prompt"]) == (200, "?")
+    for body in (b'{"\\ud83d": 1}', b'{"alwayson_scripts": {"\\ud83d": 1}}'):
+        assert client.post(f"{API}/txt2img", content=body, headers=kind).status_code == 422
+
+
 def test_images_are_not_sent_or_echoed(client: TestClient) -> None:
     asked = {**FAST, "batch_size": 2, "n_iter": 2, "send_images": False}
     given = b64(noise(200, 160))  # of 96 kB
@@ -371,6 +380,7 @@ def test_images_are_not_sent_or_echoed(client: TestClient) -> None:
         answer = client.post(f"{API}/{task}", json={**asked, **more})
         assert answer.json()["images"] == [] and len(info_of(answer.json())["all_seeds"]) == 4
         assert len(answer.content) < 8000
+        assert not {"init_images", "mask"} & answer.json()["parameters"].keys()
 
 
 # Names of models
