@@ -94,6 +94,7 @@ class Asked(BaseModel):
     strength: _Share | None = None
     mask_blur: Annotated[int | None, Field(ge=0, le=MAX_BLUR)] = None
     padding_mask_crop: _Pixels | None = None
+    fill: bool | None = None
     left: _Pixels | None = None
     right: _Pixels | None = None
     top: _Pixels | None = None

@@ -197,7 +197,10 @@ def test_what_is_not_masked_stays_as_it_was_sent(address: str, opened: Callable[
     stroke((0.65, 0.45), (0.65, 0.55))
     field(page, "Prompt").fill("a red apple")
     field(page, "Steps").fill("3")
+    page.locator("#more > summary").click()
+    page.locator("[name=fill]").select_option("true")
     asked, made = result(page, lambda: page.locator("#make").click())
+    assert asked["fill"] is True
     given, mask = (np.asarray(decoded(asked[name])) for name in ("image", "mask_image"))
     assert np.array_equal(given, np.asarray(Image.open(io.BytesIO(photo()))))
     masked = mask[..., 0]

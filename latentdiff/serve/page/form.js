@@ -123,6 +123,7 @@ export function asked() {
     if (!(name in info.tasks[task]) || field.closest(".absent") || value === "") continue;
     if (name !== "kind" && value === String(standard(name))) continue;
     values[name] = ["number", "range"].includes(field.type) ? Number(value) : value;
+    if (name === "fill") values[name] = value === "true";
   }
   if (values.model === info.models[0]) delete values.model;
   return values;
