@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Template
+from pydantic_core import PydanticSerializationError
 from starlette.exceptions import HTTPException
 
 from latentdiff import __version__
@@ -104,6 +105,14 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         return refused(request.scope, 422, errors_of(error.errors()))
+
+    @app.exception_handler(UnicodeEncodeError)
+    @app.exception_handler(PydanticSerializationError)
+    async def no_text(request: Request, error: Exception) -> JSONResponse:
+        if "surrogates" not in str(error):
+            raise error
+        text = "a text of the request holds half of a character (of a surrogate pair)."
+        return refused(request.scope, 422, text)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:

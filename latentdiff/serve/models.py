@@ -124,14 +124,11 @@ class Models:
 
 def _defaults(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
     """Values by the names of arguments; sides are multiples of `multiple`, in pixels."""
-    from latentdiff.pipelines.task import DEFAULT_STEPS
-
     height, width = pipeline.default_size
     return {
         "height": height,
         "width": width,
         "multiple": pipeline.autoencoder.downscale,
-        "num_inference_steps": DEFAULT_STEPS,
         "guidance_scale": pipeline.default_guidance,
         "sampler": pipeline.components.sampling.sampler,
     }

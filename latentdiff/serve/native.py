@@ -28,6 +28,7 @@ from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS, get_spacing, split
 from latentdiff.errors import UserError
 from latentdiff.images import encoded_image
 from latentdiff.models.prompts import PromptSyntax, parse
+from latentdiff.pipelines import task as pipelines
 from latentdiff.pipelines.edit import MAX_BLUR
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from latentdiff.pipelines.image_inputs import read_images
@@ -36,6 +37,7 @@ from latentdiff.pipelines.metadata import SAMPLERS as LABELS
 from latentdiff.pipelines.metadata import SCHEDULES, parameters, read
 from latentdiff.pipelines.prompt_loras import LoraFolder
 from latentdiff.pipelines.restore import Kind
+from latentdiff.pipelines.task import DEFAULT_STEPS
 from latentdiff.serve.engine import TEXT_TO_IMAGE, Cancelled, Job, Progress
 from latentdiff.serve.requests import (
     Server,
@@ -51,10 +53,7 @@ from latentdiff.serve.requests import (
 
 router = APIRouter(prefix="/api", tags=["latentdiff"])
 #: What may be asked for.
-TASKS = (
-    TEXT_TO_IMAGE,
-    *("image_to_image", "inpaint", "outpaint", "variations", "colorize", "restore", "upscale"),
-)
+TASKS = tuple(task for task in pipelines.TASKS if task != "interpolate")
 SIDES = ("left", "right", "top", "bottom")
 #: The longest side of a preview, in pixels.
 PREVIEW = 256
@@ -148,8 +147,7 @@ async def make(task: str, asked: Asked, request: Request) -> StreamingResponse:
 
 def _own(task: str) -> dict[str, inspect.Parameter]:
     """The pipeline's arguments for a task."""
-    call = LatentDiffusionPipeline.__call__ if task == TEXT_TO_IMAGE else None
-    return dict(inspect.signature(call or getattr(LatentDiffusionPipeline, task)).parameters)
+    return dict(inspect.signature(getattr(LatentDiffusionPipeline, task)).parameters)
 
 
 def _taken(task: str) -> set[str]:
@@ -162,7 +160,8 @@ def _taken(task: str) -> set[str]:
 def _usual(task: str) -> dict[str, Any]:
     """What a task takes for fields that are left out; those of the model are not among them."""
     own = {name: one.default for name, one in _own(task).items() if one.default is not one.empty}
-    return {"num_images": 1, "guidance_rescale": 0.0, **own}
+    shared = {"num_images": 1, "num_inference_steps": DEFAULT_STEPS, "guidance_rescale": 0.0}
+    return {**shared, **own}
 
 
 def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from latentdiff.serve.engine import Engine, Job
 from tests.serve.serving import file_of, served, small_model
 
 pytestmark = pytest.mark.slow
@@ -90,7 +91,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "/api/outpaint": {**OWN, **IMAGE, "left": 8, "right": 0, "top": 0, "bottom": 0},
     "/api/variations": {**OWN, **IMAGE},
     "/api/upscale": {**OWN, "image": PICTURE, "scale": 2.0},
-    "/api/restore": {**OWN, "image": PICTURE, "kind": "noise", "noise": 0.1},
+    "/api/restore": {**OWN, "image": PICTURE, "kind": "denoise", "noise": 0.1},
     "/api/colorize": {**OWN, "image": PICTURE},
     "/sdapi/v1/txt2img": {**A1111, **HIRES},
     "/sdapi/v1/img2img": {
@@ -180,9 +181,15 @@ def server(
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("the folder")
     (folder / "loras").mkdir()
+    submit = Engine.submit
+
+    def quick(self: Engine, who: str, orders: Any, **more: Any) -> Job:
+        for order in orders:
+            order.arguments.setdefault("num_inference_steps", 1)
+        return submit(self, who, orders, **more)
+
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("call", "settings"):
-            patch.setattr(f"latentdiff.pipelines.{module}.DEFAULT_STEPS", 1)
+        patch.setattr(Engine, "submit", quick)
         limits = {"max_pixels": 64 * 64, "max_steps": 1, "max_waiting": 4, "max_body": 200_000}
         model = small_model(folder / "small")
         with (

@@ -66,7 +66,7 @@ function standard(name) {
 export function modelChanged(_, fresh = info) {
   info = fresh;
   const usual = info.defaults[currentModel()] ?? {};
-  for (const name of ["width", "height", "num_inference_steps", "guidance_scale"]) {
+  for (const name of ["width", "height", "guidance_scale"]) {
     const field = form.elements[name];
     field.placeholder = "model’s own";
     if (field.value === String(fromModel[name] ?? "")) field.value = usual[name] ?? "";
