@@ -22,6 +22,7 @@ from latentdiff import __version__
 from latentdiff.data.images import to_srgb
 from latentdiff.errors import choice_error
 from latentdiff.images import encoded_image, read_texts
+from latentdiff.pipelines.inputs import MAX_PIXELS
 from latentdiff.pipelines.metadata import SAMPLERS as LABELS
 from latentdiff.pipelines.metadata import parameters, read_parameters
 from latentdiff.serve import a1111_names
@@ -43,7 +44,7 @@ from latentdiff.serve.requests import (
     check_size,
     client_of,
     finished,
-    from_base64,
+    given_file,
     given_image,
     orders,
     png,
@@ -196,7 +197,7 @@ async def _enlarged(asked: Enlarging, data: str, request: Request) -> str:
 @router.post("/png-info")
 def png_info(asked: ReadSettings) -> dict[str, Any]:
     """How the image was made, as far as its file says."""
-    texts = read_texts(from_base64(asked.image.strip(), "image"))
+    texts = read_texts(given_file(asked.image.strip(), "image", MAX_PIXELS))
     info = texts.pop("parameters", "")
     prompt, negative, fields = read_parameters(info)
     parsed = {"Prompt": prompt, "Negative prompt": negative, **fields} if info else {}

@@ -139,6 +139,10 @@ def options(request: Request) -> dict[str, Any]:
 def set_options(given: Options, request: Request) -> dict[str, Any]:
     """Set what later requests begin from, of every client; those that run or wait do not change."""
     server = server_of(request)
+    if server.settings.links is not None:
+        raise HTTPException(
+            409, "replicas share no options; use override_settings in each request."
+        )
     given.chosen(server.models)
     server.options.update(given.known(exclude_unset=True))
     said = options(request)

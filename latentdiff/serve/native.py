@@ -15,10 +15,8 @@ import asyncio
 import base64
 import inspect
 import json
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -34,6 +32,7 @@ from latentdiff.pipelines import task as pipelines
 from latentdiff.pipelines.edit import MAX_BLUR
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from latentdiff.pipelines.image_inputs import read_images
+from latentdiff.pipelines.inputs import MAX_PIXELS
 from latentdiff.pipelines.metadata import SAMPLERS as LABELS
 from latentdiff.pipelines.metadata import SCHEDULES, parameters, read
 from latentdiff.pipelines.prompt_loras import LoraFolder
@@ -43,6 +42,7 @@ from latentdiff.serve.engine import TEXT_TO_IMAGE, Cancelled, Job, Progress
 from latentdiff.serve.requests import (
     Server,
     client_of,
+    given_file,
     given_image,
     given_mask,
     orders,
@@ -132,14 +132,8 @@ def info(request: Request) -> dict[str, Any]:
 @router.post("/settings")
 async def settings(request: Request) -> dict[str, Any]:
     """How the image that is the body was made, as far as its file says."""
-    body = await request.body()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "image")
-        file.write_bytes(body)
-        try:
-            record = await asyncio.to_thread(read, file)
-        except UserError as error:
-            raise UserError(str(error).replace(str(file), "the file")) from None
+    body = given_file(await request.body(), "the file", MAX_PIXELS)
+    record = await asyncio.to_thread(read, body)
     own = {name: value for name, value in record.settings.items() if name != "images"}
     return {"program": record.program, "settings": _exact(own), "why_not": record.why_not}
 
