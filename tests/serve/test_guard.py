@@ -23,7 +23,7 @@ from latentdiff.serve.settings import Settings
 from tests.serve.serving import client_of, file_of, served, small_model, wait_until
 
 KEY = "the-very-secret"
-GENERATIONS = "/v1/images/generations"
+GENERATIONS, TXT2IMG = "/v1/images/generations", "/sdapi/v1/txt2img"
 ASKED = {"prompt": "a cat", "steps": 1}
 NOISE = file_of(np.random.default_rng(0).integers(0, 256, (32, 32, 3)))
 
@@ -189,7 +189,9 @@ def many_bytes(count: int) -> Iterator[bytes]:
         yield b" " * 10_000
 
 
-@pytest.mark.parametrize("path", [GENERATIONS, "/v1/images/edits", "/api/inpaint", "/api/settings"])
+@pytest.mark.parametrize(
+    "path", [GENERATIONS, "/v1/images/edits", "/api/inpaint", "/api/settings", TXT2IMG]
+)
 def test_bodies_that_are_too_large(client: TestClient, path: str) -> None:
     kind = "multipart/form-data; boundary=x" if "edits" in path else "application/json"
     for body in (b" " * 100_001, many_bytes(11)):  # the second says no length
@@ -251,6 +253,13 @@ def test_images_that_blow_up(client: TestClient, bomb: str) -> None:
         return  # Pillow leaves out what is too long beside the pixels
     assert edited.status_code == 400 and edited.json()["error"]["param"] == "image"
     assert own.status_code == 422 and own.json()["detail"].startswith("image ")
+    for path, body in (
+        ("img2img", {"init_images": [text]}),
+        ("extra-single-image", {"image": text}),
+        ("png-info", {"image": text}),
+    ):
+        answer = client.post(f"/sdapi/v1/{path}", json=body)
+        assert answer.status_code == 422 or (path == "png-info" and answer.status_code == 200)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +269,7 @@ def test_images_that_blow_up(client: TestClient, bomb: str) -> None:
         b"\xff\xfe",
         b"[" * 50_000,
         b'{"prompt": ' + b"[" * 50_000,
-        b'{"prompt": "a", "guidance": NaN, "guidance_scale": NaN}',
+        b'{"prompt": "a", "guidance": NaN, "guidance_scale": NaN, "cfg_scale": NaN}',
         b'{"prompt": "a", "strength": -Infinity, "seed": 1e400}',
         b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
         b'{"prompt": "a", "\\ud83d": 1, "seed": "x"}',
@@ -270,7 +279,7 @@ def test_images_that_blow_up(client: TestClient, bomb: str) -> None:
         b"",
     ],
 )
-@pytest.mark.parametrize("path", [GENERATIONS, "/api/text_to_image"])
+@pytest.mark.parametrize("path", [GENERATIONS, "/api/text_to_image", TXT2IMG])
 def test_json_that_is_none(client: TestClient, path: str, body: bytes) -> None:
     answer = client.post(path, content=body, headers={"content-type": "application/json"})
     assert answer.status_code in (400, 422), answer.text
@@ -310,6 +319,11 @@ def test_names_that_lead_elsewhere(model: str, client: TestClient, name: str) ->
         answers.append(client.post("/api/text_to_image", json={field: name}))
     for field in ("model", "sampler", "size", "response_format"):
         answers.append(client.post(GENERATIONS, json={**ASKED, field: name}))
+    for field in ("sampler_name", "scheduler", "steps"):
+        answers.append(client.post(TXT2IMG, json={field: name}))
+    for field in ("sd_model_checkpoint", "sd_vae"):
+        answers.append(client.post(TXT2IMG, json={"override_settings": {field: name}}))
+        answers.append(client.post("/sdapi/v1/options", json={field: name}))
     for answer in answers:
         failed = 400 <= answer.status_code < 500 or '"event": "error"' in answer.text
         assert failed, answer.text
@@ -379,7 +393,9 @@ def test_no_answer_says_where_the_server_has_its_files(
             answers = [
                 client.post("/api/text_to_image", json={"prompt": prompt}),
                 client.post(GENERATIONS, json={**ASKED, "prompt": "a cat"}),
+                client.post(TXT2IMG, json={"prompt": prompt, "steps": 1}),
             ]
+            answers += [client.get(path) for method, path in routes(client) if method == "get"]
             for answer in answers:
                 assert "the folder" not in answer.text and str(tmp_path) not in answer.text
 

@@ -193,6 +193,27 @@ def test_clear_parts_of_a_mask_are_painted(
     assert (drawn[:, 16:] == NOISE[:, 16:]).all() and not same(drawn, NOISE)
 
 
+def test_a_mask_is_that_of_a1111_turned_round(client: TestClient) -> None:
+    files = {"image": file_of(NOISE), "mask": mask_of(LEFT)}
+    [drawn] = images_in(edit(client, files, guidance="5"))
+    asked = {
+        "init_images": [base64.b64encode(file_of(NOISE)).decode()],
+        "mask": base64.b64encode(file_of(LEFT)).decode(),
+        "denoising_strength": 1,
+        "mask_blur": 0,
+        "inpaint_full_res": False,
+        "inpainting_fill": 1,
+        "cfg_scale": 5,
+        "sampler_name": "DDIM",
+        "scheduler": "DDIM",
+        "width": 32,
+        "height": 32,
+        **ASKED,
+    }
+    answer = client.post("/sdapi/v1/img2img", json=asked).json()
+    assert same(drawn, pixels_of(base64.b64decode(answer["images"][0])))
+
+
 def test_clear_parts_of_the_image_are_its_mask(client: TestClient) -> None:
     [drawn] = images_in(edit(client, {"image": file_of(np.dstack([NOISE, 255 - LEFT]))}))
     assert (drawn[:, 16:, :3] == NOISE[:, 16:]).all()
