@@ -67,13 +67,22 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     for path, route in (("/health", health), ("/metrics", figures), ("/docs", docs)):
         app.add_api_route(path, route)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.mount("/", Page(directory=PAGE, html=True))
     # The last one added is the first that a request passes.
     app.add_middleware(Guard, settings=settings, origins=origins_of(settings))
     app.add_middleware(Cors, allow_origins=origins_of(settings))
     app.add_middleware(Counted, figures=app.state.figures)
     app.add_middleware(Forwarded, settings=settings)
     return app
+
+
+class Page(StaticFiles):
+    """The page: no other site frames it, and a browser asks whether its copy is the newest."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers.update({"X-Frame-Options": "DENY", "Cache-Control": "no-cache"})
+        return response
 
 
 def health(request: Request) -> dict[str, Any]:

@@ -524,3 +524,9 @@ def test_a_client_that_goes_away_is_cancelled(running: tuple[str, Any], protocol
     wait_until(lambda: job.ended)
     assert not job.made and engine.made == made
     wait_until(lambda: not engine.running)
+
+
+def test_no_other_site_frames_the_page(client: TestClient) -> None:
+    answer = client.get("/")
+    assert answer.headers["x-frame-options"] == "DENY"
+    assert answer.headers["cache-control"] == "no-cache" and "etag" in answer.headers
