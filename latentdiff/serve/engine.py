@@ -267,9 +267,8 @@ class Engine:
             self._stopping = True
             refused = {job for own in self._waiting.values() for job, _ in own}
             self._waiting.clear()
-            refused -= {job for job, _ in self._running}
             self._changed.notify()
-        for job in refused:
+        for job in refused:  # also one of which some images are being made
             job.finish(Stopping())
         threading.Thread(target=self._hurry, args=[seconds], daemon=True).start()
 

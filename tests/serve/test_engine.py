@@ -221,6 +221,15 @@ def test_a_stop_finishes_what_is_being_made(models: OneModel) -> None:
     assert models.painter.batches == [["first"]]
 
 
+def test_a_stop_within_a_job_is_no_result_of_it(models: OneModel) -> None:
+    with started(models, batch_size=1) as engine:
+        job = waiting(engine, models.painter, "0", "1")
+        engine.stop(20)
+        models.painter.may_go.set()
+        with pytest.raises(Stopping):
+            result(job)
+
+
 def test_a_stop_does_not_wait_for_ever(models: OneModel) -> None:
     with started(models) as engine:
         running = waiting(engine, models.painter)

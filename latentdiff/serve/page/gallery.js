@@ -1,7 +1,7 @@
 // What was made since the page was opened, and files whose settings were read.
 
 const LABELS = {
-  prompt: "Prompt", negative_prompt: "Without", seed: "Seed", task: "Task", size: "Size",
+  prompt: "Prompt", negative_prompt: "Negative prompt", seed: "Seed", task: "Task", size: "Size",
   num_inference_steps: "Steps", guidance_scale: "Guidance", guidance_rescale: "Guidance rescale",
   sampler: "Sampler", timestep_spacing: "Spacing", clip_skip: "Clip skip", prompt_syntax: "Prompt syntax",
   model: "Model", loras: "LoRA", embeddings: "Words learned", strength: "Strength", kind: "Kind",
