@@ -11,7 +11,7 @@ import hmac
 import ipaddress
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -67,7 +67,7 @@ def _place(loc: list[Any]) -> str:
     return ".".join(str(part) for part in loc if part != "body") or "body"
 
 
-def errors_of(found: list[Any]) -> list[dict[str, Any]]:
+def errors_of(found: Sequence[Any]) -> list[dict[str, Any]]:
     """Pydantic's errors without what was given, which may be large, or nothing that JSON holds."""
     return [
         {
