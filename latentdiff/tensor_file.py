@@ -12,6 +12,8 @@ from __future__ import annotations
 import pickletools
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -231,7 +233,25 @@ def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return load_file(file), metadata
 
 
+@contextmanager
+def pickles_refused() -> Iterator[None]:
+    """Have pickles refused within the block, also those that hold nothing but tensors."""
+    before = _refuse.set(True)
+    try:
+        yield
+    finally:
+        _refuse.reset(before)
+
+
+_refuse = ContextVar("pickles are refused", default=False)
+
+
 def _load_pickle(file: Path) -> tuple[Any, dict[str, str]]:
+    if _refuse.get():
+        raise UserError(
+            f"{file} is a pickle, which is not read here. Turn it into safetensors first, as "
+            "`latentdiff convert` does with models and LoRA files."
+        )
     _refuse_endless_tuples(file)
     mapped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
     with torch.serialization.safe_globals(_SAFE_GLOBALS):

@@ -23,8 +23,8 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 #: such as 100000 for 1000 would take the whole machine down instead of ending with a message.
 MAX_PIXELS = 4096 * 4096
 #: Above so many times the training's pixels, a model draws things twice, in part or whole: the
-#: embedded one, trained at 64 x 64, does at 80 x 80 and not at 64 x 96; Stable Diffusion 1, of
-#: 512 x 512, is said to at 768 x 768, and is much used at 512 x 768.
+#: embedded one, trained at 64 x 64, does at 80 x 80 (and at 64 x 96, not above it); Stable
+#: Diffusion 1, of 512 x 512, is said to at 768 x 768, and is much used at 512 x 768.
 LARGE = 1.5
 
 #: The largest number that a float holds: `is_number(x, most=FINITE)` is False for infinity.

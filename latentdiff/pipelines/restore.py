@@ -33,6 +33,7 @@ from latentdiff.pipelines.inputs import (
     check_pixels,
     check_share,
     is_number,
+    prompt_list,
 )
 from latentdiff.pipelines.masks import padded
 from latentdiff.pipelines.settings import recorded
@@ -342,6 +343,7 @@ def _as_given(images: Tensor, inputs: GivenImages, own: list[int]) -> Tensor:
 
 def _unguided(prompts: Sequence[str], options: SamplingOptions) -> SamplingOptions:
     """Options with guidance off where no prompt and no negative prompt says anything."""
-    if any(prompts) or options.get("negative_prompt") or "guidance_scale" in options:
+    negatives = prompt_list(options.get("negative_prompt") or "", "negative_prompt")
+    if any(prompts) or any(negatives) or "guidance_scale" in options:
         return options
     return {**options, "guidance_scale": 1.0}

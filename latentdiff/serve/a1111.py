@@ -22,6 +22,7 @@ from latentdiff import __version__
 from latentdiff.data.images import to_srgb
 from latentdiff.errors import choice_error
 from latentdiff.images import encoded_image, read_texts
+from latentdiff.pipelines.inputs import MAX_PIXELS
 from latentdiff.pipelines.metadata import SAMPLERS as LABELS
 from latentdiff.pipelines.metadata import parameters, read_parameters
 from latentdiff.serve import a1111_names
@@ -43,7 +44,7 @@ from latentdiff.serve.requests import (
     check_size,
     client_of,
     finished,
-    from_base64,
+    given_file,
     given_image,
     orders,
     png,
@@ -79,7 +80,7 @@ def _submitted(asked: Asked, server: Server, client: str) -> Job:
     if asked.script_name:
         raise HTTPException(422, f"Script {asked.script_name!r:.60} not found")
     for name in asked.alwayson_scripts:
-        raise HTTPException(422, f"always on script {name[:60]} not found")
+        raise HTTPException(422, f"always on script {name!r:.60} not found")
     model, vae, clip_skip = asked.override_settings.over(server).chosen(server.models)
     task, arguments = asked.task(server)
     wanted = orders(
@@ -104,7 +105,7 @@ def _packed(asked: Asked, server: Server, job: Job) -> dict[str, Any]:
     if asked.save_images and server.settings.output is None:
         notes.append("save_images: without effect; the server was not started with --output")
     notes += [f"images[{k}]: flagged by the safety checker" for k in flagged]
-    shown = asked.known() | {"init_images": None, "mask": None}
+    shown = {n: v for n, v in asked.known().items() if n not in ("init_images", "mask")}
     shown["override_settings"] = asked.override_settings.known(exclude_unset=True)
     return {
         "images": [_base64(png(one)) for one in job.made] if asked.send_images else [],
@@ -196,7 +197,7 @@ async def _enlarged(asked: Enlarging, data: str, request: Request) -> str:
 @router.post("/png-info")
 def png_info(asked: ReadSettings) -> dict[str, Any]:
     """How the image was made, as far as its file says."""
-    texts = read_texts(from_base64(asked.image.strip(), "image"))
+    texts = read_texts(given_file(asked.image.strip(), "image", MAX_PIXELS))
     info = texts.pop("parameters", "")
     prompt, negative, fields = read_parameters(info)
     parsed = {"Prompt": prompt, "Negative prompt": negative, **fields} if info else {}

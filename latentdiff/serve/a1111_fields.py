@@ -18,11 +18,10 @@ import PIL.Image
 from fastapi import HTTPException
 from PIL import ImageOps
 from PIL.Image import Resampling
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from latentdiff.data.images import to_grey, to_srgb
 from latentdiff.diffusion.samplers import SAMPLERS
-from latentdiff.errors import UserError
 from latentdiff.pipelines.image_inputs import read_masks
 from latentdiff.serve.a1111_names import Given, Options, sampler_and_spacing, unknown
 from latentdiff.serve.engine import TEXT_TO_IMAGE
@@ -33,6 +32,13 @@ if TYPE_CHECKING:
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Side = Annotated[int, Field(ge=1, le=16384)]
+
+
+def _listed(given: Any) -> Any:
+    return [given] * bool(given) if isinstance(given, str) else given
+
+
+_OneImage = Annotated[list[str], Field(max_length=1), BeforeValidator(_listed)]
 #: Fields that change no image, or none without another that is in `_NEUTRAL`.
 _IDLE = (
     *("do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards"),
@@ -143,10 +149,10 @@ class TextToImage(Asked):
 class ImageToImage(Asked):
     """A request for /img2img."""
 
-    init_images: list[str] = Field(default_factory=list)
+    init_images: _OneImage = Field(default_factory=list)
     resize_mode: Annotated[int, Field(ge=0, le=3)] = 0
     """1: crop to the shape, 2: fill up to it with the edges' colours, else stretch."""
-    mask: str | list[str] = ""
+    mask: _OneImage = Field(default_factory=list)
     mask_blur: Annotated[int, Field(ge=0, le=256)] = 4
     inpainting_fill: Annotated[int, Field(ge=0, le=3)] = 0
     """Begin from 0: the colours around the mask, 1: what is there, 2 and 3: noise."""
@@ -158,18 +164,14 @@ class ImageToImage(Asked):
     def task(self, server: Server) -> tuple[str, dict[str, Any]]:
         if not self.init_images:
             raise HTTPException(404, "Init image not found")
-        most, masks = server.settings.max_pixels, [self.mask] * bool(self.mask)
-        if isinstance(self.mask, list):
-            masks = self.mask
-        if len(self.init_images) > 1 or len(masks) > 1:
-            raise UserError("init_images and mask take one image; send a request for each.")
+        most = server.settings.max_pixels
         image = to_srgb(given_image(self.init_images[0], "init_images", most))
         size = self.width or image.width, self.height or image.height
         check_size(server.settings, *size)
-        if not masks:
+        if not self.mask:
             image = resized(image, size, self.resize_mode)
             return "image_to_image", {"image": image, "strength": self.denoising_strength}
-        mask = to_grey(given_image(masks[0], "mask", most))
+        mask = to_grey(given_image(self.mask[0], "mask", most))
         if self.inpainting_mask_invert:
             mask = ImageOps.invert(mask)
         read_masks(mask, (image.height, image.width), 1)  # checks it

@@ -33,21 +33,25 @@ UPSCALERS = {
 #: The upscaler that is a task of the model.
 OURS = "latentdiff"
 #: Lists of things that there are not here.
-_EMPTY = ("hypernetworks", "face-restorers", "realesrgan-models", "latent-upscale-modes")
-_EMPTY += ("prompt-styles", "script-info", "extensions")
+_EMPTY = (
+    *("hypernetworks", "face-restorers", "realesrgan-models", "latent-upscale-modes"),
+    *("prompt-styles", "script-info", "extensions"),
+)
 
 
 class Given(BaseModel):
-    """What a client sends. What is null is as if it were left out; unknown names are kept."""
+    """What a client sends. What is null is as if it were left out; unknown names are kept; halves
+    of surrogate pairs, which no answer could hold, are replaced."""
 
     model_config = ConfigDict(extra="allow")
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
+    def _cleaned(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if value is not None}
+        said = {name: value for name, value in given.items() if value is not None}
+        return {n: whole_text(v) if isinstance(v, str) else v for n, v in said.items()}
 
     @property
     def others(self) -> dict[str, Any]:
@@ -61,7 +65,7 @@ class Given(BaseModel):
 
 def unknown(names: Iterable[str]) -> list[str]:
     """A warning of fields that nobody knows, if there are any."""
-    short = [whole_text(name)[:60] for name in names]
+    short = [name[:60] for name in names]
     return [f"unknown, without effect: {some(short, 50)}"] if short else []
 
 
@@ -135,9 +139,14 @@ def options(request: Request) -> dict[str, Any]:
 def set_options(given: Options, request: Request) -> dict[str, Any]:
     """Set what later requests begin from, of every client; those that run or wait do not change."""
     server = server_of(request)
+    if server.settings.links is not None:
+        raise HTTPException(
+            409, "replicas share no options; use override_settings in each request."
+        )
     given.chosen(server.models)
     server.options.update(given.known(exclude_unset=True))
-    return {"warnings": unknown(given.others.keys() - options(request).keys())}
+    said = options(request)
+    return {"warnings": unknown(name for name in given.others if name not in said)}
 
 
 @router.post("/unload-checkpoint", dependencies=[Depends(may_set)])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from latentdiff.pipelines.task import Progress as PassProgress
     from latentdiff.serve.models import Models
 
-#: The task of `Order` that is the pipeline's call itself.
+#: The usual task of `Order`.
 TEXT_TO_IMAGE = "text_to_image"
 
 
@@ -58,7 +58,7 @@ class Order:
     prompt: str
     seed: int
     task: str = TEXT_TO_IMAGE
-    """That, or the name of a pipeline's method."""
+    """A name in `pipelines.task.TASKS`."""
     negative_prompt: str = ""
     guidance_scale: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -382,15 +382,12 @@ class Engine:
                 job.report(Progress(0, made, many, at.step, at.total, share, left + rest, shown))
 
         with self.models.use(first.model, first.vae) as pipeline:
-            scales = [order.guidance_scale for order in orders]
-            if scales.count(None) < len(scales):
-                usual = pipeline.default_guidance
-                guidance = {"guidance_scale": [usual if s is None else s for s in scales]}
-            else:
-                guidance = {}  # tasks may have defaults of their own
+            usual, given = pipeline.default_guidance, [order.guidance_scale for order in orders]
+            scales = [usual if scale is None else scale for scale in given]
+            # Where none is given, a task may have a default of its own.
+            guidance: dict[str, Any] = {} if set(given) == {None} else {"guidance_scale": scales}
             begun = time.monotonic()
-            call = pipeline if first.task == TEXT_TO_IMAGE else getattr(pipeline, first.task)
-            output = call(
+            output = getattr(pipeline, first.task)(
                 prompt=[order.prompt for order in orders],
                 negative_prompt=[order.negative_prompt for order in orders],
                 seed=[order.seed for order in orders],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.embedded import named
 from latentdiff.errors import UserError, choice_error, some, warn
 from latentdiff.pipelines.hashes import model_hash, model_name
+from latentdiff.tensor_file import pickles_refused
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 #: What the embedded model and an own autoencoder are called.
 EMBEDDED, OWN_VAE = "embedded", "Automatic"
-_FILES = (".safetensors", ".ckpt")
+_FILE = ".safetensors"
 
 
 class Models:
@@ -85,7 +86,8 @@ class Models:
             with self._lock:
                 while len(self._loaded) >= self._settings.max_models:
                     self._loaded.popitem(last=False)
-            pipeline = self._load(*key)
+            with pickles_refused():
+                pipeline = self._load(*key)
         with self._lock:
             self._loaded[key] = pipeline
             self._loaded.move_to_end(key)
@@ -124,14 +126,11 @@ class Models:
 
 def _defaults(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
     """Values by the names of arguments; sides are multiples of `multiple`, in pixels."""
-    from latentdiff.pipelines.task import DEFAULT_STEPS
-
     height, width = pipeline.default_size
     return {
         "height": height,
         "width": width,
         "multiple": pipeline.autoencoder.downscale,
-        "num_inference_steps": DEFAULT_STEPS,
         "guidance_scale": pipeline.default_guidance,
         "sampler": pipeline.components.sampling.sampler,
     }
@@ -156,12 +155,12 @@ def sources_in(source: str) -> list[str]:
     inside = sorted(
         one
         for one in folder.iterdir()
-        if one.suffix in _FILES or (one / "model_index.json").exists()
+        if one.suffix == _FILE or (one / "model_index.json").exists()
     )
     if not inside:
         raise UserError(
             f"{source} is neither a model (it has no model_index.json) nor a folder of models: "
-            f"there is no {' or '.join(_FILES)} file and no model folder in it."
+            f"there is no {_FILE} file and no model folder in it."
         )
     return [str(one) for one in inside]
 

@@ -15,10 +15,8 @@ import asyncio
 import base64
 import inspect
 import json
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -30,17 +28,21 @@ from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS, get_spacing, split
 from latentdiff.errors import UserError
 from latentdiff.images import encoded_image
 from latentdiff.models.prompts import PromptSyntax, parse
+from latentdiff.pipelines import task as pipelines
 from latentdiff.pipelines.edit import MAX_BLUR
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from latentdiff.pipelines.image_inputs import read_images
+from latentdiff.pipelines.inputs import MAX_PIXELS
 from latentdiff.pipelines.metadata import SAMPLERS as LABELS
 from latentdiff.pipelines.metadata import SCHEDULES, parameters, read
 from latentdiff.pipelines.prompt_loras import LoraFolder
 from latentdiff.pipelines.restore import Kind
+from latentdiff.pipelines.task import DEFAULT_STEPS
 from latentdiff.serve.engine import TEXT_TO_IMAGE, Cancelled, Job, Progress
 from latentdiff.serve.requests import (
     Server,
     client_of,
+    given_file,
     given_image,
     given_mask,
     orders,
@@ -51,10 +53,7 @@ from latentdiff.serve.requests import (
 
 router = APIRouter(prefix="/api", tags=["latentdiff"])
 #: What may be asked for.
-TASKS = (
-    TEXT_TO_IMAGE,
-    *("image_to_image", "inpaint", "outpaint", "variations", "colorize", "restore", "upscale"),
-)
+TASKS = tuple(task for task in pipelines.TASKS if task != "interpolate")
 SIDES = ("left", "right", "top", "bottom")
 #: The longest side of a preview, in pixels.
 PREVIEW = 256
@@ -95,6 +94,7 @@ class Asked(BaseModel):
     strength: _Share | None = None
     mask_blur: Annotated[int | None, Field(ge=0, le=MAX_BLUR)] = None
     padding_mask_crop: _Pixels | None = None
+    fill: bool | None = None
     left: _Pixels | None = None
     right: _Pixels | None = None
     top: _Pixels | None = None
@@ -132,14 +132,8 @@ def info(request: Request) -> dict[str, Any]:
 @router.post("/settings")
 async def settings(request: Request) -> dict[str, Any]:
     """How the image that is the body was made, as far as its file says."""
-    body = await request.body()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "image")
-        file.write_bytes(body)
-        try:
-            record = await asyncio.to_thread(read, file)
-        except UserError as error:
-            raise UserError(str(error).replace(str(file), "the file")) from None
+    body = given_file(await request.body(), "the file", MAX_PIXELS)
+    record = await asyncio.to_thread(read, body)
     own = {name: value for name, value in record.settings.items() if name != "images"}
     return {"program": record.program, "settings": _exact(own), "why_not": record.why_not}
 
@@ -154,8 +148,7 @@ async def make(task: str, asked: Asked, request: Request) -> StreamingResponse:
 
 def _own(task: str) -> dict[str, inspect.Parameter]:
     """The pipeline's arguments for a task."""
-    call = LatentDiffusionPipeline.__call__ if task == TEXT_TO_IMAGE else None
-    return dict(inspect.signature(call or getattr(LatentDiffusionPipeline, task)).parameters)
+    return dict(inspect.signature(getattr(LatentDiffusionPipeline, task)).parameters)
 
 
 def _taken(task: str) -> set[str]:
@@ -168,7 +161,8 @@ def _taken(task: str) -> set[str]:
 def _usual(task: str) -> dict[str, Any]:
     """What a task takes for fields that are left out; those of the model are not among them."""
     own = {name: one.default for name, one in _own(task).items() if one.default is not one.empty}
-    return {"num_images": 1, "guidance_rescale": 0.0, **own}
+    shared = {"num_images": 1, "num_inference_steps": DEFAULT_STEPS, "guidance_rescale": 0.0}
+    return {**shared, **own}
 
 
 def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:

@@ -1,8 +1,8 @@
 """Several replicas of the server on Ray Serve, on the GPUs and machines of one Ray cluster.
 
 Each replica is the same application with models and a queue of its own; Ray's proxy spreads
-requests. So /sdapi/v1/progress and interrupt see what their replica does. On several machines,
-links to images need --output on a disk that all of them share.
+requests. So /sdapi/v1/progress and interrupt see what their replica does, and no options can be
+set. On several machines, links to images need --output on a disk that all of them share.
 
     RAY_ADDRESS=… latentdiff serve --replicas 4     joins a cluster; without, starts one here
 
@@ -46,7 +46,7 @@ def run(settings: Settings, replicas: int) -> None:
     gpus = torch.cuda.is_available()
     # Each takes as many requests as its own queue does; Ray must not hold them back.
     most = settings.max_waiting + settings.batch_size
-    replica = serve.deployment(
+    replica: Any = serve.deployment(
         serve.ingress(build)(),
         num_replicas=replicas,
         max_ongoing_requests=most,

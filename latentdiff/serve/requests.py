@@ -157,6 +157,12 @@ def given_image(data: bytes | str, name: str, most: int) -> Image:
              name: how messages call it.  most: pixels.
     Raises:  UserError: none of these, unreadable, animated, or too large.
     """
+    content = given_file(data, name, most)
+    return decoded_images(content, name, lambda one: one.copy())[0]
+
+
+def given_file(data: bytes | str, name: str, most: int) -> bytes:
+    """The bytes of an image, of which no more than the size was read; as `given_image`."""
     content = from_base64(data, name) if isinstance(data, str) else data
     try:
         with PIL.Image.open(BytesIO(content), formats=FORMATS) as image:
@@ -166,7 +172,7 @@ def given_image(data: bytes | str, name: str, most: int) -> Image:
         raise UserError(f"{name} cannot be read as an image in {kinds}.") from error
     if width * height > most:
         raise UserError(f"{name} may have {most:,} pixels; it has {width} x {height}.")
-    return decoded_images(content, name, lambda one: one.copy())[0]
+    return content
 
 
 def given_mask(data: bytes | str, image: Image, most: int) -> Image:

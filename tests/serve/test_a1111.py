@@ -6,17 +6,15 @@ import base64
 import http.client
 import io
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import uvicorn
 import webuiapi
 from fastapi.testclient import TestClient
 from PIL import Image, ImageFilter, ImageOps
@@ -30,6 +28,7 @@ from latentdiff.pipelines.metadata import read_parameters
 from latentdiff.serve.app import create_app
 from latentdiff.serve.settings import Settings
 from tests.random_models import make_pipeline
+from tests.serve.serving import served, wait_until
 
 URL, LOCAL = "http://127.0.0.1", ("127.0.0.1", 50000)
 API = "/sdapi/v1"
@@ -302,7 +301,8 @@ def test_a_file_says_what_makes_it_again(client: TestClient) -> None:
     assert plain["images"] != made["images"]
     none = post(client, "png-info", image=b64(noise(8, 8)))
     assert none == {"info": "", "items": {}, "parameters": {}}
-    assert client.post(f"{API}/png-info", json={"image": "bm8="}).status_code == 422
+    for wrong in ("bm8=", b64(Image.new("1", (5000, 5000)))):  # of more pixels than are decoded
+        assert client.post(f"{API}/png-info", json={"image": wrong}).status_code == 422
 
 
 # What is said about a request
@@ -363,6 +363,15 @@ def test_wrong_values_are_refused_by_name(
     assert str(folder) not in answer.text
 
 
+def test_halves_of_characters_fail_nothing(client: TestClient) -> None:
+    kind = {"Content-Type": "application/json"}
+    body = b'{"steps": 1, "prompt": "\\ud83d"}'
+    answer = client.post(f"{API}/txt2img", content=body, headers=kind)
+    assert (answer.status_code, answer.json()["parameters"]["prompt"]) == (200, "?")
+    for body in (b'{"\\ud83d": 1}', b'{"alwayson_scripts": {"\\ud83d": 1}}'):
+        assert client.post(f"{API}/txt2img", content=body, headers=kind).status_code == 422
+
+
 def test_images_are_not_sent_or_echoed(client: TestClient) -> None:
     asked = {**FAST, "batch_size": 2, "n_iter": 2, "send_images": False}
     given = b64(noise(200, 160))  # of 96 kB
@@ -371,6 +380,7 @@ def test_images_are_not_sent_or_echoed(client: TestClient) -> None:
         answer = client.post(f"{API}/{task}", json={**asked, **more})
         assert answer.json()["images"] == [] and len(info_of(answer.json())["all_seeds"]) == 4
         assert len(answer.content) < 8000
+        assert not {"init_images", "mask"} & answer.json()["parameters"].keys()
 
 
 # Names of models
@@ -455,12 +465,25 @@ def test_options_are_what_later_requests_begin_from(
         assert post(client, "txt2img", **FAST)["images"] == answer["images"]
 
 
-def test_options_are_set_from_here_or_with_a_key(settings: Settings) -> None:
-    with TestClient(create_app(settings), base_url=URL, client=("192.0.2.7", 5)) as client:
-        for path in ("options", "unload-checkpoint"):
-            answer = client.post(f"{API}/{path}", json={"sd_model_checkpoint": "second"})
-            assert answer.status_code == 403
-        assert client.get(f"{API}/options").json()["sd_model_checkpoint"].startswith("first")
+def test_options_are_set_from_here_or_with_a_key(settings: Settings, tmp_path: Path) -> None:
+    def codes(client: Any, **changes: Any) -> list[int]:
+        app = create_app(replace(settings, **changes))
+        with TestClient(app, base_url=URL, client=client, headers=key) as asking:
+            answers = [
+                asking.post(f"{API}/{path}", json={"sd_model_checkpoint": "second"})
+                for path in ("options", "unload-checkpoint")
+            ]
+            now = asking.get(f"{API}/options").json()["sd_model_checkpoint"]
+        assert now.startswith("second" if answers[0].status_code == 200 else "first")
+        return [one.status_code for one in answers]
+
+    key: dict[str, str] = {}
+    there = ("192.0.2.7", 50000)
+    assert codes(there) == [403, 403]
+    assert codes(LOCAL) == codes(("::1", 50000)) == [200, 200]
+    assert codes(LOCAL, links=tmp_path / "links") == [409, 200]  # one of several replicas
+    key = {"Authorization": "Bearer word"}
+    assert codes(there, api_key="word") == [200, 200]
 
 
 def test_clients_at_the_same_time_do_not_disturb_each_other(
@@ -660,24 +683,10 @@ def test_an_image_is_enlarged(client: TestClient) -> None:
 
 
 @pytest.fixture(scope="module")
-def port(settings: Settings) -> Iterator[int]:
-    """Of a server on loopback, in a thread."""
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until(lambda: server.started)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join(30)
-
-
-def until(there: Callable[[], Any]) -> Any:
-    """What `there` gives as soon as that is true."""
-    for _ in range(3000):
-        if found := there():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("it never came")
+def port(folder: Path) -> Iterator[int]:
+    """Of a server on loopback."""
+    with served(str(folder)) as (address, _):
+        yield int(address.rpartition(":")[2])
 
 
 def test_webuiapi(port: int, first: LatentDiffusionPipeline) -> None:
@@ -709,18 +718,20 @@ def test_webuiapi_looks_on_and_interrupts(port: int) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(lambda: api.txt2img(**many))
 
-        def shown() -> Any:
-            now = api.get_progress()
-            return now["current_image"] and now
+        seen = list[dict[str, Any]]()
+
+        def shown() -> bool:
+            seen.append(api.get_progress())
+            return bool(seen[-1]["current_image"])
 
         try:
-            now = until(shown)
+            wait_until(shown)
             without = api.custom_get("progress?skip_current_image=true", baseurl=True)
         finally:
             assert api.interrupt() == {}
         made = waiting.result()
+    now, state = seen[-1], seen[-1]["state"]
     assert 0 < now["progress"] < 1 and now["eta_relative"] > 0
-    state = now["state"]
     assert (state["job_count"], state["sampling_steps"]) == (128, 150)
     assert 0 < state["sampling_step"] <= 150 and not state["interrupted"]
     with Image.open(io.BytesIO(base64.b64decode(now["current_image"]))) as preview:
@@ -728,7 +739,7 @@ def test_webuiapi_looks_on_and_interrupts(port: int) -> None:
     assert without["current_image"] is None and without["state"]["job_count"] == 128
     assert 0 < len(made.images) < 128
     assert made.info["all_seeds"] == [7 + k for k in range(len(made.images))]
-    assert until(lambda: api.get_progress()["state"]["job_count"] == 0)
+    wait_until(lambda: api.get_progress()["state"]["job_count"] == 0)
 
 
 def test_who_goes_away_is_not_waited_for(port: int) -> None:
@@ -736,9 +747,9 @@ def test_who_goes_away_is_not_waited_for(port: int) -> None:
     many = json.dumps({"steps": 150, "batch_size": 128, "width": 32, "height": 32})
     gone = http.client.HTTPConnection("127.0.0.1", port)
     gone.request("POST", f"{API}/txt2img", many, {"Content-Type": "application/json"})
-    until(lambda: api.get_progress()["state"]["sampling_step"])
+    wait_until(lambda: api.get_progress()["state"]["sampling_step"])
     gone.close()
-    assert until(lambda: api.get_progress()["state"]["job_count"] == 0)
+    wait_until(lambda: api.get_progress()["state"]["job_count"] == 0)
 
 
 # What clients send, word for word

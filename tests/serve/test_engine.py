@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from latentdiff.errors import UserError, warn
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -40,7 +41,7 @@ class Painter:
         self.at_work = threading.Event()
         self._interrupt = False
 
-    def __call__(
+    def text_to_image(
         self,
         prompt: Sequence[str],
         seed: Sequence[int],
@@ -65,6 +66,8 @@ class Painter:
         images = [Image.new("L", (1, 1), one % 256) for one in seed]
         settings = [{"prompt": p, "seed": s} for p, s in zip(prompt, seed, strict=True)]
         return PipelineOutput(images, list(seed), settings=settings)
+
+    inpaint = text_to_image
 
 
 class OneModel:
@@ -145,8 +148,8 @@ def test_only_what_is_alike_is_made_together(models: OneModel) -> None:
             orders("c", arguments={"width": 16}),
             orders("d", arguments={"width": 8, "sampler": "ddim"}, model="other"),
             orders("e", arguments={"width": 8, "sampler": "ddim"}, guidance_scale=3),
-            orders("f", "g", arguments=image, task="__call__"),
-            orders("h", arguments={"image": object()}, task="__call__"),
+            orders("f", "g", arguments=image, task="inpaint"),
+            orders("h", arguments={"image": object()}, task="inpaint"),
         ]
         jobs = [engine.submit(str(k), one) for k, one in enumerate(asked)]
         models.painter.may_go.set()
@@ -340,3 +343,25 @@ def test_a_model_that_cannot_be_loaded_fails_its_request_alone(folders: Path) ->
         with pytest.raises(UserError):
             result(bad)
         assert len(result(good)) == 1
+
+
+@pytest.mark.parametrize("part", ["model", "vae", "lora", "word"])
+def test_pickles_are_refused(part: str, folders: Path, tmp_path: Path) -> None:
+    """Of a folder's parts too, and though they hold nothing but tensors."""
+    shutil.copytree(folders / "one", tmp_path / "one")
+    pickle = tmp_path / "file.bin"
+    torch.save({"x": torch.zeros(2)}, pickle)
+    settings = {
+        "model": {"models": (str(tmp_path / "one"),)},
+        "vae": {"vaes": (str(pickle),), "models": (str(folders),)},
+        "lora": {"loras": (str(pickle),), "models": (str(tmp_path / "one"),)},
+        "word": {"embeddings": (str(pickle),), "models": (str(tmp_path / "one"),)},
+    }[part]
+    if part == "model":
+        weights = tmp_path / "one" / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+    models = Models(Settings(**settings))
+    name, words = "file" if part == "vae" else None, "is a pickle, which is not read here"
+    with pytest.raises(UserError, match=words), models.use(None, name):
+        pass

@@ -99,7 +99,9 @@ def test_each_task_gives_what_the_pipeline_gives(
     expected = method(**given, num_inference_steps=STEPS, seed=SEED, progress=False, **options)
     assert result["event"] == "result"
     assert [one["seed"] for one in result["images"]] == [str(SEED), str(SEED + 1)]
-    for one, own in zip(result["images"], expected.images, strict=True):
+    each = zip(result["images"], expected.images, expected.settings, strict=True)
+    for one, own, settings in each:
+        assert one["settings"]["guidance_scale"] == settings["guidance_scale"]
         assert one["settings"]["seed"] == one["seed"]
         assert one["settings"]["task"] == task
         made = np.asarray(decoded(one["image"]), np.int16)
@@ -219,10 +221,10 @@ def test_info_says_what_is_meant_by_what_is_left_out(client: TestClient) -> None
         "width": 32,
         "height": 32,
         "multiple": 2,
-        "num_inference_steps": 25,
         "guidance_scale": 5.0,
         "sampler": "ddim",
     }
+    assert {of["num_inference_steps"] for of in info["tasks"].values()} == {25}
     strengths = {task: of["strength"] for task, of in info["tasks"].items() if "strength" in of}
     assert strengths == {
         "image_to_image": 0.8,

@@ -197,7 +197,10 @@ def test_what_is_not_masked_stays_as_it_was_sent(address: str, opened: Callable[
     stroke((0.65, 0.45), (0.65, 0.55))
     field(page, "Prompt").fill("a red apple")
     field(page, "Steps").fill("3")
+    page.locator("#more > summary").click()
+    page.locator("[name=fill]").select_option("true")
     asked, made = result(page, lambda: page.locator("#make").click())
+    assert asked["fill"] is True
     given, mask = (np.asarray(decoded(asked[name])) for name in ("image", "mask_image"))
     assert np.array_equal(given, np.asarray(Image.open(io.BytesIO(photo()))))
     masked = mask[..., 0]
@@ -216,11 +219,18 @@ def test_what_is_not_masked_stays_as_it_was_sent(address: str, opened: Callable[
     page.locator("#mask-file").set_input_files(
         {"name": "m.png", "mimeType": "image/png", "buffer": encoded_image(file, ".png", {})}
     )
-    page.wait_for_timeout(300)
+    page.locator("#announce").get_by_text("The mask is loaded").wait_for()
     asked, _ = result(page, lambda: page.locator("#make").click())
     expected = np.zeros((64, 64), np.uint8)
     expected[8:24, 8:24] = 255
     assert np.array_equal(np.asarray(decoded(asked["mask_image"]))[..., 0], expected)
+    # Image and mask come back with the settings.
+    page.locator("#clear").click()
+    page.locator("#tab-text").click()
+    page.locator("#reuse").click()
+    page.locator("#announce").get_by_text("Its settings are in the form").wait_for()
+    again, _ = result(page, lambda: page.locator("#make").click())
+    assert {name: again[name] for name in asked if name != "seed"} == asked
 
 
 def test_a_large_photo_is_sent_upright_at_the_size_chosen(
@@ -427,6 +437,10 @@ def test_a_phone_needs_no_scrolling_sideways(address: str, opened: Callable[...,
               .map((one) => one.id || one.name)"""
         )
         assert small == []
+        if name == "inpaint":
+            page.locator("#mask").tap()
+            asked, _ = result(page, lambda: page.locator("#make").tap())
+            assert np.asarray(decoded(asked["mask_image"]))[32, 32, 0] == 255
 
 
 def test_it_works_under_a_path_of_a_reverse_proxy(opened: Callable[..., Any]) -> None:

@@ -6,6 +6,7 @@ import { loadMask, maskFile, startMask } from "./mask.js";
 import { drawSource, hasImage, offerSizes, sentImage, sourceFile, takeImage, workedAt } from "./source.js";
 import { addItem, endPreviews, removeShown, showItem, showPreviews, shownItem } from "./gallery.js";
 
+const SIDES = ["left", "right", "top", "bottom"];
 const byId = (id) => document.getElementById(id);
 let info, running = null;
 /** How many quarters of the work have been announced. */
@@ -29,7 +30,7 @@ async function start() {
     event.preventDefault();
     run();
   });
-  byId("form").addEventListener("input", () => drawSource());
+  byId("form").addEventListener("input", ({ target }) => SIDES.includes(target.name) && drawSource());
   on("cancel", () => running?.abort());
   on("defaults", form.reset);
   on("lora-add", addLora);

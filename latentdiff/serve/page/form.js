@@ -66,7 +66,7 @@ function standard(name) {
 export function modelChanged(_, fresh = info) {
   info = fresh;
   const usual = info.defaults[currentModel()] ?? {};
-  for (const name of ["width", "height", "num_inference_steps", "guidance_scale"]) {
+  for (const name of ["width", "height", "guidance_scale"]) {
     const field = form.elements[name];
     field.placeholder = "model’s own";
     if (field.value === String(fromModel[name] ?? "")) field.value = usual[name] ?? "";
@@ -123,6 +123,7 @@ export function asked() {
     if (!(name in info.tasks[task]) || field.closest(".absent") || value === "") continue;
     if (name !== "kind" && value === String(standard(name))) continue;
     values[name] = ["number", "range"].includes(field.type) ? Number(value) : value;
+    if (name === "fill") values[name] = value === "true";
   }
   if (values.model === info.models[0]) delete values.model;
   return values;

@@ -6,7 +6,7 @@ const LABELS = {
   sampler: "Sampler", timestep_spacing: "Spacing", clip_skip: "Clip skip", prompt_syntax: "Prompt syntax",
   model: "Model", loras: "LoRA", embeddings: "Words learned", strength: "Strength", kind: "Kind",
   hires_scale: "Second pass, times", hires_strength: "Second pass’ strength", mask_blur: "Mask blur",
-  padding_mask_crop: "Only masked, padding", scale: "Times", noise: "Noise", blur: "Blur", quality: "Quality",
+  padding_mask_crop: "Only masked, padding", fill: "Begins from colours around", scale: "Times", noise: "Noise", blur: "Blur", quality: "Quality",
   left: "Left", right: "Right", top: "Top", bottom: "Bottom", interrupted: "Interrupted",
 };
 /** Of other programs' settings all are shown, of ours what `LABELS` names. */
@@ -63,7 +63,7 @@ export function removeShown() {
   next?.firstChild.focus();
 }
 
-/** How the images look so far, one of them large. */
+/** How the images look so far. */
 export function showPreviews(urls) {
   if (!urls.length) return;
   byId("empty").hidden = byId("shown").hidden = true;
@@ -108,7 +108,7 @@ function pair([name, text]) {
 }
 
 function inWords(value) {
-  if (value === null || value === undefined) return "";
+  if (value === null || value === undefined || value === false) return "";
   if (Array.isArray(value)) return value.map(inWords).join(", ");
   if (typeof value !== "object") return String(value);
   const name = value.name ?? value.token ?? "";

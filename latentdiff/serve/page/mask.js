@@ -41,7 +41,7 @@ export function startMask(announce, onProblem) {
   const file = document.getElementById("mask-file");
   on("mask-load", () => file.click());
   file.addEventListener("change", async () => {
-    if (file.files[0]) await loadMask(file.files[0]).catch(onProblem);
+    if (file.files[0]) await loadMask(file.files[0]).then(() => announce("The mask is loaded."), onProblem);
     file.value = "";
   });
 }

@@ -39,13 +39,12 @@ export function offerSizes({ side, keeps, max_pixels, max_body }, keep = true) {
   if (!source) return;
   const { bitmap: { width, height }, file } = source;
   const longest = Math.max(width, height);
-  const offered = [1, 2, 4, 8, 16].map((times) => times * side);
-  const sizes = offered.filter((one) => one < longest).map((one) => {
-    const scale = one / longest;
-    return [Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale))];
-  });
-  const fits = width * height <= max_pixels && file.size * 1.4 < max_body;
-  if (fits || !sizes.length) sizes.push([width, height]);
+  const most = longest * Math.min(1, Math.sqrt(max_pixels / (width * height)));
+  const offered = [1, 2, 4, 8, 16].map((times) => times * side).filter((one) => one < most);
+  const sizes = offered.map((one) => [width, height].map((long) => Math.max(1, Math.round((long * one) / longest))));
+  const whole = most === longest && file.size * 1.4 < max_body;
+  if (whole) sizes.push([width, height]);
+  else sizes.push([width, height].map((long) => Math.max(1, Math.floor((long * most * 0.999) / longest))));
   const options = sizes.map(([w, h]) => {
     const own = w === width && h === height ? ", as it is" : "";
     return new Option(`${w} × ${h}${own}`, `${w}x${h}`);
