@@ -12,8 +12,9 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
-from typing import ParamSpec
+from typing import NamedTuple, ParamSpec
 
 P = ParamSpec("P")
 #: Exit code of every command for what its user can fix, as of argparse for a wrong option.
@@ -197,8 +198,37 @@ def _say(text: str, code: int) -> None:
     sys.stderr.flush()
 
 
-def warn(message: str) -> None:
-    """Warn at the user's own line, whatever functions of this package or of PyTorch lie between."""
+class Note(NamedTuple):
+    """A warning that was heard."""
+
+    message: str
+    about: tuple[str, ...]
+    """Texts of the caller that it is about; none: it is about the call."""
+
+
+_heard: ContextVar[list[Note] | None] = ContextVar("heard warnings", default=None)
+
+
+@contextmanager
+def warnings_heard() -> Iterator[list[Note]]:
+    """Collect what `warn` says within the block, in this thread, instead of saying it."""
+    notes = list[Note]()
+    before = _heard.set(notes)
+    try:
+        yield notes
+    finally:
+        _heard.reset(before)
+
+
+def warn(message: str, *about: str) -> None:
+    """Warn at the user's own line, whatever functions of this package or of PyTorch lie between.
+
+    Args:    about: see `Note`.
+    """
+    heard = _heard.get()
+    if heard is not None:
+        heard.append(Note(message, about))
+        return
     frame, level = sys._getframe(), 1
     while frame.f_globals.get("__name__", "").startswith(("latentdiff.", "torch.")):
         if frame.f_back is None:

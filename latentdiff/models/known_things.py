@@ -37,7 +37,8 @@ def warn_of_unknown_things(
     for text, rows in zip(unknown, nearest, strict=True):
         warn(
             f"the prompt {text[:80]!r} names nothing that this model lists as known; the nearest "
-            f"known things are {', '.join(known[k] for k in rows)}."
+            f"known things are {', '.join(known[k] for k in rows)}.",
+            text,
         )
 
 

@@ -355,9 +355,12 @@ def warn_of_unknown_words(
     Such a prompt works, but its words are read as signs and letters and the image is another.
     Args: a1111: whether A1111's syntax is understood, and needs no warning.
     """
-    found = (message for text in texts for message in _misread(tokenizer, text, a1111))
-    for message in dict.fromkeys(found):
-        warn(message)
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        for message in _misread(tokenizer, text, a1111):
+            found.setdefault(message, []).append(text)
+    for message, of in found.items():
+        warn(message, *of)
 
 
 def _misread(tokenizer: ClipTokenizer, text: str, a1111: bool) -> Iterator[str]:

@@ -176,7 +176,8 @@ class ClipTokenizer:
             warn(
                 f"the text encoder takes {self.max_length} tokens and this prompt has "
                 f"{self.count(text)}; cut off: {left_out!r} (prompt_syntax='long', or "
-                "latentdiff generate --long, takes them all)"
+                "latentdiff generate --long, takes them all)",
+                text,
             )
 
     def save(self, folder: Path) -> None:

@@ -80,7 +80,8 @@ def warn_of_unused_negatives(negatives: Sequence[str], scales: Sequence[float]) 
     if unused:
         warn(
             f"the negative prompt {unused[0]!r:.60} does nothing: a guidance_scale of 1 or less "
-            "switches guidance off. Raise it above 1, or leave the negative prompt out."
+            "switches guidance off. Raise it above 1, or leave the negative prompt out.",
+            *unused,
         )
 
 

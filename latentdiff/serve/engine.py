@@ -13,14 +13,14 @@ import contextlib
 import json
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, warn, warnings_heard
+from latentdiff.models.prompts import NETWORK
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -290,12 +290,16 @@ class Engine:
             return list(dict.fromkeys(running + [j for j, _ in self._waiting.get(client, ())]))
 
     def interrupt(self, client: str) -> None:
-        """End this client's jobs: their results are the images so far, as they are."""
-        running = self.running
-        for job in self.jobs(client):
-            job.ended = True
-            if job not in running:
-                job.finish()
+        """End this client's jobs: their results are the images so far, as they are; of a batch that
+        others are in, those before it."""
+        with self._changed:
+            running, own = self.running, self.jobs(client)
+            for job in own:
+                job.ended = True
+            alone = all(job.ended for job in running)
+            for job in own:
+                if not (alone and job in running):
+                    job.finish()
 
     def _work(self) -> None:
         while True:
@@ -345,8 +349,7 @@ class Engine:
         """Make the images of a batch; what one job is to blame for does not fail the others."""
         jobs = list(dict.fromkeys(job for job, _ in units))
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+            with warnings_heard() as notes:
                 self._draw(units, jobs)
         except Exception as error:
             if len(jobs) == 1:
@@ -357,8 +360,9 @@ class Engine:
                 self._make([unit for unit in units if unit[0] is job])
             return
         for job in jobs:
-            notes = {self.hide(str(one.message)) for one in caught}
-            job.notes += sorted(notes - set(job.notes))
+            texts = {text for own, k in units if own is job for text in _texts(own.orders[k])}
+            own = {self.hide(n.message) for n in notes if not n.about or texts & set(n.about)}
+            job.notes += sorted(own - set(job.notes))
 
     def _draw(self, units: list[_Unit], jobs: list[Job]) -> None:
         orders = [job.orders[k] for job, k in units]
@@ -368,17 +372,7 @@ class Engine:
             seen.update(at.indices)
             if self._hurried or all(job.ended for job in jobs):
                 pipeline._interrupt = True
-            each = (time.monotonic() - begun) / at.step
-            left = (at.total - at.step) * each
-            wanted = any(job.wants_previews and not job.ended for job in jobs)
-            previews = dict(zip(at.indices, at.preview, strict=True)) if wanted else {}
-            for job in jobs:
-                own = [n for n, unit in enumerate(units) if unit[0] is job]
-                shown = [previews[n] for n in own if n in previews] if job.wants_previews else []
-                many, made = len(job.orders), len(job.made)
-                share = (made + len(own) * at.step / at.total) / many
-                rest = (many - made - len(own)) * self.pace
-                job.report(Progress(0, made, many, at.step, at.total, share, left + rest, shown))
+            self._report(units, jobs, at, (time.monotonic() - begun) / at.step)
 
         with self.models.use(first.model, first.vae) as pipeline:
             usual, given = pipeline.default_guidance, [order.guidance_scale for order in orders]
@@ -407,11 +401,34 @@ class Engine:
             images = zip(output.images, output.settings, flagged, strict=True)
             for n, image in zip(made, images, strict=True):
                 job, k = units[n]
-                job.images[k] = made_one = Made(*image)
-                if self._keep is not None:
-                    self._keep(made_one)
+                job.images[k] = one = Made(*image)
+                if self._keep is not None and "interrupted" not in one.settings:
+                    try:
+                        self._keep(one)
+                    except UserError as error:  # the disk is full; who asked has the image
+                        warn(str(error))
+
+    def _report(self, units: list[_Unit], jobs: list[Job], at: PassProgress, each: float) -> None:
+        """Tell the jobs of a batch how far it is.
+
+        Args:    each: seconds a step.
+        """
+        wanted = any(job.wants_previews and not job.ended for job in jobs)
+        previews = dict(zip(at.indices, at.preview, strict=True)) if wanted else {}
+        for job in jobs:
+            own = [n for n, unit in enumerate(units) if unit[0] is job]
+            shown = [previews[n] for n in own if n in previews] if job.wants_previews else []
+            many, made = len(job.orders), len(job.made)
+            share = (made + len(own) * at.step / at.total) / many
+            left = (at.total - at.step) * each + (many - made - len(own)) * self.pace
+            job.report(Progress(0, made, many, at.step, at.total, share, left, shown))
 
 
 def _kind(unit: _Unit) -> tuple[Any, ...]:
     job, k = unit
     return job.orders[k].kind
+
+
+def _texts(order: Order) -> set[str]:
+    """The texts of an image as warnings quote them: with the tags of LoRA files, and without."""
+    return {order.prompt, NETWORK.sub("", order.prompt).strip(), order.negative_prompt}

@@ -38,7 +38,7 @@ class Painter:
         self.batches: list[list[str]] = []
         self.may_go = threading.Event()
         self.may_go.set()
-        self.at_work = threading.Event()
+        self.at_work, self.stopped = threading.Event(), threading.Event()
         self._interrupt = False
 
     def text_to_image(
@@ -52,8 +52,13 @@ class Painter:
         self._interrupt = False
         if "bad" in prompt:
             raise UserError("bad is no prompt.")
+        if "stop" in prompt:
+            self.may_go.clear()
+            self.stopped.set()
         if "odd" in prompt:
-            warn("odd is cut.")
+            warn("odd is cut.", "odd")
+        if options.get("size") == "large":
+            warn("it is large.")
         here = list(range(len(prompt)))
         for step in range(STEPS):
             self.at_work.set()
@@ -188,6 +193,39 @@ def test_a_fault_of_one_does_not_fail_the_others(models: OneModel) -> None:
             result(jobs[1])
         assert result(jobs[2])[0].settings["prompt"] == "odd"
     assert (jobs[0].notes, jobs[2].notes) == ([], ["odd is cut."])
+
+
+def test_a_warning_about_a_prompt_is_told_who_gave_it(models: OneModel) -> None:
+    shared = {"size": "large"}
+    with started(models) as engine:
+        waiting(engine, models.painter)
+        asked = [
+            orders("odd", "even", arguments=shared),
+            orders("even", arguments=shared),
+            [Order("even", 0, negative_prompt="odd", arguments=shared)],
+            orders("<lora:x:1> odd", arguments=shared),
+        ]
+        jobs = [engine.submit(str(k), one) for k, one in enumerate(asked)]
+        models.painter.may_go.set()
+        for job in jobs:
+            result(job)
+    assert len(models.painter.batches) == 2  # they were made together
+    about, of_all = "odd is cut.", "it is large."
+    assert [job.notes for job in jobs] == [
+        [of_all, about], [of_all], [of_all, about], [of_all, about],
+    ]  # fmt: skip
+
+
+def test_an_interrupted_job_does_not_wait_for_others(models: OneModel) -> None:
+    with started(models) as engine:
+        waiting(engine, models.painter)
+        mine, others = engine.submit("a", orders("1")), engine.submit("b", orders("stop"))
+        models.painter.may_go.set()
+        assert models.painter.stopped.wait(20)
+        engine.interrupt("a")
+        assert result(mine) == []
+        models.painter.may_go.set()
+        assert len(result(others)) == 1
 
 
 def test_cancelled_and_interrupted(models: OneModel) -> None:
