@@ -143,7 +143,9 @@ async def make(task: str, asked: Asked, request: Request) -> StreamingResponse:
     """Make images: a line of JSON after each step, then one with all of them."""
     server = server_of(request)
     job = await asyncio.to_thread(_submitted, server, task, asked, client_of(request))
-    return StreamingResponse(_lines(job), media_type="application/x-ndjson")
+    # A proxy that gathers answers would hold progress back.
+    headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+    return StreamingResponse(_lines(job), headers=headers, media_type="application/x-ndjson")
 
 
 def _own(task: str) -> dict[str, inspect.Parameter]:

@@ -113,6 +113,7 @@ function onProgress({ ahead, made, of, step, steps, share, seconds_left, preview
 
 /** Read how the image in a file was made, and show both. */
 async function inspect(file) {
+  form.clearProblem();
   try {
     const { program, settings, why_not } = await readSettings(file);
     const item = { blob: file, name: file.name, settings, program, whyNot: why_not };
@@ -217,6 +218,7 @@ function chooser(id, use) {
 }
 
 function problem(error) {
+  announce("");
   form.showProblem(error);
 }
 

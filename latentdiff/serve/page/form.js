@@ -122,6 +122,7 @@ export function asked() {
     const { name, value } = field;
     if (!(name in info.tasks[task]) || field.closest(".absent") || value === "") continue;
     if (name !== "kind" && value === String(standard(name))) continue;
+    if (name === "seed" && value.trim() === "-1") continue; // as A1111 writes "random"
     values[name] = ["number", "range"].includes(field.type) ? Number(value) : value;
     if (name === "fill") values[name] = value === "true";
   }
