@@ -8,6 +8,7 @@ latentdiff serve models/ --host 0.0.0.0 --api-key KEY
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import socket
 from collections.abc import Sequence
@@ -19,6 +20,18 @@ from latentdiff.errors import UserError, command
 from latentdiff.serve.settings import Settings
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+#: The least of each number, and what it is.
+_NUMBERS = {
+    "batch_size": (1, "images per pass"),
+    "max_waiting": (1, "images that may wait in the queue"),
+    "max_models": (1, "models in memory"),
+    "idle_minutes": (0, "minutes without a request after which models leave the memory, 0: never"),
+    "max_pixels": (1, "pixels of an image that is given or asked for"),
+    "max_steps": (1, "steps of an image"),
+    "replicas": (1, "processes on Ray Serve, a GPU each"),
+}
+#: Above it a number is a slip, and minutes are more than a thread can wait.
+_MOST = 10**8
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,10 +45,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="MODEL",
         help="folder, file, hub id, or a folder of models; the first is the default",
     )
-    add("--vae", action="append", dest="vaes", default=[], metavar="NAME", help="may be repeated")
-    add("--lora", action="append", dest="loras", default=[], metavar="FILE[:WEIGHT]")
+    several: dict[str, Any] = {"action": "append", "default": []}
+    add(
+        "--vae",
+        dest="vaes",
+        **several,
+        metavar="NAME",
+        help="another autoencoder that requests may name; may be repeated",
+    )
+    add(
+        "--lora",
+        dest="loras",
+        **several,
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA file that acts on every image; may be repeated",
+    )
     add("--lora-dir", metavar="DIR", help="where <lora:name:0.7> finds name.safetensors")
-    add("--embedding", action="append", dest="embeddings", default=[], metavar="FILE[=TOKEN]")
+    add(
+        "--embedding",
+        dest="embeddings",
+        **several,
+        metavar="FILE[=TOKEN]",
+        help="a textual inversion, and its word in prompts; may be repeated",
+    )
     add("--host", default=usual.host, help="default: %(default)s")
     add("--port", type=int, default=usual.port, help="default: %(default)s")
     add(
@@ -46,21 +78,44 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--open", action="store_true", help="serve on another host without a key")
     add("--root-path", default="", metavar="PATH", help="where a reverse proxy shows the server")
-    add("--allow-origin", action="append", dest="allow_origins", default=[], metavar="URL")
-    add("--trusted-proxy", action="append", dest="trusted_proxies", default=[], metavar="ADDRESS")
+    add(
+        "--allow-origin",
+        dest="allow_origins",
+        **several,
+        metavar="URL",
+        help="another site whose pages may ask, such as https://example.org; may be repeated",
+    )
+    add(
+        "--trusted-proxy",
+        dest="trusted_proxies",
+        **several,
+        metavar="ADDRESS",
+        help="a reverse proxy whose X-Forwarded-* headers are believed; may be repeated",
+    )
     add("--output", type=Path, metavar="DIR", help="keep the images as files too")
-    add("--batch-size", type=int, default=usual.batch_size, metavar="N", help="images per pass")
-    add("--max-waiting", type=int, default=usual.max_waiting, metavar="N", help="images in queue")
-    add("--max-models", type=int, default=usual.max_models, metavar="N", help="models in memory")
-    add("--idle-minutes", type=float, default=0, metavar="N", help="then models leave the memory")
-    add("--replicas", type=int, default=1, metavar="N", help="on Ray Serve, a GPU each")
+    for name, (_, words) in _NUMBERS.items():
+        value, text = getattr(usual, name, 1), f"{words}; default: %(default)s"
+        add(_option(name), type=type(value), default=value, metavar="N", help=text)
     add("--device", help="cpu, cuda, mps; default: what there is")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default=usual.dtype)
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default=usual.dtype,
+        help="of weights and computation; default: %(default)s",
+    )
     return parser.parse_args(argv)
 
 
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
-    """What the options say. Raises: UserError: an open server without a key, an empty key."""
+    """What the options say.
+
+    Raises:  UserError: an open server without a key, an empty key, a number out of its range, a
+             proxy that is no address.
+    """
     if args.api_key == "":
         raise UserError("the key is empty; leave --api-key and LATENTDIFF_API_KEY out for none.")
     if args.host not in _LOOPBACK and args.api_key is None and not args.open:
@@ -68,6 +123,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
             f"--host {args.host} lets others ask; give them a key with --api-key KEY, or add "
             "--open if everyone may."
         )
+    for name, (least, _) in _NUMBERS.items():
+        if not least <= (value := getattr(args, name)) <= _MOST:
+            raise UserError(f"{_option(name)} must be in {least} … {_MOST:,}; got {value}.")
+    for address in args.trusted_proxies:
+        try:
+            ipaddress.ip_network(address)
+        except ValueError as error:
+            raise UserError(f"--trusted-proxy must be an IP address or network; {error}.") from None
     given: dict[str, Any] = {}
     for name in {field.name for field in fields(Settings)} & set(vars(args)):
         value = getattr(args, name)

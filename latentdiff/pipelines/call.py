@@ -101,7 +101,7 @@ def stream_task(
     timesteps: Sequence[float] | None = None,
     seed: int | Sequence[int] | None = None,
     wildcards: str | Path | None = None,
-    lora_dir: str | Path | None = None,
+    lora_dir: str | Path | LoraFolder | None = None,
     output_type: OutputType = "pil",
     batch_size: int = 16,
     progress: bool = True,
@@ -193,7 +193,7 @@ def _wanted(
     guidance_scale: float | Sequence[float],
     seeds: Sequence[int],
     wildcards: str | Path | None,
-    lora_dir: str | Path | None,
+    lora_dir: str | Path | LoraFolder | None,
 ) -> list[Wanted]:
     """What is wanted of each image; wildcards make texts of its own of each. Raises: UserError."""
     negative = "" if negative_prompt is None else negative_prompt
@@ -212,7 +212,7 @@ def _wanted(
             for one, (prompt, negative) in zip(wanted, drawn, strict=True)
         ]
     if lora_dir is not None:
-        folder = LoraFolder(lora_dir)
+        folder = lora_dir if isinstance(lora_dir, LoraFolder) else LoraFolder(lora_dir)
         split = [folder.split(one.prompt) for one in wanted]
         wanted = [
             one._replace(prompt=prompt, files=files)

@@ -20,6 +20,7 @@ from latentdiff.images import check_image_file, numbered
 from latentdiff.models.prompts import PromptSyntax, ReadPrompt
 from latentdiff.pipelines.inputs import OutputType
 from latentdiff.pipelines.metadata import write
+from latentdiff.pipelines.prompt_loras import LoraFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,7 +72,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     """Of the first image, image k has seed + k, below 2^64; or of each image; None: drawn, see
     `.seeds`."""
-    lora_dir: str | Path | None
+    lora_dir: str | Path | LoraFolder | None
     """A folder of LoRA files: `<lora:fur:0.7>` in a prompt is fur.safetensors at that weight, for
     the images of that prompt, see `prompt_loras`; None: nothing is loaded."""
     wildcards: str | Path | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,13 @@ class Models:
         found = [one for source in settings.models or (EMBEDDED,) for one in sources_in(source)]
         self._sources = _by_name(found, "model")
         self._vaes = _by_name(settings.vaes, "autoencoder")
-        self.lora_dir = settings.lora_dir
-        self.loras = [] if self.lora_dir is None else LoraFolder(self.lora_dir).names
+        self.lora_dir = None if settings.lora_dir is None else LoraFolder(settings.lora_dir)
+        self.loras = [] if self.lora_dir is None else self.lora_dir.names
         self.defaults: dict[str, dict[str, Any]] = {}
         """Of the models that have been loaded so far: what a call takes that does not say."""
         self._loaded: OrderedDict[tuple[str, str | None], LatentDiffusionPipeline] = OrderedDict()
         self._hashes: dict[str, str] = {}
+        self._sizes: dict[str, dict[str, int]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -65,6 +66,16 @@ class Models:
             raise choice_error("model", model, self._sources)
         if vae not in (None, OWN_VAE) and vae not in self._vaes:
             raise choice_error("vae", vae, (OWN_VAE, *self._vaes))
+
+    def size(self, name: str | None) -> dict[str, int]:
+        """Width and height of a model's training, and of what they are a `multiple`, in pixels;
+        Stable Diffusion's where its files do not say it or are not here yet."""
+        name = name or self.names[0]
+        if name in self.defaults:
+            return self.defaults[name]
+        if name not in self._sizes:
+            self._sizes[name] = _size_in(Path(named(self._sources[name])))
+        return self._sizes[name]
 
     def hash(self, name: str) -> str | None:
         """Of the model of that name, see `model_hash`; None: its files are not known yet."""
@@ -122,6 +133,23 @@ class Models:
                 pipeline.load_embedding(file, token)
         self.defaults[name] = _defaults(pipeline)
         return pipeline
+
+
+def _size_in(source: Path) -> dict[str, int]:
+    """What `Models.size` says of a model that has not been loaded."""
+    from latentdiff.formats.model import autoencoder_config, latent_size
+
+    latents, levels = None, 0
+    with suppress(UserError):  # which is said when it is loaded
+        if source.exists():
+            latents = latent_size(source)
+            levels = len((autoencoder_config(source) or {}).get("block_out_channels", ()))
+    if not levels:
+        return {"width": 512, "height": 512, "multiple": 1}
+    latents = latents or 64
+    height, width = (latents, latents) if isinstance(latents, int) else latents
+    down = 2 ** (levels - 1)
+    return {"width": width * down, "height": height * down, "multiple": down}
 
 
 def _defaults(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from latentdiff import __version__
 from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS, get_spacing, split_name
 from latentdiff.errors import UserError
 from latentdiff.images import encoded_image
-from latentdiff.models.prompts import PromptSyntax, parse
+from latentdiff.models.prompts import PromptSyntax
 from latentdiff.pipelines import task as pipelines
 from latentdiff.pipelines.edit import MAX_BLUR
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
@@ -35,7 +35,6 @@ from latentdiff.pipelines.image_inputs import read_images
 from latentdiff.pipelines.inputs import MAX_PIXELS
 from latentdiff.pipelines.metadata import SAMPLERS as LABELS
 from latentdiff.pipelines.metadata import SCHEDULES, parameters, read
-from latentdiff.pipelines.prompt_loras import LoraFolder
 from latentdiff.pipelines.restore import Kind
 from latentdiff.pipelines.task import DEFAULT_STEPS
 from latentdiff.serve.engine import TEXT_TO_IMAGE, Cancelled, Job, Progress
@@ -176,7 +175,10 @@ def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:
     if unused := sorted(set(given) - _taken(task)):
         raise UserError(f"{', '.join(unused)}: {task} does not take it.")
     most = server.settings.max_pixels
-    _check_texts(server, asked)
+    if asked.sampler is not None:
+        split_name(asked.sampler)
+    if asked.timestep_spacing is not None:
+        get_spacing(asked.timestep_spacing)
     if "image" in given:
         given["image"] = given_image(given["image"], "image", most)
     elif task != TEXT_TO_IMAGE:
@@ -206,23 +208,6 @@ def _submitted(server: Server, task: str, asked: Asked, client: str) -> Job:
         vae=asked.vae,
     )
     return server.engine.submit(client, wanted, previews=asked.previews)
-
-
-def _check_texts(server: Server, asked: Asked) -> None:
-    """Raises: UserError: prompts that cannot be read, or names that there are not."""
-    if asked.sampler is not None:
-        split_name(asked.sampler)
-    if asked.timestep_spacing is not None:
-        get_spacing(asked.timestep_spacing)
-    for name in ("prompt", "negative_prompt"):
-        text = getattr(asked, name)
-        try:
-            if name == "prompt" and server.models.lora_dir is not None:
-                text, _ = LoraFolder(server.models.lora_dir).split(text)
-            if asked.prompt_syntax == "a1111":
-                parse(text)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
 
 
 async def _lines(job: Job) -> AsyncIterator[bytes]:

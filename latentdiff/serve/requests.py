@@ -17,10 +17,12 @@ from fastapi import Request
 
 from latentdiff.errors import UserError
 from latentdiff.images import encoded_image
+from latentdiff.models.prompts import NETWORK, parse
 from latentdiff.pipelines.hashes import model_name
 from latentdiff.pipelines.image_inputs import decoded_images, read_masks
 from latentdiff.pipelines.inputs import check_seed, seeds_of
 from latentdiff.pipelines.metadata import texts
+from latentdiff.pipelines.task import DEFAULT_STEPS
 from latentdiff.serve.engine import Cancelled, Engine, Job, Made, Order
 from latentdiff.serve.files import Links
 from latentdiff.serve.models import Models
@@ -30,8 +32,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-#: Arguments that make an image larger; what is too large is said of the first.
-_ENLARGING = ("hires_scale", "scale", "left", "right", "top", "bottom", "width", "height")
+#: Characters of a prompt, far above what any text encoder reads.
+MAX_PROMPT = 32_000
+#: Tasks whose images the U-Net sees as a whole, so that attention grows with their pixels squared.
+_AT_ONCE = ("text_to_image", "image_to_image", "outpaint", "variations")
+#: Such images may have so many times the pixels of the model's training, or what clients of A1111
+#: and OpenAI ask for unless told otherwise.
+ENLARGED, USUAL = 16, 512 * 512
 #: What images may be given in; Pillow hands some others to other programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 
@@ -76,30 +83,55 @@ def orders(
     """The images of a request: the k-th has seed + k.
 
     Args:    task: see `Order`.  arguments: the pipeline's others.  seed: None: drawn.
-    Raises:  UserError: no such model or autoencoder, a seed that there is not, or more steps or
-             pixels than the server makes.
+    Raises:  UserError: no such model, autoencoder or LoRA file, a prompt that is too long or
+             cannot be read, a seed that there is not, or more steps or pixels than the server
+             makes.
     """
     server.models.check(model, vae)
+    syntax = arguments.get("prompt_syntax")
+    _check_texts(server, syntax, prompt=prompt, negative_prompt=negative_prompt)
     _check_limits(server, task, arguments, model)
     if seed is not None:
         check_seed(seed, count)
+    # Those of a request that says none are limited too.
+    steps = min(DEFAULT_STEPS, server.settings.max_steps)
+    arguments = {"num_inference_steps": steps, **arguments}
     return [
         Order(prompt, one, task, negative_prompt, guidance_scale, arguments, model, vae)
         for one in seeds_of(seed, count)
     ]
 
 
+def _check_texts(server: Server, syntax: str | None, **texts: str) -> None:
+    """Raises: UserError: prompts, by the names of their fields, that are too long or unreadable."""
+    for name, text in texts.items():
+        if len(text) > MAX_PROMPT:
+            raise UserError(f"{name} may have {MAX_PROMPT:,} characters; it has {len(text):,}.")
+        try:
+            if name == "prompt" and server.models.lora_dir is not None:
+                text, _ = server.models.lora_dir.split(text)
+            tag = NETWORK.search(text)
+            if tag and tag[1].lower() != "hypernet":
+                why = "this server was started without --lora-dir"
+                why = why if name == "prompt" else "only prompt may ask for LoRA files"
+                raise UserError(f"{tag[0][:60]}: {why}. Take it out.")
+            if syntax == "a1111":
+                parse(text)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+
+
 def _check_limits(
     server: Server, task: str, arguments: Mapping[str, Any], model: str | None
 ) -> None:
     """Raises: UserError: more steps or pixels than a request may ask for, or a side that the model
-    does not draw, where that is known: it has been in memory."""
+    does not draw, as far as its size is known; naming the field that asks for the most."""
     given = {name: value for name, value in arguments.items() if value is not None}
-    most, steps = server.settings, given.get("num_inference_steps", 0)
-    if steps > most.max_steps:
-        raise UserError(f"num_inference_steps may be {most.max_steps}; got {steps}.")
-    usual = server.models.defaults.get(model or server.models.names[0], {})
-    multiple = usual.get("multiple", 1)
+    steps, most = given.get("num_inference_steps", 0), server.settings.max_pixels
+    if steps > server.settings.max_steps:
+        raise UserError(f"num_inference_steps may be {server.settings.max_steps}; got {steps}.")
+    trained = server.models.size(model)
+    multiple = trained["multiple"]
     for name in ("width", "height"):
         if given.get(name, 0) % multiple:
             nearest = max(1, round(given[name] / multiple)) * multiple
@@ -107,21 +139,32 @@ def _check_limits(
                 f"{name} must be a multiple of {multiple}; got {given[name]}. The nearest is "
                 f"{nearest}."
             )
-    width, height = (given.get(name, usual.get(name, 0)) for name in ("width", "height"))
+    if task in _AT_ONCE or (task == "inpaint" and "padding_mask_crop" not in given):
+        most = min(most, max(USUAL, ENLARGED * trained["width"] * trained["height"]))
+    width, height = (given.get(name, trained[name]) for name in ("width", "height"))
     if "image" in given:
         width, height = given["image"].size
+    whole = {"image": width * height / most} if "image" in given else {}
+    of = {"width": trained["width"], "height": trained["height"], "hires_scale": 1, "scale": 1}
+    of |= {"left": width, "right": width, "top": height, "bottom": height}
+    shares = whole | {name: given[name] / by for name, by in of.items() if name in given}
+    blamed = max(shares, key=shares.__getitem__, default="width")
     scale = given.get("scale", 2 if task == "upscale" else given.get("hires_scale", 1))
     width = (width + given.get("left", 0) + given.get("right", 0)) * scale
     height = (height + given.get("top", 0) + given.get("bottom", 0)) * scale
-    check_size(most, width, height, next((name for name in _ENLARGING if name in given), "image"))
+    _check_pixels(most, width, height, blamed)
 
 
-def check_size(settings: Settings, width: float, height: float, name: str = "width") -> None:
-    """Raises: UserError: an image of more pixels than a request may ask for; name: the field."""
-    if width * height > settings.max_pixels:
+def check_size(settings: Settings, width: float, height: float) -> None:
+    """Raises: UserError: an image of more pixels than any request may ask for."""
+    _check_pixels(settings.max_pixels, width, height, "width")
+
+
+def _check_pixels(most: int, width: float, height: float, name: str) -> None:
+    if width * height > most:
         raise UserError(
-            f"{name}: an image may have {settings.max_pixels:,} pixels; this would be "
-            f"{width:.0f} x {height:.0f}."
+            f"{name}: an image may have {most:,} pixels here; this would be {width:.0f} x "
+            f"{height:.0f}."
         )
 
 
@@ -184,8 +227,10 @@ def given_mask(data: bytes | str, image: Image, most: int) -> Image:
 
 def from_base64(text: str, name: str) -> bytes:
     head, sign, body = text.partition(",")
+    digits = body if sign and head.startswith("data:") else text
     try:
-        return base64.b64decode(body if sign and head.startswith("data:") else text, validate=True)
+        # MIME's base64 has line breaks, RFC 2045, section 6.8.
+        return base64.b64decode("".join(digits.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"{name} must be an image file in base64, or a data URL of it.") from error
 

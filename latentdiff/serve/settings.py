@@ -44,10 +44,12 @@ class Settings:
     """Images that may wait; more are refused with 429."""
     max_models: int = 2
     """Models in memory; the least recently used leaves."""
-    idle_minutes: float = 0
+    idle_minutes: float = 0.0
     """After so long without a request models leave the memory; 0: never."""
     max_body: int = 32 * 2**20
     """Bytes of a request."""
     max_pixels: int = 2048 * 2048
-    """Of an image that is given or asked for."""
+    """Of an image that is given or asked for; of what the model sees at once there is a limit by
+    the model too, see `requests.ENLARGED`."""
     max_steps: int = 150
+    """Of an image; also those of a request that does not say how many, if the usual are more."""

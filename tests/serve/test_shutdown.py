@@ -14,8 +14,9 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from latentdiff.cli.serve import main
-from latentdiff.errors import BAD_INPUT
+from latentdiff.cli.serve import main, parse, settings_of
+from latentdiff.errors import BAD_INPUT, UserError
+from latentdiff.serve.settings import Settings
 from tests.serve.serving import small_model, wait_until
 
 PATH = "/v1/images/generations"
@@ -111,3 +112,37 @@ def test_a_start_that_cannot_be(arguments: list[str], capsys: pytest.CaptureFixt
     assert main([*port, *arguments]) == BAD_INPUT
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        ("--batch-size", "0"),
+        ("--max-waiting", "0"),
+        ("--max-models", "0"),
+        ("--max-models", "-1"),
+        ("--max-pixels", "0"),
+        ("--max-steps", "0"),
+        ("--replicas", "0"),
+        ("--replicas", "1000000000"),
+        ("--idle-minutes", "-1"),
+        ("--idle-minutes", "nan"),
+        ("--idle-minutes", "1e300"),
+        ("--trusted-proxy", "nonsense"),
+        ("--trusted-proxy", "10.0.0.300"),
+        ("--trusted-proxy", ""),
+    ],
+)
+def test_values_that_no_server_can_have(option: str, wrong: str) -> None:
+    with pytest.raises(UserError, match=f"^{option} must be "):
+        settings_of(parse([option, wrong]))
+
+
+def test_values_that_a_server_can_have() -> None:
+    given = {"batch_size": 1, "max_waiting": 1, "max_models": 1, "max_pixels": 1, "max_steps": 1}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    options += ["--idle-minutes=0.5", "--trusted-proxy=::1", "--trusted-proxy=10.0.0.0/8"]
+    proxies = ("::1", "10.0.0.0/8")
+    expected = Settings(**given, idle_minutes=0.5, trusted_proxies=proxies)
+    assert settings_of(parse(options)) == expected
+    assert settings_of(parse([])) == Settings()
