@@ -71,8 +71,17 @@ async def img2img(asked: ImageToImage, request: Request) -> JSONResponse:
 async def _answer(asked: Asked, request: Request) -> JSONResponse:
     server = server_of(request)
     job = await asyncio.to_thread(_submitted, asked, server, client_of(request))
+    await _drop_files(asked, request)
     await finished(request, job)
     return JSONResponse(await asyncio.to_thread(_packed, asked, server, job))
+
+
+async def _drop_files(asked: Asked, request: Request) -> None:
+    """Let go of the files in base64, which the job has as images, while it waits."""
+    if isinstance(asked, ImageToImage):
+        for files in (asked.init_images, asked.mask):
+            files[:] = [""] * len(files)
+        (await request.json()).clear()  # the request keeps what it once read
 
 
 def _submitted(asked: Asked, server: Server, client: str) -> Job:
@@ -229,10 +238,16 @@ def progress(request: Request, skip_current_image: bool = False) -> dict[str, An
     }
 
 
+@router.post("/skip")
 @router.post("/interrupt")
 def interrupt(request: Request) -> dict[str, Any]:
     """End this client's requests, which answer with the images so far."""
     server_of(request).engine.interrupt(client_of(request))
+    return {}
+
+
+def ping() -> dict[str, Any]:
+    """Whether it is there."""
     return {}
 
 

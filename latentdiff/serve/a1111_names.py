@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import PIL.Image
+import psutil
 from fastapi import APIRouter, Depends, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -193,6 +194,30 @@ def loras(request: Request) -> list[dict[str, Any]]:
     """LoRA files as prompts name them: <lora:name:0.7>."""
     names = server_of(request).models.loras
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in names]
+
+
+@router.get("/embeddings")
+def embeddings(request: Request) -> dict[str, Any]:
+    """The learned words of the default model; none as long as it is not in memory."""
+    models, words = server_of(request).models, dict[str, Any]()
+    if models.names[0] in models.loaded:
+        unsaid = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name", "shape", "vectors"))
+        with models.use(None, None) as pipeline:
+            words = {word["token"]: unsaid for word in pipeline.embeddings}
+    return {"loaded": words, "skipped": {}}
+
+
+@router.get("/memory")
+def memory() -> dict[str, Any]:
+    """Bytes of this process, and of its GPU."""
+    import torch
+
+    used, total = psutil.Process().memory_info().rss, psutil.virtual_memory().total
+    cuda: dict[str, Any] = {"error": "unavailable"}
+    if torch.cuda.is_available():
+        free, most = torch.cuda.mem_get_info()
+        cuda = {"system": {"free": free, "used": most - free, "total": most}}
+    return {"ram": {"free": total - used, "used": used, "total": total}, "cuda": cuda}
 
 
 @router.get("/samplers")

@@ -20,7 +20,16 @@ from latentdiff.errors import UserError
 from latentdiff.serve import a1111, native, openai
 from latentdiff.serve.engine import Cancelled, Engine, Full, Stopping
 from latentdiff.serve.files import Links, Output
-from latentdiff.serve.guard import Cors, Forwarded, Guard, errors_of, hider, origins_of, refused
+from latentdiff.serve.guard import (
+    FAILED,
+    Cors,
+    Forwarded,
+    Guard,
+    errors_of,
+    hider,
+    origins_of,
+    refused,
+)
 from latentdiff.serve.metrics import Counted, Figures, figures
 from latentdiff.serve.models import Models
 from latentdiff.serve.requests import Server, server_of
@@ -65,7 +74,8 @@ def create_app(settings: Settings) -> FastAPI:
     _add_errors(app)
     for router in (native.router, a1111.router, openai.router):
         app.include_router(router)
-    for path, route in (("/health", health), ("/metrics", figures), ("/docs", docs)):
+    own = {"/health": health, "/metrics": figures, "/docs": docs, "/internal/ping": a1111.ping}
+    for path, route in own.items():
         app.add_api_route(path, route)
     app.mount("/", Page(directory=PAGE, html=True))
     # The last one added is the first that a request passes.
@@ -142,4 +152,4 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> JSONResponse:
-        return refused(request.scope, 500, "the server failed; its log says of what.")
+        return refused(request.scope, 500, FAILED)

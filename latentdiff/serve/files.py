@@ -16,6 +16,8 @@ from latentdiff.serve.engine import Made
 
 #: Seconds for which an image can be had by its link.
 KEPT = 3600
+#: Bytes of all of them, beyond which the oldest leave before that.
+MOST = 2**30
 _NAME = re.compile(r"[\w-]{22}\.(png|jpeg|webp)")
 
 
@@ -26,11 +28,12 @@ class Links:
         """Args: folder: that of all replicas; None: one of its own."""
         self._own = None if folder else tempfile.TemporaryDirectory(prefix="latentdiff-")
         self._folder = folder or Path(self._own.name)  # type: ignore[union-attr]
-        self._folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, content: bytes, ending: str) -> str:
         """Write an image. Returns: its name."""
         self._drop_old()
+        # Services that clean up temporary folders may have removed it since.
+        self._folder.mkdir(0o700, parents=True, exist_ok=True)
         name = secrets.token_urlsafe(16) + ending
         (self._folder / name).write_bytes(content)
         return name
@@ -46,9 +49,17 @@ class Links:
             self._own.cleanup()
 
     def _drop_old(self) -> None:
-        for file in self._folder.iterdir():
-            with suppress(OSError):  # another request was faster
-                if _NAME.fullmatch(file.name) and file.stat().st_mtime < time.time() - KEPT:
+        found, kept = list[tuple[float, int, Path]](), 0
+        with suppress(OSError):  # there is no folder
+            for file in self._folder.iterdir():
+                with suppress(OSError):  # another request was faster
+                    about = file.stat()
+                    if _NAME.fullmatch(file.name):
+                        found.append((about.st_mtime, about.st_size, file))
+        for written, size, file in sorted(found, reverse=True):
+            kept += size
+            if written < time.time() - KEPT or kept > MOST:
+                with suppress(OSError):
                     file.unlink()
 
 

@@ -9,7 +9,9 @@ import base64
 import binascii
 import hmac
 import ipaddress
+import logging
 import re
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +24,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from latentdiff.errors import whole_text
+from latentdiff.errors import UserError, whole_text
+from latentdiff.serve.engine import Stopping
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 
 #: Hosts that stand for all addresses of a machine.
 _ALL_ADDRESSES = ("", "0.0.0.0", "::")
+#: What clients are told of an error that nobody thought of.
+FAILED = "the server failed; its log says of what."
+#: What has a name that cannot be guessed, for pages to show, which send no key for an image.
+_LINKS = "/v1/images/files/"
 #: Methods that change nothing, so that any site may have a browser send them.
 _SAFE = ("GET", "HEAD", "OPTIONS")
 #: Folders of an absolute path; no part of a URL.
@@ -50,12 +57,11 @@ def refused(
     Args:    detail: in words, or pydantic's list of errors.
              param, code: for OpenAI's clients: the field, and a word of theirs.
     """
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
-    if not path.startswith("/v1/"):
+    if not _path(scope).startswith("/v1/"):
         return JSONResponse({"detail": detail}, status, headers)
     status = 400 if status == 422 else status
     if isinstance(detail, list):
-        param = str(next((part for part in detail[0]["loc"] if part != "body"), "")) or None
+        param = next(iter(_fields(detail[0]["loc"])), None)
         detail = "; ".join(f"{_place(one['loc'])}: {one['msg']}" for one in detail)
     kind = {429: "rate_limit_error"}.get(status, "invalid_request_error")
     kind = "server_error" if status >= 500 else kind
@@ -63,8 +69,26 @@ def refused(
     return JSONResponse({"error": error}, status, headers)
 
 
+def failure(error: Exception) -> str:
+    """What the last event of a stream says of an error; the log has the traceback of one that
+    nobody thought of."""
+    if isinstance(error, UserError | Stopping):
+        return str(error)
+    logging.getLogger("uvicorn.error").error("a stream ended with an error", exc_info=error)
+    return FAILED
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def _fields(loc: list[Any]) -> list[str]:
+    """The names in a place; its numbers are of characters or of list entries."""
+    return [part for part in loc if isinstance(part, str) and part != "body"]
+
+
 def _place(loc: list[Any]) -> str:
-    return ".".join(str(part) for part in loc if part != "body") or "body"
+    return ".".join(_fields(loc)) or "body"
 
 
 def errors_of(found: Sequence[Any]) -> list[dict[str, Any]]:
@@ -96,8 +120,8 @@ class Forwarded(ProxyHeadersMiddleware):
             headers = MutableHeaders(scope=scope)
             host = headers.get("x-forwarded-host", "").rpartition(",")[2].strip()
             if host:  # of several the nearest proxy's, which alone is known to be its own
+                scope["latentdiff.host"] = headers.get("host", "")
                 headers["host"] = host
-                scope["latentdiff.forwarded"] = True
         await super().__call__(scope, receive, send)
 
 
@@ -118,7 +142,15 @@ class Cors(CORSMiddleware):
         allowed = scope["type"] == "http" and self.is_allowed_origin(
             Headers(scope=scope).get("origin", "")
         )
-        await (super().__call__ if allowed else self.app)(scope, receive, send)
+        if allowed:
+            return await super().__call__(scope, receive, send)
+
+        async def varied(message: Message) -> None:
+            if message["type"] == "http.response.start":  # or caches give it to allowed pages
+                MutableHeaders(scope=message).add_vary_header("Origin")
+            await send(message)
+
+        await self.app(scope, receive, varied if self.allow_origins else send)
 
 
 class Guard:
@@ -126,6 +158,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, origins: list[str]) -> None:
         self.app, self._settings, self._origins = app, settings, origins
+        self._names = _names(settings.host.lower())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -140,10 +173,16 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         key, most = self._settings.api_key, self._settings.max_body
         host, origin = headers.get("host", ""), headers.get("origin", "")
-        if key is None and not scope.get("latentdiff.forwarded") and not self._is_own(host):
-            # A foreign name that leads here is how a web page gets around the browser's rules.
-            return refused(scope, 403, f"{host!r:.100} is no name of this server.")
-        if key is not None and not _has_key(headers, key):
+        # A foreign name that leads here is how a web page gets around the browser's rules. The name
+        # is that which the browser or the proxy connected to: X-Forwarded-Host may be the page's,
+        # whose requests come from loopback as a proxy's do.
+        named = scope.get("latentdiff.host", host)
+        if key is None and not self._is_own(named):
+            text = f"{named!r:.100} is no name of this server. Open it by its address or as"
+            text += " localhost, start it with --api-key, or allow the name with --allow-origin"
+            return refused(scope, 403, f"{text} http://NAME, also if it is that of a proxy.")
+        public = scope["method"] == "GET" and _path(scope).startswith(_LINKS)
+        if key is not None and not public and not _has_key(headers, key):
             basic = {"WWW-Authenticate": 'Basic realm="latentdiff", charset="UTF-8"'}
             text = "the key is missing or wrong: send it as a bearer token or as the password."
             return refused(scope, 401, text, basic, code="invalid_api_key")
@@ -155,13 +194,14 @@ class Guard:
         return None
 
     def _is_own(self, host: str) -> bool:
-        """Whether it is a name of this machine for itself, or the one the server was given."""
-        bound = self._settings.host
-        if bound in _ALL_ADDRESSES:
+        """Whether it is a name that the server was given, or that of an allowed page."""
+        if self._settings.host in _ALL_ADDRESSES:
+            return True
+        if host.lower() in [one.partition("://")[2] for one in self._origins]:
             return True
         try:
             name = urlsplit(f"//{host}").hostname or ""
-            return name in ("localhost", bound.lower()) or ipaddress.ip_address(name).is_loopback
+            return name in self._names or ipaddress.ip_address(name).is_loopback
         except ValueError:
             return False
 
@@ -185,6 +225,15 @@ class Guard:
             return message
 
         return counted
+
+
+def _names(bound: str) -> set[str]:
+    """What a server on that host is called: where others reach it, also as the machine is."""
+    own = {"localhost", bound}
+    if bound in (*_ALL_ADDRESSES, "localhost", "127.0.0.1", "::1"):
+        return own
+    machine = socket.gethostname().lower()
+    return own | {machine, f"{machine}.local", socket.getfqdn().lower()}
 
 
 def _too_large(most: int) -> str:

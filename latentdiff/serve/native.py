@@ -38,6 +38,7 @@ from latentdiff.pipelines.metadata import SCHEDULES, parameters, read
 from latentdiff.pipelines.restore import Kind
 from latentdiff.pipelines.task import DEFAULT_STEPS
 from latentdiff.serve.engine import TEXT_TO_IMAGE, Cancelled, Job, Progress
+from latentdiff.serve.guard import failure
 from latentdiff.serve.requests import (
     Server,
     client_of,
@@ -218,12 +219,10 @@ async def _lines(job: Job) -> AsyncIterator[bytes]:
                 shown = await asyncio.to_thread(_shown, progress)
                 yield _line({"event": "progress", **shown})
         yield _line({"event": "result", **await asyncio.to_thread(_result, job)})
-    except UserError as error:
-        yield _line({"event": "error", "message": str(error)})
     except Cancelled:
         return
     except Exception as error:
-        yield _line({"event": "error", "message": f"the server failed: {type(error).__name__}"})
+        yield _line({"event": "error", "message": failure(error)})
     finally:
         job.cancel()
 

@@ -2,7 +2,7 @@
 
     POST /v1/images/generations   JSON
     POST /v1/images/edits         multipart: image or image[], mask
-    GET  /v1/images/files/NAME    what `url` leads to, for an hour
+    GET  /v1/images/files/NAME    what `url` leads to, for an hour; its name stands for the key
     GET  /v1/models
 
 Fields are OpenAI's, and of its other servers: `seed`, `steps` (`num_inference_steps`), `guidance`
@@ -35,7 +35,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -44,7 +53,8 @@ from latentdiff.diffusion.samplers import split_name
 from latentdiff.errors import UserError, choice_error
 from latentdiff.images import encoded_image
 from latentdiff.pipelines.metadata import texts
-from latentdiff.serve.engine import TEXT_TO_IMAGE, Job, Made, Stopping
+from latentdiff.serve.engine import TEXT_TO_IMAGE, Cancelled, Job, Made
+from latentdiff.serve.guard import failure
 from latentdiff.serve.requests import (
     Server,
     client_of,
@@ -63,6 +73,16 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"])
 _THEIRS = re.compile(r"(dall-e|gpt-image|chatgpt-image)\b")
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 _IMAGE = re.compile(r"image(\[\d*\])?")
+#: Fields by the names that the pipeline has for them, with which its messages begin.
+_FIELDS = {
+    "num_inference_steps": ("steps", "num_inference_steps"),
+    "guidance_scale": ("guidance", "guidance_scale", "cfg_scale"),
+    "mask_image": ("mask",),
+    "image height and width": ("size",),
+    "width": ("size",),
+    "height": ("size",),
+    **{name: (name,) for name in ("prompt", "negative_prompt", "seed", "strength", "image")},
+}
 _NO_USAGE = {
     "total_tokens": 0,
     "input_tokens": 0,
@@ -96,19 +116,37 @@ class Asked(BaseModel):
     seed: Annotated[int | None, Field(ge=-1, lt=2**64)] = None
     """Of the first image, image k has seed + k; none, or -1: drawn."""
     steps: Annotated[
-        int | None, Field(ge=1, validation_alias=AliasChoices("steps", "num_inference_steps"))
+        int | None, Field(ge=1, validation_alias=AliasChoices(*_FIELDS["num_inference_steps"]))
     ] = None
     guidance: Annotated[
         float | None,
         Field(
             ge=0,
             le=100,
-            validation_alias=AliasChoices("guidance", "guidance_scale", "cfg_scale"),
+            validation_alias=AliasChoices(*_FIELDS["guidance_scale"]),
         ),
     ] = None
     sampler: str | None = None
     strength: Annotated[float | None, Field(ge=0, le=1)] = None
     """Of edits: 0 keeps the image, 1 keeps nothing of what is painted."""
+    _said: set[str] = PrivateAttr(default_factory=set)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remembers(cls, given: Any, validated: ModelWrapValidatorHandler[Asked]) -> Asked:
+        asked = validated(given)
+        asked._said = set(given)
+        return asked
+
+    def error(self, error: UserError) -> UserError:
+        """The same, about the field as the client calls it."""
+        text = str(error)
+        name = next((one for one in _FIELDS if re.match(rf"{one}\b", text)), None)
+        if isinstance(error, FieldError) or name is None:
+            return error
+        field = next((one for one in _FIELDS[name] if one in self._said), _FIELDS[name][0])
+        side = field == "size" and not text.startswith(f"{name}:")
+        return FieldError(f"{field}: {text}" if side else field + text[len(name) :], field)
 
 
 @router.get("/models")
@@ -152,7 +190,7 @@ async def edits(request: Request) -> Response:
     """Paint an image anew, in part or as a whole."""
     async with request.form(max_files=20, max_fields=100) as form:
         given = [(name, await _content(value)) for name, value in form.multi_items()]
-    files = {name: value for name, value in given if name == "mask"}
+    masks = [value for name, value in given if name == "mask"]
     images = [value for name, value in given if _IMAGE.fullmatch(name)]
     try:
         asked = Asked.model_validate(
@@ -162,8 +200,11 @@ async def edits(request: Request) -> Response:
         raise RequestValidationError(error.errors()) from None
     if len(images) != 1:
         raise FieldError(f"image must be one file; got {len(images)}.", "image")
+    if len(masks) > 1:
+        raise FieldError(f"mask may be one file; got {len(masks)}.", "mask")
     most = server_of(request).settings.max_pixels
-    task, arguments = await asyncio.to_thread(_edit, images[0], files.get("mask"), most)
+    mask = masks[0] if masks else None
+    task, arguments = await asyncio.to_thread(_edit, images[0], mask, most)
     own = arguments["image"].size
     if _size(asked) not in (None, own):
         text = f"an edited image keeps its size: size must be auto or {own[0]}x{own[1]}"
@@ -226,13 +267,16 @@ async def _answer(
 ) -> Response:
     """What a request is answered. Args: kind: of the events.  own: arguments of the task."""
     server = server_of(request)
-    job, warnings = await asyncio.to_thread(
-        _submitted, server, client_of(request), asked, task, own
-    )
-    if asked.stream:
-        events = _events(job, asked, kind)
-        return StreamingResponse(events, media_type="text/event-stream")
-    made = await finished(request, job)
+    try:
+        job, warnings = await asyncio.to_thread(
+            _submitted, server, client_of(request), asked, task, own
+        )
+        if asked.stream:
+            events = _events(job, asked, kind)
+            return StreamingResponse(events, media_type="text/event-stream")
+        made = await finished(request, job)
+    except UserError as error:
+        raise asked.error(error) from error
     if not made:
         raise HTTPException(503, "the request was interrupted.")
     contents = await asyncio.to_thread(lambda: [_encoded(one, asked) for one in made])
@@ -289,7 +333,9 @@ def _submitted(
         guidance_scale=asked.guidance,
         model=name,
     )
-    return server.engine.submit(client, wanted, previews=bool(asked.partial_images)), warnings
+    with _about("n"):
+        job = server.engine.submit(client, wanted, previews=bool(asked.partial_images))
+    return job, warnings
 
 
 def _encoded(one: Made, asked: Asked) -> bytes:
@@ -318,9 +364,14 @@ async def _events(job: Job, asked: Asked, kind: str) -> AsyncIterator[bytes]:
             ending = asked.output_format or "png"
             more = {"size": _sides(one), "usage": _NO_USAGE, "seed": one.settings["seed"]}
             yield _event(f"{kind}.completed", content, ending, **more)
-    except (UserError, Stopping) as error:
-        kinds = {"type": "invalid_request_error", "param": None, "code": None}
-        yield _line("error", {"error": {"message": str(error), **kinds}})
+    except Cancelled:
+        return
+    except Exception as error:
+        known = asked.error(error) if isinstance(error, UserError) else error
+        kinds = {"type": "server_error", "param": getattr(known, "param", None), "code": None}
+        if isinstance(error, UserError):
+            kinds["type"] = "invalid_request_error"
+        yield _line("error", {"error": {"message": failure(known), **kinds}})
     finally:
         job.cancel()
 

@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 MAX_PROMPT = 32_000
 #: Tasks whose images the U-Net sees as a whole, so that attention grows with their pixels squared.
 _AT_ONCE = ("text_to_image", "image_to_image", "outpaint", "variations")
-#: Such images may have so many times the pixels of the model's training, or what clients of A1111
-#: and OpenAI ask for unless told otherwise.
-ENLARGED, USUAL = 16, 512 * 512
+#: Such images may have so many times the pixels of the model's training.
+ENLARGED = 16
 #: What images may be given in; Pillow hands some others to other programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 
@@ -140,7 +139,7 @@ def _check_limits(
                 f"{nearest}."
             )
     if task in _AT_ONCE or (task == "inpaint" and "padding_mask_crop" not in given):
-        most = min(most, max(USUAL, ENLARGED * trained["width"] * trained["height"]))
+        most = min(most, ENLARGED * trained["width"] * trained["height"])
     width, height = (given.get(name, trained[name]) for name in ("width", "height"))
     if "image" in given:
         width, height = given["image"].size

@@ -6,13 +6,16 @@ import base64
 import http.client
 import io
 import json
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
 import webuiapi
@@ -20,6 +23,7 @@ from fastapi.testclient import TestClient
 from PIL import Image, ImageFilter, ImageOps
 from PIL.Image import Resampling
 
+from latentdiff.errors import UserError
 from latentdiff.formats.lora import write_lora
 from latentdiff.images import read_texts
 from latentdiff.models.low_rank import LowRank
@@ -383,6 +387,30 @@ def test_images_are_not_sent_or_echoed(client: TestClient) -> None:
         assert not {"init_images", "mask"} & answer.json()["parameters"].keys()
 
 
+def test_files_are_not_held_while_a_job_waits(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the body itself, of which FastAPI does not let go."""
+    held: list[int] = []
+
+    async def finished(request: Any, job: Any) -> None:
+        held.append(tracemalloc.get_traced_memory()[0])
+        raise UserError("done")
+
+    monkeypatch.setattr("latentdiff.serve.a1111.finished", finished)
+    long = base64.b64encode(base64.b64decode(b64(noise(32, 32))) + bytes(3_000_000)).decode()
+    mask = base64.b64encode(base64.b64decode(b64(square((32, 32), 0, 0, 8, 8))) + bytes(3_000_000))
+    asked = {**FAST, "init_images": [long], "mask": mask.decode()}
+    body = json.dumps(asked).encode()
+    kind = {"content-type": "application/json"}
+    tracemalloc.start()
+    try:
+        client.post(f"{API}/img2img", content=body, headers=kind)
+    finally:
+        tracemalloc.stop()
+    assert held[0] < 1.2 * len(body)
+
+
 # Names of models
 
 
@@ -703,6 +731,11 @@ def test_webuiapi(port: int, first: LatentDiffusionPipeline) -> None:
     call: dict[str, Any] = {"strength": 0.75, "mask_blur": 4, "padding_mask_crop": 0, **CALL}
     wanted = first.inpaint(image=given, mask_image=mask, **call)
     assert same(made.image, wanted.images[0])
+
+    assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
+    ram = api.get_memory()["ram"]
+    assert ram["total"] == psutil.virtual_memory().total == ram["free"] + ram["used"]
+    assert api.skip() == {} == httpx.get(f"{URL}:{port}/internal/ping").json()
 
     assert api.extra_single_image(image=given, upscaling_resize=2).image.size == (64, 64)
     assert api.png_info(made.image).info == made.info["infotexts"][0]

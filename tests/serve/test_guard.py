@@ -71,6 +71,9 @@ def test_without_the_key_nothing_is_answered(locked: TestClient, given: str | No
     for method, path in routes(locked):
         for tried in {method, "get", "post", "options", "delete"}:
             answer = locked.request(tried, path, headers=headers)
+            if (tried, path) == ("get", "/v1/images/files/{name}"):
+                assert answer.status_code == 404  # who knows a name there may have it
+                continue
             assert answer.status_code == 401, (tried, path)
             assert answer.headers["www-authenticate"].startswith("Basic ")
             assert KEY not in answer.text
@@ -120,6 +123,16 @@ def test_pages_of_others_may_not(locked: TestClient, client: TestClient, origin:
         assert one.get("/health", headers={"origin": origin, **key}).status_code == 200
 
 
+@pytest.mark.parametrize("origin", ["https://evil.test", None, "https://example.org"])
+def test_caches_keep_answers_of_sites_apart(
+    locked: TestClient, client: TestClient, origin: str | None
+) -> None:
+    headers = {} if origin is None else {"origin": origin}
+    for path in ("/health", "/no/such"):
+        assert locked.get(path, headers=headers).headers["vary"] == "Origin"
+        assert "vary" not in client.get(path, headers=headers).headers
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -139,21 +152,57 @@ def test_own_pages_may_ask(client: TestClient, headers: dict[str, str]) -> None:
         *((name, {}, False) for name in ("evil.test", "localhost.evil.test", "", "[", "10.0.0.1")),
         ("10.0.0.1:80", {"host": "10.0.0.1"}, True),
         ("evil.test", {"host": "10.0.0.1"}, False),
+        ("MyBox:80", {"host": "10.0.0.1"}, True),
+        ("mybox.local", {"host": "10.0.0.1"}, True),
+        ("mybox.office.test", {"host": "10.0.0.1"}, True),
+        ("mybox.evil.test", {"host": "10.0.0.1"}, False),
+        ("mybox", {}, False),
+        ("Outer.test:81", {"allow_origins": ("https://outer.test:81",)}, True),
+        ("outer.test", {"allow_origins": ("https://outer.test:81",)}, False),
         ("any.test", {"host": "0.0.0.0"}, True),
         ("any.test", {"api_key": KEY}, True),
     ],
 )
 def test_foreign_names_of_this_server(
-    model: str, host: str, settings: dict[str, Any], allowed: bool
+    model: str,
+    host: str,
+    settings: dict[str, Any],
+    allowed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A name that its owner lets point here is how a web page asks in spite of the browser."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "mybox")
+    monkeypatch.setattr(socket, "getfqdn", lambda: "mybox.office.test")
     app = create_app(Settings(models=(model,), **settings))
     headers = {"host": host, "authorization": f"Bearer {KEY}"}
     answer = TestClient(app).get("/health", headers=headers)
     assert answer.status_code == (200 if allowed else 403)
+    if not allowed:
+        remedies = ("localhost", "--api-key", "--allow-origin", "proxy")
+        assert all(one in answer.json()["detail"] for one in remedies)
 
 
 # Proxies
+
+
+@pytest.mark.parametrize(
+    ("host", "settings", "allowed"),
+    [
+        ("localhost:7860", {}, True),  # a proxy that asks by the address it was given
+        ("evil.test:7860", {}, False),  # a page of that name, which may send all else itself
+        ("outer.test", {}, False),
+        ("outer.test", {"allow_origins": ("https://outer.test",)}, True),
+        ("outer.test", {"api_key": KEY}, True),
+    ],
+)
+@pytest.mark.parametrize("forwarded", ["localhost", "evil.test:7860", "outer.test"])
+def test_forwarded_hosts_do_not_hide_a_foreign_name(
+    model: str, host: str, settings: dict[str, Any], allowed: bool, forwarded: str
+) -> None:
+    app = create_app(Settings(models=(model,), trusted_proxies=("testclient",), **settings))
+    headers = {"host": host, "x-forwarded-host": forwarded, "authorization": f"Bearer {KEY}"}
+    answer = TestClient(app).get("/health", headers=headers)
+    assert answer.status_code == (200 if allowed else 403)
 
 
 @pytest.mark.parametrize("trusted", [True, False])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import shutil
+import time
 from collections.abc import Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,10 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from latentdiff.errors import UserError
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
+from latentdiff.serve.engine import Job, Stopping
+from latentdiff.serve.files import Links
 from tests.serve.serving import client_of, file_of, pixels_of, served, small_model
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -124,12 +131,13 @@ def test_fields_without_effect_and_names_of_others_are_warned_of(client: TestCli
     [
         ({"prompt": None}, "prompt"),
         ({"n": 0}, "n"),
-        ({"n": 1000}, None),
+        ({"n": 1000}, "n"),
         ({"n": "many"}, "n"),
         ({"size": "big"}, "size"),
         ({"size": "0x8"}, "size"),
-        ({"size": "33x32"}, None),
-        ({"size": "99999x99999"}, None),
+        ({"size": "33x32"}, "size"),
+        ({"size": "32x33"}, "size"),
+        ({"size": "99999x99999"}, "size"),
         ({"response_format": "x"}, "response_format"),
         ({"output_format": "svg"}, "output_format"),
         ({"model": "none"}, "model"),
@@ -137,7 +145,8 @@ def test_fields_without_effect_and_names_of_others_are_warned_of(client: TestCli
         ({"sampler": "NoSuch"}, "sampler"),
         ({"steps": "abc"}, "steps"),
         ({"steps": 0}, "steps"),
-        ({"steps": 10**6}, None),
+        ({"steps": 10**6}, "steps"),
+        ({"seed": 2**64 - 1, "n": 2}, "seed"),
         ({"guidance": 1e9}, "guidance"),
         ({"seed": 2**64}, "seed"),
         ({"seed": -2}, "seed"),
@@ -154,7 +163,53 @@ def test_what_cannot_be_done_is_an_error_of_theirs(
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == param and error["type"] == "invalid_request_error"
-    assert error["message"]
+    assert error["message"].startswith(param or "") or param in ("n", "model")
+
+
+@pytest.mark.parametrize("name", ["steps", "num_inference_steps"])
+def test_errors_name_the_field_as_the_client_does(client: TestClient, name: str) -> None:
+    for stream in (False, True):
+        asked = {"prompt": "a cat", name: 10**6, "stream": stream}
+        error = client.post(GENERATIONS, json=asked).json()["error"]
+        assert error["param"] == name
+        assert error["message"] == f"{name} may be 150; got 1000000."
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"prompt": "a cat", "size" 5}', b'["a"', b"1 2"])
+def test_json_that_is_broken_is_no_field(client: TestClient, body: bytes) -> None:
+    answer = client.post(GENERATIONS, content=body, headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] is None
+    assert error["message"].startswith("body: ")
+
+
+@pytest.mark.parametrize(
+    ("failed", "kind", "message"),
+    [
+        (UserError("width must be a multiple of 2; got 33."), "invalid_request_error", "size: "),
+        (UserError("image height and width must be 2."), "invalid_request_error", "size: "),
+        (Stopping(), "server_error", "the server is stopping"),
+        (RuntimeError("in /home/me"), "server_error", "the server failed; its log says of what."),
+    ],
+)
+def test_streams_end_with_an_error_in_words(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, failed: Exception, kind: str, message: str
+) -> None:
+    engine = client.app.state.server.engine  # type: ignore[attr-defined]
+
+    def submit(who: str, orders: Any, **_: Any) -> Job:
+        job = Job(who, orders, previews=False)
+        job.finish(failed)
+        return job
+
+    monkeypatch.setattr(engine, "submit", submit)
+    lines = client.post(GENERATIONS, json={**ASKED, "stream": True}).text.splitlines()
+    assert lines[0] == "event: error"
+    error = json.loads(lines[1].removeprefix("data: "))["error"]
+    assert error["type"] == kind and error["message"].startswith(message)
+    assert error["param"] == ("size" if kind == "invalid_request_error" else None)
+    own = json.loads(client.post("/api/text_to_image", json={"prompt": "a cat"}).text)
+    assert own == {"event": "error", "message": error["message"].removeprefix("size: ")}
 
 
 # Edits
@@ -252,6 +307,7 @@ def test_names_of_the_image(client: TestClient) -> None:
         ([("image", file_of(NOISE)), ("mask", mask_of(LEFT[:16, :16]))], {}, "mask"),
         ([("image", file_of(NOISE)), ("mask", mask_of(LEFT * 0))], {}, "mask"),
         ([("image", file_of(NOISE)), ("mask", b"")], {}, "mask"),
+        ([("image", file_of(NOISE)), *[("mask", mask_of(LEFT))] * 2], {}, "mask"),
         ([("image", file_of(NOISE))], {"size": "64x64"}, "size"),
         ([("image", file_of(NOISE))], {"strength": "2"}, "strength"),
         ([("image", file_of(NOISE))], {"prompt": ""}, "prompt"),
@@ -310,6 +366,42 @@ def test_links_end_after_an_hour(client: TestClient, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("latentdiff.serve.files.KEPT", -1)
     gone = client.get(link)
     assert gone.status_code == 404 and gone.json()["error"]["message"]
+
+
+def test_links_outlive_their_folder(tmp_path: Path) -> None:
+    for links in (Links(None), Links(tmp_path / "links")):
+        name = links.keep(b"one", ".png")
+        folder = links.find(name).parent  # type: ignore[union-attr]
+        shutil.rmtree(folder)
+        assert links.find(name) is None
+        file = links.find(links.keep(b"two", ".png"))
+        assert file is not None and file.read_bytes() == b"two"
+        assert folder.stat().st_mode & 0o777 == 0o700
+        shutil.rmtree(folder)
+        links.close()
+
+
+def test_links_hold_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentdiff.serve.files.MOST", 25)
+    links = Links(tmp_path)
+    names = [links.keep(b"0123456789", ".png") for _ in range(4)]
+    for age, name in enumerate(reversed(names)):
+        os.utime(tmp_path / name, (time.time() - age,) * 2) if (tmp_path / name).exists() else None
+    (tmp_path / "other.txt").write_text("of someone else " * 9)
+    assert [links.find(name) is not None for name in names] == [False, False, True, True]
+    assert (tmp_path / "other.txt").exists()
+
+
+def test_links_need_no_key(model: str) -> None:
+    """Pages show them as <img src>, for which browsers send none."""
+    with client_of(model, api_key="secret", root_path="/paint") as client:
+        asked = {**ASKED, "response_format": "url"}
+        key = {"authorization": "Bearer secret"}
+        link = client.post(GENERATIONS, json=asked, headers=key).json()["data"][0]["url"]
+        assert client.get(link).headers["content-type"] == "image/png"
+        for path in ("/v1/images/files/../../models", "/v1/images/files/%2e%2e/%2e%2e/models"):
+            assert client.get(path).status_code in (401, 404)
+        assert client.post(link).status_code == 401
 
 
 # Clients
