@@ -74,9 +74,10 @@ def create_app(settings: Settings) -> FastAPI:
     _add_errors(app)
     for router in (native.router, a1111.router, openai.router):
         app.include_router(router)
-    own = {"/health": health, "/metrics": figures, "/docs": docs, "/internal/ping": a1111.ping}
-    for path, route in own.items():
-        app.add_api_route(path, route)
+    app.add_api_route("/health", health)
+    app.add_api_route("/metrics", figures)
+    app.add_api_route("/docs", docs)
+    app.add_api_route("/internal/ping", a1111.ping)
     app.mount("/", Page(directory=PAGE, html=True))
     # The last one added is the first that a request passes.
     app.add_middleware(Guard, settings=settings, origins=origins_of(settings))
