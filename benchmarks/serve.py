@@ -133,13 +133,15 @@ def measure(
     port: int, requests: int, clients: int, steps: int, process: subprocess.Popen[bytes]
 ) -> dict[str, Any]:
     """All figures of a server that is up."""
-    memory = psutil.Process(process.pid).memory_info
+    served = psutil.Process(process.pid)
+    memory = served.memory_info
     numbers = range(requests)
     alone = asyncio.run(load(port, numbers, 1, steps))
     at_rest = memory().rss
     first = asyncio.run(load(port, numbers, clients, steps))
-    after_one = memory().rss
+    after_one, before = memory().rss, sum(served.cpu_times()[:2])
     again = asyncio.run(load(port, numbers, clients, steps))
+    busy = (sum(served.cpu_times()[:2]) - before) / again.seconds
     sizes = Counter(one.settings["batch"]["size"] for one in first.answers if one is not None)
     return {
         "lost": sum(one is None for load in (alone, first, again) for one in load.answers),
@@ -147,6 +149,7 @@ def measure(
         "refused": first.refused + again.refused,
         "images_per_second_alone": requests / alone.seconds,
         "images_per_second_together": requests / again.seconds,
+        "cores_busy": busy,
         "images_by_batch_size": dict(sorted(sizes.items())),
         "megabytes": [round(rss / 2**20) for rss in (at_rest, after_one, memory().rss)],
     }
