@@ -27,6 +27,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
+#: The side of an image that takes long with this model, and may be asked for.
+LARGE = 128
+
+
 @contextmanager
 def command(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The server's process, on a free port, and its address once it has said it."""
@@ -53,14 +57,15 @@ def figure(address: str, name: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "size"), [(signal.SIGTERM, 32), (signal.SIGINT, 32), (signal.SIGTERM, 256)]
+    ("number", "size"), [(signal.SIGTERM, 32), (signal.SIGINT, 32), (signal.SIGTERM, LARGE)]
 )
 def test_a_signal_with_requests_in_flight(model: str, number: int, size: int) -> None:
     """What is being made is finished if that is soon; what waits is refused; nothing hangs."""
     with command(model) as (process, address), ThreadPoolExecutor() as pool:
 
         def ask(side: int) -> Future[httpx.Response]:
-            asked = {"prompt": "a cat", "steps": 50, "size": f"{side}x{side}"}
+            much = {"steps": 150, "n": 8} if side == LARGE else {"steps": 50}
+            asked = {"prompt": "a cat", "size": f"{side}x{side}", **much}
             return pool.submit(httpx.post, address + PATH, json=asked, timeout=60)
 
         made = ask(size)
