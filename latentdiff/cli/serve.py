@@ -131,6 +131,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
             ipaddress.ip_network(address)
         except ValueError as error:
             raise UserError(f"--trusted-proxy must be an IP address or network; {error}.") from None
+    args.root_path = "/" + args.root_path.strip("/") if args.root_path.strip("/") else ""
     given: dict[str, Any] = {}
     for name in {field.name for field in fields(Settings)} & set(vars(args)):
         value = getattr(args, name)

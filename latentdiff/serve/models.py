@@ -58,7 +58,8 @@ class Models:
     @property
     def loaded(self) -> list[str]:
         """Names of the models in memory."""
-        return list(dict.fromkeys(name for name, _ in self._loaded))
+        with self._lock:
+            return list(dict.fromkeys(name for name, _ in self._loaded))
 
     def check(self, model: str | None, vae: str | None) -> None:
         """Raises: UserError: a name that there is not."""

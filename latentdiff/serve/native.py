@@ -114,9 +114,10 @@ _APART = ("prompt", "negative_prompt", "model", "vae", "seed", "num_images", "gu
 def info(request: Request) -> dict[str, Any]:
     """What may be asked for, and what is meant by what is left out."""
     server = server_of(request)
+    usual = {task: _usual(task) for task in TASKS}
     return {
         "version": __version__,
-        "tasks": {task: {n: _usual(task).get(n) for n in sorted(_taken(task))} for task in TASKS},
+        "tasks": {task: {n: usual[task].get(n) for n in sorted(_taken(task))} for task in TASKS},
         "models": server.models.names,
         "defaults": server.models.defaults,
         "vaes": server.models.vaes,

@@ -41,7 +41,10 @@ def run(settings: Settings, replicas: int) -> None:
     def build() -> Any:
         from latentdiff.serve.app import create_app
 
-        return create_app(settings)
+        app = create_app(settings)
+        with app.state.server.models.use(None, None):
+            pass  # what cannot be loaded ends here
+        return app
 
     gpus = torch.cuda.is_available()
     # Each takes as many requests as its own queue does; Ray must not hold them back.
@@ -56,7 +59,11 @@ def run(settings: Settings, replicas: int) -> None:
     ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port})
-        serve.run(replica.bind(), name="latentdiff", route_prefix="/")
+        try:
+            serve.run(replica.bind(), name="latentdiff", route_prefix="/")
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"the replicas did not start: {reason}") from error
         stopped = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray has set one of its own
         stopped.wait()

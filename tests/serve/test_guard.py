@@ -29,11 +29,6 @@ NOISE = file_of(np.random.default_rng(0).integers(0, 256, (32, 32, 3)))
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_model(tmp_path_factory.mktemp("the folder") / "small")
-
-
-@pytest.fixture(scope="module")
 def client(model: str) -> Iterator[TestClient]:
     with client_of(model, max_body=100_000, max_pixels=64 * 64) as client:
         yield client

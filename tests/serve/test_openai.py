@@ -21,17 +21,12 @@ from latentdiff.errors import UserError
 from latentdiff.pipelines.generate import LatentDiffusionPipeline
 from latentdiff.serve.engine import Job, Stopping
 from latentdiff.serve.files import Links
-from tests.serve.serving import client_of, file_of, pixels_of, served, small_model
+from tests.serve.serving import client_of, file_of, pixels_of, served
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 ASKED = {"prompt": "a cat", "steps": 2, "seed": 5}
 WEAK = {"guidance_scale": 1.5}
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,9 @@ from latentdiff.serve.models import Models
 from latentdiff.serve.requests import MAX_PROMPT, from_base64, orders
 from latentdiff.serve.settings import Settings
 from tests.random_models import make_pipeline
-from tests.serve.serving import client_of, small_model
+from tests.serve.serving import client_of
 
 PROTOCOLS = ("/sdapi/v1/txt2img", "/api/text_to_image", "/v1/images/generations")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="module")

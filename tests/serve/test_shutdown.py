@@ -17,14 +17,9 @@ import pytest
 from latentdiff.cli.serve import main, parse, settings_of
 from latentdiff.errors import BAD_INPUT, UserError
 from latentdiff.serve.settings import Settings
-from tests.serve.serving import small_model, wait_until
+from tests.serve.serving import wait_until
 
 PATH = "/v1/images/generations"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 #: The side of an image that takes long with this model, and may be asked for.
@@ -151,3 +146,9 @@ def test_values_that_a_server_can_have() -> None:
     expected = Settings(**given, idle_minutes=0.5, trusted_proxies=proxies)
     assert settings_of(parse(options)) == expected
     assert settings_of(parse([])) == Settings()
+
+
+@pytest.mark.parametrize("path", ["paint", "/paint", "/paint/", "paint/"])
+def test_a_root_path_has_one_slash(path: str) -> None:
+    assert settings_of(parse(["--root-path", path])).root_path == "/paint"
+    assert settings_of(parse(["--root-path", "/"])).root_path == ""
